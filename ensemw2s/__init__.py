@@ -1,0 +1,46 @@
+"""EnsemW2S: token-level boosting of weak language-model experts, and stronger students taught by their ensemble.
+
+Names are loaded on first use, so that `ensemw2s.ops` and `ensemw2s.boosting` work without transformers or datasets.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BoostingConfig": "trainer",
+    "BoostingTrainer": "trainer",
+    "EnsembleConfig": "ensemble",
+    "TokenEnsemble": "ensemble",
+    "StudentConfig": "student",
+    "StudentTrainer": "student",
+    "QuestionFormat": "data",
+    "load_questions": "data",
+    "split_questions": "data",
+    "load_model": "models",
+    "load_tokenizer": "models",
+    "score_answers": "scoring",
+}
+
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from ensemw2s.data import QuestionFormat, load_questions, split_questions
+    from ensemw2s.ensemble import EnsembleConfig, TokenEnsemble
+    from ensemw2s.models import load_model, load_tokenizer
+    from ensemw2s.scoring import score_answers
+    from ensemw2s.student import StudentConfig, StudentTrainer
+    from ensemw2s.trainer import BoostingConfig, BoostingTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ensemw2s' has no attribute {name!r}")
+    return getattr(import_module(f"ensemw2s.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
