@@ -1,0 +1,136 @@
+"""Which backend runs an op: loading the compiled library, the choice, and what ``ensemw2s env`` reports.
+
+Schemas, fakes and gradients are registered from Python, so every op exists without the compiled library; that
+library only adds CPU implementations to them.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+IMPLEMENTATIONS = ("auto", "reference", "cpp", "cuda", "triton")
+COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_COMPILED_BACKEND = {"cpu": "cpp", "cuda": "cuda"}  # device type -> the backend registered for it
+_DECLARED: list[str] = []
+
+
+def _load_library() -> str | None:
+    """Load ``ensemw2s/_C*.so`` and return why it is missing, or None when it is loaded."""
+    found = sorted(Path(__file__).parent.parent.glob("_C*.so"))
+    if not found:
+        return "the package was installed without its compiled library (no C++ compiler, or ENSEMW2S_BUILD=none)"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"{found[0].name} could not be loaded: {error}"
+    return None
+
+
+_WHY_MISSING = _load_library()
+
+
+def declare(name: str, schema: str, fake: Callable[..., Any]) -> None:
+    """Register ``ensemw2s::name`` with its schema and its fake (shapes and dtypes without data)."""
+    qualified = f"ensemw2s::{name}"
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+    torch.library.define(qualified, schema, tags=tags)
+    torch.library.register_fake(qualified, fake)
+    _DECLARED.append(name)
+
+
+def _is_registered(op: str, device_type: str) -> bool:
+    key = "CUDA" if device_type == "cuda" else device_type.upper()
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"ensemw2s::{op}", key)
+
+
+def available_backends(device_type: str = "cpu") -> dict[str, tuple[str, ...]]:
+    """For each op, the backends that can run on tensors of a device type, the preferred one first."""
+    backends: dict[str, tuple[str, ...]] = {}
+    for op in _DECLARED:
+        compiled = _COMPILED_BACKEND.get(device_type)
+        has_compiled = compiled is not None and _is_registered(op, device_type)
+        backends[op] = (compiled, "reference") if has_compiled and compiled else ("reference",)
+    return backends
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+@torch.compiler.assume_constant_result
+def _choose(op: str, impl: str | None, device_type: str, dtype: torch.dtype) -> str:
+    requested = impl if impl is not None else os.environ.get("ENSEMW2S_IMPL", "auto")
+    if requested not in IMPLEMENTATIONS:
+        source = "impl" if impl is not None else "ENSEMW2S_IMPL"
+        raise ValueError(f"{source}={requested!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if requested == "reference":
+        return "reference"
+    compiled = available_backends(device_type)[op][0]
+    if requested == "auto":
+        if compiled == "reference" and device_type == "cpu":
+            _warn_once(f"{op} runs in plain torch: {_WHY_MISSING or 'it has no compiled CPU kernel'}")
+        return compiled if dtype in COMPILED_DTYPES else "reference"
+    if requested != compiled:
+        why = _WHY_MISSING if requested == "cpp" and device_type == "cpu" and _WHY_MISSING else "not available"
+        raise ValueError(f"impl={requested!r} cannot run {op} on a {device_type} tensor: {why}")
+    if dtype not in COMPILED_DTYPES:
+        raise TypeError(f"impl={requested!r} takes float32, bfloat16 or float16, got {dtype}; use impl='reference'")
+    return compiled
+
+
+def backend_for(
+    op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, impl: str | None = None
+) -> str:
+    """Name of the backend that runs ``op`` on tensors of a device and dtype.
+
+    ``"auto"`` takes the compiled kernel where there is one for the device and dtype, else plain torch; on a CPU
+    without the compiled library it warns once and says why.
+
+    Args:
+        op: Name of the op, such as ``"mixture_sample"``.
+        device: Where the tensors lie.
+        dtype: Their dtype; float64 always runs in plain torch.
+        impl: A backend, ``"auto"``, or None for what ``ENSEMW2S_IMPL`` says (``"auto"`` if unset).
+
+    Raises:
+        ValueError: ``op`` or ``impl`` is unknown, or that backend cannot run here.
+        TypeError: That backend does not take ``dtype``.
+    """
+    if op not in _DECLARED:
+        raise ValueError(f"op={op!r} is not one of {', '.join(_DECLARED)}")
+    return _choose(op, impl, torch.device(device).type, dtype)
+
+
+def run_compiled(op: Callable[..., Any], *args: Any) -> Any:
+    """Call a compiled op; what it says of values inside its tensors becomes a ``ValueError``.
+
+    A kernel behind the stable ABI can only raise ``RuntimeError``. Inside ``torch.compile`` it stays one.
+    """
+    if torch.compiler.is_compiling():
+        return op(*args)
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        marker = "[ensemw2s] "
+        if marker not in str(error):
+            raise
+        raise ValueError(str(error).partition(marker)[2].splitlines()[0]) from None
+
+
+def build_info() -> dict[str, str]:
+    """What was compiled and what runs: ``compiled``, ``compiler``, ``instruction_set``, ``triton``."""
+    info = {"compiled": "no" if _WHY_MISSING else "yes", "triton": "yes" if find_spec("triton") else "no"}
+    if _WHY_MISSING:
+        return {**info, "reason": _WHY_MISSING}
+    from ensemw2s import _host
+
+    return {**info, "compiler": _host.compiler(), "instruction_set": _host.instruction_set()}

@@ -1,0 +1,114 @@
+"""Checks on shapes, dtypes and scalars, made in Python before any kernel runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+COMBINES = ("prob", "logprob", "vote")
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def combine_code(combine: str, allowed: Sequence[str] = COMBINES) -> int:
+    """Position of ``combine`` in ``COMBINES``, which is how the compiled ops receive it."""
+    if combine not in allowed:
+        raise ValueError(f"combine={combine!r} is not one of {', '.join(allowed)}")
+    return COMBINES.index(combine)
+
+
+def expert_list(logits: Tensor | Sequence[Tensor], name: str = "logits") -> list[Tensor]:
+    """T tensors ``[..., V]`` from a list of them or from one stacked ``[T, ..., V]``, alike and with last stride 1."""
+    if isinstance(logits, Tensor):
+        if logits.dim() < 2:
+            raise ValueError(
+                f"{name} must be [T, ..., V] or a list of T tensors [..., V], got shape {tuple(logits.shape)}"
+            )
+        experts = list(logits.unbind(0))
+    else:
+        experts = list(logits)
+    if not experts:
+        raise ValueError(f"{name} holds no expert; at least one is needed")
+    first = experts[0]
+    for index, expert in enumerate(experts):
+        if not isinstance(expert, Tensor):
+            raise TypeError(f"{name}[{index}] must be a tensor, got {type(expert).__name__}")
+        if expert.shape != first.shape:
+            raise ValueError(
+                f"{name}[{index}] has shape {tuple(expert.shape)}, {name}[0] has {tuple(first.shape)}; all experts "
+                "need the same shape and vocabulary"
+            )
+        if expert.device != first.device:
+            raise ValueError(f"{name}[{index}] is on {expert.device}, {name}[0] on {first.device}")
+        if expert.dtype != first.dtype:
+            raise TypeError(f"{name}[{index}] is {expert.dtype}, {name}[0] is {first.dtype}")
+    return [check_logits(expert, name) for expert in experts]
+
+
+def check_logits(logits: Tensor, name: str = "logits") -> Tensor:
+    """``logits`` with last stride 1, after its dtype and vocabulary axis are checked."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}")
+    if logits.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"{name} must end in a vocabulary axis of at least one token, got {tuple(logits.shape)}")
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def expert_weights(weights: Tensor | Sequence[float], num_experts: int, like: Tensor) -> Tensor:
+    """``weights`` as a ``[T]`` tensor in the accumulation dtype (float32, or float64 beside float64 logits)."""
+    dtype = accumulation_dtype(like)
+    if not isinstance(weights, Tensor):
+        weights = torch.tensor(weights, dtype=dtype, device=like.device)
+    if not weights.is_floating_point():
+        raise TypeError(f"weights must be floating point, got {weights.dtype}")
+    if weights.shape != (num_experts,):
+        raise ValueError(f"weights must have shape ({num_experts},), one per expert, got {tuple(weights.shape)}")
+    check_same_device(weights, like, "weights")
+    return weights.to(dtype).contiguous()
+
+
+def check_weight_values(weights: Tensor) -> None:
+    """Refuse weights that are negative, not finite or all zero; on CPU only, since elsewhere it would synchronise."""
+    if weights.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    values = weights.detach()
+    if not bool(torch.isfinite(values).all()) or bool((values < 0).any()) or not bool((values > 0).any()):
+        raise ValueError(f"weights must be finite, non-negative and not all zero, got {values.tolist()}")
+
+
+def check_same_device(tensor: Tensor, like: Tensor, name: str) -> None:
+    """Refuse a tensor that lies on another device than the logits."""
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, the logits are on {like.device}")
+
+
+def check_integers(tensor: Tensor, shape: tuple[int, ...], like: Tensor, name: str) -> None:
+    """Refuse anything but an int64 tensor of ``shape`` on the device of ``like``."""
+    if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64:
+        raise TypeError(f"{name} must be an int64 tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    check_same_device(tensor, like, name)
+
+
+def check_filters(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+    """Refuse sampling settings outside their ranges."""
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature={temperature} must be finite and at least 0 (0 is greedy)")
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise TypeError(f"top_k must be an int, got {type(top_k).__name__}")
+    if top_k < 0:
+        raise ValueError(f"top_k={top_k} must be at least 0 (0 is off)")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be in (0, 1] (1 is off)")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p={min_p} must be in [0, 1] (0 is off)")
+
+
+def accumulation_dtype(logits: Tensor) -> torch.dtype:
+    """float64 for float64 logits, float32 for all others."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32

@@ -1,0 +1,158 @@
+"""``mixture_log_probs``: the log-probabilities of a weighted mixture of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ensemw2s.ops import backend
+from ensemw2s.ops.checks import (
+    COMBINES,
+    accumulation_dtype,
+    check_weight_values,
+    combine_code,
+    expert_list,
+    expert_weights,
+)
+
+# exp of this is far from float32's largest value, and no weight of an expert with weight 0 needs more.
+_LARGEST_EXPONENT = 80.0
+
+
+def mixture_log_probs(
+    logits: Tensor | Sequence[Tensor],
+    weights: Tensor | Sequence[float],
+    combine: str = "prob",
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """Log-probability of every token under T experts combined (EnsemW2S, Phase 2).
+
+    Equivalent to, with ``w = weights / weights.sum()`` and ``p_t = softmax(logits[t])``::
+
+        "prob"     log(sum_t w[t] * p_t)                            the paper's mixture
+        "logprob"  log_softmax(sum_t w[t] * log(p_t))               a product of experts
+        "vote"     log(sum_t w[t] * one_hot(argmax(p_t)))           discrete AdaBoost; ties go to the lowest id
+
+    An expert of weight 0 drops out, whatever its logits. A row in which an expert of positive weight has NaN, +inf or
+    no finite logit is NaN.
+
+    Args:
+        logits: T tensors ``[..., V]`` (float32, bfloat16, float16 or float64) or one stacked ``[T, ..., V]``.
+            Leading strides are free; a last stride other than 1 costs a copy.
+        weights: ``[T]``, non-negative, not all zero; normalised inside.
+        combine: ``"prob"``, ``"logprob"`` or ``"vote"``.
+        impl: Backend, see ``ensemw2s.ops``.
+
+    Returns:
+        float32 ``[..., V]`` (float64 for float64 logits). Differentiable in ``logits`` and ``weights``, except
+        ``"vote"``, which is piecewise constant.
+
+    Raises:
+        ValueError: Shapes, devices, ``combine`` or the values of ``weights`` are wrong, or a gradient of ``"vote"``
+            is asked for.
+        TypeError: A dtype is wrong.
+    """
+    experts = expert_list(logits)
+    weights = expert_weights(weights, len(experts), experts[0])
+    code = combine_code(combine)
+    needs_grad = torch.is_grad_enabled() and (weights.requires_grad or any(x.requires_grad for x in experts))
+    if combine == "vote" and needs_grad:
+        raise ValueError("combine='vote' has no gradient: use 'prob' or 'logprob', or wrap the call in torch.no_grad()")
+    chosen = backend._choose("mixture_log_probs", impl, experts[0].device.type, experts[0].dtype)
+    if chosen == "reference":
+        check_weight_values(weights)
+        return reference(experts, weights, combine)
+    return backend.run_compiled(torch.ops.ensemw2s.mixture_log_probs.default, experts, weights, code)
+
+
+def reference(experts: Sequence[Tensor], weights: Tensor, combine: str) -> Tensor:
+    """Plain torch, any device; in float64 for float64 logits, else in float32."""
+    return combined(expert_log_probs(experts), weights, combine)
+
+
+def expert_log_probs(experts: Sequence[Tensor]) -> Tensor:
+    """Each expert's own log-probabilities, ``[T, ..., V]``."""
+    return torch.stack([torch.log_softmax(x.to(accumulation_dtype(x)), dim=-1) for x in experts])
+
+
+def combined(log_probs: Tensor, weights: Tensor, combine: str) -> Tensor:
+    """The mixture's log-probabilities ``[..., V]`` out of the experts' ``[T, ..., V]``."""
+    w = (weights / weights.sum()).view(-1, *[1] * (log_probs.dim() - 1))
+    active = w > 0
+    if combine == "prob":
+        return _log_mean_probs(log_probs, w, active)
+    if combine == "logprob":
+        return _log_product(log_probs, w, active)
+    return _log_votes(log_probs, w, active)
+
+
+def _log_mean_probs(log_probs: Tensor, w: Tensor, active: Tensor) -> Tensor:
+    largest = log_probs.detach().masked_fill(~active, -torch.inf).amax(dim=0)
+    largest = largest.masked_fill(largest == -torch.inf, 0.0)
+    exponents = log_probs - largest
+    idle = exponents.nan_to_num(nan=-torch.inf, neginf=-torch.inf).clamp(max=_LARGEST_EXPONENT)
+    total = (w * torch.where(active, exponents, idle).exp()).sum(dim=0)
+    # Where no expert gives a token any mass the derivative of log is infinite; the token is constant instead.
+    possible = total != 0
+    return torch.where(possible, torch.where(possible, total, 1.0).log() + largest, -torch.inf)
+
+
+def _log_product(log_probs: Tensor, w: Tensor, active: Tensor) -> Tensor:
+    impossible = log_probs == -torch.inf
+    finite = torch.where(active, log_probs, log_probs.nan_to_num(nan=0.0)).masked_fill(impossible, 0.0)
+    scores = (w * finite).sum(dim=0).masked_fill((impossible & active).any(dim=0), -torch.inf)
+    return torch.log_softmax(scores, dim=-1)
+
+
+def _log_votes(log_probs: Tensor, w: Tensor, active: Tensor) -> Tensor:
+    ballots = torch.zeros_like(log_probs).scatter_(-1, log_probs.argmax(dim=-1, keepdim=True), 1.0)
+    broken = (log_probs.isnan() & active).any(dim=0).any(dim=-1, keepdim=True)
+    return (w * ballots).sum(dim=0).log().masked_fill(broken, torch.nan)
+
+
+def _fake(logits: list[Tensor], weights: Tensor, combine: int) -> Tensor:
+    return logits[0].new_empty(logits[0].shape, dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, weights, ctx.combine = inputs
+    ctx.save_for_backward(weights, output, *logits)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], Tensor, None]:
+    """Gradients of ``log p`` with ``w`` normalised, ``r_t = w_t p_t / p`` and ``g`` the incoming gradient.
+
+    ``"prob"``:    ``dL/dz_t = r_t g - p_t sum(r_t g)`` and ``dL/dw_t = sum(g p_t / p)``.
+    ``"logprob"``: with ``h = g - p sum(g)``, which sums to 0 over the vocabulary, ``dL/dz_t = w_t h`` and
+    ``dL/dw_t = sum(h log p_t)``.
+    Normalising gives ``dL/dweights_t = (dL/dw_t - sum_s w_s dL/dw_s) / sum(weights)``.
+    """
+    weights, output, *logits = ctx.saved_tensors
+    total = weights.sum()
+    w = weights / total
+    probs = output.exp()
+    impossible = output == -torch.inf
+    grad = grad.masked_fill(impossible, 0.0)
+    grad_logits, grad_w = [], []
+    if COMBINES[ctx.combine] == "logprob":
+        grad = grad - probs * grad.sum(dim=-1, keepdim=True)
+    for index, expert in enumerate(logits):
+        log_probs = torch.log_softmax(expert.float(), dim=-1)
+        if COMBINES[ctx.combine] == "prob":
+            shares = grad * (log_probs - output).masked_fill(impossible, -torch.inf).clamp(max=_LARGEST_EXPONENT).exp()
+            inner = shares - log_probs.exp() * shares.sum(dim=-1, keepdim=True)
+        else:
+            shares = grad * log_probs.masked_fill(impossible, 0.0)
+            inner = grad
+        grad_w.append(shares.sum())
+        grad_logits.append(torch.where(w[index] > 0, w[index] * inner, 0.0).to(expert.dtype))
+    stacked = torch.stack(grad_w)
+    return grad_logits, (stacked - (w * stacked).sum()) / total, None
+
+
+backend.declare("mixture_log_probs", "(Tensor[] logits, Tensor weights, int combine) -> Tensor", _fake)
+torch.library.register_autograd("ensemw2s::mixture_log_probs", _backward, setup_context=_setup_context)
