@@ -121,7 +121,9 @@ class MixtureDecoder:
     def append(self, tokens: torch.Tensor) -> None:
         """Make `tokens` (int64 [B]) the next input of every expert."""
         self.pending = tokens[:, None]
-        self.attention_mask = torch.cat([self.attention_mask, torch.ones_like(self.attention_mask[:, :1])], dim=1)
+        self.attention_mask = torch.cat(
+            [self.attention_mask, torch.ones_like(self.attention_mask[:, :1])], dim=1
+        )
         self.position += 1
 
 
@@ -165,7 +167,12 @@ def fused_sample(
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
     decoder = MixtureDecoder(
-        model, input_ids, mask, ops.draw_seeds(len(input_ids), input_ids.device), sampling, model_kwargs["past_key_values"]
+        model,
+        input_ids,
+        mask,
+        ops.draw_seeds(len(input_ids), input_ids.device),
+        sampling,
+        model_kwargs["past_key_values"],
     )
     pad = generation_config._pad_token_tensor
     running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -235,9 +242,20 @@ def label_questions(
     # Batches are cut before finished rows are left out, so that a continued run meets the same batches.
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     todo = [batch for batch in batches if any(prompts[i]["id"] not in rows for i in batch)]
-    bar = tqdm(total=len(order), initial=len(rows), desc=description, unit="question", leave=False, disable=description is None)
+    bar = tqdm(
+        total=len(order),
+        initial=len(rows),
+        desc=description,
+        unit="question",
+        leave=False,
+        disable=description is None,
+    )
     for batch in todo:
-        fresh = list(_label_batch(ensemble, questions, prompts, batch, processing_class, max_new_tokens, sampling, seed))
+        fresh = list(
+            _label_batch(
+                ensemble, questions, prompts, batch, processing_class, max_new_tokens, sampling, seed
+            )
+        )
         fresh = [row for row in fresh if row["id"] not in rows]
         rows.update((row["id"], row) for row in fresh)
         if output_file:
@@ -258,7 +276,11 @@ def _label_batch(  # type: ignore[no-untyped-def]
     inputs = PromptCollator(end)([{"input_ids": prompts[i]["input_ids"]} for i in batch])
     seeds = torch.tensor([seed + i for i in batch], dtype=torch.int64, device=device)
     decoder = MixtureDecoder(
-        ensemble, inputs["input_ids"].to(device), inputs["attention_mask"].to(device), seeds, sampling or Sampling()
+        ensemble,
+        inputs["input_ids"].to(device),
+        inputs["attention_mask"].to(device),
+        seeds,
+        sampling or Sampling(),
     )
     running = torch.ones(len(batch), dtype=torch.bool, device=device)
     tokens, log_probs, agreement, counted = [], [], [], []

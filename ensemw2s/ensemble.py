@@ -171,7 +171,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             raise TypeError(f"an ensemble is sliced, as in ensemble[:3]; got index {index!r}")
         return self.reweighted(self.config.expert_weights[index], range(self.num_experts)[index])
 
-    def reweighted(self, expert_weights: Sequence[float], indices: Sequence[int] | None = None) -> TokenEnsemble:
+    def reweighted(
+        self, expert_weights: Sequence[float], indices: Sequence[int] | None = None
+    ) -> TokenEnsemble:
         """Return an ensemble of the experts `indices` (all of them if None) with other weights, sharing theirs."""
         indices = range(self.num_experts) if indices is None else indices
         experts = self.experts.selected(indices)
@@ -205,7 +207,11 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             cache: what the experts have seen before; it grows by L.
             last_only: compute logits of the last position only, giving [B, 1, V].
         """
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": cache is not None}
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "use_cache": cache is not None,
+        }
         if position_ids is not None:
             inputs["position_ids"] = position_ids
         if last_only:
@@ -250,7 +256,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 cache that is not an `EnsembleCache`.
         """
         if labels is not None and self.config.combine == "vote":
-            raise ValueError('combine="vote" has no loss: its distribution is 0 off the vote; use "prob" or "logprob"')
+            raise ValueError(
+                'combine="vote" has no loss: its distribution is 0 off the vote; use "prob" or "logprob"'
+            )
         cache = past_key_values
         if cache is not None and not isinstance(cache, EnsembleCache):
             if cache.get_seq_length():
@@ -271,11 +279,15 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         )
         if logits_to_keep > 1:
             logits = [row[:, -logits_to_keep:] for row in logits]
-        log_probs = ops.mixture_log_probs(logits, self.mixture_weights(logits[0].device), combine=self.config.combine)
+        log_probs = ops.mixture_log_probs(
+            logits, self.mixture_weights(logits[0].device), combine=self.config.combine
+        )
         loss = None
         if labels is not None:
             loss = torch.nn.functional.nll_loss(
-                log_probs[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(log_probs.device), ignore_index=-100
+                log_probs[:, :-1].flatten(0, 1),
+                labels[:, 1:].flatten().to(log_probs.device),
+                ignore_index=-100,
             )
         return CausalLMOutputWithPast(loss=loss, logits=log_probs, past_key_values=cache)
 
@@ -300,7 +312,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         config = kwargs.get("generation_config") or self.generation_config
         beams = kwargs.get("num_beams", config.num_beams) or 1
         if beams > 1 and self.config.combine == "vote":
-            raise ValueError('combine="vote" cannot rank beams: it gives one token all the mass; use "prob" or "logprob"')
+            raise ValueError(
+                'combine="vote" cannot rank beams: it gives one token all the mass; use "prob" or "logprob"'
+            )
         if kwargs.get("use_cache", True):
             kwargs.setdefault("past_key_values", self.new_cache())
             if fused and beams == 1 and kwargs.get("assistant_model") is None:
@@ -391,7 +405,9 @@ def model_card(ensemble: TokenEnsemble) -> str:
     """Return a README for a saved ensemble."""
     weights = ensemble.config.expert_weights
     rows = "\n".join(f"| {t} | {w:.4f} | {w / sum(weights):.4f} |" for t, w in enumerate(weights, 1))
-    base = (ensemble.config.base or {}).get("source", "saved in `base/`" if ensemble.config.kind == "adapters" else "none")
+    base = (ensemble.config.base or {}).get(
+        "source", "saved in `base/`" if ensemble.config.kind == "adapters" else "none"
+    )
     return (
         "---\nlibrary_name: ensemw2s\ntags: [ensemble, weak-to-strong]\n---\n\n"
         f"# A token-level ensemble of {len(weights)} experts\n\n"
@@ -406,10 +422,14 @@ def _check(expert_weights: Sequence[float], combine: str, num_experts: int) -> N
     if num_experts == 0:
         raise ValueError("an ensemble needs at least one expert, got none")
     if len(expert_weights) != num_experts:
-        raise ValueError(f"expert_weights has {len(expert_weights)} values for {num_experts} experts: give one each")
+        raise ValueError(
+            f"expert_weights has {len(expert_weights)} values for {num_experts} experts: give one each"
+        )
     bad = [weight for weight in expert_weights if not 0 < weight < float("inf")]
     if bad:
-        raise ValueError(f"expert_weights must be positive and finite, got {bad[0]}: leave such an expert out")
+        raise ValueError(
+            f"expert_weights must be positive and finite, got {bad[0]}: leave such an expert out"
+        )
     if combine not in COMBINE:
         raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {combine!r}")
 

@@ -161,4 +161,3 @@ def require_weights(folder: str | Path, names: Sequence[str], owner: str) -> Non
             f"{owner}: {folder} holds no weights (expected {' or '.join(names)}). The folder is incomplete or not "
             "a saved expert: save it again, or copy it whole"
         )
-

@@ -121,7 +121,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Delete it, and the step that wrote it runs again") from error
+        raise ValueError(
+            f"{path} is not valid JSON ({error}). Delete it, and the step that wrote it runs again"
+        ) from error
 
 
 def read_complete_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -77,7 +77,12 @@ def score_answers(
     if isinstance(model, TokenEnsemble):
         weights = {"ensemble": list(model.config.expert_weights)}
         return score_mixtures(
-            model, examples, weights, pad_token_id=pad_token_id, batch_size=batch_size, description=description
+            model,
+            examples,
+            weights,
+            pad_token_id=pad_token_id,
+            batch_size=batch_size,
+            description=description,
         )["ensemble"]
 
     def log_probs(batch: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -116,7 +121,9 @@ def score_mixtures(
     def log_probs(batch: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
         logits = ensemble.expert_logits(used, batch["input_ids"], batch["attention_mask"], positions=mask)
         return {
-            name: ops.mixture_log_probs(logits, weights[used].to(logits[0].device), combine=ensemble.config.combine)
+            name: ops.mixture_log_probs(
+                logits, weights[used].to(logits[0].device), combine=ensemble.config.combine
+            )
             for name, weights in rows.items()
         }
 
@@ -130,7 +137,10 @@ def _device(model: torch.nn.Module) -> torch.device:
 @torch.no_grad()
 def _score(log_probs, examples, device, pad_token_id, batch_size, description):  # type: ignore[no-untyped-def]
     lengths = np.array(
-        [len(ids) - start for ids, start in zip(examples["input_ids"], examples["prompt_length"], strict=True)],
+        [
+            len(ids) - start
+            for ids, start in zip(examples["input_ids"], examples["prompt_length"], strict=True)
+        ],
         dtype=np.int64,
     )
     starts = np.concatenate([[0], np.cumsum(lengths)])

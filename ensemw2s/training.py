@@ -27,6 +27,19 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
+@dataclass
+class AnswerTrainingArguments(TrainingArguments):
+    """transformers' `TrainingArguments` with the defaults that training on short answers wants."""
+
+    per_device_train_batch_size: int = 16
+    per_device_eval_batch_size: int = 32
+    logging_steps: float = 10
+    report_to: str | list[str] | None = "none"
+    # Whole phases are kept by their own atomic saves; the columns go to our own collator.
+    save_strategy: str = "no"
+    remove_unused_columns: bool | None = False
+
+
 @dataclass(frozen=True)
 class TrainingCost:
     """What one fine-tuning run took: wall seconds, tokens seen (padding aside), and floating-point operations.
@@ -59,7 +72,9 @@ def only_positions(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[
             f"{type(model).__name__} has no output embeddings (`get_output_embeddings()` is None): "
             "expected a causal language model whose last layer maps hidden states to the vocabulary"
         )
-    handle = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][positions.to(inputs[0].device)],))
+    handle = head.register_forward_pre_hook(
+        lambda module, inputs: (inputs[0][positions.to(inputs[0].device)],)
+    )
     try:
         yield
     finally:
@@ -103,7 +118,9 @@ class AnswerTrainer(Trainer):
         """Return this micro-batch's share of the step's loss; `num_items_in_batch` is the step's token weight."""
         mask = next_token_mask(inputs["labels"])
         with only_positions(self.accelerator.unwrap_model(model), mask):
-            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+            outputs = model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+            )
         weights = inputs["token_weights"][:, 1:][mask[:, :-1]]
         loss = weighted_cross_entropy(outputs.logits, inputs["labels"][:, 1:][mask[:, :-1]], weights)
         total = weights.sum() if num_items_in_batch is None else num_items_in_batch
@@ -114,7 +131,9 @@ class AnswerTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def weighted_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, token_weights: torch.Tensor) -> torch.Tensor:
+def weighted_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, token_weights: torch.Tensor
+) -> torch.Tensor:
     """Return `sum_i w_i CE(logits_i, labels_i)` in float32.
 
     Args:
@@ -185,7 +204,9 @@ def fine_tune(
         # peft writes the base model's name into the configuration it is given.
         model = get_peft_model(model, copy.deepcopy(peft_config))
     if token_weights is not None:
-        examples = examples.add_column("token_weights", [np.asarray(row, dtype=np.float32) for row in token_weights])
+        examples = examples.add_column(
+            "token_weights", [np.asarray(row, dtype=np.float32) for row in token_weights]
+        )
     args = copy.copy(args)
     args.seed, args.data_seed = seed, seed
     trainer = trainer_class(

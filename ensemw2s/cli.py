@@ -1,0 +1,155 @@
+"""The command line: parses, calls the library, prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ensemw2s import __version__
+from ensemw2s.files import is_disk_full
+
+PHASE_HELP = {
+    "boost": "train the weak baseline and the boosted experts, and save their ensemble",
+    "label": "let the single expert and the ensemble answer the unlabelled hard questions",
+    "student": "train the students on those answers, and the ceiling on the truth",
+    "evaluate": "measure every arm on easy (ID) and hard (OOD) test questions",
+}
+EXAMPLES = """examples:
+  ensemw2s run examples/reverse_words.yaml
+  ensemw2s run examples/reverse_words.yaml --quick
+  ensemw2s run examples/reverse_words.yaml boosting.recipe=paper name=as_published
+  ensemw2s boost examples/reverse_words.yaml && ensemw2s label run/reverse_words
+  ensemw2s report run/reverse_words run/as_published --output both.html
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 2 bad input, 130 interrupted."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except KeyboardInterrupt:
+        _complain(
+            "interrupted. What was finished is kept; go on with the same command:\n  ensemw2s "
+            + " ".join(arguments)
+        )
+        return 130
+    except (ValueError, TypeError, FileNotFoundError, RuntimeError, FloatingPointError, ImportError) as error:
+        if os.environ.get("ENSEMW2S_DEBUG"):
+            raise
+        _complain(f"error: {error}")
+        return 2
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        _complain(
+            f"error: {error}\nWhat was finished is kept: free some space and run the same command again"
+        )
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ensemw2s",
+        description="Boost weak language-model experts on easy questions, let their ensemble answer hard ones, and "
+        "teach a stronger student with the answers.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"ensemw2s {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="everything: boost, label, student, evaluate, report")
+    run.set_defaults(command=_run, phases=None)
+    for phase, text in PHASE_HELP.items():
+        one = commands.add_parser(phase, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        one.set_defaults(command=_run, phases=("data", phase) if phase == "boost" else (phase,))
+        _add_experiment_arguments(one)
+    _add_experiment_arguments(run)
+
+    report = commands.add_parser("report", help="write the HTML report of one or several runs")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    report.add_argument("--output", help="the HTML file (default: report.html in the first run's folder)")
+    report.set_defaults(command=_report)
+
+    env = commands.add_parser("env", help="versions, compiled features, devices: what a bug report needs")
+    env.add_argument("--json", action="store_true", help="print JSON")
+    env.set_defaults(command=_env)
+    return parser
+
+
+def _add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a YAML or JSON file, or the folder of an earlier run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. boosting.num_rounds=5 seed=1")
+    parser.add_argument(
+        "--quick", action="store_true", help="the small version that the file's section `quick` describes"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="delete a run of another configuration in the way"
+    )
+
+
+def _run(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from ensemw2s.config import load_config
+    from ensemw2s.experiment import PHASES, Experiment
+    from ensemw2s.report import results_table
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    _quiet_datasets()
+    console = Console()
+    config = load_config(options.config, options.overrides, quick=options.quick)
+    experiment = Experiment(config, overwrite=options.overwrite, say=_say)
+    records = experiment.run(options.phases or PHASES)
+    if options.phases is None or "evaluate" in options.phases:
+        console.print(results_table(records))
+    console.print(f"results: {experiment.folder / 'results.jsonl'}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from ensemw2s.report import write_report
+
+    output = Path(options.output or Path(options.runs[0]) / "report.html")
+    write_report([Path(run) for run in options.runs], output)
+    print(output)
+
+
+def _env(options: argparse.Namespace) -> None:
+    from ensemw2s.experiment import environment
+
+    facts = environment()
+    del facts["kind"]
+    if options.json:
+        print(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        rows: dict[str, Any] = value if isinstance(value, dict) else {"": value}
+        for key, item in rows.items():
+            print(f"{f'{name} {key}'.strip():<32} {item}")
+
+
+def _quiet_datasets() -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+
+
+def _say(line: str) -> None:
+    from tqdm.auto import tqdm
+
+    # Written above a progress bar that may be on the screen.
+    tqdm.write(line)
+
+
+def _complain(message: str) -> None:
+    print(message, file=sys.stderr)

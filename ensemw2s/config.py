@@ -1,0 +1,252 @@
+"""One YAML or JSON file describes an experiment; every key can be overridden, and a misspelt one is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import LoraConfig
+
+from ensemw2s.data import QuestionFormat
+from ensemw2s.student import StudentConfig
+from ensemw2s.trainer import BoostingConfig
+
+SPLITS = ("train", "validation", "test_id", "unlabelled", "test_ood")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, except that `1e-3` is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model: its source (`models.load_model`), the layers kept ("0-11,22-29"; None keeps all), and its dtype."""
+
+    source: str
+    keep_layers: str | None = None
+    dtype: str = "float32"
+
+    @property
+    def init_kwargs(self) -> dict[str, Any]:
+        """Return the keyword arguments of `models.load_model` beside the source."""
+        kwargs: dict[str, Any] = {"dtype": self.dtype}
+        return kwargs | ({"keep_layers": self.keep_layers} if self.keep_layers else {})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where easy and hard questions come from (`data.load_questions`), how many go where, how they become tokens.
+
+    `sizes` gives the number of questions of each split: train, validation and test_id are easy, unlabelled and
+    test_ood hard.
+    """
+
+    easy: dict[str, Any]
+    hard: dict[str, Any]
+    sizes: dict[str, int]
+    format: QuestionFormat = field(default_factory=QuestionFormat)
+
+
+@dataclass(frozen=True)
+class LabellingConfig:
+    """How teachers answer the unlabelled questions (greedily)."""
+
+    max_new_tokens: int = 32
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """A whole experiment.
+
+    Attributes:
+        name: the run's folder is `output_dir/name`.
+        weak: the experts' pre-trained model.
+        strong: the student's pre-trained model.
+        data: questions.
+        lora: settings of `peft.LoraConfig` for experts and students; None trains all weights.
+        boosting: settings of `BoostingConfig`; they train the weak baseline too.
+        student: settings of `StudentConfig`; they train the ceiling too.
+        labelling: how pseudo-answers are decoded.
+        seed: fixes everything.
+        output_dir: where run folders are made.
+    """
+
+    name: str
+    weak: ModelConfig
+    strong: ModelConfig
+    data: DataConfig
+    lora: dict[str, Any] | None = None
+    boosting: dict[str, Any] = field(default_factory=dict)
+    student: dict[str, Any] = field(default_factory=dict)
+    labelling: LabellingConfig = field(default_factory=LabellingConfig)
+    seed: int = 0
+    output_dir: str = "run"
+
+    @property
+    def folder(self) -> Path:
+        """Return the run's folder."""
+        return Path(self.output_dir) / self.name
+
+    def boosting_config(self, folder: str | os.PathLike[str], **settings: Any) -> BoostingConfig:
+        """Return the boosting settings for a trainer that works in `folder`."""
+        return BoostingConfig(**{"output_dir": str(folder), "seed": self.seed, **self.boosting, **settings})
+
+    def student_config(self, folder: str | os.PathLike[str], **settings: Any) -> StudentConfig:
+        """Return the student settings for a trainer that works in `folder`."""
+        return StudentConfig(**{"output_dir": str(folder), "seed": self.seed, **self.student, **settings})
+
+    def peft_config(self) -> LoraConfig | None:
+        """Return a fresh LoRA configuration, or None for full weights."""
+        return None if self.lora is None else LoraConfig(**{"task_type": "CAUSAL_LM", **self.lora})
+
+    def results_key(self) -> dict[str, Any]:
+        """Return what decides the results, as plain JSON: everything but where they are kept."""
+        plain = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {key: value for key, value in plain.items() if key not in ("name", "output_dir")}
+
+
+def load_config(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, quick: bool = False
+) -> ExperimentConfig:
+    """Read an experiment from a YAML or JSON file.
+
+    Args:
+        path: the file, or the folder of a run (which holds its own `config.json`).
+        overrides: "dotted.key=value" each, the value in YAML, e.g. "boosting.num_rounds=5".
+        quick: apply the file's section `quick`, which overrides other keys for a small version of the experiment.
+
+    Raises:
+        FileNotFoundError: no such file, or a folder that is no run.
+        ValueError: unparsable text, an unknown key (names the nearest one), a missing key, or a bad value.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: give a YAML or JSON file, or the folder of an earlier run"
+        )
+    settings = _parse(path)
+    small = settings.pop("quick", None)
+    if quick:
+        if small is None:
+            raise ValueError(
+                f"{path} has no section `quick`: add one with the keys to override, or leave --quick out"
+            )
+        settings = _merge(settings, small)
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise ValueError(
+                f"cannot read the override {override!r}: expected key=value, e.g. boosting.num_rounds=5"
+            )
+        settings = _merge(settings, _nested(key.split("."), yaml.load(value, _Loader)))  # noqa: S506 (a SafeLoader)
+    return build_config(settings)
+
+
+def build_config(settings: Mapping[str, Any]) -> ExperimentConfig:
+    """Build an experiment from a nested mapping, checking every key and value; see `load_config`."""
+    config = _build(ExperimentConfig, settings, "")
+    _check_keys(config.boosting, _settable(BoostingConfig), "boosting.")
+    _check_keys(config.student, _settable(StudentConfig), "student.")
+    if config.lora is not None:
+        _check_keys(config.lora, [f.name for f in dataclasses.fields(LoraConfig)], "lora.")
+    _check_keys(config.data.sizes, SPLITS, "data.sizes.")
+    for split in SPLITS:
+        size = config.data.sizes.get(split)
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"data.sizes.{split} must be a whole number of questions, at least 1; got {size}"
+            )
+    # Building the arguments checks their values now rather than minutes into a run.
+    config.boosting_config(config.folder)
+    config.student_config(config.folder)
+    return config
+
+
+def _settable(kind: type) -> list[str]:
+    return [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.init and f.name not in ("output_dir", "seed", "overwrite")
+    ]
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is neither valid YAML nor JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold a mapping of keys to values, got {type(settings).__name__}")
+    return settings
+
+
+def _nested(keys: Sequence[str], value: Any) -> dict[str, Any]:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def _merge(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Override key by key; a question source is replaced whole, since its keys depend on its kind."""
+    merged = dict(settings)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        other_source = (
+            both and key in ("easy", "hard") and _source_kind(value) not in (None, _source_kind(merged[key]))
+        )
+        merged[key] = _merge(merged[key], value) if both and not other_source else value
+    return merged
+
+
+def _source_kind(source: Mapping[str, Any]) -> str | None:
+    return next((key for key in ("file", "hub", "reasoning_gym", "characters") if key in source), None)
+
+
+def _check_keys(settings: Mapping[str, Any], allowed: Sequence[str], prefix: str) -> None:
+    for key in settings:
+        if key not in allowed:
+            near = difflib.get_close_matches(str(key), allowed, n=1)
+            hint = (
+                f"did you mean {prefix}{near[0]}?" if near else f"valid keys are {', '.join(sorted(allowed))}"
+            )
+            raise ValueError(f"unknown key {prefix}{key}: {hint}")
+
+
+def _build(kind: type, settings: Any, prefix: str) -> Any:
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"{prefix.rstrip('.')} must be a mapping of keys to values, got {settings!r}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    _check_keys(settings, list(fields), prefix)
+    nested = {"weak": ModelConfig, "strong": ModelConfig, "data": DataConfig, "labelling": LabellingConfig,
+              "format": QuestionFormat}  # fmt: skip
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in settings
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(
+            f"missing key {prefix}{missing[0]} (needed: {', '.join(prefix + name for name in missing)})"
+        )
+    return kind(**{
+        key: _build(nested[key], value, f"{prefix}{key}.") if key in nested else value
+        for key, value in settings.items()
+    })  # fmt: skip

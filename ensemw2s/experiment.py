@@ -1,0 +1,411 @@
+"""A whole experiment in one folder: questions, experts, pseudo-answers, students, measurements, report.
+
+Each phase reads what the phases before it left in the folder and is skipped if its own records are there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import set_seed
+
+from ensemw2s import ops
+from ensemw2s.config import SPLITS, ExperimentConfig
+from ensemw2s.data import (
+    check_disjoint,
+    exclude_questions,
+    load_questions,
+    split_questions,
+    tokenize_questions,
+)
+from ensemw2s.ensemble import TokenEnsemble
+from ensemw2s.evaluate import accuracy, performance_gap_recovered
+from ensemw2s.files import read_complete_lines, read_json, write_json, write_json_lines
+from ensemw2s.models import load_model, load_tokenizer
+from ensemw2s.report import write_report
+from ensemw2s.scoring import AnswerScores, score_answers, score_mixtures
+from ensemw2s.student import StudentTrainer, load_trained
+from ensemw2s.trainer import BoostingTrainer, closing_identity
+
+PHASES = ("data", "boost", "label", "student", "evaluate", "report")
+TEST_SPLITS = {"validation": "validation", "id": "test_id", "ood": "test_ood"}
+TEACHERS = ("single_expert", "ensemble")
+STUDENTS = {"student_single": "single_expert", "student_ensemble": "ensemble", "ceiling": None}
+RESULTS_FILE = "results.jsonl"
+
+
+class Experiment:
+    """Run an experiment, phase by phase or as a whole.
+
+    Args:
+        config: what to do; the run's folder is `config.folder`.
+        overwrite: delete a run of another configuration that is in the folder.
+        say: called with each line meant for the reader.
+
+    Raises:
+        ValueError: the folder holds a run of another configuration; names the differing keys.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        *,
+        overwrite: bool = False,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.config = config
+        self.folder = config.folder
+        self.say = say
+        self._claim_folder(overwrite)
+
+    def run(self, phases: tuple[str, ...] = PHASES) -> list[dict[str, Any]]:
+        """Run the named phases in their order and return all records so far.
+
+        Raises:
+            FileNotFoundError: an earlier phase that is not among `phases` has not been run.
+        """
+        for phase in phases:
+            self._require_earlier(phase)
+            if phase == "report":
+                self._report()
+            elif not self._records_file(phase).exists():
+                start = time.perf_counter()
+                # Whatever global generator a library uses, a phase that is run alone sees the same one.
+                set_seed(self.config.seed)
+                records = getattr(self, f"_{phase}")()
+                records.append({"kind": "phase", "phase": phase, "seconds": time.perf_counter() - start})
+                write_json_lines(self._records_file(phase), records)
+            self._collect_results()
+        return read_complete_lines(self.folder / RESULTS_FILE)
+
+    # Phases: each returns its records
+
+    def _data(self) -> list[dict[str, Any]]:
+        data, sizes = self.config.data, self.config.data.sizes
+        easy = load_questions(data.easy)
+        hard = exclude_questions(load_questions(data.hard), [easy])
+        splits = dict(split_questions(easy, {name: sizes[name] for name in SPLITS[:3]}, self.config.seed))
+        splits |= split_questions(hard, {name: sizes[name] for name in SPLITS[3:]}, self.config.seed)
+        check_disjoint(splits)
+        for name, questions in splits.items():
+            write_json_lines(self._data_file(name), list(questions))
+        self.say("questions: " + ", ".join(f"{name} {len(splits[name])}" for name in SPLITS))
+        return [{"kind": "questions", "split": name, "n": len(splits[name])} for name in SPLITS]
+
+    def _boost(self) -> list[dict[str, Any]]:
+        self._train("single_expert", self.config.weak, self._questions("train"), self._single_args())
+        trainer = BoostingTrainer(
+            self.config.weak.source,
+            args=self.config.boosting_config(self.folder / "boosting"),
+            train_dataset=self._questions("train"),
+            eval_dataset=self._questions("validation"),
+            processing_class=self._weak_tokenizer(),
+            peft_config=self.config.peft_config(),
+            question_format=self.config.data.format,
+            model_init_kwargs=self.config.weak.init_kwargs,
+            on_round=lambda record: self.say(round_line(record, trainer.args.num_rounds)),
+        )
+        ensemble = trainer.train()
+        if trainer.stop_reason:
+            self.say(trainer.stop_reason)
+        ensemble.save_pretrained(
+            self.folder / "ensemble", processing_class=trainer.processing_class, record=trainer.record()
+        )
+        cost = {"kind": "cost", "arm": "ensemble"}
+        cost |= {
+            f"train_{name}": sum(r[f"train_{name}"] for r in trainer.records)
+            for name in ("seconds", "tokens", "flops")
+        }
+        return trainer.records + closing_identity(self.folder / "boosting") + [cost]
+
+    def _label(self) -> list[dict[str, Any]]:
+        questions = self._questions("unlabelled")
+        truth = questions["answer"]
+        records = []
+        for teacher in TEACHERS:
+            start = time.perf_counter()
+            answers = self._teacher(teacher).label(
+                questions,
+                self._weak_tokenizer(),
+                question_format=self.config.data.format,
+                output_file=self.folder / "labels" / f"{teacher}.jsonl",
+                description=f"{teacher}: answering hard questions",
+                **dataclasses.asdict(self.config.labelling),
+            )
+            right = float(
+                np.mean([given == true for given, true in zip(answers["answer"], truth, strict=True)])
+            )
+            self.say(f"{teacher} answered {len(answers)} hard questions, {right:.1%} of them right")
+            records.append({
+                "kind": "labels", "teacher": teacher, "accuracy": right, "n": len(answers),
+                "confidence": float(np.mean(answers["confidence"])), "agreement": float(np.mean(answers["agreement"])),
+                "seconds": time.perf_counter() - start,
+            })  # fmt: skip
+        return records
+
+    def _student(self) -> list[dict[str, Any]]:
+        questions = self._questions("unlabelled")
+        for arm, teacher in STUDENTS.items():
+            answers = questions if teacher is None else self._labels(teacher, questions)
+            self._train(
+                arm, self.config.strong, answers, self.config.student_config(self.folder / "students")
+            )
+        return []
+
+    def _evaluate(self) -> list[dict[str, Any]]:
+        scores: dict[str, dict[str, list[Any]]] = {}
+        for arm, model in (("zero_shot_weak", self.config.weak), ("zero_shot_strong", self.config.strong)):
+            scores |= self._scores(
+                arm, lambda m=model: {arm: self._score(load_model(m.source, **m.init_kwargs), m, arm)}
+            )
+        for arm in ("single_expert", *STUDENTS):
+            model = self.config.weak if arm == "single_expert" else self.config.strong
+            scores |= self._scores(arm, lambda m=model, a=arm: {a: self._score(self._trained(a, m), m, a)})
+        scores |= self._scores("mixtures", self._score_mixtures)
+        records = [record for arm in _table_order(scores) for record in self._arm_records(arm, scores[arm])]
+        records += self._recovered(scores)
+        records += [self._cost(arm) for arm in ("single_expert", *STUDENTS)]
+        return [*records, environment()]
+
+    def _report(self) -> None:
+        self._collect_results()
+        write_report([self.folder], self.folder / "report.html")
+        self.say(f"report: {self.folder / 'report.html'}")
+
+    # Training and teachers
+
+    def _train(self, arm: str, model: Any, answers: Dataset, args: Any) -> None:
+        folder = self._model_folder(arm)
+        if folder.exists():
+            return
+        trainer = StudentTrainer(
+            model.source,
+            args=args,
+            train_dataset=answers,
+            processing_class=load_tokenizer(model.source),
+            peft_config=self.config.peft_config(),
+            question_format=self.config.data.format,
+            model_init_kwargs=model.init_kwargs,
+            description=f"training {arm}",
+        )
+        trainer.train()
+        trainer.save_model(folder)
+        self.say(f"{arm}: trained on {len(trainer.train_dataset)} answers in {trainer.cost.seconds:.0f} s")
+
+    def _single_args(self) -> Any:
+        """The weak baseline's arguments: the experts' own, without what belongs to boosting."""
+        from ensemw2s.student import StudentConfig
+
+        shared = {field.name for field in dataclasses.fields(StudentConfig)}
+        settings = {key: value for key, value in self.config.boosting.items() if key in shared}
+        return StudentConfig(output_dir=str(self.folder / "students"), seed=self.config.seed, **settings)
+
+    def _trained(self, arm: str, model: Any) -> torch.nn.Module:
+        return load_trained(self._model_folder(arm), model.source, **model.init_kwargs)
+
+    def _teacher(self, name: str) -> TokenEnsemble:
+        if name == "ensemble":
+            return TokenEnsemble.from_pretrained(self.folder / "ensemble")
+        weak = self.config.weak
+        folder = self._model_folder(name)
+        if self.config.lora is None:
+            return TokenEnsemble.from_models([load_trained(folder)], [1.0])
+        return TokenEnsemble.from_adapters(load_model(weak.source, **weak.init_kwargs), [folder], [1.0])
+
+    def _labels(self, teacher: str, questions: Dataset) -> Dataset:
+        """Return the teacher's answers to `questions`, which `_label` has left on disk."""
+        rows = {row["id"]: row for row in read_complete_lines(self.folder / "labels" / f"{teacher}.jsonl")}
+        return Dataset.from_list([rows[row_id] for row_id in questions["id"]])
+
+    # Measuring
+
+    def _scores(
+        self, name: str, compute: Callable[[], dict[str, dict[str, AnswerScores]]]
+    ) -> dict[str, dict[str, list[Any]]]:
+        """Per arm and split, the wrong bits per answer, computed once and kept."""
+        file = self.folder / "scores" / f"{name}.json"
+        if not file.exists():
+            plain = {
+                arm: {split: _wrong_per_answer(scores) for split, scores in splits.items()}
+                for arm, splits in compute().items()
+            }
+            write_json(file, plain)
+        return read_json(file)
+
+    def _score(self, model: torch.nn.Module, config: Any, arm: str) -> dict[str, AnswerScores]:
+        tokenizer = load_tokenizer(config.source)
+        return {
+            split: score_answers(
+                model, self._examples(name, tokenizer), pad_token_id=tokenizer.eos_token_id,
+                description=f"{arm}: {split}",
+            )
+            for split, name in TEST_SPLITS.items()
+        }  # fmt: skip
+
+    def _score_mixtures(self) -> dict[str, dict[str, AnswerScores]]:
+        ensemble = self._teacher("ensemble")
+        count = ensemble.num_experts
+        mixtures = {f"expert_{t + 1}": np.eye(count)[t].tolist() for t in range(count)}
+        mixtures |= {"uniform_average": [1.0] * count, "ensemble": ensemble.config.expert_weights}
+        tokenizer = self._weak_tokenizer()
+        by_split = {
+            split: score_mixtures(
+                ensemble, self._examples(name, tokenizer), mixtures, pad_token_id=tokenizer.eos_token_id,
+                description=f"experts and ensemble: {split}",
+            )
+            for split, name in TEST_SPLITS.items()
+        }  # fmt: skip
+        return {arm: {split: by_split[split][arm] for split in TEST_SPLITS} for arm in mixtures}
+
+    def _arm_records(self, arm: str, splits: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+        records: list[dict[str, Any]] = []
+        for split, wrong in splits.items():
+            shared = {"arm": arm, "split": split, "seed": self.config.seed}
+            correct = [int(not any(bits)) for bits in wrong]
+            tokens = np.concatenate([np.asarray(bits) for bits in wrong])
+            for metric, values in (("accuracy", correct), ("token_error", tokens)):
+                mean, standard_error = accuracy(np.asarray(values, dtype=bool))
+                records.append({
+                    "kind": "arm", **shared, "metric": metric, "value": mean, "standard_error": standard_error,
+                    "n": len(values),
+                })  # fmt: skip
+            ids = self._questions(TEST_SPLITS[split])["id"]
+            records.append({"kind": "answers", **shared, "correct": correct, "ids": list(ids)})
+        return records
+
+    def _recovered(self, scores: Mapping[str, Mapping[str, list[Any]]]) -> list[dict[str, Any]]:
+        records = []
+        for arm in STUDENTS:
+            for split in ("id", "ood"):
+                weak, student, ceiling = (
+                    np.array([not any(bits) for bits in scores[name][split]])
+                    for name in ("single_expert", arm, "ceiling")
+                )
+                gap = performance_gap_recovered(weak, student, ceiling, seed=self.config.seed)
+                records.append({
+                    "kind": "pgr", "arm": arm, "split": split, "seed": self.config.seed, **dataclasses.asdict(gap),
+                })  # fmt: skip
+        return records
+
+    def _cost(self, arm: str) -> dict[str, Any]:
+        cost = read_json(self._model_folder(arm) / "cost.json")
+        return {"kind": "cost", "arm": arm, **{f"train_{name}": value for name, value in cost.items()}}
+
+    # The folder
+
+    def _claim_folder(self, overwrite: bool) -> None:
+        file = self.folder / "config.json"
+        mine = self.config.results_key()
+        if file.exists():
+            theirs = read_json(file)
+            differing = sorted(_differing(mine, {key: theirs.get(key) for key in mine}))
+            if differing and not overwrite:
+                raise ValueError(
+                    f"{self.folder} holds a run of another configuration; differing: {', '.join(differing)}. Set another "
+                    "name or output_dir, or pass --overwrite to delete that run"
+                )
+            if differing:
+                shutil.rmtree(self.folder)
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise ValueError(
+                f"{self.folder} is not empty and holds no run of ours (no config.json): set another name or output_dir"
+            )
+        write_json(file, {"name": self.config.name, "output_dir": self.config.output_dir, **mine})
+
+    def _require_earlier(self, phase: str) -> None:
+        for earlier in PHASES[: PHASES.index(phase)]:
+            if not self._records_file(earlier).exists():
+                raise FileNotFoundError(
+                    f"{phase} needs what {earlier} leaves in {self.folder}, which is not there: run {earlier} first"
+                )
+
+    def _collect_results(self) -> None:
+        rows = [row for phase in PHASES for row in read_complete_lines(self._records_file(phase))]
+        write_json_lines(self.folder / RESULTS_FILE, rows)
+
+    def _records_file(self, phase: str) -> Path:
+        return self.folder / "records" / f"{phase}.jsonl"
+
+    def _data_file(self, split: str) -> Path:
+        return self.folder / "data" / f"{split}.jsonl"
+
+    def _model_folder(self, arm: str) -> Path:
+        return self.folder / ("single_expert" if arm == "single_expert" else f"students/{arm}")
+
+    def _questions(self, split: str) -> Dataset:
+        return Dataset.from_list(
+            [json.loads(line) for line in self._data_file(split).read_text("utf-8").splitlines()]
+        )
+
+    def _examples(self, split: str, tokenizer: Any) -> Dataset:
+        return tokenize_questions(self._questions(split), tokenizer, self.config.data.format, split)
+
+    def _weak_tokenizer(self) -> Any:
+        return load_tokenizer(self.config.weak.source)
+
+
+def round_line(record: Mapping[str, Any], num_rounds: int) -> str:
+    """Return one line on a boosting round, for a reader."""
+    share = record["effective_sample_size"] / record["num_units"]
+    prior = "" if record["prior_error"] is None else f" (before training {record['prior_error']:.3f})"
+    line = (
+        f"round {record['round']}/{num_rounds}: ε {record['error']:.3f}{prior}, α {record['expert_weight']:.2f}, "
+        f"effective sample size {record['effective_sample_size']:.0f} of {record['num_units']} ({share:.0%})"
+    )
+    if record["validation"]:
+        values = record["validation"]
+        line += f"; validation: expert {values['expert']:.1%}, ensemble {values['ensemble']:.1%}"
+    if not record["accepted"]:
+        line += f"; not added (attempt {record['attempt']}): no better than before training"
+    return line
+
+
+def environment() -> dict[str, Any]:
+    """Return what ran: versions, machine, threads, and the backend behind each op."""
+    packages = ("ensemw2s", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "kind": "environment",
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "backends": {op: ops.backend_for(op, device) for op in ("mixture_log_probs", "mixture_sample")},
+        "build": ops.build_info(),
+    }
+
+
+def _wrong_per_answer(scores: AnswerScores) -> list[list[int]]:
+    pieces = np.split(scores.token_wrong.astype(int), np.cumsum(scores.lengths)[:-1])
+    return [piece.tolist() for piece in pieces]
+
+
+def _table_order(scores: Mapping[str, Any]) -> list[str]:
+    experts = sorted(
+        (arm for arm in scores if arm.startswith("expert_")), key=lambda arm: int(arm.split("_")[1])
+    )
+    first = ["zero_shot_weak", "zero_shot_strong", "single_expert", *experts, "uniform_average", "ensemble"]
+    return first + list(STUDENTS)
+
+
+def _differing(mine: Any, theirs: Any, prefix: str = "") -> list[str]:
+    """Return the dotted keys in which two nested mappings differ."""
+    if not (isinstance(mine, Mapping) and isinstance(theirs, Mapping)):
+        return [] if mine == theirs else [prefix.rstrip(".")]
+    return [
+        found
+        for key in mine.keys() | theirs.keys()
+        for found in _differing(mine.get(key), theirs.get(key), f"{prefix}{key}.")
+    ]
