@@ -1,0 +1,109 @@
+"""Files that are whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ensemw2s.files import (
+    DiskFullError,
+    is_disk_full,
+    new_file,
+    new_folder,
+    read_array,
+    read_complete_lines,
+    read_json,
+    write_array,
+    write_json,
+    write_json_lines,
+)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(RuntimeError, match="half way"), new_file(path) as aside:
+        aside.write_text("half")
+        raise RuntimeError("half way")
+    assert read_json(path) == {"a": 1}
+    assert os.listdir(tmp_path) == ["value.json"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    with new_folder(path) as aside:
+        (aside / "old").write_text("1")
+    with new_folder(path) as aside:
+        (aside / "new").write_text("2")
+        assert (path / "old").exists()
+    assert [file.name for file in path.iterdir()] == ["new"]
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_folder_that_fails_half_way_keeps_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    with new_folder(path) as aside:
+        (aside / "old").write_text("1")
+    with pytest.raises(KeyboardInterrupt), new_folder(path) as aside:
+        (aside / "new").write_text("2")
+        raise KeyboardInterrupt
+    assert [file.name for file in path.iterdir()] == ["old"]
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_full_disk_is_named_and_harms_nothing(tmp_path: Path) -> None:
+    # /dev/full refuses every byte with ENOSPC, as a full disk does.
+    path = tmp_path / "weights.npy"
+    write_array(path, np.arange(3))
+    with pytest.raises(DiskFullError, match="no space left on the disk that holds .*weights.npy"), new_file(path):
+        with open("/dev/full", "wb") as full:
+            full.write(b"x" * 10_000)
+            full.flush()
+    np.testing.assert_array_equal(read_array(path), np.arange(3))
+    assert os.listdir(tmp_path) == ["weights.npy"]
+
+
+def test_numpy_and_safetensors_report_a_full_disk_in_words() -> None:
+    assert is_disk_full(OSError("1000 requested and 24 written"))
+    assert is_disk_full(RuntimeError("I/O error: No space left on device (os error 28)"))
+    wrapped = RuntimeError("saving failed")
+    wrapped.__cause__ = OSError(errno.ENOSPC, "full")
+    assert is_disk_full(wrapped)
+    assert not is_disk_full(OSError(errno.EACCES, "denied"))
+
+
+def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_json_lines(path, [{"i": 0}, {"i": 1}])
+    with open(path, "a") as file:
+        file.write('{"i": 2, "answ')
+    assert read_complete_lines(path) == [{"i": 0}, {"i": 1}]
+    with open(path, "a") as file:
+        file.write(json.dumps({"i": 3}) + "\n")
+    assert [row["i"] for row in read_complete_lines(path)] == [0, 1, 3]
+
+
+def test_floats_keep_every_bit_and_nan_is_refused(tmp_path: Path) -> None:
+    value = float(np.nextafter(0.1, 1))
+    write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json") == value
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "x.json", float("nan"))
+    assert read_json(tmp_path / "x.json") == value
+
+
+def test_broken_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match=r"broken\.json is not valid JSON"):
+        read_json(tmp_path / "broken.json")
+
+
+def test_no_pickle_is_read(tmp_path: Path) -> None:
+    np.save(tmp_path / "bad.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        read_array(tmp_path / "bad.npy")
