@@ -1,0 +1,20 @@
+// Everything that a kernel may include, so that targets.inc can compile kernels only.
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "instruction_set.h"
+#include "parallel.h"
+#include "philox.h"
+#include "selection.h"
+#include "types.h"
