@@ -1,0 +1,424 @@
+"""Questions and answers: loading, checking, splitting, and turning them into tokens with the answer marked.
+
+A dataset is a `datasets.Dataset` with string columns `prompt` and `answer`, and optionally `choices`, `difficulty` and
+`id`. Anything else is mapped to that at the door, by `load_questions`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+from datasets import Dataset, DatasetDict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_KINDS = ("file", "hub", "reasoning_gym", "characters")
+_OPTIONS = ("columns", "prompt_regex")
+# A generator is asked for this many batches of questions before its distinct prompts count as exhausted.
+_MAX_TRIES = 8
+
+
+@dataclass(frozen=True)
+class QuestionFormat:
+    """How a question becomes tokens; the same object serves training, labelling and measuring.
+
+    Attributes:
+        prompt_template: text in which `{prompt}` is replaced by the question.
+        answer_prefix: what stands between prompt and answer, counted as part of the answer (most tokenizers attach a
+            space to the word behind it).
+        use_chat_template: pass the filled template through the tokenizer's chat template as the user's message.
+        max_length: tokens that prompt and answer may have together; None leaves it to the model.
+    """
+
+    prompt_template: str = "{prompt}\nAnswer:"
+    answer_prefix: str = " "
+    use_chat_template: bool = False
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if "{prompt}" not in self.prompt_template:
+            raise ValueError(f"prompt_template must contain {{prompt}}, got {self.prompt_template!r}")
+
+    def prompt_ids(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Return the token ids of a prompt."""
+        text = self.prompt_template.replace("{prompt}", prompt)
+        if not self.use_chat_template:
+            return list(tokenizer(text)["input_ids"])
+        chat = [{"role": "user", "content": text}]
+        rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    def answer_ids(self, answer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Return the token ids of an answer, without the end token."""
+        return list(tokenizer(self.answer_prefix + answer, add_special_tokens=False)["input_ids"])
+
+
+# Loading
+
+
+def load_questions(source: Mapping[str, Any] | str) -> Dataset:
+    """Load questions from a file, the hub, or a generator.
+
+    Args:
+        source: a path, or a mapping with exactly one of
+
+            - `file`: a local `.jsonl`, `.json`, `.csv` or `.parquet` file;
+            - `hub`: a dataset's id on the hub, with `name` and `split` where needed;
+            - `reasoning_gym`: a task of that package, with `size`, `seed` and the task's own settings;
+            - `characters`: a task of `ensemw2s.scratch`, with `size`, `seed`, `min_length`, `max_length`;
+
+            and optionally `columns` (what our columns are called there, e.g. `{"prompt": "question"}`) and
+            `prompt_regex` (its first group, found in each prompt, replaces the prompt).
+
+    Returns:
+        Columns `id` (made from the content where there is none), `prompt`, `answer` and whatever else came along;
+        later rows that repeat a prompt are left out.
+
+    Raises:
+        ValueError: an unknown kind of source, task or setting, a missing column, an empty result, fewer distinct
+            questions than `size`, or a regex that does not match.
+        FileNotFoundError: the file does not exist.
+    """
+    source = {"file": source} if isinstance(source, str) else dict(source)
+    kinds = [kind for kind in _KINDS if kind in source]
+    if len(kinds) != 1:
+        raise ValueError(f"a source of questions needs exactly one of {', '.join(_KINDS)}; got {', '.join(source) or 'none'}")
+    kind = kinds[0]
+    options = {name: source.pop(name, None) for name in _OPTIONS}
+    if kind in ("reasoning_gym", "characters"):
+        return check_questions(_generated(kind, source, options["prompt_regex"]), f"{kind} {source[kind]}")
+    loaded = _from_file(source) if kind == "file" else _from_hub(source)
+    name = str(source[kind])
+    for ours, theirs in (options["columns"] or {}).items():
+        if theirs not in loaded.column_names:
+            raise ValueError(f"{name} has no column {theirs!r} (for {ours}); its columns are {', '.join(loaded.column_names)}")
+        loaded = loaded.rename_column(theirs, ours)
+    rows = [_cut_prompt(row, options["prompt_regex"]) for row in check_questions(loaded, name)]
+    return check_questions(Dataset.from_list(_distinct(rows)), name)
+
+
+def _from_file(source: Mapping[str, Any]) -> Dataset:
+    path = Path(source["file"])
+    _no_more_settings(source, ("file",))
+    if path.suffix not in _BUILDERS:
+        raise ValueError(f"{path}: expected a file that ends in {', '.join(_BUILDERS)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: name a local file of questions")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty: expected questions with columns prompt and answer")
+    return datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
+
+
+def _from_hub(source: Mapping[str, Any]) -> Dataset:
+    _no_more_settings(source, ("hub", "name", "split"))
+    return datasets.load_dataset(source["hub"], source.get("name"), split=source.get("split", "train"))
+
+
+def _generated(kind: str, source: Mapping[str, Any], regex: str | None) -> Dataset:
+    settings = dict(source)
+    task, size, seed = settings.pop(kind), settings.pop("size", None), settings.pop("seed", 0)
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{kind} {task}: size must be a whole number of questions, at least 1; got {size}")
+    make = _reasoning_gym_rows if kind == "reasoning_gym" else _character_rows
+    rows: list[dict[str, Any]] = []
+    for attempt in range(_MAX_TRIES):
+        # A generator repeats itself; ask for more under fresh seeds until there are `size` distinct prompts.
+        fresh = make(task, size, seed + attempt * 1_000_003, settings)
+        rows = _distinct(rows + [_cut_prompt(row, regex) for row in fresh])
+        if len(rows) >= size:
+            return Dataset.from_list(rows[:size])
+    raise ValueError(
+        f"{kind} {task} gives only {len(rows)} distinct questions with these settings, {size} are wanted: "
+        "ask for fewer or widen the task's settings"
+    )
+
+
+def _reasoning_gym_rows(task: str, size: int, seed: int, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise ImportError("questions from reasoning_gym need that package: pip install reasoning-gym") from error
+    if task not in DATASETS:
+        near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.4)
+        raise ValueError(f"reasoning_gym has no task {task!r}; the nearest are {', '.join(near) or 'none'}")
+    try:
+        made = reasoning_gym.create_dataset(task, size=size, seed=seed, **settings)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"reasoning_gym {task} refuses the settings {dict(settings)}: {error}") from error
+    return [{"prompt": row["question"], "answer": str(row["answer"])} for row in made]
+
+
+def _character_rows(task: str, size: int, seed: int, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    from ensemw2s.scratch import character_questions
+
+    return character_questions(task, size=size, seed=seed, **settings)
+
+
+def _no_more_settings(source: Mapping[str, Any], known: Sequence[str]) -> None:
+    unknown = [key for key in source if key not in known]
+    if unknown:
+        raise ValueError(f"unknown setting {unknown[0]} of a {known[0]} source: it takes {', '.join((*known, *_OPTIONS))}")
+
+
+def _cut_prompt(row: dict[str, Any], regex: str | None) -> dict[str, Any]:
+    if regex is None:
+        return row
+    found = re.search(regex, row["prompt"].strip())
+    if found is None or not found.groups():
+        raise ValueError(f"prompt_regex {regex!r} finds no group in the prompt {row['prompt']!r}")
+    return row | {"prompt": found.group(1)}
+
+
+def _distinct(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    first: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        first.setdefault(question_key(row["prompt"]), row)
+    return list(first.values())
+
+
+# Checking and splitting
+
+
+def question_key(prompt: str) -> str:
+    """Return what makes two prompts the same question: their words, whatever the case and spacing."""
+    return " ".join(prompt.split()).casefold()
+
+
+def check_questions(dataset: Dataset, name: str) -> Dataset:
+    """Return `dataset` with a column `id`, after checking that it holds questions.
+
+    Raises:
+        ValueError: no rows, a missing column, a prompt or answer that is no text or empty, or an `id` used twice.
+    """
+    for column in ("prompt", "answer"):
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"{name} has no column {column!r}; its columns are {', '.join(dataset.column_names) or 'none'}. "
+                "Rename yours, or map them with `columns`"
+            )
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty: expected at least one question")
+    for index, row in enumerate(dataset.select_columns(["prompt", "answer"])):
+        for column, value in row.items():
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"{name}, row {index}: {column} is {value!r}, expected text that is not empty")
+    if "id" not in dataset.column_names:
+        ids = [_content_id(row["prompt"], row["answer"]) for row in dataset]
+        return dataset.add_column("id", ids) if len(set(ids)) == len(ids) else dataset.add_column("id", _numbered(ids))
+    ids = [str(value) for value in dataset["id"]]
+    if len(set(ids)) < len(ids):
+        twice = next(value for value in ids if ids.count(value) > 1)
+        raise ValueError(f"{name} has the id {twice!r} more than once: ids must be unique")
+    return dataset if isinstance(dataset[0]["id"], str) else dataset.remove_columns("id").add_column("id", ids)
+
+
+def _content_id(*parts: str) -> str:
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+
+
+def _numbered(ids: Sequence[str]) -> list[str]:
+    seen: dict[str, int] = {}
+    numbered = []
+    for value in ids:
+        seen[value] = seen.get(value, 0) + 1
+        numbered.append(value if seen[value] == 1 else f"{value}-{seen[value]}")
+    return numbered
+
+
+def check_disjoint(splits: Mapping[str, Dataset]) -> None:
+    """Raise ValueError, naming question and splits, if a question stands in two splits."""
+    home: dict[str, str] = {}
+    for name, dataset in splits.items():
+        for prompt in dataset["prompt"]:
+            other = home.setdefault(question_key(prompt), name)
+            if other != name:
+                raise ValueError(
+                    f"the question {prompt!r} is in both {other} and {name}: remove it from one (exclude_questions does), "
+                    "or what is measured is memory"
+                )
+
+
+def exclude_questions(dataset: Dataset, others: Sequence[Dataset]) -> Dataset:
+    """Return the rows of `dataset` whose question is in none of `others`."""
+    taken = {question_key(prompt) for other in others for prompt in other["prompt"]}
+    return dataset.select([i for i, prompt in enumerate(dataset["prompt"]) if question_key(prompt) not in taken])
+
+
+def split_questions(dataset: Dataset, sizes: Mapping[str, int], seed: int = 0) -> DatasetDict:
+    """Cut a dataset into named splits, deterministically and whatever order its rows come in.
+
+    Questions are ranked by a hash of seed and prompt; repeated prompts are used once.
+
+    Args:
+        dataset: columns `prompt` and `answer`.
+        sizes: split name -> number of questions, at least 1 each.
+        seed: another seed gives other splits.
+
+    Raises:
+        ValueError: a size below 1, or fewer distinct questions than the sizes ask for.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"split {name} must have at least 1 question, got {size}")
+    first: dict[str, int] = {}
+    for index, prompt in enumerate(dataset["prompt"]):
+        first.setdefault(_content_id(str(seed), question_key(prompt)), index)
+    wanted = sum(sizes.values())
+    if len(first) < wanted:
+        raise ValueError(
+            f"the splits {dict(sizes)} need {wanted} distinct questions, the dataset has {len(first)}: "
+            "make the splits smaller or load more questions"
+        )
+    order = [first[key] for key in sorted(first)]
+    splits, start = DatasetDict(), 0
+    for name, size in sizes.items():
+        splits[name] = dataset.select(order[start : start + size])
+        start += size
+    return splits
+
+
+# Tokens
+
+
+def tokenize_questions(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, question_format: QuestionFormat, name: str = "dataset"
+) -> Dataset:
+    """Turn questions with answers into token ids, the boundary between prompt and answer being a position.
+
+    Prompt and answer are tokenised apart and followed by the end token, which is one of the answer's tokens [choice].
+
+    Returns:
+        `id`, `input_ids` (list of int: prompt, answer, end token) and `prompt_length` (int: where the answer starts).
+
+    Raises:
+        ValueError: a tokenizer without an end token, an answer of no tokens, a prompt of no tokens, or more tokens
+            than `question_format.max_length` (or the tokenizer's own limit); names the row.
+    """
+    end = _end_token(tokenizer)
+    limit = _length_limit(tokenizer, question_format)
+    rows = []
+    for row in check_questions(dataset, name):
+        prompt = question_format.prompt_ids(row["prompt"], tokenizer)
+        answer = question_format.answer_ids(row["answer"], tokenizer)
+        if not answer:
+            raise ValueError(f"{name}, id {row['id']}: the answer {row['answer']!r} has no tokens in this tokenizer")
+        _check_prompt(prompt, row["id"], name)
+        length = len(prompt) + len(answer) + 1
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"{name}, id {row['id']}: prompt and answer have {length} tokens ({len(answer) + 1} of them the answer), "
+                f"more than the {limit} allowed: leave the row out or raise max_length (up to the model's context)"
+            )
+        rows.append({"id": row["id"], "input_ids": [*prompt, *answer, end], "prompt_length": len(prompt)})
+    return Dataset.from_list(rows)
+
+
+def tokenize_prompts(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, question_format: QuestionFormat, name: str = "dataset"
+) -> Dataset:
+    """Turn questions into the token ids of their prompts: columns `id` and `input_ids`."""
+    _end_token(tokenizer)
+    if "id" not in dataset.column_names or "prompt" not in dataset.column_names:
+        raise ValueError(f"{name} needs columns id and prompt; it has {', '.join(dataset.column_names) or 'none'}")
+    rows = []
+    for row in dataset.select_columns(["id", "prompt"]):
+        prompt = question_format.prompt_ids(row["prompt"], tokenizer)
+        _check_prompt(prompt, row["id"], name)
+        rows.append({"id": row["id"], "input_ids": prompt})
+    return Dataset.from_list(rows)
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token (eos_token_id is None): set one, answers end with it")
+    return int(tokenizer.eos_token_id)
+
+
+def _length_limit(tokenizer: PreTrainedTokenizerBase, question_format: QuestionFormat) -> int | None:
+    # Tokenizers without a limit carry an absurdly large one.
+    own = tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else None
+    limits = [limit for limit in (question_format.max_length, own) if limit is not None]
+    return min(limits) if limits else None
+
+
+def _check_prompt(prompt: Sequence[int], row_id: str, name: str) -> None:
+    if not prompt:
+        raise ValueError(f"{name}, id {row_id}: the prompt has no tokens, so nothing precedes the answer")
+
+
+class AnswerCollator:
+    """Pad tokenised questions on the right and mark their answers by position (never by token id).
+
+    Args:
+        pad_token_id: any token; it may equal the end token.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return a batch of B rows of length L.
+
+        Args:
+            features: each with `input_ids`, `prompt_length` and optionally `token_weights`, one float per answer token.
+
+        Returns:
+            `input_ids`, `attention_mask` (int64 [B, L]), `labels` (int64 [B, L], aligned with `input_ids` as
+            transformers wants them; -100 on prompt, padding and tokens of weight 0) and `token_weights` (float32 [B, L],
+            aligned with `labels`; 1 on answer tokens where none are given).
+        """
+        shape = len(features), max(len(feature["input_ids"]) for feature in features)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.int64),
+            "attention_mask": torch.zeros(shape, dtype=torch.int64),
+            "labels": torch.full(shape, IGNORED, dtype=torch.int64),
+            "token_weights": torch.zeros(shape, dtype=torch.float32),
+        }
+        for row, feature in enumerate(features):
+            ids = torch.tensor(feature["input_ids"], dtype=torch.int64)
+            start, end = int(feature["prompt_length"]), len(ids)
+            weights = torch.ones(end - start)
+            if feature.get("token_weights") is not None:
+                weights = torch.as_tensor(feature["token_weights"], dtype=torch.float32)
+            if len(weights) != end - start:
+                raise ValueError(f"token_weights has {len(weights)} values for an answer of {end - start} tokens")
+            batch["input_ids"][row, :end] = ids
+            batch["attention_mask"][row, :end] = 1
+            batch["token_weights"][row, start:end] = weights
+            batch["labels"][row, start:end] = torch.where(weights != 0, ids[start:], IGNORED)
+        return batch
+
+
+class PromptCollator:
+    """Pad prompts on the left, so that decoding can go on at the right edge.
+
+    Args:
+        pad_token_id: any token.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return `input_ids` and `attention_mask`, int64 [B, L]."""
+        shape = len(features), max(len(feature["input_ids"]) for feature in features)
+        ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
+        mask = torch.zeros(shape, dtype=torch.int64)
+        for row, feature in enumerate(features):
+            length = len(feature["input_ids"])
+            ids[row, shape[1] - length :] = torch.tensor(feature["input_ids"], dtype=torch.int64)
+            mask[row, shape[1] - length :] = 1
+        return {"input_ids": ids, "attention_mask": mask}
