@@ -1,0 +1,281 @@
+"""Statistics on measured answers: accuracies, paired differences, performance gap recovered. No model in sight.
+
+Measurements are arrays of right (1) and wrong (0), one entry per test question, of shape `[n]`, or
+`[seeds, n]` when the same questions were answered by runs with several seeds. Arms that are compared answered
+the same questions in the same order, which is what makes their differences far less noisy than either accuracy.
+"""
+
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+RESAMPLES_PER_CHUNK = 1000
+
+
+class Estimate(NamedTuple):
+    """A measured value and its standard error, in the same unit."""
+
+    value: float
+    standard_error: float
+
+
+class Interval(NamedTuple):
+    """A measured value and the ends of its confidence interval, in the same unit."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class PerformanceGapRecovered:
+    """The share of the gap between the weak baseline and the ceiling that a student closes.
+
+    Attributes:
+        value: `(student - weak) / (ceiling - weak)`, 1 for a student as good as the ceiling; None if undefined.
+        low: lower end of its confidence interval; None if undefined.
+        high: upper end of its confidence interval; None if undefined.
+        defined: whether the gap's interval lies above 0. Otherwise the ratio divides by noise.
+        gap: `ceiling - weak`, a difference of accuracies.
+        gap_low: lower end of the gap's confidence interval.
+        gap_high: upper end of the gap's confidence interval.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    defined: bool
+    gap: float
+    gap_low: float
+    gap_high: float
+
+
+def accuracy(correct: ArrayLike) -> Estimate:
+    """Return the share of right answers and its standard error over questions, `sqrt(p (1 - p) / (n - 1))`.
+
+    The standard error is 0 when all answers are right or all are wrong; `wilson_interval` tells what that leaves
+    open.
+
+    Args:
+        correct: 0/1 or bool `[n]`, n at least 2.
+
+    Raises:
+        ValueError: another shape, fewer than two questions, or values other than 0 and 1.
+    """
+    outcomes = _outcomes("correct", correct)
+    if outcomes.shape[0] != 1 or outcomes.shape[1] < 2:
+        raise ValueError(f"correct must have shape [n] with n >= 2 questions, got {np.shape(correct)}")
+    return Estimate(float(outcomes.mean()), float(outcomes[0].std(ddof=1) / math.sqrt(outcomes.shape[1])))
+
+
+def token_error(wrong: Sequence[ArrayLike]) -> Estimate:
+    """Return the share of wrong answer tokens, with a standard error that counts questions and not tokens.
+
+    The tokens of one answer stand and fall together, so they are no independent samples; this is the usual
+    linearised standard error of a ratio of two sums over questions.
+
+    Args:
+        wrong: for each question 0/1 or bool `[answer tokens]`, 1 where the teacher-forced argmax was wrong.
+
+    Raises:
+        ValueError: fewer than two questions, a question without tokens, or values other than 0 and 1.
+    """
+    if len(wrong) < 2:
+        raise ValueError(f"wrong must hold at least 2 questions, got {len(wrong)}")
+    answers = [_outcomes(f"wrong[{i}]", bits).ravel() for i, bits in enumerate(wrong)]
+    errors = np.array([bits.sum() for bits in answers])
+    lengths = np.array([bits.size for bits in answers])
+    rate = errors.sum() / lengths.sum()
+    residuals = errors - rate * lengths
+    variance = len(wrong) / (len(wrong) - 1) * np.dot(residuals, residuals) / lengths.sum() ** 2
+    return Estimate(float(rate), math.sqrt(variance))
+
+
+def wilson_interval(share: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return Wilson's score interval of an accuracy; unlike `share ± 2 standard errors` it holds near 0 and 1.
+
+    Args:
+        share: measured accuracy in [0, 1].
+        n: number of questions, at least 1.
+        confidence: in (0, 1).
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+    from scipy.special import ndtri
+
+    if not 0.0 <= share <= 1.0 or n < 1:
+        raise ValueError(f"share must be in [0, 1] and n at least 1, got {share} and {n}")
+    _check_confidence(confidence)
+    z2 = float(ndtri(0.5 + confidence / 2)) ** 2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_difference(
+    first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Return `accuracy(first) - accuracy(second)` with its percentile bootstrap interval.
+
+    Questions are resampled, the same ones for both arms. With several seeds these are resampled too, independently
+    of the questions (the two-way bootstrap of Owen, "The pigeonhole bootstrap", 2007); S seeds understate the
+    spread between seeds by about `sqrt((S - 1) / S)`.
+
+    Args:
+        first: 0/1 or bool, `[n]` or `[seeds, n]`.
+        second: as `first`, for the same questions in the same order.
+        confidence: in (0, 1).
+        resamples: number of bootstrap samples, at least 100.
+        seed: of the bootstrap; same seed, same interval.
+
+    Raises:
+        ValueError: different shapes, values other than 0 and 1, or an argument outside its range.
+    """
+    outcomes = _stack({"first": first, "second": second})
+    means = _bootstrap_means(outcomes, resamples, seed)
+    low, high = _percentiles(means[:, 0] - means[:, 1], confidence)
+    value = outcomes[0].mean() - outcomes[1].mean()
+    return Interval(float(value), low, high)
+
+
+def performance_gap_recovered(
+    weak: ArrayLike,
+    student: ArrayLike,
+    ceiling: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> PerformanceGapRecovered:
+    """Return `PGR = (student - weak) / (ceiling - weak)` (Burns et al., 2023) with its bootstrap interval.
+
+    Undefined unless the lower end of the gap's interval is above 0. The bootstrap is that of `paired_difference`,
+    all three arms on the same resampled questions. The few resamples whose gap is not positive count as an
+    unbounded ratio on the side of the student's gain.
+
+    Args:
+        weak: the weak baseline's answers, 0/1 or bool, `[n]` or `[seeds, n]`.
+        student: the student's, on the same questions.
+        ceiling: those of the student that was taught by the truth.
+        confidence: in (0, 1).
+        resamples: number of bootstrap samples, at least 100.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: different shapes, values other than 0 and 1, or an argument outside its range.
+    """
+    outcomes = _stack({"weak": weak, "student": student, "ceiling": ceiling})
+    means = _bootstrap_means(outcomes, resamples, seed)
+    gains, gaps = means[:, 1] - means[:, 0], means[:, 2] - means[:, 0]
+    gap_low, gap_high = _percentiles(gaps, confidence)
+    gain, gap = outcomes[1].mean() - outcomes[0].mean(), outcomes[2].mean() - outcomes[0].mean()
+    if gap_low <= 0.0:
+        return PerformanceGapRecovered(None, None, None, False, float(gap), gap_low, gap_high)
+    unbounded = np.where(gains < 0, -np.inf, np.inf)
+    ratios = np.divide(gains, gaps, out=unbounded, where=gaps > 0)
+    low, high = _percentiles(ratios, confidence)
+    return PerformanceGapRecovered(float(gain / gap), low, high, True, float(gap), gap_low, gap_high)
+
+
+def normalise_answer(text: str) -> str:
+    """Return the form in which answers are compared.
+
+    Unicode compatibility forms are unified (NFKC), case is folded, white space becomes single spaces, and closing
+    full stops are dropped.
+    """
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(". ")
+
+
+def exact_match(answers: Sequence[str], references: Sequence[str]) -> NDArray[np.bool_]:
+    """Compare answers with the true ones after `normalise_answer`: bool `[n]`.
+
+    Raises:
+        ValueError: different numbers of answers and references.
+    """
+    if len(answers) != len(references):
+        raise ValueError(f"there are {len(answers)} answers but {len(references)} references")
+    return np.array(
+        [normalise_answer(a) == normalise_answer(r) for a, r in zip(answers, references, strict=True)],
+        dtype=np.bool_,
+    )
+
+
+def majority_vote(answers: Sequence[Sequence[str]]) -> list[str]:
+    """Return for each question the answer that most experts gave; among equals, the earliest expert's.
+
+    Args:
+        answers: T lists of n answers. Answers equal after `normalise_answer` count as one, and the wording of the
+            first expert who gave it is returned.
+
+    Raises:
+        ValueError: no expert, or experts with different numbers of answers.
+    """
+    if not answers or len({len(given) for given in answers}) != 1:
+        raise ValueError(
+            f"answers must be one list per expert, all of one length; got lengths {[len(a) for a in answers]}"
+        )
+    return [_most_common(given) for given in zip(*answers, strict=True)]
+
+
+def _most_common(given: Sequence[str]) -> str:
+    votes: dict[str, list[str]] = {}
+    for text in given:
+        votes.setdefault(normalise_answer(text), []).append(text)
+    # max keeps the first of equals, and a dict the order in which answers came up.
+    return max(votes.values(), key=len)[0]
+
+
+def _bootstrap_means(outcomes: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
+    """Return float64 [resamples, arms]: accuracies of `outcomes` [arms, seeds, n], questions and seeds resampled."""
+    if resamples < 100:
+        raise ValueError(f"resamples must be at least 100, got {resamples}")
+    arms, seeds, n = outcomes.shape
+    generator = np.random.default_rng(seed)
+    # Questions with the same outcomes in every arm are interchangeable, so that resampling questions is a multinomial
+    # draw over the few distinct patterns.
+    patterns, repeats = np.unique(outcomes.reshape(arms * seeds, n), axis=1, return_counts=True)
+    means = np.empty((resamples, arms))
+    for start in range(0, resamples, RESAMPLES_PER_CHUNK):
+        chunk = min(RESAMPLES_PER_CHUNK, resamples - start)
+        question_shares = generator.multinomial(n, repeats / n, size=chunk) / n
+        seed_shares = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=chunk) / seeds
+        by_seed = (question_shares @ patterns.T).reshape(chunk, arms, seeds)
+        means[start : start + chunk] = np.einsum("ras,rs->ra", by_seed, seed_shares)
+    return means
+
+
+def _percentiles(samples: NDArray[np.float64], confidence: float) -> tuple[float, float]:
+    _check_confidence(confidence)
+    tail = (1 - confidence) / 2
+    # "nearest" takes order statistics that mirror each other, and never interpolates with an infinite one.
+    low, high = np.quantile(samples, [tail, 1 - tail], method="nearest")
+    return float(low), float(high)
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}")
+
+
+def _outcomes(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    """Return `values` as float64 [seeds, n] after checking that they are 0 and 1 only."""
+    array = np.asarray(values)
+    if array.ndim not in (1, 2) or array.size == 0:
+        raise ValueError(f"{name} must have shape [n] or [seeds, n] and not be empty, got {array.shape}")
+    if not np.isin(array, (0, 1)).all():
+        raise ValueError(f"{name} must hold 0 (wrong) and 1 (right) only")
+    return np.atleast_2d(array).astype(np.float64)
+
+
+def _stack(arms: dict[str, ArrayLike]) -> NDArray[np.float64]:
+    outcomes = {name: _outcomes(name, values) for name, values in arms.items()}
+    if len({array.shape for array in outcomes.values()}) != 1:
+        shapes = ", ".join(f"{name} {np.shape(values)}" for name, values in arms.items())
+        raise ValueError(f"arms must have answered the same questions with the same seeds, got shapes {shapes}")
+    return np.stack(list(outcomes.values()))
