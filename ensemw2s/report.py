@@ -1,0 +1,833 @@
+"""Tables for the terminal and one self-contained HTML page, from the records that runs leave in `results.jsonl`.
+
+The page needs nothing but itself: figures are inline SVG whose colours follow the reader's light or dark mode, and
+it prints in light colours. The same records always give the same bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import yaml
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from ensemw2s.evaluate import Interval, paired_difference, wilson_interval
+from ensemw2s.files import new_file, read_json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+RESULTS_FILE = "results.jsonl"
+CONFIG_FILE = "config.json"
+TEST_SPLITS = {"id": "ID", "ood": "OOD"}
+# What a record of each kind must hold to be shown; other kinds and other keys pass unread.
+REQUIRED_FIELDS: dict[str, tuple[str, ...]] = {
+    "round": ("round", "error", "prior_error", "expert_weight", "accepted", "effective_sample_size", "num_units",
+              "validation", "weight_quantiles", "seconds"),
+    "arm": ("arm", "split", "metric", "value", "standard_error", "n"),
+    "answers": ("arm", "split", "correct", "ids"),
+    "pgr": ("arm", "split", "value", "low", "high", "defined"),
+    "cost": ("arm",),
+    "phase": ("phase", "seconds"),
+    "identity": ("round", "identity_gap", "sum_gap"),
+    "labels": ("teacher", "accuracy", "n"),
+    "questions": ("split", "n"),
+}  # fmt: skip
+ARM_NAMES = {
+    "zero_shot_weak": "Weak model, not fine-tuned",
+    "zero_shot_strong": "Strong model, not fine-tuned",
+    "single_expert": "Single weak expert (baseline)",
+    "uniform_average": "Uniform average of the experts",
+    "ensemble": "Ensemble (boosting weights)",
+    "student_single": "Student of the single expert",
+    "student_ensemble": "Student of the ensemble",
+    "ceiling": "Ceiling (student of the truth)",
+}
+ARMS_BEFORE_EXPERTS = ("zero_shot_weak", "zero_shot_strong", "single_expert")
+COMPARISONS = (
+    ("ensemble", "single_expert"),
+    ("ensemble", "uniform_average"),
+    ("student_ensemble", "student_single"),
+    ("student_ensemble", "ensemble"),
+)
+# The two invariants that a run checks on its own files: expert's error after the update, and the sum of weights.
+IDENTITY_TOLERANCE, SUM_TOLERANCE = 1e-12, 1e-9
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a report shows of one run: its name, its records and its configuration (None if it has none)."""
+
+    name: str
+    records: Sequence[Mapping[str, Any]]
+    config: Mapping[str, Any] | None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Records
+
+
+def read_records(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read the records of a run from `results.jsonl` in its folder.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is no JSON object, lacks a field or holds NaN, or a figure is there twice; names file and
+            line.
+    """
+    file = Path(folder) / RESULTS_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: give the folder of a run (`ensemw2s run` makes one)")
+    records: list[dict[str, Any]] = []
+    seen: dict[tuple[Any, ...], int] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = _parse_record(line)
+            first = seen.setdefault(_identity(record, number), number)
+            if first != number:
+                raise ValueError(f"gives the same figure as line {first}; a folder holds one run")
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {error}") from error
+        records.append(record)
+    if not any(record["kind"] in ("arm", "round") for record in records):
+        raise ValueError(f"{file} holds neither rounds nor measured arms: run boost or evaluate first")
+    return records
+
+
+def _parse_record(line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error})") from error
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        raise ValueError('expected a JSON object with a text field "kind"')
+    missing = [name for name in REQUIRED_FIELDS.get(record["kind"], ()) if name not in record]
+    if missing:
+        raise ValueError(f"a record of kind {record['kind']!r} lacks {', '.join(missing)}")
+    if record["kind"] == "answers" and len(record["correct"]) != len(record["ids"]):
+        raise ValueError(f"{len(record['correct'])} outcomes but {len(record['ids'])} question ids")
+    return record
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number that a record may hold")
+
+
+def _identity(record: Mapping[str, Any], line: int) -> tuple[Any, ...]:
+    """Say which figure a record gives; records that may repeat are told apart by their line."""
+    names = {"arm": ("arm", "split", "metric"), "answers": ("arm", "split"), "pgr": ("arm", "split"), "cost": ("arm",)}
+    if record["kind"] not in names:
+        return (line,)
+    return (record["kind"], *(record[name] for name in names[record["kind"]]))
+
+
+def _of_kind(records: Iterable[Mapping[str, Any]], kind: str, **fields: Any) -> list[Mapping[str, Any]]:
+    return [
+        record
+        for record in records
+        if record["kind"] == kind and all(record.get(name) == value for name, value in fields.items())
+    ]
+
+
+def _find(records: Iterable[Mapping[str, Any]], kind: str, **fields: Any) -> Mapping[str, Any] | None:
+    return next(iter(_of_kind(records, kind, **fields)), None)
+
+
+def _arms(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the measured arms in table order: the experts stand between their baseline and their mixtures."""
+    present = {record["arm"] for record in _of_kind(records, "arm")}
+    experts = sorted((arm for arm in present if re.fullmatch(r"expert_\d+", arm)), key=lambda arm: int(arm[7:]))
+    known = [*ARMS_BEFORE_EXPERTS, *experts, *(arm for arm in ARM_NAMES if arm not in ARMS_BEFORE_EXPERTS)]
+    return [arm for arm in known if arm in present] + sorted(present - set(known))
+
+
+def _arm_name(arm: str) -> str:
+    expert = re.fullmatch(r"expert_(\d+)", arm)
+    return f"Expert {expert[1]}" if expert else ARM_NAMES.get(arm, arm)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+Rows = tuple[list[str], list[list[str]]]
+
+
+def results_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """Return every measured arm with its accuracies ± standard error, PGR with 95% interval, and training cost."""
+    return _rich_table("Results", _result_rows(records))
+
+
+def rounds_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """Return every boosting round with its errors, expert weight, effective sample size and validation accuracy."""
+    return _rich_table("Boosting rounds", _round_rows(records))
+
+
+def _result_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
+    columns = {
+        "ID accuracy": lambda arm: _accuracy_text(records, arm, "id"),
+        "OOD accuracy": lambda arm: _accuracy_text(records, arm, "ood"),
+        "PGR, ID": lambda arm: _pgr_text(_find(records, "pgr", arm=arm, split="id")),
+        "PGR, OOD": lambda arm: _pgr_text(_find(records, "pgr", arm=arm, split="ood")),
+        "Training, s": lambda arm: _cost_text(records, arm, "train_seconds", 1),
+        "Training, TFLOP": lambda arm: _cost_text(records, arm, "train_flops", 1e12),
+        "Inference, s": lambda arm: _cost_text(records, arm, "inference_seconds", 1),
+    }
+    arms = _arms(records)
+    cells = {header: [cell(arm) for arm in arms] for header, cell in columns.items()}
+    shown = [header for header, column in cells.items() if any(column)]
+    rows = [[_arm_name(arm), *(cells[header][i] for header in shown)] for i, arm in enumerate(arms)]
+    return ["Arm", *shown], rows
+
+
+def _round_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
+    headers = ["Round", "Weighted error ε", "Prior error ε₀", "Expert weight α", "Effective sample size",
+               "Validation: expert", "Validation: ensemble", "Time, s", "Note"]  # fmt: skip
+    return headers, [_round_row(record) for record in _of_kind(records, "round")]
+
+
+def _round_row(record: Mapping[str, Any]) -> list[str]:
+    validation = record["validation"] or {}
+    share = record["effective_sample_size"] / record["num_units"]
+    notes = ["" if record["accepted"] else "not added: no better than the prior"]
+    notes += ["error clamped"] if record.get("clamped") else []
+    notes += [f"attempt {record['attempt']}"] if record.get("attempt", 1) > 1 else []
+    return [
+        str(record["round"]),
+        f"{record['error']:.4f}",
+        _number(record["prior_error"], ".4f"),
+        f"{record['expert_weight']:.3f}",
+        f"{record['effective_sample_size']:.0f} of {record['num_units']} ({share:.0%})",
+        _percent(validation.get("expert")),
+        _percent(validation.get("ensemble")),
+        f"{record['seconds']:.1f}",
+        ", ".join(filter(None, notes)),
+    ]
+
+
+def _rich_table(title: str, content: Rows) -> Table:
+    from rich.table import Table
+
+    headers, rows = content
+    table = Table(title=title)
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="left" if i == 0 or header == "Note" else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _accuracy_text(records: Sequence[Mapping[str, Any]], arm: str, split: str) -> str:
+    record = _find(records, "arm", arm=arm, split=split, metric="accuracy")
+    return "" if record is None else f"{100 * record['value']:.1f} ± {100 * record['standard_error']:.1f} %"
+
+
+def _pgr_text(record: Mapping[str, Any] | None) -> str:
+    if record is None:
+        return ""
+    if not record["defined"]:
+        return "undefined"
+    return f"{record['value']:.2f} ({record['low']:.2f} to {record['high']:.2f})"
+
+
+def _cost_text(records: Sequence[Mapping[str, Any]], arm: str, name: str, unit: float) -> str:
+    record = _find(records, "cost", arm=arm)
+    return "" if record is None or record.get(name) is None else f"{record[name] / unit:,.4g}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Comparisons in words
+
+
+def _comparisons(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, dict[str, Interval]]]:
+    """Return (first arm, second arm, paired difference per test split) for the comparisons that were measured."""
+    pairs = list(COMPARISONS)
+    best = _best_expert(records)
+    if best is not None:
+        pairs.insert(1, ("ensemble", best))
+    found = []
+    for first, second in pairs:
+        by_split = {}
+        for split in TEST_SPLITS:
+            a, b = (_find(records, "answers", arm=arm, split=split) for arm in (first, second))
+            if a is None or b is None:
+                continue
+            if a["ids"] != b["ids"]:
+                raise ValueError(f"{first} and {second} answered different questions in split {split!r}")
+            by_split[split] = paired_difference(a["correct"], b["correct"])
+        if by_split:
+            found.append((first, second, by_split))
+    return found
+
+
+def _best_expert(records: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the expert with the best validation accuracy: chosen on a test set it would be flattered."""
+    measured = {
+        arm: record["value"]
+        for arm in _arms(records)
+        if arm.startswith("expert_")
+        and (record := _find(records, "arm", arm=arm, split="validation", metric="accuracy")) is not None
+    }
+    return max(measured, key=lambda arm: measured[arm]) if len(measured) > 1 else None
+
+
+def _difference_text(difference: Interval) -> str:
+    value, low, high = (_signed_points(x) for x in difference)
+    return f"{value} points ({low} to {high})"
+
+
+def _signed_points(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def _verdict(difference: Interval) -> str:
+    if difference.low > 0:
+        return "better"
+    return "worse" if difference.high < 0 else "no difference shown"
+
+
+def _comparison_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
+    rows = []
+    best = _best_expert(records)
+    for first, second, by_split in _comparisons(records):
+        chosen = ", the best on validation" if second == best else ""
+        row = [f"{_arm_name(first)} against {_lower_first(_arm_name(second))}{chosen}"]
+        for split in TEST_SPLITS:
+            interval = by_split.get(split)
+            row.append("" if interval is None else f"{_difference_text(interval)}: {_verdict(interval)}")
+        rows.append(row)
+    return ["Comparison", *(f"{name} difference" for name in TEST_SPLITS.values())], rows
+
+
+def _lower_first(text: str) -> str:
+    return text[0].lower() + text[1:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures
+
+# Matplotlib draws in these stand-in colours; each becomes a CSS variable, so that the page decides how it looks.
+INK, MUTED, RULE, PAPER = "#010203", "#010204", "#010205", "#010206"
+# Okabe and Ito's palette, which colour-blind readers can tell apart; every series also has its own marker.
+SERIES = ("#010211", "#010212", "#010213", "#010214", "#010215", "#010216")
+MARKERS = ("o", "s", "D", "^", "v", "P")
+CSS_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"} | {
+    colour: f"series-{i}" for i, colour in enumerate(SERIES, start=1)
+}
+FIGURE_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 8.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+}
+FIGURE_WIDTH = 8.4  # inches; the page scales figures to its own width
+
+
+def _svg(figure: Figure, name: str, description: str) -> str:
+    """Return the figure as SVG for inlining: accessible, with CSS colours, unique ids and no outside reference."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
+    # Matplotlib numbers its groups from 1 in every figure, and ids must be unique in a page.
+    text = re.sub(r'<g id="[\w.]+_\d+">', "<g>", text)
+    text = re.sub(
+        r'(<svg)( [^>]*?) width="[^"]*"', r"\1\2", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    )
+    for colour, variable in CSS_VARIABLES.items():
+        text = text.replace(colour, f"var(--{variable})")
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)
+
+
+def _styled(draw: Any) -> Any:
+    """Run a drawing function under the report's style, which leaves the reader's own matplotlib settings alone."""
+
+    @functools.wraps(draw)
+    def styled(*args: Any) -> str:
+        with matplotlib.rc_context(FIGURE_STYLE):
+            result: str = draw(*args)
+        return result
+
+    return styled
+
+
+@_styled
+def _arms_figure(runs: Sequence[Run]) -> str:
+    """Accuracies of all arms, ID and OOD side by side, with 95% intervals; one colour and marker per run."""
+    arms = list(dict.fromkeys(arm for run in runs for arm in _arms(run.records)))
+    arms = _arms([{"kind": "arm", "arm": arm} for arm in arms])
+    figure = Figure(figsize=(FIGURE_WIDTH, 0.75 + (0.17 + 0.13 * len(runs)) * len(arms)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (split, name) in zip(panels, TEST_SPLITS.items(), strict=True):
+        for i, run in enumerate(runs):
+            _draw_arms(axes, run, arms, split, i, len(runs))
+        axes.set_title(f"{name}: {'easy' if split == 'id' else 'hard'} test questions")
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("right answers, %")
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+    panels[0].set_yticks(range(len(arms)), [_arm_name(arm) for arm in arms])
+    panels[0].set_ylim(len(arms) - 0.4, -0.6)
+    if len(runs) > 1:
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(runs)))
+    return _svg(figure, "arms", "Accuracy of every arm on easy and hard test questions, with 95% intervals")
+
+
+def _draw_arms(axes: Axes, run: Run, arms: Sequence[str], split: str, index: int, count: int) -> None:
+    offset = 0.22 * (index - (count - 1) / 2)
+    points = [
+        (position + offset, record["value"], wilson_interval(record["value"], record["n"]))
+        for position, arm in enumerate(arms)
+        if (record := _find(run.records, "arm", arm=arm, split=split, metric="accuracy")) is not None
+    ]
+    heights, values, intervals = zip(*points, strict=True) if points else ((), (), ())
+    whiskers = [
+        [100 * (value - low) for value, (low, _) in zip(values, intervals, strict=True)],
+        [100 * (high - value) for value, (_, high) in zip(values, intervals, strict=True)],
+    ]
+    axes.errorbar(
+        [100 * value for value in values], heights, xerr=whiskers, fmt=MARKERS[index % 6], color=SERIES[index % 6],
+        markersize=5.5, elinewidth=1.3, label=run.name,
+    )  # fmt: skip
+    baseline = _find(run.records, "arm", arm="single_expert", split=split, metric="accuracy")
+    if count == 1 and baseline is not None:
+        axes.axvline(100 * baseline["value"], color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)), zorder=0)
+        for height, value in zip(heights, values, strict=True):
+            axes.annotate(
+                f"{100 * value:.0f}", (1.0, height), xycoords=("axes fraction", "data"), xytext=(4, 0),
+                textcoords="offset points", va="center", fontsize=8,
+            )  # fmt: skip
+
+
+@_styled
+def _rounds_figure(records: Sequence[Mapping[str, Any]]) -> str:
+    """Validation accuracy, and weighted training error beside the prior error, per round."""
+    rounds = _of_kind(records, "round", accepted=True)
+    numbers = [record["round"] for record in rounds]
+    figure = Figure(figsize=(FIGURE_WIDTH, 2.7), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    validation = [record["validation"] or {} for record in rounds]
+    _line(left, numbers, [_in_percent(v.get("expert")) for v in validation], "this round's expert", 0)
+    _line(left, numbers, [_in_percent(v.get("ensemble")) for v in validation], "ensemble so far", 1)
+    baseline = _find(records, "arm", arm="single_expert", split="validation", metric="accuracy")
+    if baseline is not None:
+        left.axhline(
+            100 * baseline["value"], color=MUTED, linestyle=(0, (2, 2)), linewidth=1.1, label="single weak expert"
+        )
+    left.set_title("Accuracy on validation questions")
+    left.set_ylabel("right answers, %")
+    left.set_ylim(0, 100)
+    _line(right, numbers, [_in_percent(record["error"]) for record in rounds], "expert's weighted error ε", 0)
+    if all(record["prior_error"] is not None for record in rounds):
+        prior = 100 * rounds[0]["prior_error"]
+        right.axhline(prior, color=MUTED, linestyle=(0, (2, 2)), linewidth=1.1, label="prior error ε₀ to beat")
+    right.set_title("Weighted error on the training answers")
+    right.set_ylabel("weight of the wrong units, %")
+    right.set_ylim(0, 100)
+    for axes in (left, right):
+        _round_axis(axes, numbers)
+        axes.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=7.5, handlelength=1.8, columnspacing=1.2
+        )
+    return _svg(figure, "rounds", "Validation accuracy and weighted training error in each boosting round")
+
+
+@_styled
+def _weights_figure(records: Sequence[Mapping[str, Any]]) -> str:
+    """Quantiles of the weights after each round (log scale), and the effective sample size."""
+    rounds = _of_kind(records, "round", accepted=True)
+    numbers = [0, *(record["round"] for record in rounds)]
+    quantiles = [{float(q): value for q, value in record["weight_quantiles"].items()} for record in rounds]
+    figure = Figure(figsize=(FIGURE_WIDTH, 2.7), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+
+    def curve(quantile: float) -> list[float]:
+        # Before round 1 every unit has weight 1/N.
+        return [1.0, *(by_level[quantile] for by_level in quantiles)]
+
+    left.fill_between(numbers, curve(0.01), curve(0.99), color=SERIES[0], alpha=0.18, linewidth=0, label="middle 98%")
+    left.fill_between(numbers, curve(0.25), curve(0.75), color=SERIES[0], alpha=0.4, linewidth=0, label="middle half")
+    _line(left, numbers, curve(0.5), "median", 0)
+    left.plot(numbers, curve(1.0), color=SERIES[1], marker="s", markersize=4, linewidth=1.1, label="largest")
+    left.set_yscale("log")
+    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    left.set_title("Weight of a unit after each round")
+    left.set_ylabel("N · D (1 = uniform)")
+    left.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4, fontsize=7.5, handlelength=1.6, columnspacing=1.2
+    )
+    shares = [100.0, *(100 * record["effective_sample_size"] / record["num_units"] for record in rounds)]
+    _line(right, numbers, shares, "effective sample size", 2)
+    right.set_title("Effective sample size")
+    right.set_ylabel("% of N units")
+    right.set_ylim(0, 105)
+    for axes in (left, right):
+        _round_axis(axes, numbers)
+    left.set_xlabel("after round (0: at the start)")
+    right.set_xlabel("after round (0: at the start)")
+    return _svg(figure, "weights", "Distribution of the units' weights and effective sample size after each round")
+
+
+def _line(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, index: int) -> None:
+    axes.plot(x, y, color=SERIES[index], marker=MARKERS[index], label=label, clip_on=False, zorder=3)
+
+
+def _round_axis(axes: Axes, numbers: Sequence[int]) -> None:
+    axes.set_xlabel("round")
+    axes.set_xlim(numbers[0] - 0.2, numbers[-1] + 0.2)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+    axes.grid(visible=False, axis="x")
+
+
+def _in_percent(share: float | None) -> float:
+    return math.nan if share is None else 100 * share
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def write_report(folders: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str]) -> None:
+    """Write one HTML page on one or several runs, atomically.
+
+    Args:
+        folders: of runs, each with `results.jsonl` and, if it has one, `config.json`. With several, the page opens
+            with all of them in one figure.
+        path: the page.
+
+    Raises:
+        FileNotFoundError: a folder without results.
+        ValueError: no folder, or a corrupt record (names file and line).
+    """
+    if not folders:
+        raise ValueError("folders is empty: give at least one folder of a run")
+    runs = [_load_run(Path(folder)) for folder in folders]
+    text = _page(_with_distinct_names(runs, folders))
+    with new_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def _load_run(folder: Path) -> Run:
+    records = read_records(folder)
+    config_file = folder / CONFIG_FILE
+    return Run(folder.resolve().name, records, read_json(config_file) if config_file.exists() else None)
+
+
+def _with_distinct_names(runs: Sequence[Run], folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
+    """Name each run by its folder, and by the folder's whole path where names repeat."""
+    names = [run.name for run in runs]
+    return [
+        Run(run.name if names.count(run.name) == 1 else os.fspath(folder), run.records, run.config)
+        for run, folder in zip(runs, folders, strict=True)
+    ]
+
+
+def _page(runs: Sequence[Run]) -> str:
+    title = "EnsemW2S report: " + ", ".join(run.name for run in runs)
+    measured = [run for run in runs if _arms(run.records)]
+    overview = ""
+    if len(measured) > 1:
+        overview = f"<section><h2>All runs side by side</h2>{_arms_section(measured)}</section>"
+    sections = "".join(_run_section(run, alone=len(runs) == 1) for run in runs)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
+        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{html.escape(title)}</h1>\n"
+        f"{overview}{sections}<section>{READING_GUIDE}</section>\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _run_section(run: Run, *, alone: bool) -> str:
+    heading = "" if alone else f"<h2>Run {html.escape(run.name)}</h2>"
+    parts = [_summary(run), _in_short(run.records)]
+    if _arms(run.records):
+        parts += [_arms_section([run]) if alone else "", _results_section(run.records)]
+    if _of_kind(run.records, "round"):
+        parts.append(_rounds_section(run.records))
+    parts += [_labels_section(run.records), _configuration_section(run)]
+    return f"<section>{heading}{''.join(parts)}</section>\n"
+
+
+def _summary(run: Run) -> str:
+    facts = []
+    if run.config is not None:
+        facts += [
+            ("Weak model", _model_text(run.config.get("weak"))),
+            ("Strong model", _model_text(run.config.get("strong"))),
+        ]
+        boosting = run.config.get("boosting") or {}
+        facts += [("Recipe", str(boosting.get("recipe", "default"))), ("Seed", str(run.config.get("seed", "")))]
+    rounds = _of_kind(run.records, "round", accepted=True)
+    if rounds:
+        facts.append(("Experts", f"{len(rounds)} over {rounds[0]['num_units']:,} units"))
+    sizes = [f"{record['split']} {record['n']}" for record in _of_kind(run.records, "questions")]
+    if sizes:
+        facts.append(("Questions", ", ".join(sizes)))
+    seconds = sum(record["seconds"] for record in _of_kind(run.records, "phase"))
+    if seconds:
+        facts.append(("Time", f"{seconds:,.0f} s"))
+    return _definitions(facts)
+
+
+def _model_text(model: Mapping[str, Any] | None) -> str:
+    if model is None:
+        return ""
+    layers = f", layers {model['keep_layers']}" if model.get("keep_layers") else ""
+    return f"{model.get('source', '')}{layers}"
+
+
+def _in_short(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return the page's main figures as sentences, each with how sure it is."""
+    sentences = []
+    for first, second, by_split in _comparisons(records):
+        if (first, second) not in COMPARISONS[:3]:
+            continue
+        for split, interval in by_split.items():
+            sentences.append(_sentence(_arm_name(first), _lower_first(_arm_name(second)), TEST_SPLITS[split], interval))
+    items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
+    return f'<h3>In short</h3><ul class="short">{items}</ul>' if items else ""
+
+
+def _sentence(first: str, second: str, split: str, difference: Interval) -> str:
+    low, high = _signed_points(difference.low), _signed_points(difference.high)
+    conclusion = {
+        "better": "so it did better on these questions",
+        "worse": "so it did worse on these questions",
+        "no difference shown": "which includes no difference: this run does not decide between them",
+    }[_verdict(difference)]
+    value = _signed_points(difference.value)
+    return f"{split}: {first} against {second}: {value} points, 95% interval {low} to {high}, {conclusion}."
+
+
+def _arms_section(runs: Sequence[Run]) -> str:
+    dotted = (
+        " The dotted line is the single weak expert; figures at the right are percentages." if len(runs) == 1 else ""
+    )
+    return "<h3>Accuracy of every arm</h3>" + _figure(
+        _arms_figure(runs),
+        f"Share of test questions answered right. Whiskers: 95% interval (Wilson) over questions.{dotted}",
+    )
+
+
+def _results_section(records: Sequence[Mapping[str, Any]]) -> str:
+    comparisons = _comparison_rows(records)
+    paired = ""
+    if comparisons[1]:
+        paired = "<h3>Paired comparisons</h3>" + _html_table(
+            comparisons,
+            "Difference in accuracy on the same questions, with 95% paired bootstrap interval over questions. "
+            "They are not corrected for looking at several comparisons.",
+        )
+    return (
+        "<h3>Results</h3>"
+        + _html_table(
+            _result_rows(records),
+            "Accuracy ± standard error over questions. PGR: share of the gap from the single weak expert to the "
+            "ceiling, with 95% interval; undefined where the gap itself is not shown to be above 0. Costs are those "
+            "of training the arm itself; the ensemble's sum over its experts, a student's leave out its teacher.",
+        )
+        + paired
+    )
+
+
+def _rounds_section(records: Sequence[Mapping[str, Any]]) -> str:
+    figures = ""
+    if _of_kind(records, "round", accepted=True):
+        figures = _figure(
+            _rounds_figure(records),
+            "Left: on validation questions, which no expert was trained on. Right: the error that sets the expert's "
+            "weight. It is measured on the training answers and is therefore optimistic.",
+        ) + _figure(
+            _weights_figure(records),
+            "Left: how the weights spread over units (log scale). Right: effective sample size 1/ΣD²; a small one "
+            "means that the next expert sees little but a few hard units.",
+        )
+    table = _html_table(
+        _round_rows(records), "ε and ε₀ are shares of weight. An expert is added only if ε is below ε₀ (α above 0)."
+    )
+    return f"<h3>Boosting rounds</h3>{figures}{table}{_identity_check(records)}"
+
+
+def _identity_check(records: Sequence[Mapping[str, Any]]) -> str:
+    checks = _of_kind(records, "identity")
+    if not checks:
+        return ""
+    gaps = [record["identity_gap"] for record in checks if record["identity_gap"] is not None]
+    sum_gap = max(record["sum_gap"] for record in checks)
+    largest = max(gaps, default=0.0)
+    holds = largest <= IDENTITY_TOLERANCE and sum_gap <= SUM_TOLERANCE
+    verdict = "<strong>Holds.</strong>" if holds else "<strong>FAILS: do not trust this run.</strong>"
+    return (
+        f'<p class="check">Check on the saved files: {verdict} After each update the new expert has exactly the error '
+        f"that the method demands (closing identity: largest deviation {largest:.1e} over {len(gaps)} rounds, limit "
+        f"{IDENTITY_TOLERANCE:g}), and the weights sum to 1 (largest deviation {sum_gap:.1e}, limit "
+        f"{SUM_TOLERANCE:g}).</p>"
+    )
+
+
+def _labels_section(records: Sequence[Mapping[str, Any]]) -> str:
+    labels = _of_kind(records, "labels")
+    if not labels:
+        return ""
+    rows = [
+        [_arm_name(r["teacher"]), str(r["n"]), _percent(r["accuracy"]), _number(r.get("confidence"), ".3f"),
+         _percent(r.get("agreement"))]
+        for r in labels
+    ]  # fmt: skip
+    headers = [
+        "Teacher",
+        "Hard questions",
+        "Answered right",
+        "Mean log-probability per token, nats",
+        "Experts' agreement",
+    ]
+    return "<h3>Pseudo-answers the students learned from</h3>" + _html_table(
+        (headers, rows),
+        "The share that is right is known here only because the test bed has the truth; no student saw it.",
+    )
+
+
+def _configuration_section(run: Run) -> str:
+    text = ""
+    if run.config is not None:
+        dumped = yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True)
+        text += f"<h3>Configuration</h3><pre>{html.escape(dumped)}</pre>"
+    environment = _find(run.records, "environment")
+    if environment is not None:
+        facts = {key: value for key, value in environment.items() if key != "kind"}
+        text += f"<h3>Environment</h3>{_definitions(_flatten(facts))}"
+    phases = _of_kind(run.records, "phase")
+    if phases:
+        rows = [[record["phase"], f"{record['seconds']:,.1f}"] for record in phases]
+        text += "<h3>Time by phase</h3>" + _html_table((["Phase", "Seconds"], rows), "Wall clock.")
+    return text
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    facts: list[tuple[str, str]] = []
+    for key, item in value.items():
+        facts += _flatten(item, f"{prefix}{key}.") if isinstance(item, Mapping) else [(f"{prefix}{key}", str(item))]
+    return facts
+
+
+def _definitions(facts: Iterable[tuple[str, str]]) -> str:
+    items = "".join(
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts if value
+    )
+    return f"<dl>{items}</dl>" if items else ""
+
+
+def _figure(svg: str, caption: str) -> str:
+    return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _html_table(content: Rows, note: str) -> str:
+    headers, rows = content
+    head = "".join(f'<th scope="col">{html.escape(header)}</th>' for header in headers)
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(row[0])}</th>'
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide">{table}</div><p class="note">{html.escape(note)}</p>'
+
+
+READING_GUIDE = """<h2>What these figures show, and what they do not</h2>
+<ul>
+<li><strong>Right</strong> means that the whole answer is exact: at every answer token the most probable token is the
+true one. There is no credit for a nearly right answer.</li>
+<li><strong>ID</strong> questions are as easy as those the experts were trained on; <strong>OOD</strong> questions are
+harder. The truth about hard questions was used to score, and to train the ceiling, and for nothing else.</li>
+<li><strong>Intervals</strong> cover the choice of test questions only. Another training seed would move every figure by
+an amount that a single run cannot show. An arm that is right on none of 100 questions may still be right on up to
+about 3.7% of such questions, although its standard error reads 0.</li>
+<li><strong>Compare arms by their paired differences</strong>, not by whether whiskers overlap: all arms answered the
+same questions. With several comparisons, one in twenty intervals misses the truth by chance.</li>
+<li><strong>An ensemble costs as many models as it has experts</strong>, in training and for every answer. The fair
+opponents are the uniform average of the same experts and the best of them; beating the single baseline alone may
+only show that several models average out their mistakes.</li>
+<li><strong>PGR</strong> is a ratio, and unstable when the gap is small. It can be negative (the student is worse than
+its weak baseline) or above 1.</li>
+<li><strong>Errors on training answers</strong> decide the weights but say little about new questions; the validation
+curve does.</li>
+<li>This is one task with one pair of models. It says nothing about other tasks, other sizes, or other gaps between
+easy and hard.</li>
+</ul>"""
+
+_LIGHT = """--paper:#ffffff; --ink:#1c2126; --muted:#5c6670; --rule:#d9dee3; --band:#f4f6f8; --series-1:#0072b2;
+--series-2:#d55e00; --series-3:#00805d; --series-4:#b3588f; --series-5:#a87400; --series-6:#2f86bd;
+color-scheme:light;"""
+_DARK = """--paper:#14171a; --ink:#e7eaed; --muted:#9ea8b2; --rule:#343b42; --band:#1e2328; --series-1:#5ab4ea;
+--series-2:#f58a4b; --series-3:#3fc79f; --series-4:#e2a3c7; --series-5:#e8b64a; --series-6:#93cdf2;
+color-scheme:dark;"""
+STYLE = f"""
+:root {{ {_LIGHT} }}
+@media screen and (prefers-color-scheme: dark) {{ :root {{ {_DARK} }} }}
+body {{ margin:0; background:var(--paper); color:var(--ink);
+font:16px/1.55 system-ui,"Segoe UI","DejaVu Sans",sans-serif; }}
+main {{ max-width:60rem; margin:0 auto; padding:1.5rem 1.25rem 4rem; }}
+h1 {{ font-size:1.6rem; line-height:1.25; margin:.5rem 0 1rem; }}
+h2 {{ font-size:1.25rem; margin:2.5rem 0 .75rem; padding-top:1rem; border-top:1px solid var(--rule); }}
+h3 {{ font-size:1.05rem; margin:2rem 0 .5rem; }}
+dl {{ display:grid; grid-template-columns:repeat(auto-fill,minmax(13rem,1fr)); gap:.5rem 1.5rem; margin:0; }}
+dt {{ color:var(--muted); font-size:.8rem; }} dd {{ margin:0; overflow-wrap:anywhere; font-size:.92rem; }}
+figure {{ margin:.75rem 0 1.5rem; }} figure svg {{ display:block; width:100%; height:auto; }}
+figcaption, .note {{ color:var(--muted); font-size:.85rem; margin:.4rem 0 0; max-width:48rem; }}
+.wide {{ overflow-x:auto; }}
+table {{ border-collapse:collapse; width:100%; font-size:.88rem; font-variant-numeric:tabular-nums; }}
+th, td {{ padding:.35rem .6rem; text-align:right; border-bottom:1px solid var(--rule); vertical-align:top; }}
+th:first-child {{ text-align:left; padding-left:0; }} tbody th {{ font-weight:500; }}
+thead th {{ color:var(--muted); font-weight:600; vertical-align:bottom; border-bottom:2px solid var(--rule); }}
+pre {{ background:var(--band); padding:.75rem 1rem; border-radius:6px; font-size:.82rem; white-space:pre-wrap; }}
+.check {{ background:var(--band); padding:.6rem .9rem; border-radius:6px; font-size:.9rem; }}
+ul {{ padding-left:1.2rem; }} li {{ margin:.3rem 0; max-width:50rem; }}
+@media print {{ main {{ max-width:none; padding:0; }} figure, tr, .check {{ break-inside:avoid; }}
+h2, h3 {{ break-after:avoid; }}
+body {{ font-size:10.5pt; }} .wide {{ overflow:visible; }} }}
+"""
