@@ -121,9 +121,7 @@ class MixtureDecoder:
     def append(self, tokens: torch.Tensor) -> None:
         """Make `tokens` (int64 [B]) the next input of every expert."""
         self.pending = tokens[:, None]
-        self.attention_mask = torch.cat(
-            [self.attention_mask, torch.ones_like(self.attention_mask[:, :1])], dim=1
-        )
+        self.attention_mask = torch.cat([self.attention_mask, torch.ones_like(self.attention_mask[:, :1])], dim=1)
         self.position += 1
 
 
@@ -144,23 +142,21 @@ def fused_sample(
     logits_processor: LogitsProcessorList,
     stopping_criteria: Any,
     generation_config: Any,
-    synced_gpus: bool = False,
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> Any:
     """Decode in place of transformers' sampling loop, writing no distribution over the vocabulary.
 
     `generate` calls this with everything prepared. What the fused op cannot do (another logits processor, returned
-    scores, several processes in step) goes to transformers' own loop, which draws from the same distribution.
+    scores) goes to transformers' own loop, which draws from the same distribution.
     """
     sampling = Sampling.from_processors(logits_processor, bool(generation_config.do_sample))
-    if sampling is None or generation_config.return_dict_in_generate or synced_gpus:
+    if sampling is None or generation_config.return_dict_in_generate:
         return model._sample(
             input_ids,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             generation_config=generation_config,
-            synced_gpus=synced_gpus,
             streamer=streamer,
             **model_kwargs,
         )
@@ -252,9 +248,7 @@ def label_questions(
     )
     for batch in todo:
         fresh = list(
-            _label_batch(
-                ensemble, questions, prompts, batch, processing_class, max_new_tokens, sampling, seed
-            )
+            _label_batch(ensemble, questions, prompts, batch, processing_class, max_new_tokens, sampling, seed)
         )
         fresh = [row for row in fresh if row["id"] not in rows]
         rows.update((row["id"], row) for row in fresh)

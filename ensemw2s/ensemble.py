@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,9 +172,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             raise TypeError(f"an ensemble is sliced, as in ensemble[:3]; got index {index!r}")
         return self.reweighted(self.config.expert_weights[index], range(self.num_experts)[index])
 
-    def reweighted(
-        self, expert_weights: Sequence[float], indices: Sequence[int] | None = None
-    ) -> TokenEnsemble:
+    def reweighted(self, expert_weights: Sequence[float], indices: Sequence[int] | None = None) -> TokenEnsemble:
         """Return an ensemble of the experts `indices` (all of them if None) with other weights, sharing theirs."""
         indices = range(self.num_experts) if indices is None else indices
         experts = self.experts.selected(indices)
@@ -256,9 +255,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 cache that is not an `EnsembleCache`.
         """
         if labels is not None and self.config.combine == "vote":
-            raise ValueError(
-                'combine="vote" has no loss: its distribution is 0 off the vote; use "prob" or "logprob"'
-            )
+            raise ValueError('combine="vote" has no loss: its distribution is 0 off the vote; use "prob" or "logprob"')
         cache = past_key_values
         if cache is not None and not isinstance(cache, EnsembleCache):
             if cache.get_seq_length():
@@ -279,9 +276,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         )
         if logits_to_keep > 1:
             logits = [row[:, -logits_to_keep:] for row in logits]
-        log_probs = ops.mixture_log_probs(
-            logits, self.mixture_weights(logits[0].device), combine=self.config.combine
-        )
+        log_probs = ops.mixture_log_probs(logits, self.mixture_weights(logits[0].device), combine=self.config.combine)
         loss = None
         if labels is not None:
             loss = torch.nn.functional.nll_loss(
@@ -317,8 +312,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             )
         if kwargs.get("use_cache", True):
             kwargs.setdefault("past_key_values", self.new_cache())
-            if fused and beams == 1 and kwargs.get("assistant_model") is None:
-                kwargs.setdefault("custom_generate", fused_sample)
+            if fused and beams == 1 and kwargs.get("assistant_model") is None and not kwargs.get("synced_gpus"):
+                # `generate` hands a custom loop everything but the streamer.
+                kwargs.setdefault("custom_generate", partial(fused_sample, streamer=kwargs.get("streamer")))
         return super().generate(inputs, **kwargs)
 
     def label(self, questions: Dataset, processing_class: PreTrainedTokenizerBase, **options: Any) -> Dataset:
@@ -422,14 +418,10 @@ def _check(expert_weights: Sequence[float], combine: str, num_experts: int) -> N
     if num_experts == 0:
         raise ValueError("an ensemble needs at least one expert, got none")
     if len(expert_weights) != num_experts:
-        raise ValueError(
-            f"expert_weights has {len(expert_weights)} values for {num_experts} experts: give one each"
-        )
+        raise ValueError(f"expert_weights has {len(expert_weights)} values for {num_experts} experts: give one each")
     bad = [weight for weight in expert_weights if not 0 < weight < float("inf")]
     if bad:
-        raise ValueError(
-            f"expert_weights must be positive and finite, got {bad[0]}: leave such an expert out"
-        )
+        raise ValueError(f"expert_weights must be positive and finite, got {bad[0]}: leave such an expert out")
     if combine not in COMBINE:
         raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {combine!r}")
 

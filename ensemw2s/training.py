@@ -10,7 +10,7 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +38,7 @@ class AnswerTrainingArguments(TrainingArguments):
     # Whole phases are kept by their own atomic saves; the columns go to our own collator.
     save_strategy: str = "no"
     remove_unused_columns: bool | None = False
+    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
 
 
 @dataclass(frozen=True)

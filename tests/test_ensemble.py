@@ -1,0 +1,420 @@
+"""The ensemble as a transformers model: decoding against a slow float64 loop, saving, slicing, labelling."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import scipy.stats
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from ensemw2s import TokenEnsemble
+from ensemw2s.data import QuestionFormat
+from ensemw2s.decoding import Sampling, label_questions
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz :"
+VOCAB = len(LETTERS) + 2
+PAD, END = 0, 1
+WEIGHTS = [2.5, 1.25, 0.5]
+
+
+def llama(seed: int, vocab_size: int = VOCAB) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=PAD, eos_token_id=END, bos_token_id=None,
+        initializer_range=0.4,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def gpt2(seed: int) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=END, eos_token_id=END,
+        pad_token_id=PAD, initializer_range=0.4,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+def adapters(folder: Path, count: int = 3) -> list[Path]:
+    """Save `count` LoRA adapters of `llama(0)` with random weights."""
+    paths = []
+    for t in range(count):
+        torch.manual_seed(100 + t)
+        model = get_peft_model(llama(0), LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"]))
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(weight, std=0.5)
+        model.save_pretrained(folder / f"adapter-{t}")
+        paths.append(folder / f"adapter-{t}")
+    return paths
+
+
+@pytest.fixture
+def of_adapters(tmp_path: Path) -> TokenEnsemble:
+    return TokenEnsemble.from_adapters(llama(0), adapters(tmp_path), WEIGHTS)
+
+
+@pytest.fixture
+def of_models() -> TokenEnsemble:
+    # Two architectures over one vocabulary.
+    return TokenEnsemble.from_models([llama(0), gpt2(1), llama(2)], WEIGHTS)
+
+
+@pytest.fixture(params=["of_adapters", "of_models"])
+def ensemble(request: pytest.FixtureRequest) -> TokenEnsemble:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {"<pad>": PAD, "<end>": END, **{letter: i + 2 for i, letter in enumerate(LETTERS)}}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>")
+
+
+def ragged_prompts(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded random prompts of 1 to 9 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 10, (count,), generator=generator)
+    ids = torch.randint(2, VOCAB, (count, 9), generator=generator)
+    mask = (torch.arange(9)[None] >= 9 - lengths[:, None]).long()
+    return torch.where(mask.bool(), ids, PAD), mask
+
+
+def slow_mixtures(ensemble: TokenEnsemble, ids: list[int]) -> torch.Tensor:
+    """Float64 log-probabilities [L, V] of what follows each prefix of `ids`: each expert by itself, without a cache."""
+    weights = torch.tensor(ensemble.config.expert_weights, dtype=torch.float64)
+    weights = weights / weights.sum()
+    log_probs = []
+    for t in range(ensemble.num_experts):
+        with ensemble.experts.expert(t) as model, torch.no_grad():
+            logits = model(torch.tensor([ids]), use_cache=False).logits[0].double()
+        log_probs.append(logits.log_softmax(-1))
+    stacked = torch.stack(log_probs)
+    if ensemble.config.combine == "prob":
+        return (weights[:, None, None] * stacked.exp()).sum(0).log()
+    if ensemble.config.combine == "logprob":
+        return (weights[:, None, None] * stacked).sum(0).log_softmax(-1)
+    votes = torch.zeros(len(ids), VOCAB, dtype=torch.float64)
+    for t, row in enumerate(stacked.argmax(-1)):
+        votes[torch.arange(len(ids)), row] += weights[t]
+    return votes.log()
+
+
+def slow_mixture(ensemble: TokenEnsemble, ids: list[int]) -> torch.Tensor:
+    """The last row of `slow_mixtures`."""
+    return slow_mixtures(ensemble, ids)[-1]
+
+
+def assert_greedy(ensemble: TokenEnsemble, prompt: list[int], answer: list[int]) -> None:
+    """Check an answer against the slow mixtures, token for token, up to the first near-tie of the float64 top two."""
+    best = slow_mixtures(ensemble, prompt + answer)[len(prompt) - 1 : -1].topk(2)
+    for place, token in enumerate(answer):
+        if ensemble.config.combine != "vote" and best.values[place, 0] - best.values[place, 1] < 1e-5:
+            return
+        assert token == best.indices[place, 0], f"token {place} of the answer"
+        if token == END:
+            return
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("combine", ["prob", "logprob", "vote"])
+def test_greedy_text_equals_the_slow_loop_without_caches(ensemble: TokenEnsemble, combine: str, fused: bool) -> None:
+    ensemble.config.combine = combine
+    ids, mask = ragged_prompts(50)
+    out = ensemble.generate(input_ids=ids, attention_mask=mask, max_new_tokens=24, do_sample=False, fused=fused)
+    assert out.shape[1] > 9
+    for row in range(len(ids)):
+        assert_greedy(ensemble, ids[row][mask[row].bool()].tolist(), out[row, 9:].tolist())
+
+
+def test_forward_returns_normalised_float32_log_probabilities(ensemble: TokenEnsemble) -> None:
+    ids, mask = ragged_prompts(4)
+    labels = torch.where(mask.bool(), ids, -100)
+    with torch.no_grad():
+        out = ensemble(input_ids=ids, attention_mask=mask, labels=labels)
+    assert out.logits.dtype == torch.float32
+    torch.testing.assert_close(out.logits.log_softmax(-1), out.logits, rtol=0, atol=2e-6)
+    full = [row for row in range(4) if mask[row].all()] or [int(mask.sum(1).argmax())]
+    for row in full:
+        text = ids[row][mask[row].bool()].tolist()
+        torch.testing.assert_close(out.logits[row, -1].double(), slow_mixture(ensemble, text), rtol=0, atol=1e-5)
+    expected = torch.nn.functional.cross_entropy(
+        out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
+    torch.testing.assert_close(out.loss, expected)
+
+
+def test_a_cache_gives_what_a_whole_pass_gives(ensemble: TokenEnsemble) -> None:
+    ids, _ = ragged_prompts(3)
+    ids = ids.clamp_min(2)
+    with torch.no_grad():
+        whole = ensemble(input_ids=ids).logits
+        first = ensemble(input_ids=ids[:, :4], use_cache=True)
+        rest = ensemble(input_ids=ids[:, 4:], past_key_values=first.past_key_values, use_cache=True)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, rtol=0, atol=1e-5)
+    assert rest.past_key_values.get_seq_length() == 9
+
+
+def test_beam_search_finds_the_best_pair_of_tokens(ensemble: TokenEnsemble) -> None:
+    # With as many beams as there are tokens, two steps of beam search are exhaustive.
+    ids = ragged_prompts(1)[0].clamp_min(2)
+    out = ensemble.generate(
+        input_ids=ids, num_beams=VOCAB, max_new_tokens=2, do_sample=False, length_penalty=0.0, early_stopping=False
+    )
+    first = slow_mixture(ensemble, ids[0].tolist())
+    pairs = torch.stack([first[a] + slow_mixture(ensemble, [*ids[0].tolist(), a]) for a in range(VOCAB)])
+    # The end token ends the text: nothing can follow it.
+    pairs[END] = -math.inf
+    best, ended = pairs.max(), first[END]
+    expected = [END] if ended > best else [int(pairs.argmax()) // VOCAB, int(pairs.argmax()) % VOCAB]
+    assert out[0, 9 : 9 + len(expected)].tolist() == expected
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_sampling_follows_the_warped_mixture(of_models: TokenEnsemble, fused: bool) -> None:
+    ids = ragged_prompts(1)[0].clamp_min(2)
+    draws = 6000
+    torch.manual_seed(3)
+    out = of_models.generate(
+        input_ids=ids.repeat(draws, 1), max_new_tokens=1, do_sample=True, temperature=1.3, top_k=12, top_p=0.9,
+        fused=fused,
+    )  # fmt: skip
+    counts = torch.bincount(out[:, -1], minlength=VOCAB).double()
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(1.3), TopKLogitsWarper(12), TopPLogitsWarper(0.9)])
+    expected = warpers(ids, slow_mixture(of_models, ids[0].tolist())[None])[0].softmax(-1) * draws
+    kept = expected > 0
+    assert counts[~kept].sum() == 0
+    # Rare tokens are pooled, so that the chi-square approximation holds.
+    rare = kept & (expected < 5)
+    observed = torch.cat([counts[kept & ~rare], counts[rare].sum()[None]])
+    wanted = torch.cat([expected[kept & ~rare], expected[rare].sum()[None]])
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    assert scipy.stats.chisquare(observed.numpy(), wanted.numpy()).pvalue > 1e-4
+
+
+def test_torch_manual_seed_reproduces_a_sample(ensemble: TokenEnsemble) -> None:
+    ids, mask = ragged_prompts(5)
+    texts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        texts.append(ensemble.generate(input_ids=ids, attention_mask=mask, do_sample=True, max_new_tokens=12).tolist())
+    assert texts[0] == texts[1] != texts[2]
+
+
+class Recorder(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_streamer_sees_every_token(of_adapters: TokenEnsemble) -> None:
+    ids = ragged_prompts(1)[0].clamp_min(2)
+    streamer = Recorder()
+    out = of_adapters.generate(input_ids=ids, max_new_tokens=8, do_sample=False, streamer=streamer)
+    assert streamer.tokens == out[0].tolist()
+    assert streamer.ended
+
+
+def test_num_return_sequences_and_logits_processors_take_the_general_path(of_models: TokenEnsemble) -> None:
+    ids, mask = ragged_prompts(2)
+    torch.manual_seed(0)
+    out = of_models.generate(
+        input_ids=ids, attention_mask=mask, do_sample=True, num_return_sequences=3, max_new_tokens=6,
+        bad_words_ids=[[5]],
+    )  # fmt: skip
+    assert out.shape[0] == 6
+    assert not (out[:, 9:] == 5).any()
+
+
+@pytest.mark.parametrize("kind", ["of_adapters", "of_models"])
+def test_a_saved_ensemble_comes_back_exactly(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    ensemble = request.getfixturevalue(kind)
+    ids, mask = ragged_prompts(3)
+    ensemble.save_pretrained(tmp_path / "saved", record={"rounds": [1, 2, 3]})
+    for loaded in (
+        TokenEnsemble.from_pretrained(tmp_path / "saved"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved"),
+    ):
+        assert isinstance(loaded, TokenEnsemble)
+        assert loaded.config.expert_weights == WEIGHTS
+        with torch.no_grad():
+            before = ensemble(input_ids=ids, attention_mask=mask).logits
+            after = loaded(input_ids=ids, attention_mask=mask).logits
+        assert torch.equal(before, after)
+        assert loaded.generation_config.eos_token_id == END
+    assert TokenEnsemble.read_record(tmp_path / "saved") == {"rounds": [1, 2, 3]}
+    assert not [file for file in (tmp_path / "saved").rglob("*") if file.suffix in (".bin", ".pt", ".pkl")]
+    assert "| 1 | 2.5000 |" in (tmp_path / "saved" / "README.md").read_text()
+
+
+def test_a_slice_is_the_ensemble_of_those_experts(ensemble: TokenEnsemble) -> None:
+    ids, _ = ragged_prompts(2)
+    ids = ids.clamp_min(2)
+    two = ensemble[:2]
+    assert two.num_experts == 2
+    with torch.no_grad():
+        log_probs = two(input_ids=ids).logits[0, -1].double()
+        last = ensemble[2:](input_ids=ids).logits[0, -1].double()
+    torch.testing.assert_close(log_probs, slow_mixture(two, ids[0].tolist()), rtol=0, atol=1e-5)
+    with ensemble.experts.expert(2) as model, torch.no_grad():
+        expected = model(ids).logits[0, -1].double().log_softmax(-1)
+    torch.testing.assert_close(last, expected, rtol=0, atol=1e-5)
+    with pytest.raises(TypeError, match="sliced"):
+        ensemble[0]
+
+
+# Pseudo-answers
+
+FORMAT = QuestionFormat(prompt_template="{prompt}:", answer_prefix=" ")
+
+
+def questions(count: int) -> Dataset:
+    generator = torch.Generator().manual_seed(4)
+    words = [
+        "".join(LETTERS[i] for i in torch.randint(0, 26, (int(n),), generator=generator))
+        for n in torch.randint(1, 9, (count,), generator=generator)
+    ]
+    return Dataset.from_list(
+        [{"id": f"q{i}", "prompt": f"{word}{i % 7}", "answer": "x"} for i, word in enumerate(words)]
+    )
+
+
+def test_pseudo_answers_are_the_greedy_text_with_its_mean_log_probability(
+    of_models: TokenEnsemble, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    data = questions(8)
+    rows = of_models.label(data, tokenizer, question_format=FORMAT, max_new_tokens=10, batch_size=3, description=None)
+    assert rows["id"] == data["id"]
+    for row, prompt in zip(rows, data["prompt"], strict=True):
+        text = tokenizer(f"{prompt}:", add_special_tokens=False)["input_ids"]
+        total, answer = 0.0, []
+        for _ in range(row["num_tokens"]):
+            log_probs = slow_mixture(of_models, text)
+            token = int(log_probs.argmax())
+            total += float(log_probs[token])
+            text = [*text, token]
+            answer.append(token)
+        assert row["finished"] == (answer[-1] == END)
+        assert row["num_tokens"] == 10 or row["finished"]
+        assert row["answer"] == tokenizer.decode([t for t in answer if t != END], skip_special_tokens=True).strip()
+        assert row["confidence"] == pytest.approx(total / len(answer), abs=1e-5)
+        assert 0 <= row["agreement"] <= 1
+
+
+def test_labelling_goes_on_where_it_was_killed(
+    of_models: TokenEnsemble, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    data = questions(11)
+    options = {
+        "question_format": FORMAT, "max_new_tokens": 8, "batch_size": 4, "description": None,
+        "sampling": Sampling(temperature=1.0), "seed": 5,
+    }  # fmt: skip
+    whole = label_questions(of_models, data, tokenizer, output_file=tmp_path / "whole.jsonl", **options)
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    for cut in (0, 3, 7):
+        # Killed in the middle of a line.
+        (tmp_path / "cut.jsonl").write_text("".join(lines[:cut]) + lines[cut][:20])
+        again = label_questions(of_models, data, tokenizer, output_file=tmp_path / "cut.jsonl", **options)
+        assert again.to_list() == whole.to_list()
+        assert sorted((tmp_path / "cut.jsonl").read_text().splitlines(keepends=True)) == sorted(lines)
+    assert label_questions(of_models, data, tokenizer, **(options | {"batch_size": 1}))["answer"] == whole["answer"]
+
+
+def test_labels_of_other_questions_are_not_overwritten(
+    of_models: TokenEnsemble, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / "labels.jsonl").write_text(json.dumps({"id": "stranger", "answer": "a"}) + "\n")
+    with pytest.raises(ValueError, match="'stranger'.*another run"):
+        of_models.label(questions(2), tokenizer, output_file=tmp_path / "labels.jsonl", description=None)
+
+
+# Bad input
+
+
+def test_an_ensemble_of_nothing_or_with_bad_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one expert"):
+        TokenEnsemble.from_models([], [])
+    with pytest.raises(ValueError, match="2 values for 1 experts"):
+        TokenEnsemble.from_models([llama(0)], [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"positive and finite, got -1\.0"):
+        TokenEnsemble.from_models([llama(0)], [-1.0])
+    with pytest.raises(ValueError, match="positive and finite, got nan"):
+        TokenEnsemble.from_models([llama(0)], [math.nan])
+    with pytest.raises(ValueError, match="combine must be one of prob, logprob, vote, got 'mean'"):
+        TokenEnsemble.from_models([llama(0)], [1.0], combine="mean")
+
+
+def test_experts_of_different_vocabularies_are_named() -> None:
+    with pytest.raises(ValueError, match=f"expert 2 has a vocabulary of 99 tokens, expert 1 one of {VOCAB}"):
+        TokenEnsemble.from_models([llama(0), llama(1, vocab_size=99)], [1.0, 1.0])
+
+
+@pytest.mark.parametrize("kind", ["of_adapters", "of_models"])
+def test_a_missing_expert_is_named(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    request.getfixturevalue(kind).save_pretrained(tmp_path / "saved")
+    shutil.rmtree(tmp_path / "saved" / "experts" / "2")
+    with pytest.raises(FileNotFoundError, match=r"expert 2.*experts/2 holds no weights"):
+        TokenEnsemble.from_pretrained(tmp_path / "saved")
+
+
+def test_a_folder_that_is_no_ensemble_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"not a saved ensemble: it has no config\.json"):
+        TokenEnsemble.from_pretrained(tmp_path)
+
+
+def test_vote_has_no_loss_and_no_beams(of_models: TokenEnsemble) -> None:
+    of_models.config.combine = "vote"
+    ids = ragged_prompts(1)[0].clamp_min(2)
+    with pytest.raises(ValueError, match="has no loss"):
+        of_models(input_ids=ids, labels=ids)
+    with pytest.raises(ValueError, match="cannot rank beams"):
+        of_models.generate(input_ids=ids, num_beams=2)
+
+
+def test_a_prompt_longer_than_the_context_names_the_expert(of_models: TokenEnsemble) -> None:
+    with pytest.raises(ValueError, match="prompt has 129 tokens but expert 1 reads at most 128"):
+        of_models.generate(input_ids=torch.full((1, 129), 3))
+
+
+def test_a_damaged_expert_stops_decoding_by_name(of_models: TokenEnsemble, tokenizer: PreTrainedTokenizerFast) -> None:
+    with torch.no_grad():
+        of_models.experts.models[1].lm_head.weight[3] = math.nan
+    with pytest.raises(FloatingPointError, match="question 'q0'"):
+        of_models.label(questions(1), tokenizer, question_format=FORMAT, description=None)
+
+
+def test_a_foreign_filled_cache_is_refused(of_models: TokenEnsemble) -> None:
+    ids = ragged_prompts(1)[0].clamp_min(2)
+    with of_models.experts.expert(0) as model, torch.no_grad():
+        foreign = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="filled DynamicCache"):
+        of_models(input_ids=ids, past_key_values=foreign)
