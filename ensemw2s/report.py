@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import yaml
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ensemw2s.evaluate import Interval, paired_difference, wilson_interval
 from ensemw2s.files import new_file, read_json
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 RESULTS_FILE = "results.jsonl"
 CONFIG_FILE = "config.json"
 TEST_SPLITS = {"id": "ID", "ood": "OOD"}
+MINUS = "−"
 # What a record of each kind must hold to be shown; other kinds and other keys pass unread.
 REQUIRED_FIELDS: dict[str, tuple[str, ...]] = {
     "round": ("round", "error", "prior_error", "expert_weight", "accepted", "effective_sample_size", "num_units",
@@ -49,12 +50,12 @@ REQUIRED_FIELDS: dict[str, tuple[str, ...]] = {
 ARM_NAMES = {
     "zero_shot_weak": "Weak model, not fine-tuned",
     "zero_shot_strong": "Strong model, not fine-tuned",
-    "single_expert": "Single weak expert (baseline)",
+    "single_expert": "Single weak expert",
     "uniform_average": "Uniform average of the experts",
-    "ensemble": "Ensemble (boosting weights)",
+    "ensemble": "Ensemble",
     "student_single": "Student of the single expert",
     "student_ensemble": "Student of the ensemble",
-    "ceiling": "Ceiling (student of the truth)",
+    "ceiling": "Ceiling: student of the truth",
 }
 ARMS_BEFORE_EXPERTS = ("zero_shot_weak", "zero_shot_strong", "single_expert")
 COMPARISONS = (
@@ -177,25 +178,27 @@ def rounds_table(records: Sequence[Mapping[str, Any]]) -> Table:
 
 def _result_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
     columns = {
-        "ID accuracy": lambda arm: _accuracy_text(records, arm, "id"),
-        "OOD accuracy": lambda arm: _accuracy_text(records, arm, "ood"),
+        "ID, % right": lambda arm: _accuracy_text(records, arm, "id"),
+        "OOD, % right": lambda arm: _accuracy_text(records, arm, "ood"),
         "PGR, ID": lambda arm: _pgr_text(_find(records, "pgr", arm=arm, split="id")),
         "PGR, OOD": lambda arm: _pgr_text(_find(records, "pgr", arm=arm, split="ood")),
         "Training, s": lambda arm: _cost_text(records, arm, "train_seconds", 1),
         "Training, TFLOP": lambda arm: _cost_text(records, arm, "train_flops", 1e12),
         "Inference, s": lambda arm: _cost_text(records, arm, "inference_seconds", 1),
     }
-    arms = _arms(records)
-    cells = {header: [cell(arm) for arm in arms] for header, cell in columns.items()}
-    shown = [header for header, column in cells.items() if any(column)]
-    rows = [[_arm_name(arm), *(cells[header][i] for header in shown)] for i, arm in enumerate(arms)]
-    return ["Arm", *shown], rows
+    rows = [[_arm_name(arm), *(cell(arm) for cell in columns.values())] for arm in _arms(records)]
+    return _without_empty_columns(["Arm", *columns], rows)
+
+
+def _without_empty_columns(headers: list[str], rows: list[list[str]]) -> Rows:
+    shown = [i for i in range(len(headers)) if any(row[i] for row in rows)]
+    return [headers[i] for i in shown], [[row[i] for i in shown] for row in rows]
 
 
 def _round_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
     headers = ["Round", "Weighted error ε", "Prior error ε₀", "Expert weight α", "Effective sample size",
                "Validation: expert", "Validation: ensemble", "Time, s", "Note"]  # fmt: skip
-    return headers, [_round_row(record) for record in _of_kind(records, "round")]
+    return _without_empty_columns(headers, [_round_row(record) for record in _of_kind(records, "round")])
 
 
 def _round_row(record: Mapping[str, Any]) -> list[str]:
@@ -231,7 +234,7 @@ def _rich_table(title: str, content: Rows) -> Table:
 
 def _accuracy_text(records: Sequence[Mapping[str, Any]], arm: str, split: str) -> str:
     record = _find(records, "arm", arm=arm, split=split, metric="accuracy")
-    return "" if record is None else f"{100 * record['value']:.1f} ± {100 * record['standard_error']:.1f} %"
+    return "" if record is None else f"{100 * record['value']:.1f} ± {100 * record['standard_error']:.1f}"
 
 
 def _pgr_text(record: Mapping[str, Any] | None) -> str:
@@ -239,12 +242,13 @@ def _pgr_text(record: Mapping[str, Any] | None) -> str:
         return ""
     if not record["defined"]:
         return "undefined"
-    return f"{record['value']:.2f} ({record['low']:.2f} to {record['high']:.2f})"
+    text = f"{record['value']:.2f} ({record['low']:.2f} to {record['high']:.2f})"
+    return text.replace("-", MINUS)
 
 
 def _cost_text(records: Sequence[Mapping[str, Any]], arm: str, name: str, unit: float) -> str:
     record = _find(records, "cost", arm=arm)
-    return "" if record is None or record.get(name) is None else f"{record[name] / unit:,.4g}"
+    return "" if record is None or record.get(name) is None else f"{record[name] / unit:,.1f}"
 
 
 def _percent(share: float | None) -> str:
@@ -293,30 +297,27 @@ def _best_expert(records: Sequence[Mapping[str, Any]]) -> str | None:
 
 def _difference_text(difference: Interval) -> str:
     value, low, high = (_signed_points(x) for x in difference)
-    return f"{value} points ({low} to {high})"
+    return f"{value} ({low} to {high}): {_verdict(difference)}"
 
 
 def _signed_points(share: float) -> str:
-    return f"{100 * share:+.1f}".replace("-", "−")
+    return f"{100 * share:+.1f}".replace("-", MINUS)
 
 
 def _verdict(difference: Interval) -> str:
     if difference.low > 0:
         return "better"
-    return "worse" if difference.high < 0 else "no difference shown"
+    return "worse" if difference.high < 0 else "not decided"
 
 
 def _comparison_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
-    rows = []
     best = _best_expert(records)
+    rows = []
     for first, second, by_split in _comparisons(records):
-        chosen = ", the best on validation" if second == best else ""
-        row = [f"{_arm_name(first)} against {_lower_first(_arm_name(second))}{chosen}"]
-        for split in TEST_SPLITS:
-            interval = by_split.get(split)
-            row.append("" if interval is None else f"{_difference_text(interval)}: {_verdict(interval)}")
-        rows.append(row)
-    return ["Comparison", *(f"{name} difference" for name in TEST_SPLITS.values())], rows
+        chosen = " (best on validation)" if second == best else ""
+        texts = [_difference_text(by_split[split]) if split in by_split else "" for split in TEST_SPLITS]
+        rows.append([f"{_arm_name(first)} against {_lower_first(_arm_name(second))}{chosen}", *texts])
+    return ["Comparison", *(f"{name}, points" for name in TEST_SPLITS.values())], rows
 
 
 def _lower_first(text: str) -> str:
@@ -494,7 +495,9 @@ def _weights_figure(records: Sequence[Mapping[str, Any]]) -> str:
     _line(left, numbers, curve(0.5), "median", 0)
     left.plot(numbers, curve(1.0), color=SERIES[1], marker="s", markersize=4, linewidth=1.1, label="largest")
     left.set_yscale("log")
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    left.yaxis.set_minor_formatter(NullFormatter())
     left.set_title("Weight of a unit after each round")
     left.set_ylabel("N · D (1 = uniform)")
     left.legend(
@@ -621,26 +624,15 @@ def _model_text(model: Mapping[str, Any] | None) -> str:
 
 
 def _in_short(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return the page's main figures as sentences, each with how sure it is."""
-    sentences = []
-    for first, second, by_split in _comparisons(records):
-        if (first, second) not in COMPARISONS[:3]:
-            continue
-        for split, interval in by_split.items():
-            sentences.append(_sentence(_arm_name(first), _lower_first(_arm_name(second)), TEST_SPLITS[split], interval))
-    items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
-    return f'<h3>In short</h3><ul class="short">{items}</ul>' if items else ""
-
-
-def _sentence(first: str, second: str, split: str, difference: Interval) -> str:
-    low, high = _signed_points(difference.low), _signed_points(difference.high)
-    conclusion = {
-        "better": "so it did better on these questions",
-        "worse": "so it did worse on these questions",
-        "no difference shown": "which includes no difference: this run does not decide between them",
-    }[_verdict(difference)]
-    value = _signed_points(difference.value)
-    return f"{split}: {first} against {second}: {value} points, 95% interval {low} to {high}, {conclusion}."
+    rows = _comparison_rows(records)
+    if not rows[1]:
+        return ""
+    note = (
+        "Differences in the share of right answers, in percentage points, with 95% paired bootstrap interval over "
+        "questions. “Not decided” means that the interval includes 0. Intervals are not corrected for looking at "
+        "several comparisons."
+    )
+    return f"<h3>In short</h3>{_html_table(rows, note)}"
 
 
 def _arms_section(runs: Sequence[Run]) -> str:
@@ -654,23 +646,11 @@ def _arms_section(runs: Sequence[Run]) -> str:
 
 
 def _results_section(records: Sequence[Mapping[str, Any]]) -> str:
-    comparisons = _comparison_rows(records)
-    paired = ""
-    if comparisons[1]:
-        paired = "<h3>Paired comparisons</h3>" + _html_table(
-            comparisons,
-            "Difference in accuracy on the same questions, with 95% paired bootstrap interval over questions. "
-            "They are not corrected for looking at several comparisons.",
-        )
-    return (
-        "<h3>Results</h3>"
-        + _html_table(
-            _result_rows(records),
-            "Accuracy ± standard error over questions. PGR: share of the gap from the single weak expert to the "
-            "ceiling, with 95% interval; undefined where the gap itself is not shown to be above 0. Costs are those "
-            "of training the arm itself; the ensemble's sum over its experts, a student's leave out its teacher.",
-        )
-        + paired
+    return "<h3>Results</h3>" + _html_table(
+        _result_rows(records),
+        "± standard error over questions. PGR: share of the gap from the single weak expert to the ceiling that a "
+        "student closes, with 95% interval; undefined where the gap itself is not shown to be above 0. Costs are those "
+        "of training an arm itself: the ensemble's are the sum over its experts, a student's leave out its teacher's.",
     )
 
 
@@ -714,7 +694,7 @@ def _labels_section(records: Sequence[Mapping[str, Any]]) -> str:
     if not labels:
         return ""
     rows = [
-        [_arm_name(r["teacher"]), str(r["n"]), _percent(r["accuracy"]), _number(r.get("confidence"), ".3f"),
+        [_arm_name(r["teacher"]), str(r["n"]), _percent(r["accuracy"]), _number(r.get("confidence"), ".3f").replace("-", MINUS),
          _percent(r.get("agreement"))]
         for r in labels
     ]  # fmt: skip
@@ -821,9 +801,11 @@ figure {{ margin:.75rem 0 1.5rem; }} figure svg {{ display:block; width:100%; he
 figcaption, .note {{ color:var(--muted); font-size:.85rem; margin:.4rem 0 0; max-width:48rem; }}
 .wide {{ overflow-x:auto; }}
 table {{ border-collapse:collapse; width:100%; font-size:.88rem; font-variant-numeric:tabular-nums; }}
-th, td {{ padding:.35rem .6rem; text-align:right; border-bottom:1px solid var(--rule); vertical-align:top; }}
+th, td {{ padding:.35rem .5rem; text-align:right; white-space:nowrap; vertical-align:top;
+border-bottom:1px solid var(--rule); }}
 th:first-child {{ text-align:left; padding-left:0; }} tbody th {{ font-weight:500; }}
-thead th {{ color:var(--muted); font-weight:600; vertical-align:bottom; border-bottom:2px solid var(--rule); }}
+thead th {{ white-space:normal; color:var(--muted); font-weight:600; vertical-align:bottom;
+border-bottom:2px solid var(--rule); }}
 pre {{ background:var(--band); padding:.75rem 1rem; border-radius:6px; font-size:.82rem; white-space:pre-wrap; }}
 .check {{ background:var(--band); padding:.6rem .9rem; border-radius:6px; font-size:.9rem; }}
 ul {{ padding-left:1.2rem; }} li {{ margin:.3rem 0; max-width:50rem; }}
