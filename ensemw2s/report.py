@@ -694,8 +694,8 @@ def _labels_section(records: Sequence[Mapping[str, Any]]) -> str:
     if not labels:
         return ""
     rows = [
-        [_arm_name(r["teacher"]), str(r["n"]), _percent(r["accuracy"]), _number(r.get("confidence"), ".3f").replace("-", MINUS),
-         _percent(r.get("agreement"))]
+        [_arm_name(r["teacher"]), str(r["n"]), _percent(r["accuracy"]),
+         _number(r.get("confidence"), ".3f").replace("-", MINUS), _percent(r.get("agreement"))]
         for r in labels
     ]  # fmt: skip
     headers = [

@@ -1,0 +1,420 @@
+"""The rounds' arithmetic: every invariant of the method, and agreement with scikit-learn's AdaBoost."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn.datasets import make_classification
+from sklearn.ensemble import AdaBoostClassifier
+from sklearn.tree import DecisionTreeClassifier
+
+from ensemw2s import boosting
+
+seeds = st.integers(0, 2**32 - 1)
+sizes = st.integers(2, 300)
+open_unit = st.floats(0.001, 0.999)
+
+
+def random_weights(generator, size):
+    """Weights of very different sizes, some of them exactly 0."""
+    weights = np.exp(4 * generator.standard_normal(size)) * (generator.random(size) < 0.9)
+    weights[generator.integers(size)] += 1.0
+    return weights / math.fsum(weights)
+
+
+def exact_error(weights, wrong):
+    return math.fsum(weights[wrong]) / math.fsum(weights)
+
+
+# Units
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.integers(1, 5))
+def test_windows_cut_each_answer_by_itself(lengths, window):
+    expected, unit = [], -1
+    for length in lengths:
+        for position in range(length):
+            unit += position % window == 0
+            expected.append(unit)
+    assert boosting.unit_index(lengths, "window", window).tolist() == expected
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=20))
+def test_tokens_and_sequences_are_the_two_ends_of_windows(lengths):
+    np.testing.assert_array_equal(boosting.unit_index(lengths, "token"), boosting.unit_index(lengths, "window", 1))
+    np.testing.assert_array_equal(
+        boosting.unit_index(lengths, "sequence"), boosting.unit_index(lengths, "window", max(lengths))
+    )
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.integers(1, 5), seeds)
+def test_a_unit_is_wrong_exactly_if_one_of_its_tokens_is(lengths, window, seed):
+    units = boosting.unit_index(lengths, "window", window)
+    token_wrong = np.random.default_rng(seed).random(units.size) < 0.3
+    expected = [token_wrong[units == unit].any() for unit in range(units.max() + 1)]
+    assert boosting.unit_wrong(token_wrong, units).tolist() == expected
+
+
+# Weights, errors, updates
+
+
+@given(seeds, sizes, st.floats(0, 0.999))
+def test_mixing_keeps_a_distribution_and_a_floor(seed, size, mix):
+    weights = random_weights(np.random.default_rng(seed), size)
+    mixed = boosting.mix_uniform(weights, mix)
+    np.testing.assert_allclose(mixed, (1 - mix) * weights + mix / size, rtol=1e-14)
+    assert abs(math.fsum(mixed) - 1) < 1e-12
+    assert mixed.min() >= mix / size
+
+
+def test_effective_sample_size_of_known_weights():
+    assert boosting.effective_sample_size(boosting.initial_weights(40)) == pytest.approx(40)
+    assert boosting.effective_sample_size([0, 1, 0]) == 1
+    assert boosting.effective_sample_size([0.5, 0.25, 0.25]) == pytest.approx(1 / 0.375)
+
+
+@given(seeds, sizes)
+def test_weighted_error_is_the_weight_of_what_is_wrong(seed, size):
+    generator = np.random.default_rng(seed)
+    weights, wrong = random_weights(generator, size), generator.random(size) < 0.4
+    assert boosting.weighted_error(weights, wrong) == pytest.approx(math.fsum(weights[wrong]), abs=1e-15)
+    assert boosting.weighted_error(weights, np.zeros(size, bool)) == 0
+    assert boosting.weighted_error(weights, np.ones(size, bool)) <= 1
+
+
+@given(st.floats(0, 1), st.integers(1, 10**9))
+def test_clamping_moves_only_what_lies_outside_and_says_so(error, num_units):
+    clamped, moved = boosting.clamp_error(error, num_units)
+    assert 1 / (2 * num_units) <= clamped <= 1 - 1 / (2 * num_units)
+    assert moved == (not 1 / (2 * num_units) <= error <= 1 - 1 / (2 * num_units))
+    assert moved or clamped == error
+    assert math.isfinite(boosting.expert_weight(clamped, 0.5))
+
+
+@given(open_unit, open_unit)
+def test_expert_weight_is_the_papers_formula_and_positive_exactly_below_the_prior(error, prior):
+    expected = math.log((1 - error) / error) + math.log(1 / (1 - prior) - 1)
+    assert boosting.expert_weight(error, prior) == pytest.approx(expected, abs=1e-11)
+    if error != prior:
+        assert (boosting.expert_weight(error, prior) > 0) == (error < prior)
+
+
+@given(st.integers(2, 200_000), open_unit)
+def test_uniform_prior_gives_samme(num_classes, error):
+    prior = boosting.prior_error("uniform", num_classes=num_classes)
+    samme = math.log((1 - error) / error) + math.log(num_classes - 1)
+    assert boosting.expert_weight(error, prior) == pytest.approx(samme, abs=1e-9)
+
+
+def test_prior_is_read_from_the_named_place():
+    assert boosting.prior_error("pretrained", 0.8, 10) == 0.8
+    assert boosting.prior_error("uniform", 0.8, 10) == pytest.approx(0.9)
+    assert boosting.prior_error(0.25, 0.8, 10) == 0.25
+    assert boosting.prior_error("pretrained", 0.8, unit="window") == 0.8
+
+
+@given(seeds, sizes, open_unit, st.floats(0.05, 1))
+def test_closing_identity_and_its_shrinkage_form(seed, size, prior, shrinkage):
+    generator = np.random.default_rng(seed)
+    weights = boosting.mix_uniform(random_weights(generator, size), 0.2)
+    wrong = generator.random(size) < 0.4
+    error = boosting.weighted_error(weights, wrong)
+    if not 0 < error < 1 or error >= prior:
+        return
+    expert_weight = boosting.expert_weight(error, prior)
+    full = boosting.update_weights(weights, wrong, expert_weight)
+    assert abs(exact_error(full, wrong) - prior) < 1e-12
+    shrunk = boosting.update_weights(weights, wrong, expert_weight, shrinkage)
+    factor = math.exp(shrinkage * expert_weight)
+    assert abs(exact_error(shrunk, wrong) - factor * error / (factor * error + 1 - error)) < 1e-12
+
+
+@given(seeds, sizes, st.floats(0.05, 1))
+@settings(max_examples=30)
+def test_weights_stay_a_distribution_over_many_rounds(seed, size, shrinkage):
+    generator = np.random.default_rng(seed)
+    weights = boosting.initial_weights(size)
+    for _ in range(30):
+        wrong = generator.random(size) < generator.random()
+        error, _ = boosting.clamp_error(boosting.weighted_error(weights, wrong), size)
+        expert_weight = boosting.expert_weight(error, 0.999)
+        if expert_weight > 0:
+            before = weights.copy()
+            following = boosting.update_weights(weights, wrong, expert_weight, shrinkage)
+            np.testing.assert_array_equal(weights, before, err_msg="the input was changed")
+            weights = following
+        assert abs(math.fsum(weights) - 1) < 1e-9
+        assert weights.min() >= 0
+
+
+def test_a_large_expert_weight_does_not_overflow():
+    updated = boosting.update_weights([0.5, 0.5], [True, False], 800.0)
+    np.testing.assert_array_equal(updated, [1.0, 0.0])
+
+
+@pytest.mark.slow
+def test_a_hundred_million_units():
+    size = 100_000_000
+    generator = np.random.default_rng(0)
+    weights = boosting.initial_weights(size)
+    for _ in range(2):
+        wrong = generator.random(size, dtype=np.float32) < 0.3
+        error = boosting.weighted_error(weights, wrong)
+        weights = boosting.update_weights(weights, wrong, boosting.expert_weight(error, 0.8))
+        # Blocks whose sums are added exactly: a reference that does not share NumPy's rounding.
+        assert abs(math.fsum(weights.reshape(10_000, -1).sum(axis=1)) - 1) < 1e-9
+        assert boosting.weighted_error(weights, wrong) == pytest.approx(0.8, abs=1e-12)
+    del wrong
+    counts = boosting.draw_counts(weights, 20_000_000, generator)
+    assert counts.sum() == 20_000_000
+    heavy = weights > 2 / size
+    share = counts[heavy].sum() / 20_000_000
+    assert share == pytest.approx(weights[heavy].sum(), abs=5 * math.sqrt(0.25 / 20_000_000))
+
+
+def test_systematic_draws_take_each_of_many_uniform_units_once():
+    counts = boosting.draw_counts(
+        boosting.initial_weights(3_000_001), 3_000_001, np.random.default_rng(1), "systematic"
+    )
+    assert counts.min() == counts.max() == 1
+
+
+# Draws
+
+
+def test_independent_draws_have_the_right_frequencies():
+    generator = np.random.default_rng(20)
+    weights = random_weights(generator, 50)
+    size = 200_000
+    counts = boosting.draw_counts(weights, size, generator)
+    expected = weights * size
+    rare = expected < 5
+    observed = np.append(counts[~rare], counts[rare].sum())
+    assert stats.chisquare(observed, np.append(expected[~rare], expected[rare].sum())).pvalue > 0.01
+
+
+def test_counts_of_independent_draws_spread_like_a_multinomial():
+    weights = np.array([0.5, 0.3, 0.2])
+    generator = np.random.default_rng(3)
+    counts = np.array([boosting.draw_counts(weights, 100, generator) for _ in range(4000)])
+    covariance = 100 * (np.diag(weights) - np.outer(weights, weights))
+    np.testing.assert_allclose(np.cov(counts.T), covariance, atol=1.5)
+
+
+def test_draws_do_not_depend_on_the_chunk_size(monkeypatch):
+    weights = random_weights(np.random.default_rng(5), 1000)
+    whole = boosting.draw_counts(weights, 5000, np.random.default_rng(6))
+    monkeypatch.setattr(boosting, "DRAWS_PER_CHUNK", 17)
+    np.testing.assert_array_equal(whole, boosting.draw_counts(weights, 5000, np.random.default_rng(6)))
+
+
+def test_draws_are_the_inverse_cdf_of_the_generators_uniforms():
+    weights = random_weights(np.random.default_rng(7), 200)
+    uniforms = np.random.default_rng(8).random(3000)
+    cumulative = np.cumsum(weights)
+    drawn = [next(i for i, c in enumerate(cumulative) if u * cumulative[-1] < c) for u in uniforms]
+    expected = np.bincount(drawn, minlength=200)
+    np.testing.assert_array_equal(boosting.draw_counts(weights, 3000, np.random.default_rng(8)), expected)
+
+
+class LargestUniform:
+    """A generator that always gives the largest float below 1."""
+
+    def random(self, size):
+        return np.full(size, np.nextafter(1.0, 0.0))
+
+
+@given(seeds, sizes)
+def test_the_largest_uniform_takes_the_last_unit_with_weight(seed, size):
+    weights = random_weights(np.random.default_rng(seed), size)
+    weights[-1] = 0
+    weights /= weights.sum() or 1
+    if weights.sum() == 0:
+        return
+    counts = boosting.draw_counts(weights, 3, LargestUniform())
+    assert counts.sum() == 3
+    # A last unit too light to move the prefix sum cannot be drawn, and the one before it can.
+    assert counts[np.cumsum(weights).searchsorted(np.cumsum(weights)[-1])] == 3
+
+
+@given(seeds, sizes, st.integers(0, 1000), st.sampled_from(["independent", "systematic"]))
+def test_draws_add_up_and_never_take_a_unit_without_weight(seed, size, draws, method):
+    generator = np.random.default_rng(seed)
+    weights = random_weights(generator, size)
+    counts = boosting.draw_counts(weights, draws, generator, method)
+    assert counts.sum() == draws
+    assert counts.min() >= 0
+    assert not counts[weights == 0].any()
+    if method == "systematic":
+        assert np.abs(counts - draws * weights).max() < 1 + 1e-9
+
+
+def test_systematic_draws_are_unbiased():
+    weights = np.array([0.05, 0.15, 0.45, 0.35])
+    generator = np.random.default_rng(9)
+    mean = np.mean([boosting.draw_counts(weights, 3, generator, "systematic") for _ in range(20_000)], axis=0)
+    np.testing.assert_allclose(mean, 3 * weights, atol=0.015)
+
+
+# Weights in the loss
+
+
+def test_reweighting_is_n_times_the_mixed_weights():
+    weights = random_weights(np.random.default_rng(1), 30)
+    in_loss = boosting.loss_weights(weights, sampling="reweight", uniform_mix=0.5)
+    np.testing.assert_allclose(in_loss, 0.5 + 0.5 * 30 * weights, rtol=1e-13)
+
+
+def test_draws_for_the_loss_come_from_the_mixed_weights():
+    weights = np.zeros(1000)
+    weights[:500] = 1 / 500
+    in_loss = boosting.loss_weights(weights, sampling="draw", uniform_mix=0.5, generator=np.random.default_rng(2))
+    expected = boosting.draw_counts(boosting.mix_uniform(weights, 0.5), 1000, np.random.default_rng(2))
+    np.testing.assert_array_equal(in_loss, expected)
+    assert in_loss[500:].sum() == pytest.approx(250, abs=60)
+
+
+def test_bagging_ignores_the_weights_and_draws_uniformly():
+    one_unit = np.zeros(2000)
+    one_unit[0] = 1
+    in_loss = boosting.loss_weights(one_unit, sampling="bagging", generator=np.random.default_rng(4))
+    assert in_loss.sum() == 2000
+    histogram = np.bincount(in_loss.astype(int), minlength=5)
+    expected = 2000 * stats.poisson.pmf(range(4), 1)
+    assert stats.chisquare(np.append(histogram[:4], histogram[4:].sum()),
+                           np.append(expected, 2000 - expected.sum())).pvalue > 0.01  # fmt: skip
+
+
+def test_deduplicated_draws_mark_the_same_units_once():
+    weights = random_weights(np.random.default_rng(1), 100)
+    counted, once = (
+        boosting.loss_weights(weights, sampling="draw", deduplicate=deduplicate, generator=np.random.default_rng(3))
+        for deduplicate in (False, True)
+    )
+    assert counted.max() > 1
+    np.testing.assert_array_equal(once, counted > 0)
+
+
+# scikit-learn
+
+
+class WatchedStump(DecisionTreeClassifier):
+    """A weak learner that remembers the sample weights of every fit."""
+
+    seen: list[np.ndarray] = []  # noqa: RUF012  (clones must share it)
+
+    def fit(self, inputs, labels, sample_weight=None):
+        self.seen.append(np.array(sample_weight))
+        return super().fit(inputs, labels, sample_weight)
+
+
+@pytest.mark.parametrize("learning_rate", [1.0, 0.4])
+@pytest.mark.parametrize(("num_classes", "prior"), [(2, 0.5), (2, "uniform"), (4, "uniform")])
+def test_equals_scikit_learns_adaboost(num_classes, prior, learning_rate):
+    inputs, labels = make_classification(
+        400, n_features=12, n_informative=8, n_classes=num_classes, flip_y=0.05, random_state=num_classes
+    )
+    WatchedStump.seen.clear()
+    reference = AdaBoostClassifier(
+        WatchedStump(max_depth=2), n_estimators=8, learning_rate=learning_rate, random_state=1
+    ).fit(inputs, labels)
+    prior_error = boosting.prior_error(prior, num_classes=num_classes)
+
+    weights = boosting.initial_weights(labels.size)
+    votes = np.zeros((labels.size, num_classes))
+    for number, theirs in enumerate(reference.estimators_):
+        np.testing.assert_allclose(weights, WatchedStump.seen[number], rtol=1e-9)
+        expert = DecisionTreeClassifier(max_depth=2, random_state=theirs.random_state)
+        in_loss = boosting.loss_weights(weights, sampling="reweight")
+        predicted = expert.fit(inputs, labels, in_loss / labels.size).predict(inputs)
+        wrong = predicted != labels
+        error = boosting.weighted_error(weights, wrong)
+        expert_weight = boosting.expert_weight(error, prior_error)
+        assert error == pytest.approx(reference.estimator_errors_[number], rel=1e-9)
+        assert learning_rate * expert_weight == pytest.approx(reference.estimator_weights_[number], rel=1e-9)
+        votes[np.arange(labels.size), predicted] += expert_weight
+        if number + 1 < len(reference.estimators_):
+            weights = boosting.update_weights(weights, wrong, expert_weight, learning_rate)
+    assert len(reference.estimators_) == 8
+    np.testing.assert_array_equal(votes.argmax(axis=1), reference.predict(inputs))
+
+
+# Bad input
+
+HALVES = [0.5, 0.5]
+GENERATOR = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: boosting.unit_index([3], "word"), "unknown unit 'word'; choose one of 'token', 'window', 'sequence'"),
+        (lambda: boosting.unit_index([3], "window"), r"needs window >= 1 .* got None"),
+        (lambda: boosting.unit_index([3], "window", 0), "needs window >= 1 .* got 0"),
+        (lambda: boosting.unit_index([3], "token", 2), 'window=2 only applies to unit="window"'),
+        (lambda: boosting.unit_index([3, 0]), r"answer_lengths\[1\] is 0"),
+        (lambda: boosting.unit_index([]), "answer_lengths must be a non-empty vector"),
+        (lambda: boosting.unit_wrong([True], [0, 0]), r"token_wrong must have shape \(2,\)"),
+        (lambda: boosting.unit_wrong([True, False], [0, 2]), "units must rise from 0"),
+        (lambda: boosting.initial_weights(0), "num_units must be at least 1, got 0"),
+        (lambda: boosting.mix_uniform(HALVES, 1.0), r"uniform_mix must be in \[0, 1\), got 1.0"),
+        (lambda: boosting.mix_uniform(HALVES, -0.1), "uniform_mix must be in"),
+        (lambda: boosting.mix_uniform(HALVES, math.nan), "uniform_mix must be in"),
+        (lambda: boosting.effective_sample_size([1.5, -0.5]), "non-negative and not NaN, smallest is -0.5"),
+        (lambda: boosting.effective_sample_size([math.nan, 1]), "not NaN, smallest is nan"),
+        (lambda: boosting.effective_sample_size([0.5, 0.6]), "must sum to 1 within 1e-09, but the sum is 1.1"),
+        (lambda: boosting.effective_sample_size([math.inf, 0]), "the sum is inf"),
+        (lambda: boosting.effective_sample_size([[1.0]]), r"non-empty vector, got shape \(1, 1\)"),
+        (lambda: boosting.weighted_error(HALVES, [True]), r"wrong must have shape \(2,\).* got \(1,\)"),
+        (lambda: boosting.clamp_error(math.nan, 5), r"error must be in \[0, 1\], got nan"),
+        (lambda: boosting.clamp_error(1.1, 5), "error must be in"),
+        (lambda: boosting.prior_error("guess"), 'prior must be "pretrained", "uniform" or a number in'),
+        (lambda: boosting.prior_error(1.0), r"a number in \(0, 1\), got 1.0"),
+        (lambda: boosting.prior_error(True), "got True"),
+        (lambda: boosting.prior_error("uniform", num_classes=4, unit="window"), 'needs unit="token", got'),
+        (lambda: boosting.prior_error("uniform"), "needs num_classes >= 2"),
+        (lambda: boosting.prior_error("pretrained"), "needs pretrained_error"),
+        (lambda: boosting.prior_error("pretrained", 1.0), "clamped by clamp_error; got 1.0"),
+        (lambda: boosting.expert_weight(0.0, 0.5), r"^error must be in \(0, 1\), got 0.0"),
+        (lambda: boosting.expert_weight(0.5, 1.0), r"^prior_error must be in \(0, 1\), got 1.0"),
+        (lambda: boosting.update_weights(HALVES, [True, False], 0.0), "no better than the prior is not added"),
+        (lambda: boosting.update_weights(HALVES, [True, False], math.inf), "expert_weight must be positive and finite"),
+        (lambda: boosting.update_weights(HALVES, [True, False], 1.0, 0.0), r"shrinkage must be in \(0, 1\], got 0.0"),
+        (lambda: boosting.update_weights(HALVES, [True, False], 1.0, 1.5), "shrinkage must be in"),
+        (lambda: boosting.update_weights(HALVES, [False, False], 900.0), "leaves no weight on any unit"),
+        (lambda: boosting.draw_counts(HALVES, -1, GENERATOR), "at least 0, got -1"),
+        (lambda: boosting.draw_counts(HALVES, 1, GENERATOR, "sobol"), "choose one of 'independent', 'systematic'"),
+        (lambda: boosting.loss_weights(HALVES, sampling="boost"), "choose one of 'draw', 'reweight', 'bagging'"),
+        (lambda: boosting.loss_weights(HALVES, sampling="draw"), "sampling='draw' needs a generator"),
+        (lambda: boosting.loss_weights(HALVES, sampling="reweight", deduplicate=True), "only applies to draws"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_in_words(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: boosting.unit_index([1.5]), "answer_lengths must hold integers"),
+        (lambda: boosting.weighted_error(HALVES, [0, 1]), "wrong must be boolean"),
+        (lambda: boosting.unit_wrong([1.0], [0]), "token_wrong must be boolean"),
+    ],
+)
+def test_wrong_types_are_refused_in_words(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_importing_it_needs_neither_torch_nor_transformers_nor_datasets():
+    code = (
+        "import sys, ensemw2s.boosting; "
+        "sys.exit(sorted({'torch', 'transformers', 'datasets'} & sys.modules.keys()) or 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
