@@ -10,17 +10,9 @@ from pathlib import Path
 import pytest
 import scipy.stats
 import torch
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     LogitsProcessorList,
-    PreTrainedTokenizerFast,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -28,51 +20,15 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from ensemw2s import TokenEnsemble
-from ensemw2s.data import QuestionFormat
 from ensemw2s.decoding import Sampling, label_questions
+from tests.tiny import END, FORMAT, PAD, VOCAB, gpt2, llama, questions, saved_adapters, tokenizer
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz :"
-VOCAB = len(LETTERS) + 2
-PAD, END = 0, 1
 WEIGHTS = [2.5, 1.25, 0.5]
-
-
-def llama(seed: int, vocab_size: int = VOCAB) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=PAD, eos_token_id=END, bos_token_id=None,
-        initializer_range=0.4,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def gpt2(seed: int) -> GPT2LMHeadModel:
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=END, eos_token_id=END,
-        pad_token_id=PAD, initializer_range=0.4,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).eval()
-
-
-def adapters(folder: Path, count: int = 3) -> list[Path]:
-    """Save `count` LoRA adapters of `llama(0)` with random weights."""
-    paths = []
-    for t in range(count):
-        torch.manual_seed(100 + t)
-        model = get_peft_model(llama(0), LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"]))
-        for name, weight in model.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(weight, std=0.5)
-        model.save_pretrained(folder / f"adapter-{t}")
-        paths.append(folder / f"adapter-{t}")
-    return paths
 
 
 @pytest.fixture
 def of_adapters(tmp_path: Path) -> TokenEnsemble:
-    return TokenEnsemble.from_adapters(llama(0), adapters(tmp_path), WEIGHTS)
+    return TokenEnsemble.from_adapters(llama(0), saved_adapters(tmp_path), WEIGHTS)
 
 
 @pytest.fixture
@@ -84,14 +40,6 @@ def of_models() -> TokenEnsemble:
 @pytest.fixture(params=["of_adapters", "of_models"])
 def ensemble(request: pytest.FixtureRequest) -> TokenEnsemble:
     return request.getfixturevalue(request.param)
-
-
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {"<pad>": PAD, "<end>": END, **{letter: i + 2 for i, letter in enumerate(LETTERS)}}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>")
 
 
 def ragged_prompts(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -294,28 +242,13 @@ def test_a_slice_is_the_ensemble_of_those_experts(ensemble: TokenEnsemble) -> No
 
 # Pseudo-answers
 
-FORMAT = QuestionFormat(prompt_template="{prompt}:", answer_prefix=" ")
 
-
-def questions(count: int) -> Dataset:
-    generator = torch.Generator().manual_seed(4)
-    words = [
-        "".join(LETTERS[i] for i in torch.randint(0, 26, (int(n),), generator=generator))
-        for n in torch.randint(1, 9, (count,), generator=generator)
-    ]
-    return Dataset.from_list(
-        [{"id": f"q{i}", "prompt": f"{word}{i % 7}", "answer": "x"} for i, word in enumerate(words)]
-    )
-
-
-def test_pseudo_answers_are_the_greedy_text_with_its_mean_log_probability(
-    of_models: TokenEnsemble, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_pseudo_answers_are_the_greedy_text_with_its_mean_log_probability(of_models: TokenEnsemble) -> None:
     data = questions(8)
-    rows = of_models.label(data, tokenizer, question_format=FORMAT, max_new_tokens=10, batch_size=3, description=None)
+    rows = of_models.label(data, tokenizer(), question_format=FORMAT, max_new_tokens=10, batch_size=3, description=None)
     assert rows["id"] == data["id"]
     for row, prompt in zip(rows, data["prompt"], strict=True):
-        text = tokenizer(f"{prompt}:", add_special_tokens=False)["input_ids"]
+        text = tokenizer()(f"{prompt}:", add_special_tokens=False)["input_ids"]
         total, answer = 0.0, []
         for _ in range(row["num_tokens"]):
             log_probs = slow_mixture(of_models, text)
@@ -325,36 +258,32 @@ def test_pseudo_answers_are_the_greedy_text_with_its_mean_log_probability(
             answer.append(token)
         assert row["finished"] == (answer[-1] == END)
         assert row["num_tokens"] == 10 or row["finished"]
-        assert row["answer"] == tokenizer.decode([t for t in answer if t != END], skip_special_tokens=True).strip()
+        assert row["answer"] == tokenizer().decode([t for t in answer if t != END], skip_special_tokens=True).strip()
         assert row["confidence"] == pytest.approx(total / len(answer), abs=1e-5)
         assert 0 <= row["agreement"] <= 1
 
 
-def test_labelling_goes_on_where_it_was_killed(
-    of_models: TokenEnsemble, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_labelling_goes_on_where_it_was_killed(of_models: TokenEnsemble, tmp_path: Path) -> None:
     data = questions(11)
     options = {
         "question_format": FORMAT, "max_new_tokens": 8, "batch_size": 4, "description": None,
         "sampling": Sampling(temperature=1.0), "seed": 5,
     }  # fmt: skip
-    whole = label_questions(of_models, data, tokenizer, output_file=tmp_path / "whole.jsonl", **options)
+    whole = label_questions(of_models, data, tokenizer(), output_file=tmp_path / "whole.jsonl", **options)
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
     for cut in (0, 3, 7):
         # Killed in the middle of a line.
         (tmp_path / "cut.jsonl").write_text("".join(lines[:cut]) + lines[cut][:20])
-        again = label_questions(of_models, data, tokenizer, output_file=tmp_path / "cut.jsonl", **options)
+        again = label_questions(of_models, data, tokenizer(), output_file=tmp_path / "cut.jsonl", **options)
         assert again.to_list() == whole.to_list()
         assert sorted((tmp_path / "cut.jsonl").read_text().splitlines(keepends=True)) == sorted(lines)
-    assert label_questions(of_models, data, tokenizer, **(options | {"batch_size": 1}))["answer"] == whole["answer"]
+    assert label_questions(of_models, data, tokenizer(), **(options | {"batch_size": 1}))["answer"] == whole["answer"]
 
 
-def test_labels_of_other_questions_are_not_overwritten(
-    of_models: TokenEnsemble, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_labels_of_other_questions_are_not_overwritten(of_models: TokenEnsemble, tmp_path: Path) -> None:
     (tmp_path / "labels.jsonl").write_text(json.dumps({"id": "stranger", "answer": "a"}) + "\n")
     with pytest.raises(ValueError, match="'stranger'.*another run"):
-        of_models.label(questions(2), tokenizer, output_file=tmp_path / "labels.jsonl", description=None)
+        of_models.label(questions(2), tokenizer(), output_file=tmp_path / "labels.jsonl", description=None)
 
 
 # Bad input
@@ -405,11 +334,11 @@ def test_a_prompt_longer_than_the_context_names_the_expert(of_models: TokenEnsem
         of_models.generate(input_ids=torch.full((1, 129), 3))
 
 
-def test_a_damaged_expert_stops_decoding_by_name(of_models: TokenEnsemble, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_damaged_expert_stops_decoding_by_name(of_models: TokenEnsemble) -> None:
     with torch.no_grad():
         of_models.experts.models[1].lm_head.weight[3] = math.nan
     with pytest.raises(FloatingPointError, match="question 'q0'"):
-        of_models.label(questions(1), tokenizer, question_format=FORMAT, description=None)
+        of_models.label(questions(1), tokenizer(), question_format=FORMAT, description=None)
 
 
 def test_a_foreign_filled_cache_is_refused(of_models: TokenEnsemble) -> None:

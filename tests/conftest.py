@@ -1,0 +1,29 @@
+"""One thread, no hub, and a cache of models that all tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# Read by huggingface_hub when it is imported: a test that reaches for the hub fails at once instead of waiting.
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_progress_bars() -> None:
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh folder for converted and self-made models."""
+    monkeypatch.setenv("ENSEMW2S_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
