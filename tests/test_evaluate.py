@@ -1,0 +1,238 @@
+"""Statistics on right and wrong answers, against SciPy, slow references and simulated coverage."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from ensemw2s import evaluate
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def simulate(generator, n, weak=0.3, student=0.5, ceiling=0.8):
+    """Three arms that agree on the hardness of a question more than chance would."""
+    hardness = generator.random(n)
+    noise = 0.2 * generator.standard_normal((3, n))
+    return [hardness + row < skill for row, skill in zip(noise, (weak, student, ceiling), strict=True)]
+
+
+def slow_bootstrap(arms, resamples, seed):
+    """Accuracies of arms [arms, seeds, n] with resampled seeds and questions, one resample at a time."""
+    generator = np.random.default_rng(seed)
+    _, num_seeds, n = arms.shape
+    means = []
+    for _ in range(resamples):
+        rows, columns = generator.integers(num_seeds, size=num_seeds), generator.integers(n, size=n)
+        means.append(arms[:, rows][:, :, columns].mean(axis=(1, 2)))
+    return np.array(means)
+
+
+# Single figures
+
+
+@given(seeds, st.integers(2, 200))
+def test_accuracy_has_the_standard_error_of_a_mean(seed, n):
+    correct = np.random.default_rng(seed).random(n) < 0.4
+    value, standard_error = evaluate.accuracy(correct)
+    assert value == pytest.approx(correct.mean())
+    assert standard_error == pytest.approx(stats.sem(correct.astype(float)), abs=1e-15)
+
+
+def test_token_error_of_one_token_answers_is_their_error_rate():
+    wrong = np.random.default_rng(0).random(90) < 0.2
+    expected = evaluate.accuracy(wrong)
+    assert evaluate.token_error([[bit] for bit in wrong]) == pytest.approx(expected)
+
+
+def test_token_error_counts_questions_not_tokens():
+    generator = np.random.default_rng(1)
+    lengths = generator.integers(1, 9, size=400)
+    # All tokens of an answer are wrong together.
+    wrong = [np.full(length, generator.random() < 0.2) for length in lengths]
+    value, standard_error = evaluate.token_error(wrong)
+    assert value == pytest.approx(np.concatenate(wrong).mean())
+    picks = generator.integers(400, size=(4000, 400))
+    errors = np.array([bits.sum() for bits in wrong])
+    resampled = errors[picks].sum(axis=1) / lengths[picks].sum(axis=1)
+    assert standard_error == pytest.approx(resampled.std(), rel=0.06)
+    as_if_independent = math.sqrt(value * (1 - value) / lengths.sum())
+    assert standard_error > 1.5 * as_if_independent
+
+
+@given(st.integers(1, 500), st.data(), st.sampled_from([0.8, 0.95, 0.99]))
+def test_wilson_interval_equals_scipys(n, data, confidence):
+    right = data.draw(st.integers(0, n))
+    expected = stats.binomtest(right, n).proportion_ci(confidence, method="wilson")
+    assert evaluate.wilson_interval(right / n, n, confidence) == pytest.approx(tuple(expected), abs=1e-12)
+
+
+# Differences
+
+
+def test_paired_difference_equals_scipys_paired_bootstrap():
+    weak, student, _ = simulate(np.random.default_rng(2), 250)
+    ours = evaluate.paired_difference(student, weak, resamples=40_000)
+    theirs = stats.bootstrap(
+        (student.astype(float), weak.astype(float)),
+        lambda a, b, axis: a.mean(axis=axis) - b.mean(axis=axis),
+        paired=True, method="percentile", n_resamples=40_000, batch=2000, rng=np.random.default_rng(3),
+    ).confidence_interval  # fmt: skip
+    assert ours.value == pytest.approx(student.mean() - weak.mean())
+    assert (ours.low, ours.high) == pytest.approx(tuple(theirs), abs=0.0041)  # one question of 250, and rounding
+
+
+def test_pairing_makes_the_interval_shorter_than_unpaired_arms_would():
+    weak, student, _ = simulate(np.random.default_rng(4), 300)
+    shuffled = np.random.default_rng(5).permutation(weak)
+    paired = evaluate.paired_difference(student, weak)
+    unpaired = evaluate.paired_difference(student, shuffled)
+    assert paired.high - paired.low < 0.85 * (unpaired.high - unpaired.low)
+
+
+def test_difference_with_seeds_equals_the_slow_two_way_bootstrap():
+    generator = np.random.default_rng(6)
+    seed_effect = 0.2 * generator.standard_normal((2, 4, 1))
+    arms = generator.random(60) + 0.1 * generator.standard_normal((2, 4, 60)) + seed_effect < 0.5
+    ours = evaluate.paired_difference(arms[0], arms[1], resamples=20_000)
+    means = slow_bootstrap(arms, 20_000, 7)
+    expected = np.quantile(means[:, 0] - means[:, 1], [0.025, 0.975])
+    assert (ours.low, ours.high) == pytest.approx(expected, abs=0.008)
+    one_seed = evaluate.paired_difference(arms[0, 0], arms[1, 0])
+    assert ours.high - ours.low > 1.1 * (one_seed.high - one_seed.low), "the spread between seeds counts"
+
+
+def test_identical_seeds_add_no_uncertainty_and_no_certainty():
+    weak, student, _ = simulate(np.random.default_rng(8), 200)
+    one = evaluate.paired_difference(student, weak, resamples=20_000)
+    repeated = evaluate.paired_difference(np.tile(student, (5, 1)), np.tile(weak, (5, 1)), resamples=20_000)
+    assert repeated == pytest.approx(one, abs=0.0051)
+
+
+def test_ninety_five_percent_intervals_cover_the_truth_about_that_often():
+    generator = np.random.default_rng(9)
+    population = np.array(simulate(generator, 400_000)).astype(float)
+    weak, student, ceiling = population.mean(axis=1)
+    truth_difference, truth_recovered = student - weak, (student - weak) / (ceiling - weak)
+    covered = np.zeros(2)
+    for trial in range(400):
+        sample = population[:, generator.integers(population.shape[1], size=120)]
+        difference = evaluate.paired_difference(sample[1], sample[0], resamples=600, seed=trial)
+        recovered = evaluate.performance_gap_recovered(*sample, resamples=600, seed=trial)
+        covered += (
+            difference.low <= truth_difference <= difference.high,
+            recovered.low <= truth_recovered <= recovered.high,
+        )
+    # 95% of 400 trials with 3 binomial standard errors, and a little less for percentile intervals of 120 questions.
+    assert (covered / 400 > 0.91).all()
+    assert (covered / 400 < 0.985).all()
+
+
+# Performance gap recovered
+
+
+def test_recovered_share_and_interval_equal_a_slow_bootstrap():
+    arms = np.array(simulate(np.random.default_rng(10), 150))
+    recovered = evaluate.performance_gap_recovered(*arms, resamples=20_000)
+    weak, student, ceiling = arms.mean(axis=1)
+    assert recovered.defined
+    assert recovered.value == pytest.approx((student - weak) / (ceiling - weak))
+    assert recovered.gap == pytest.approx(ceiling - weak)
+    means = slow_bootstrap(arms[:, None], 20_000, 11)
+    gaps = means[:, 2] - means[:, 0]
+    assert (recovered.low, recovered.high) == pytest.approx(
+        np.quantile((means[:, 1] - means[:, 0]) / gaps, [0.025, 0.975]), abs=0.015
+    )
+    assert (recovered.gap_low, recovered.gap_high) == pytest.approx(np.quantile(gaps, [0.025, 0.975]), abs=0.0068)
+
+
+def test_the_ends_of_the_scale():
+    weak, _, ceiling = simulate(np.random.default_rng(12), 150)
+    all_of_it = evaluate.performance_gap_recovered(weak, ceiling, ceiling)
+    nothing = evaluate.performance_gap_recovered(weak, weak, ceiling)
+    assert (all_of_it.value, all_of_it.low, all_of_it.high) == (1, 1, 1)
+    assert (nothing.value, nothing.low, nothing.high) == (0, 0, 0)
+
+
+def test_undefined_where_the_gap_may_be_nothing():
+    generator = np.random.default_rng(13)
+    weak, ceiling = generator.random((2, 100)) < [[0.5], [0.55]]
+    recovered = evaluate.performance_gap_recovered(weak, generator.random(100) < 0.9, ceiling)
+    assert recovered.gap_low <= 0
+    assert (recovered.defined, recovered.value, recovered.low, recovered.high) == (False, None, None, None)
+    worse = evaluate.performance_gap_recovered(np.ones(50), np.ones(50), np.zeros(50))
+    assert not worse.defined
+    assert worse.gap == -1
+
+
+@given(seeds, st.integers(2, 40), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_never_a_nan_or_an_infinity(seed, n, weak, student, ceiling):
+    arms = np.random.default_rng(seed).random((3, n)) < [[weak], [student], [ceiling]]
+    recovered = evaluate.performance_gap_recovered(*arms, resamples=200, seed=seed % 1000)
+    json.dumps(dataclasses.asdict(recovered), allow_nan=False)
+    assert recovered.defined == (recovered.gap_low > 0) == (recovered.value is not None)
+    if recovered.defined:
+        assert recovered.low <= recovered.high
+
+
+def test_same_seed_same_interval():
+    weak, student, ceiling = simulate(np.random.default_rng(14), 80)
+    first, again, other = (
+        evaluate.performance_gap_recovered(weak, student, ceiling, resamples=301, seed=seed) for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+
+
+# Answers as text
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "same"),
+    [
+        ("  Paris. ", "paris", True), ("a\u00a0 b\n c", "A b C", True), ("１２", "12", True), ("ß", "SS", True),
+        ("cat dog", "dog cat", False), ("3.5", "35", False), ("", "x", False), ("-3", "3", False),
+    ],
+)  # fmt: skip
+def test_exact_match_ignores_case_and_space_and_nothing_else(answer, reference, same):
+    assert evaluate.exact_match([answer], [reference]).tolist() == [same]
+
+
+def test_majority_vote_unites_spellings_and_breaks_ties_by_the_earliest():
+    experts = [["Cat ", "one", "x"], ["dog", "two", "y"], ["cat.", "two", "z"]]
+    assert evaluate.majority_vote(experts) == ["Cat ", "two", "x"]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: evaluate.accuracy([1]), "n >= 2 questions"),
+        (lambda: evaluate.accuracy([[1, 0], [0, 1]]), r"correct must have shape \[n\]"),
+        (lambda: evaluate.accuracy([0.5, 1]), r"correct must hold 0 \(wrong\) and 1 \(right\) only"),
+        (lambda: evaluate.accuracy([math.nan, 1]), "correct must hold 0"),
+        (lambda: evaluate.accuracy([]), "not be empty"),
+        (lambda: evaluate.token_error([[1]]), "at least 2 questions, got 1"),
+        (lambda: evaluate.token_error([[1], []]), r"wrong\[1\] must have shape"),
+        (lambda: evaluate.wilson_interval(1.2, 10), r"share must be in \[0, 1\]"),
+        (lambda: evaluate.wilson_interval(0.5, 0), "n at least 1"),
+        (lambda: evaluate.paired_difference([1, 0], [1]), r"same questions.*first \(2,\), second \(1,\)"),
+        (lambda: evaluate.paired_difference([1, 0], [1, 0], resamples=10), "resamples must be at least 100, got 10"),
+        (lambda: evaluate.paired_difference([1, 0], [1, 0], confidence=95), r"confidence must be in \(0, 1\), got 95"),
+        (lambda: evaluate.performance_gap_recovered([1, 0], [1, 2], [1, 1]), "student must hold 0"),
+        (lambda: evaluate.exact_match(["a"], []), "1 answers but 0 references"),
+        (lambda: evaluate.majority_vote([]), "one list per expert"),
+        (lambda: evaluate.majority_vote([["a"], ["a", "b"]]), r"got lengths \[1, 2\]"),
+    ],
+)
+def test_bad_input_is_refused_in_words(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
