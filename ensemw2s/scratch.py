@@ -1,0 +1,227 @@
+"""A tiny character-level pair of models, weak and strong, and questions for them: a whole experiment in a minute.
+
+Both models are trained from scratch on lines such as `<cab=bac`, in which a symbol says what happens to the letters:
+reversed, copied or rotated. They have thus seen how to reverse, but never a question that asks for it in words
+(`reverse cab`): fine-tuning has to draw the skill out, which is what weak-to-strong experiments are about.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import string
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ensemw2s.data import IGNORED
+from ensemw2s.files import new_folder
+from ensemw2s.models import cache_folder
+
+LETTERS = "abcdefghijkl"
+# Task -> its symbol in the training text, and what it does to the letters.
+TASKS: dict[str, tuple[str, Callable[[str], str]]] = {
+    "reverse": ("<", lambda letters: letters[::-1]),
+    "copy": ("|", lambda letters: letters),
+    "rotate": ("^", lambda letters: letters[1:] + letters[0]),
+}
+_LONGEST_TRAINED = 7
+_BATCH_SIZE = 64
+# Padding is the end token, as in many real tokenizers: whoever masks by token id loses the end of every answer.
+_END, _UNKNOWN = "<end>", "<unknown>"
+_MAX_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How a model is made. All that decides its weights is here or in `_VERSION`, and so in its folder's name."""
+
+    num_layers: int
+    hidden_size: int
+    num_steps: int
+    learning_rate: float
+    seed: int = 0
+
+
+# Raise it when the training text or loop changes, so that models made the old way are not mistaken for new ones.
+_VERSION = 1
+_RECIPES = {
+    "char-weak": _Recipe(num_layers=2, hidden_size=64, num_steps=500, learning_rate=3e-3),
+    "char-strong": _Recipe(num_layers=3, hidden_size=96, num_steps=450, learning_rate=3e-3),
+}
+
+
+def scratch_folder(name: str) -> Path:
+    """Return the folder of a character-level model, which is trained and saved there on first use.
+
+    The folder is in `models.cache_folder()` and holds `model.safetensors`, `config.json` and the tokenizer's files.
+    Training takes some ten to thirty seconds on one core and leaves torch's random state and threads as they were; on
+    one machine it always ends with the same weights.
+
+    Args:
+        name: "char-weak" (2 layers of width 64) or "char-strong" (3 layers of width 96).
+
+    Raises:
+        ValueError: no model of that name.
+        DiskFullError: the disk of the cache folder is full.
+    """
+    if name not in _RECIPES:
+        raise ValueError(f"there is no scratch model {name!r}: expected {' or '.join(_RECIPES)}")
+    recipe = _RECIPES[name]
+    folder = cache_folder() / f"scratch-{name}-{_digest(recipe)}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Several processes may want the model at once (test workers do): one trains it, the others wait for it.
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not folder.exists():
+            tokenizer = _make_tokenizer()
+            model = _train(recipe, tokenizer, f"making scratch:{name}, once")
+            with new_folder(folder) as aside:
+                model.save_pretrained(aside)
+                tokenizer.save_pretrained(aside)
+    return folder
+
+
+def character_questions(
+    task: str, size: int, seed: int, min_length: int, max_length: int
+) -> list[dict[str, str]]:
+    """Make distinct questions such as prompt "reverse cab", answer "bac".
+
+    Args:
+        task: "reverse", "copy" or "rotate" (the first letter goes to the end).
+        size: number of questions.
+        seed: fixes them.
+        min_length, max_length: numbers of letters, drawn uniformly from this closed range while there are questions
+            left of each; the letters of a question are all different.
+
+    Raises:
+        ValueError: an unknown task (names the nearest), lengths that are no range within 1 to 12, or more questions
+            than there are.
+    """
+    if task not in TASKS:
+        near = difflib.get_close_matches(task, TASKS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected {', '.join(TASKS)}"
+        raise ValueError(f"there is no character task {task!r}: {hint}")
+    if not 1 <= min_length <= max_length <= len(LETTERS):
+        raise ValueError(
+            f"min_length and max_length must satisfy 1 <= min_length <= max_length <= {len(LETTERS)}, "
+            f"got {min_length} and {max_length}"
+        )
+    possible = sum(math.perm(len(LETTERS), length) for length in range(min_length, max_length + 1))
+    if size > possible:
+        raise ValueError(
+            f"{task} with {min_length} to {max_length} letters has {possible} distinct questions, {size} are wanted: "
+            "ask for fewer or raise max_length"
+        )
+    generator = np.random.default_rng(seed)
+    chosen: dict[str, None] = {}
+    while len(chosen) < size:
+        chosen[_draw_letters(generator, min_length, max_length)] = None
+    answer = TASKS[task][1]
+    return [{"prompt": f"{task} {letters}", "answer": answer(letters)} for letters in chosen]
+
+
+def _draw_letters(generator: np.random.Generator, min_length: int, max_length: int) -> str:
+    length = generator.integers(min_length, max_length, endpoint=True)
+    return "".join(LETTERS[index] for index in generator.permutation(len(LETTERS))[:length])
+
+
+def _digest(recipe: _Recipe) -> str:
+    text = json.dumps([_VERSION, asdict(recipe)], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def _make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character; others become the unknown token."""
+    characters = [*string.printable[:95], "\n"]
+    vocabulary = {token: index for index, token in enumerate((_END, _UNKNOWN, *characters))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=_END,
+        pad_token=_END,
+        unk_token=_UNKNOWN,
+        model_max_length=_MAX_TOKENS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _train(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast, description: str) -> LlamaForCausalLM:
+    generator = np.random.default_rng(recipe.seed)
+    with _one_thread(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = LlamaForCausalLM(_model_config(recipe, tokenizer)).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, recipe.learning_rate, total_steps=recipe.num_steps, pct_start=0.1
+        )
+        for _ in tqdm(range(recipe.num_steps), desc=description, unit="step", leave=False):
+            input_ids, labels = _training_batch(generator, tokenizer)
+            optimizer.zero_grad()
+            model(input_ids=input_ids, labels=labels).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Models this small gain nothing from threads, and on a busy machine threads that wait cost a factor of ten."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _model_config(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=2 * recipe.hidden_size,
+        num_hidden_layers=recipe.num_layers,
+        num_attention_heads=recipe.hidden_size // 32,
+        max_position_embeddings=_MAX_TOKENS,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _training_batch(
+    generator: np.random.Generator, tokenizer: PreTrainedTokenizerFast
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `input_ids` and `labels`, int64 [B, L], padded on the right.
+
+    The loss is on what follows the equals sign: the letters before it are random, there is nothing to learn in them.
+    """
+    lines = [_training_line(generator) for _ in range(_BATCH_SIZE)]
+    rows = [tokenizer.convert_tokens_to_ids([*line, _END]) for line in lines]
+    shape = len(rows), max(len(row) for row in rows)
+    input_ids = torch.full(shape, tokenizer.pad_token_id)
+    labels = torch.full(shape, IGNORED)
+    for index, (line, row) in enumerate(zip(lines, rows, strict=True)):
+        answer = line.index("=") + 1
+        input_ids[index, : len(row)] = torch.tensor(row)
+        labels[index, answer : len(row)] = torch.tensor(row[answer:])
+    return input_ids, labels
+
+
+def _training_line(generator: np.random.Generator) -> str:
+    symbol, answer = list(TASKS.values())[generator.integers(len(TASKS))]
+    letters = _draw_letters(generator, 1, _LONGEST_TRAINED)
+    return f"{symbol}{letters}={answer(letters)}"
