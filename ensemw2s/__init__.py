@@ -28,12 +28,18 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from ensemw2s.data import QuestionFormat, load_questions, split_questions
-    from ensemw2s.ensemble import EnsembleConfig, TokenEnsemble
-    from ensemw2s.models import load_model, load_tokenizer
-    from ensemw2s.scoring import score_answers
-    from ensemw2s.student import StudentConfig, StudentTrainer
-    from ensemw2s.trainer import BoostingConfig, BoostingTrainer
+    from ensemw2s.data import QuestionFormat as QuestionFormat
+    from ensemw2s.data import load_questions as load_questions
+    from ensemw2s.data import split_questions as split_questions
+    from ensemw2s.ensemble import EnsembleConfig as EnsembleConfig
+    from ensemw2s.ensemble import TokenEnsemble as TokenEnsemble
+    from ensemw2s.models import load_model as load_model
+    from ensemw2s.models import load_tokenizer as load_tokenizer
+    from ensemw2s.scoring import score_answers as score_answers
+    from ensemw2s.student import StudentConfig as StudentConfig
+    from ensemw2s.student import StudentTrainer as StudentTrainer
+    from ensemw2s.trainer import BoostingConfig as BoostingConfig
+    from ensemw2s.trainer import BoostingTrainer as BoostingTrainer
 
 
 def __getattr__(name: str) -> Any:

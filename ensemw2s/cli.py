@@ -36,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.command(options)
     except KeyboardInterrupt:
         _complain(
-            "interrupted. What was finished is kept; go on with the same command:\n  ensemw2s "
-            + " ".join(arguments)
+            "interrupted. What was finished is kept; go on with the same command:\n  ensemw2s " + " ".join(arguments)
         )
         return 130
     except (ValueError, TypeError, FileNotFoundError, RuntimeError, FloatingPointError, ImportError) as error:
@@ -48,9 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not is_disk_full(error):
             raise
-        _complain(
-            f"error: {error}\nWhat was finished is kept: free some space and run the same command again"
-        )
+        _complain(f"error: {error}\nWhat was finished is kept: free some space and run the same command again")
         return 2
     return 0
 
@@ -91,9 +88,7 @@ def _add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="the small version that the file's section `quick` describes"
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="delete a run of another configuration in the way"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="delete a run of another configuration in the way")
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -137,24 +137,18 @@ def load_config(
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: give a YAML or JSON file, or the folder of an earlier run"
-        )
+        raise FileNotFoundError(f"{path} does not exist: give a YAML or JSON file, or the folder of an earlier run")
     settings = _parse(path)
     small = settings.pop("quick", None)
     if quick:
         if small is None:
-            raise ValueError(
-                f"{path} has no section `quick`: add one with the keys to override, or leave --quick out"
-            )
+            raise ValueError(f"{path} has no section `quick`: add one with the keys to override, or leave --quick out")
         settings = _merge(settings, small)
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:
-            raise ValueError(
-                f"cannot read the override {override!r}: expected key=value, e.g. boosting.num_rounds=5"
-            )
-        settings = _merge(settings, _nested(key.split("."), yaml.load(value, _Loader)))  # noqa: S506 (a SafeLoader)
+            raise ValueError(f"cannot read the override {override!r}: expected key=value, e.g. boosting.num_rounds=5")
+        settings = _merge(settings, _nested(key.split("."), yaml.load(value, _Loader)))
     return build_config(settings)
 
 
@@ -169,9 +163,7 @@ def build_config(settings: Mapping[str, Any]) -> ExperimentConfig:
     for split in SPLITS:
         size = config.data.sizes.get(split)
         if not isinstance(size, int) or size < 1:
-            raise ValueError(
-                f"data.sizes.{split} must be a whole number of questions, at least 1; got {size}"
-            )
+            raise ValueError(f"data.sizes.{split} must be a whole number of questions, at least 1; got {size}")
     # Building the arguments checks their values now rather than minutes into a run.
     config.boosting_config(config.folder)
     config.student_config(config.folder)
@@ -179,16 +171,12 @@ def build_config(settings: Mapping[str, Any]) -> ExperimentConfig:
 
 
 def _settable(kind: type) -> list[str]:
-    return [
-        f.name
-        for f in dataclasses.fields(kind)
-        if f.init and f.name not in ("output_dir", "seed", "overwrite")
-    ]
+    return [f.name for f in dataclasses.fields(kind) if f.init and f.name not in ("output_dir", "seed", "overwrite")]
 
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is neither valid YAML nor JSON: {error}") from error
     if not isinstance(settings, dict):
@@ -207,9 +195,7 @@ def _merge(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     merged = dict(settings)
     for key, value in changes.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        other_source = (
-            both and key in ("easy", "hard") and _source_kind(value) not in (None, _source_kind(merged[key]))
-        )
+        other_source = both and key in ("easy", "hard") and _source_kind(value) not in (None, _source_kind(merged[key]))
         merged[key] = _merge(merged[key], value) if both and not other_source else value
     return merged
 
@@ -222,9 +208,7 @@ def _check_keys(settings: Mapping[str, Any], allowed: Sequence[str], prefix: str
     for key in settings:
         if key not in allowed:
             near = difflib.get_close_matches(str(key), allowed, n=1)
-            hint = (
-                f"did you mean {prefix}{near[0]}?" if near else f"valid keys are {', '.join(sorted(allowed))}"
-            )
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"valid keys are {', '.join(sorted(allowed))}"
             raise ValueError(f"unknown key {prefix}{key}: {hint}")
 
 
@@ -238,14 +222,10 @@ def _build(kind: type, settings: Any, prefix: str) -> Any:
     missing = [
         name
         for name, f in fields.items()
-        if name not in settings
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
+        if name not in settings and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ValueError(
-            f"missing key {prefix}{missing[0]} (needed: {', '.join(prefix + name for name in missing)})"
-        )
+        raise ValueError(f"missing key {prefix}{missing[0]} (needed: {', '.join(prefix + name for name in missing)})")
     return kind(**{
         key: _build(nested[key], value, f"{prefix}{key}.") if key in nested else value
         for key, value in settings.items()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +20,7 @@ from transformers import (
 
 from ensemw2s import ops
 from ensemw2s.data import PromptCollator, QuestionFormat, tokenize_prompts
-from ensemw2s.files import json_line, read_complete_lines
+from ensemw2s.files import append_json_lines, read_complete_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -152,8 +151,8 @@ def fused_sample(
     """
     sampling = Sampling.from_processors(logits_processor, bool(generation_config.do_sample))
     if sampling is None or generation_config.return_dict_in_generate:
-        return model._sample(
-            input_ids,
+        return model._sample(  # type: ignore[misc]
+            input_ids,  # type: ignore[arg-type]
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             generation_config=generation_config,
@@ -253,9 +252,7 @@ def label_questions(
         fresh = [row for row in fresh if row["id"] not in rows]
         rows.update((row["id"], row) for row in fresh)
         if output_file:
-            Path(output_file).parent.mkdir(parents=True, exist_ok=True)
-            with open(output_file, "a", encoding="utf-8") as file:
-                file.writelines(json_line(row) for row in fresh)
+            append_json_lines(output_file, fresh)
         bar.update(len(fresh))
     bar.close()
     return Dataset.from_list([rows[row_id] for row_id in prompts["id"]])

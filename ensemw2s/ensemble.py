@@ -71,6 +71,7 @@ class EnsembleConfig(PreTrainedConfig):
     def of(cls, experts: Experts, **settings: Any) -> EnsembleConfig:
         """Describe `experts`, taking vocabulary size and special tokens from the first one."""
         first = experts.expert_config(0).get_text_config(decoder=True)
+        shared: dict[str, Any]
         names = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
         shared = {name: getattr(first, name, None) for name in names}
         return cls(kind=experts.kind, is_decoder=True, tie_word_embeddings=False, **shared, **settings)
@@ -287,7 +288,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=log_probs, past_key_values=cache)
 
     @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, *, fused: bool = True, **kwargs: Any) -> Any:
+    def generate(  # type: ignore[override]
+        self, inputs: torch.Tensor | None = None, *, fused: bool = True, **kwargs: Any
+    ) -> Any:
         """Generate token ids as any transformers model does.
 
         Plain greedy decoding and sampling with temperature, top-k, top-p and min-p end each step in one fused op
@@ -315,13 +318,13 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             if fused and beams == 1 and kwargs.get("assistant_model") is None and not kwargs.get("synced_gpus"):
                 # `generate` hands a custom loop everything but the streamer.
                 kwargs.setdefault("custom_generate", partial(fused_sample, streamer=kwargs.get("streamer")))
-        return super().generate(inputs, **kwargs)
+        return super().generate(inputs, **kwargs)  # type: ignore[misc]
 
     def label(self, questions: Dataset, processing_class: PreTrainedTokenizerBase, **options: Any) -> Dataset:
         """Answer questions; see `decoding.label_questions`."""
         return label_questions(self, questions, processing_class, **options)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike[str],
         *,
@@ -428,7 +431,8 @@ def _check(expert_weights: Sequence[float], combine: str, num_experts: int) -> N
 
 def _generation_config(experts: Experts) -> GenerationConfig:
     with experts.expert(0) as model:
-        return GenerationConfig.from_dict(model.generation_config.to_dict())
+        settings: Any = model.generation_config
+        return GenerationConfig.from_dict(settings.to_dict())
 
 
 def _local_folder(name: str | os.PathLike[str]) -> Path:

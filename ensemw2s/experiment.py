@@ -12,6 +12,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from datasets import Dataset
 from transformers import set_seed
 
 from ensemw2s import ops
-from ensemw2s.config import SPLITS, ExperimentConfig
+from ensemw2s.config import SPLITS, ExperimentConfig, ModelConfig
 from ensemw2s.data import (
     check_disjoint,
     exclude_questions,
@@ -35,7 +36,7 @@ from ensemw2s.files import read_complete_lines, read_json, write_json, write_jso
 from ensemw2s.models import load_model, load_tokenizer
 from ensemw2s.report import write_report
 from ensemw2s.scoring import AnswerScores, score_answers, score_mixtures
-from ensemw2s.student import StudentTrainer, load_trained
+from ensemw2s.student import StudentConfig, StudentTrainer, load_trained
 from ensemw2s.trainer import BoostingTrainer, closing_identity
 
 PHASES = ("data", "boost", "label", "student", "evaluate", "report")
@@ -124,8 +125,7 @@ class Experiment:
         )
         cost = {"kind": "cost", "arm": "ensemble"}
         cost |= {
-            f"train_{name}": sum(r[f"train_{name}"] for r in trainer.records)
-            for name in ("seconds", "tokens", "flops")
+            f"train_{name}": sum(r[f"train_{name}"] for r in trainer.records) for name in ("seconds", "tokens", "flops")
         }
         return trainer.records + closing_identity(self.folder / "boosting") + [cost]
 
@@ -143,9 +143,7 @@ class Experiment:
                 description=f"{teacher}: answering hard questions",
                 **dataclasses.asdict(self.config.labelling),
             )
-            right = float(
-                np.mean([given == true for given, true in zip(answers["answer"], truth, strict=True)])
-            )
+            right = float(np.mean([given == true for given, true in zip(answers["answer"], truth, strict=True)]))
             self.say(f"{teacher} answered {len(answers)} hard questions, {right:.1%} of them right")
             records.append({
                 "kind": "labels", "teacher": teacher, "accuracy": right, "n": len(answers),
@@ -158,20 +156,16 @@ class Experiment:
         questions = self._questions("unlabelled")
         for arm, teacher in STUDENTS.items():
             answers = questions if teacher is None else self._labels(teacher, questions)
-            self._train(
-                arm, self.config.strong, answers, self.config.student_config(self.folder / "students")
-            )
+            self._train(arm, self.config.strong, answers, self.config.student_config(self.folder / "students"))
         return []
 
     def _evaluate(self) -> list[dict[str, Any]]:
         scores: dict[str, dict[str, list[Any]]] = {}
         for arm, model in (("zero_shot_weak", self.config.weak), ("zero_shot_strong", self.config.strong)):
-            scores |= self._scores(
-                arm, lambda m=model: {arm: self._score(load_model(m.source, **m.init_kwargs), m, arm)}
-            )
+            scores |= self._scores(arm, partial(self._score_one, arm, model, _untrained))
         for arm in ("single_expert", *STUDENTS):
             model = self.config.weak if arm == "single_expert" else self.config.strong
-            scores |= self._scores(arm, lambda m=model, a=arm: {a: self._score(self._trained(a, m), m, a)})
+            scores |= self._scores(arm, partial(self._score_one, arm, model, partial(self._trained, arm)))
         scores |= self._scores("mixtures", self._score_mixtures)
         records = [record for arm in _table_order(scores) for record in self._arm_records(arm, scores[arm])]
         records += self._recovered(scores)
@@ -185,7 +179,7 @@ class Experiment:
 
     # Training and teachers
 
-    def _train(self, arm: str, model: Any, answers: Dataset, args: Any) -> None:
+    def _train(self, arm: str, model: ModelConfig, answers: Dataset, args: StudentConfig) -> None:
         folder = self._model_folder(arm)
         if folder.exists():
             return
@@ -201,17 +195,16 @@ class Experiment:
         )
         trainer.train()
         trainer.save_model(folder)
-        self.say(f"{arm}: trained on {len(trainer.train_dataset)} answers in {trainer.cost.seconds:.0f} s")
+        seconds = read_json(folder / "cost.json")["seconds"]
+        self.say(f"{arm}: trained on {len(trainer.train_dataset)} answers in {seconds:.0f} s")
 
-    def _single_args(self) -> Any:
+    def _single_args(self) -> StudentConfig:
         """The weak baseline's arguments: the experts' own, without what belongs to boosting."""
-        from ensemw2s.student import StudentConfig
-
         shared = {field.name for field in dataclasses.fields(StudentConfig)}
         settings = {key: value for key, value in self.config.boosting.items() if key in shared}
         return StudentConfig(output_dir=str(self.folder / "students"), seed=self.config.seed, **settings)
 
-    def _trained(self, arm: str, model: Any) -> torch.nn.Module:
+    def _trained(self, arm: str, model: ModelConfig) -> Any:
         return load_trained(self._model_folder(arm), model.source, **model.init_kwargs)
 
     def _teacher(self, name: str) -> TokenEnsemble:
@@ -243,15 +236,18 @@ class Experiment:
             write_json(file, plain)
         return read_json(file)
 
-    def _score(self, model: torch.nn.Module, config: Any, arm: str) -> dict[str, AnswerScores]:
-        tokenizer = load_tokenizer(config.source)
-        return {
+    def _score_one(
+        self, arm: str, config: ModelConfig, load: Callable[[ModelConfig], torch.nn.Module]
+    ) -> dict[str, dict[str, AnswerScores]]:
+        model, tokenizer = load(config), load_tokenizer(config.source)
+        scores = {
             split: score_answers(
                 model, self._examples(name, tokenizer), pad_token_id=tokenizer.eos_token_id,
                 description=f"{arm}: {split}",
             )
             for split, name in TEST_SPLITS.items()
         }  # fmt: skip
+        return {arm: scores}
 
     def _score_mixtures(self) -> dict[str, dict[str, AnswerScores]]:
         ensemble = self._teacher("ensemble")
@@ -312,8 +308,8 @@ class Experiment:
             differing = sorted(_differing(mine, {key: theirs.get(key) for key in mine}))
             if differing and not overwrite:
                 raise ValueError(
-                    f"{self.folder} holds a run of another configuration; differing: {', '.join(differing)}. Set another "
-                    "name or output_dir, or pass --overwrite to delete that run"
+                    f"{self.folder} holds a run of another configuration; differing: {', '.join(differing)}. "
+                    "Set another name or output_dir, or pass --overwrite to delete that run"
                 )
             if differing:
                 shutil.rmtree(self.folder)
@@ -344,9 +340,7 @@ class Experiment:
         return self.folder / ("single_expert" if arm == "single_expert" else f"students/{arm}")
 
     def _questions(self, split: str) -> Dataset:
-        return Dataset.from_list(
-            [json.loads(line) for line in self._data_file(split).read_text("utf-8").splitlines()]
-        )
+        return Dataset.from_list([json.loads(line) for line in self._data_file(split).read_text("utf-8").splitlines()])
 
     def _examples(self, split: str, tokenizer: Any) -> Dataset:
         return tokenize_questions(self._questions(split), tokenizer, self.config.data.format, split)
@@ -387,15 +381,17 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _untrained(model: ModelConfig) -> torch.nn.Module:
+    return load_model(model.source, **model.init_kwargs)
+
+
 def _wrong_per_answer(scores: AnswerScores) -> list[list[int]]:
     pieces = np.split(scores.token_wrong.astype(int), np.cumsum(scores.lengths)[:-1])
     return [piece.tolist() for piece in pieces]
 
 
 def _table_order(scores: Mapping[str, Any]) -> list[str]:
-    experts = sorted(
-        (arm for arm in scores if arm.startswith("expert_")), key=lambda arm: int(arm.split("_")[1])
-    )
+    experts = sorted((arm for arm in scores if arm.startswith("expert_")), key=lambda arm: int(arm.split("_")[1]))
     first = ["zero_shot_weak", "zero_shot_strong", "single_expert", *experts, "uniform_average", "ensemble"]
     return first + list(STUDENTS)
 

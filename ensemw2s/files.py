@@ -51,9 +51,9 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     with _aside(Path(path), _discard_file) as aside:
         yield aside
-        with open(aside, "rb") as file:
+        with aside.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        aside.replace(path)
 
 
 @contextmanager
@@ -70,11 +70,11 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         if path.exists():
             retired = path.with_name(f".{path.name}.old")
             _discard_folder(retired)
-            os.replace(path, retired)
-            os.replace(aside, path)
+            path.replace(retired)
+            aside.replace(path)
             _discard_folder(retired)
         else:
-            os.replace(aside, path)
+            aside.replace(path)
 
 
 @contextmanager
@@ -107,8 +107,23 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line, atomically."""
-    with new_file(path) as aside, open(aside, "w", encoding="utf-8") as file:
+    with new_file(path) as aside, aside.open("w", encoding="utf-8") as file:
         file.writelines(json_line(row) for row in rows)
+
+
+def append_json_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append one JSON object a line; a kill may tear the last line, which `read_complete_lines` then drops.
+
+    Raises:
+        DiskFullError: the disk is full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json_line(row) for row in rows)
+    except OSError as error:
+        raise (DiskFullError(path) if is_disk_full(error) else error) from error
 
 
 def json_line(row: Mapping[str, Any]) -> str:
@@ -137,14 +152,14 @@ def read_complete_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     text = path.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
     if len(whole) < len(text):
-        with open(path, "r+b") as file:
+        with path.open("r+b") as file:
             file.truncate(len(whole))
     return [json.loads(line) for line in whole.splitlines()]
 
 
 def write_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
     """Write one NumPy array as `.npy`, atomically and without pickle."""
-    with new_file(path) as aside, open(aside, "wb") as file:
+    with new_file(path) as aside, aside.open("wb") as file:
         np.save(file, array, allow_pickle=False)
 
 

@@ -1,4 +1,4 @@
-"""`BoostingTrainer`: the rounds of EnsemW2S (phase 1 of the method) on transformers' Trainer, resumable at any point."""
+"""`BoostingTrainer`: the rounds of EnsemW2S (phase 1 of the method), resumable at any point."""
 
 from __future__ import annotations
 
@@ -75,13 +75,13 @@ class BoostingConfig(AnswerTrainingArguments):
 
     num_rounds: int = 5
     recipe: str = "stabilised"
-    sampling: str | None = None
-    shrinkage: float | None = None
-    uniform_mix: float | None = None
+    sampling: boosting.Sampling = None  # type: ignore[assignment]
+    shrinkage: float = None  # type: ignore[assignment]
+    uniform_mix: float = None  # type: ignore[assignment]
     deduplicate: bool = False
     prior: Any = field(default="pretrained")
     num_classes: int | None = None
-    unit: str = "token"
+    unit: boosting.Unit = "token"
     window: int | None = None
     combine: str = "prob"
     overwrite: bool = False
@@ -104,9 +104,7 @@ class BoostingConfig(AnswerTrainingArguments):
         two = boosting.initial_weights(2)
         generator = np.random.default_rng(0)
         boosting.unit_index([2], self.unit, self.window)
-        boosting.prior_error(
-            self.prior, pretrained_error=0.5, num_classes=self.num_classes or 2, unit=self.unit
-        )
+        boosting.prior_error(self.prior, pretrained_error=0.5, num_classes=self.num_classes or 2, unit=self.unit)
         boosting.update_weights(two, [True, False], 1.0, self.shrinkage)
         self.loss_weights(two, generator)
 
@@ -157,7 +155,7 @@ class BoostingTrainer:
         model_init_kwargs: Mapping[str, Any] | None = None,
         on_round: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        self.models = list(model) if isinstance(model, list | tuple) else [model]
+        self.models: list[Any] = list(model) if isinstance(model, list | tuple) else [model]
         if len(self.models) not in (1, args.num_rounds):
             raise ValueError(
                 f"model lists {len(self.models)} models for {args.num_rounds} rounds: give one, or one each"
@@ -168,18 +166,14 @@ class BoostingTrainer:
         self.model_init_kwargs = dict(model_init_kwargs or {})
         self.on_round = on_round or (lambda record: None)
         self.processing_class = processing_class or self._load_tokenizer()
-        self.folder = Path(args.output_dir)
+        self.folder = Path(str(args.output_dir))
         self.train_questions = check_questions(train_dataset, "train_dataset")
         self.eval_questions = None if eval_dataset is None else check_questions(eval_dataset, "eval_dataset")
         if self.eval_questions is not None:
             check_disjoint({"train_dataset": self.train_questions, "eval_dataset": self.eval_questions})
         self._train = self._tokenize(self.train_questions, "train_dataset")
-        self._eval = (
-            None if self.eval_questions is None else self._tokenize(self.eval_questions, "eval_dataset")
-        )
-        self._lengths = np.array(
-            [len(r["input_ids"]) - r["prompt_length"] for r in self._train], dtype=np.int64
-        )
+        self._eval = None if self.eval_questions is None else self._tokenize(self.eval_questions, "eval_dataset")
+        self._lengths = np.array([len(r["input_ids"]) - r["prompt_length"] for r in self._train], dtype=np.int64)
         self._units = boosting.unit_index(self._lengths, args.unit, args.window)
         self.num_units = int(self._units[-1]) + 1
 
@@ -260,9 +254,7 @@ class BoostingTrainer:
         accepted = expert_weight > 0
         following = weights
         if accepted and prior_error is not None:
-            following = boosting.update_weights(
-                weights, self._wrong_units(folder), expert_weight, self.args.shrinkage
-            )
+            following = boosting.update_weights(weights, self._wrong_units(folder), expert_weight, self.args.shrinkage)
         if accepted:
             write_array(self._round_folder(number + 1) / "weights.npy", following)
         scaled = np.quantile(following * self.num_units, WEIGHT_QUANTILES)
@@ -280,14 +272,12 @@ class BoostingTrainer:
         folder = self._attempt_folder(number, attempt) / "expert"
         if folder.exists():
             return
-        draw_seed, training_seed = np.random.SeedSequence(
-            self.args.seed, spawn_key=(number, attempt)
-        ).generate_state(2)
+        draw_seed, training_seed = np.random.SeedSequence(self.args.seed, spawn_key=(number, attempt)).generate_state(2)
         unit_weights = self.args.loss_weights(weights, np.random.default_rng(draw_seed))
         token_weights = np.split(unit_weights[self._units], np.cumsum(self._lengths)[:-1])
         # A sentence of which no token was drawn has no loss.
         kept = [i for i, row in enumerate(token_weights) if row.any()]
-        model, cost = fine_tune(
+        trained, cost = fine_tune(
             self._load_model(number),
             self._train.select(kept),
             self.args,
@@ -298,9 +288,9 @@ class BoostingTrainer:
             peft_config=self.peft_config,
         )
         if self.peft_config is not None and not self._adapters:
-            model = model.merge_and_unload()
+            trained = trained.merge_and_unload()
         with new_folder(folder) as aside:
-            model.save_pretrained(aside)
+            trained.save_pretrained(aside)
             write_json(aside / "cost.json", asdict(cost))
 
     def _wrong_units(self, folder: Path) -> np.ndarray:
@@ -340,9 +330,7 @@ class BoostingTrainer:
         file = self._round_folder(number) / "weights.npy"
         if not file.exists():
             if number > 1:
-                raise FileNotFoundError(
-                    f"{file} is gone: round {number - 1} wrote it. Delete {self.folder} and start over"
-                )
+                raise FileNotFoundError(f"{file} is gone (round {number - 1} wrote it): delete {self.folder}")
             write_array(file, boosting.initial_weights(self.num_units))
         return read_array(file)
 
@@ -379,8 +367,8 @@ class BoostingTrainer:
             differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
             if differing:
                 raise ValueError(
-                    f"{self.folder} holds a boosting run with another configuration; differing: {', '.join(differing)}. "
-                    "Choose another output_dir, or pass overwrite=True to delete that run"
+                    f"{self.folder} holds a boosting run with another configuration; differing: "
+                    f"{', '.join(differing)}. Choose another output_dir, or pass overwrite=True to delete that run"
                 )
             return
         if file.exists() and mine != read_json(file):
@@ -390,11 +378,7 @@ class BoostingTrainer:
         write_json(file, mine)
 
     def _fingerprint(self) -> dict[str, Any]:
-        args = {
-            name: value
-            for name, value in self.args.to_dict().items()
-            if name not in _PRESENTATION | {"overwrite"}
-        }
+        args = {name: value for name, value in self.args.to_dict().items() if name not in _PRESENTATION | {"overwrite"}}
         return {
             **args,
             "model": [_describe(model) for model in self.models],
@@ -426,14 +410,14 @@ class BoostingTrainer:
             description=None if self.args.disable_tqdm else description,
         )
 
-    def _model_of(self, number: int) -> str | PreTrainedModel:
+    def _model_of(self, number: int) -> Any:
         return self.models[0] if len(self.models) == 1 else self.models[number - 1]
 
-    def _load_model(self, number: int) -> PreTrainedModel:
+    def _load_model(self, number: int) -> Any:
         model = self._model_of(number)
         if isinstance(model, PreTrainedModel):
             return copy.deepcopy(model)
-        return load_model(model, **self.model_init_kwargs).to(self.args.device)
+        return _on_device(load_model(model, **self.model_init_kwargs), self.args)
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         first = self.models[0]
@@ -444,12 +428,10 @@ class BoostingTrainer:
     def _ensemble(self, folders: list[Path], expert_weights: list[float]) -> TokenEnsemble:
         combine = self.args.combine
         if not self._adapters:
-            models = [load_model(folder).to(self.args.device) for folder in folders]
+            models = [_on_device(load_model(folder), self.args) for folder in folders]
             return TokenEnsemble.from_models(models, expert_weights, combine=combine)
         source = self.models[0]
-        reference = (
-            None if isinstance(source, PreTrainedModel) else {"source": source, **self.model_init_kwargs}
-        )
+        reference = None if isinstance(source, PreTrainedModel) else {"source": source, **self.model_init_kwargs}
         return TokenEnsemble.from_adapters(
             self._load_model(1), folders, expert_weights, combine=combine, base_reference=reference
         )
@@ -483,15 +465,18 @@ def closing_identity(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]
         after = read_array(folder / "rounds" / str(number + 1) / "weights.npy")
         gap = None
         if not record["clamped"] and record["prior_error"] is not None:
-            wrong = boosting.unit_wrong(
-                read_array(file.parent / "token_wrong.npy"), read_array(folder / "units.npy")
-            )
+            wrong = boosting.unit_wrong(read_array(file.parent / "token_wrong.npy"), read_array(folder / "units.npy"))
             factor = np.exp(config["shrinkage"] * record["expert_weight"]) * record["error"]
             gap = abs(boosting.weighted_error(after, wrong) - factor / (factor + 1 - record["error"]))
         checks.append({
             "kind": "identity", "round": number, "identity_gap": gap, "sum_gap": abs(float(after.sum()) - 1.0),
         })  # fmt: skip
     return checks
+
+
+def _on_device(model: Any, args: BoostingConfig) -> Any:
+    # A model that was spread over devices, or quantised, stays where it was put.
+    return model if getattr(model, "hf_device_map", None) else model.to(args.device)
 
 
 def _describe(model: str | os.PathLike[str] | PreTrainedModel) -> str:

@@ -282,7 +282,7 @@ def test_labelling_goes_on_where_it_was_killed(of_models: TokenEnsemble, tmp_pat
 
 def test_labels_of_other_questions_are_not_overwritten(of_models: TokenEnsemble, tmp_path: Path) -> None:
     (tmp_path / "labels.jsonl").write_text(json.dumps({"id": "stranger", "answer": "a"}) + "\n")
-    with pytest.raises(ValueError, match="'stranger'.*another run"):
+    with pytest.raises(ValueError, match=r"'stranger'.*another run"):
         of_models.label(questions(2), tokenizer(), output_file=tmp_path / "labels.jsonl", description=None)
 
 

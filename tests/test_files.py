@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,10 @@ from ensemw2s.files import (
 )
 
 
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "value.json"
     write_json(path, {"a": 1})
@@ -31,7 +34,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
         aside.write_text("half")
         raise RuntimeError("half way")
     assert read_json(path) == {"a": 1}
-    assert os.listdir(tmp_path) == ["value.json"]
+    assert names(tmp_path) == ["value.json"]
 
 
 def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
@@ -42,7 +45,7 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
         (aside / "new").write_text("2")
         assert (path / "old").exists()
     assert [file.name for file in path.iterdir()] == ["new"]
-    assert os.listdir(tmp_path) == ["model"]
+    assert names(tmp_path) == ["model"]
 
 
 def test_a_folder_that_fails_half_way_keeps_the_old_one(tmp_path: Path) -> None:
@@ -53,19 +56,19 @@ def test_a_folder_that_fails_half_way_keeps_the_old_one(tmp_path: Path) -> None:
         (aside / "new").write_text("2")
         raise KeyboardInterrupt
     assert [file.name for file in path.iterdir()] == ["old"]
-    assert os.listdir(tmp_path) == ["model"]
+    assert names(tmp_path) == ["model"]
 
 
 def test_a_full_disk_is_named_and_harms_nothing(tmp_path: Path) -> None:
     # /dev/full refuses every byte with ENOSPC, as a full disk does.
     path = tmp_path / "weights.npy"
     write_array(path, np.arange(3))
-    with pytest.raises(DiskFullError, match="no space left on the disk that holds .*weights.npy"), new_file(path):
-        with open("/dev/full", "wb") as full:
-            full.write(b"x" * 10_000)
-            full.flush()
+    refused = pytest.raises(DiskFullError, match=r"no space left on the disk that holds .*weights\.npy")
+    with refused, new_file(path), Path("/dev/full").open("wb") as full:
+        full.write(b"x" * 10_000)
+        full.flush()
     np.testing.assert_array_equal(read_array(path), np.arange(3))
-    assert os.listdir(tmp_path) == ["weights.npy"]
+    assert names(tmp_path) == ["weights.npy"]
 
 
 def test_numpy_and_safetensors_report_a_full_disk_in_words() -> None:
@@ -80,10 +83,10 @@ def test_numpy_and_safetensors_report_a_full_disk_in_words() -> None:
 def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     write_json_lines(path, [{"i": 0}, {"i": 1}])
-    with open(path, "a") as file:
+    with path.open("a") as file:
         file.write('{"i": 2, "answ')
     assert read_complete_lines(path) == [{"i": 0}, {"i": 1}]
-    with open(path, "a") as file:
+    with path.open("a") as file:
         file.write(json.dumps({"i": 3}) + "\n")
     assert [row["i"] for row in read_complete_lines(path)] == [0, 1, 3]
 
