@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib
 import yaml
@@ -48,14 +49,14 @@ REQUIRED_FIELDS: dict[str, tuple[str, ...]] = {
     "questions": ("split", "n"),
 }  # fmt: skip
 ARM_NAMES = {
-    "zero_shot_weak": "Weak model, not fine-tuned",
-    "zero_shot_strong": "Strong model, not fine-tuned",
+    "zero_shot_weak": "Weak model, zero-shot",
+    "zero_shot_strong": "Strong model, zero-shot",
     "single_expert": "Single weak expert",
-    "uniform_average": "Uniform average of the experts",
+    "uniform_average": "Uniform average",
     "ensemble": "Ensemble",
-    "student_single": "Student of the single expert",
-    "student_ensemble": "Student of the ensemble",
-    "ceiling": "Ceiling: student of the truth",
+    "student_single": "Student of single expert",
+    "student_ensemble": "Student of ensemble",
+    "ceiling": "Ceiling: taught by truth",
 }
 ARMS_BEFORE_EXPERTS = ("zero_shot_weak", "zero_shot_strong", "single_expert")
 COMPARISONS = (
@@ -168,23 +169,23 @@ Rows = tuple[list[str], list[list[str]]]
 
 def results_table(records: Sequence[Mapping[str, Any]]) -> Table:
     """Return every measured arm with its accuracies ± standard error, PGR with 95% interval, and training cost."""
-    return _rich_table("Results", _result_rows(records))
+    return _rich_table("Results", _result_rows(records), never_wrapped=3)
 
 
 def rounds_table(records: Sequence[Mapping[str, Any]]) -> Table:
     """Return every boosting round with its errors, expert weight, effective sample size and validation accuracy."""
-    return _rich_table("Boosting rounds", _round_rows(records))
+    return _rich_table("Boosting rounds", _round_rows(records), never_wrapped=1)
 
 
 def _result_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
     columns = {
-        "ID, % right": lambda arm: _accuracy_text(records, arm, "id"),
-        "OOD, % right": lambda arm: _accuracy_text(records, arm, "ood"),
-        "PGR, ID": lambda arm: _pgr_text(_find(records, "pgr", arm=arm, split="id")),
-        "PGR, OOD": lambda arm: _pgr_text(_find(records, "pgr", arm=arm, split="ood")),
-        "Training, s": lambda arm: _cost_text(records, arm, "train_seconds", 1),
-        "Training, TFLOP": lambda arm: _cost_text(records, arm, "train_flops", 1e12),
-        "Inference, s": lambda arm: _cost_text(records, arm, "inference_seconds", 1),
+        "ID, %": lambda arm: _accuracy_text(records, arm, "id"),
+        "OOD, %": lambda arm: _accuracy_text(records, arm, "ood"),
+        "PGR ID": lambda arm: _pgr_text(_find(records, "pgr", arm=arm, split="id")),
+        "PGR OOD": lambda arm: _pgr_text(_find(records, "pgr", arm=arm, split="ood")),
+        "Train s": lambda arm: _cost_text(records, arm, "train_seconds", 1),
+        "Train TFLOP": lambda arm: _cost_text(records, arm, "train_flops", 1e12),
+        "Infer s": lambda arm: _cost_text(records, arm, "inference_seconds", 1),
     }
     rows = [[_arm_name(arm), *(cell(arm) for cell in columns.values())] for arm in _arms(records)]
     return _without_empty_columns(["Arm", *columns], rows)
@@ -220,13 +221,16 @@ def _round_row(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _rich_table(title: str, content: Rows) -> Table:
+def _rich_table(title: str, content: Rows, never_wrapped: int) -> Table:
+    from rich import box
     from rich.table import Table
 
     headers, rows = content
-    table = Table(title=title)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for i, header in enumerate(headers):
-        table.add_column(header, justify="left" if i == 0 or header == "Note" else "right")
+        # In a narrow terminal the later columns fold; nothing is cut off.
+        justify: Literal["left", "right"] = "left" if i == 0 or header == "Note" else "right"
+        table.add_column(header, justify=justify, no_wrap=i < never_wrapped, overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
@@ -248,7 +252,10 @@ def _pgr_text(record: Mapping[str, Any] | None) -> str:
 
 def _cost_text(records: Sequence[Mapping[str, Any]], arm: str, name: str, unit: float) -> str:
     record = _find(records, "cost", arm=arm)
-    return "" if record is None or record.get(name) is None else f"{record[name] / unit:,.1f}"
+    if record is None or record.get(name) is None:
+        return ""
+    value = record[name] / unit
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def _percent(share: float | None) -> str:
@@ -365,7 +372,7 @@ FIGURE_WIDTH = 8.4  # inches; the page scales figures to its own width
 
 
 def _svg(figure: Figure, name: str, description: str) -> str:
-    """Return the figure as SVG for inlining: accessible, with CSS colours, unique ids and no outside reference."""
+    """Return the figure as SVG for inlining: accessible, with CSS colours and no outside reference."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -373,8 +380,6 @@ def _svg(figure: Figure, name: str, description: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
-    # Matplotlib numbers its groups from 1 in every figure, and ids must be unique in a page.
-    text = re.sub(r'<g id="[\w.]+_\d+">', "<g>", text)
     text = re.sub(
         r'(<svg)( [^>]*?) width="[^"]*"', r"\1\2", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     )
@@ -576,12 +581,27 @@ def _page(runs: Sequence[Run]) -> str:
     if len(measured) > 1:
         overview = f"<section><h2>All runs side by side</h2>{_arms_section(measured)}</section>"
     sections = "".join(_run_section(run, alone=len(runs) == 1) for run in runs)
-    return (
+    return _with_unique_ids(
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
         f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{html.escape(title)}</h1>\n"
         f"{overview}{sections}<section>{READING_GUIDE}</section>\n</main>\n</body>\n</html>\n"
     )
+
+
+def _with_unique_ids(page: str) -> str:
+    """Number the ids of each figure, since matplotlib gives the same ones to all; drop those nothing refers to."""
+    numbers = itertools.count(1)
+
+    def rename(match: re.Match[str]) -> str:
+        figure, number = match[0], next(numbers)
+        used = set(re.findall(r'(?:href="|url\()#([\w.-]+)', figure))
+        figure = re.sub(
+            r' id="([^"]*)"', lambda found: f' id="f{number}-{found[1]}"' if found[1] in used else "", figure
+        )
+        return re.sub(r'(href="|url\()#', rf"\g<1>#f{number}-", figure)
+
+    return re.sub(r"<svg.*?</svg>", rename, page, flags=re.DOTALL)
 
 
 def _run_section(run: Run, *, alone: bool) -> str:
@@ -648,9 +668,10 @@ def _arms_section(runs: Sequence[Run]) -> str:
 def _results_section(records: Sequence[Mapping[str, Any]]) -> str:
     return "<h3>Results</h3>" + _html_table(
         _result_rows(records),
-        "± standard error over questions. PGR: share of the gap from the single weak expert to the ceiling that a "
-        "student closes, with 95% interval; undefined where the gap itself is not shown to be above 0. Costs are those "
-        "of training an arm itself: the ensemble's are the sum over its experts, a student's leave out its teacher's.",
+        "ID, OOD: right answers ± standard error over questions. PGR: share of the gap from the single weak expert to "
+        "the ceiling that a student closes, with 95% interval; undefined where the gap itself is not shown to be above "
+        "0. Costs are those of training an arm itself: the ensemble's are the sum over its experts, a student's leave "
+        "out its teacher's.",
     )
 
 

@@ -1,0 +1,398 @@
+"""Reports: what is read, what is shown, and that a page stands alone."""
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from rich.console import Console
+
+from ensemw2s import boosting
+from ensemw2s.evaluate import accuracy, paired_difference, performance_gap_recovered
+from ensemw2s.files import write_json, write_json_lines
+from ensemw2s.report import read_records, results_table, rounds_table, write_report
+
+N_QUESTIONS = 100
+QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
+SKILL = {
+    "zero_shot_weak": (0.0, 0.0), "zero_shot_strong": (0.02, 0.0), "single_expert": (0.5, 0.15),
+    "expert_1": (0.48, 0.14), "expert_2": (0.44, 0.12), "expert_3": (0.4, 0.13), "uniform_average": (0.55, 0.18),
+    "ensemble": (0.56, 0.19), "student_single": (0.6, 0.2), "student_ensemble": (0.66, 0.27), "ceiling": (0.9, 0.92),
+}  # fmt: skip
+
+
+def make_records(seed: int = 0) -> list[dict]:
+    """Records as an experiment leaves them: three rounds on simulated experts, arms on simulated questions."""
+    generator = np.random.default_rng(seed)
+    return [
+        *({"kind": "questions", "split": s, "n": n} for s, n in (("train", 200), ("test_id", 100), ("test_ood", 100))),
+        *round_records(generator),
+        {"kind": "cost", "arm": "ensemble", "train_seconds": 183.25, "train_tokens": 16200, "train_flops": 3.21e13},
+        *(
+            {"kind": "labels", "teacher": teacher, "accuracy": right, "n": 200, "confidence": -0.41, "agreement": 0.83,
+             "seconds": 31.0}
+            for teacher, right in (("single_expert", 0.16), ("ensemble", 0.2))
+        ),
+        *arm_records(generator),
+        {"kind": "cost", "arm": "single_expert", "train_seconds": 60.5, "train_tokens": 5400, "train_flops": 1.07e13},
+        {"kind": "cost", "arm": "ceiling", "train_seconds": 91.0, "train_tokens": 6400, "train_flops": 1.9e13},
+        {"kind": "phase", "phase": "boost", "seconds": 250.0},
+        {"kind": "phase", "phase": "student", "seconds": 270.0},
+        {"kind": "environment", "versions": {"torch": "2.13.0"}, "backends": {"mixture_sample": "cpp"}},
+    ]  # fmt: skip
+
+
+def round_records(generator: np.random.Generator) -> list[dict]:
+    units, prior = 2000, 0.78
+    weights = boosting.initial_weights(units)
+    hardness = generator.random(units)
+    records = []
+    for number in (1, 2, 3):
+        wrong = hardness + 0.25 * generator.random(units) > 1.0
+        error = boosting.weighted_error(weights, wrong)
+        expert_weight = boosting.expert_weight(error, prior)
+        weights = boosting.update_weights(weights, wrong, expert_weight, 0.3)
+        levels = np.quantile(weights * units, QUANTILES)
+        records.append({
+            "kind": "round", "round": number, "attempt": 1, "error": error, "prior_error": prior,
+            "expert_weight": expert_weight, "clamped": False, "accepted": True,
+            "effective_sample_size": boosting.effective_sample_size(weights), "num_units": units,
+            "validation": {"expert": 0.5 - 0.03 * number, "ensemble": 0.46 + 0.03 * number, "token_error": 0.2},
+            "weight_quantiles": {str(q): float(v) for q, v in zip(QUANTILES, levels, strict=True)}, "seconds": 61.1,
+        })  # fmt: skip
+    return records + [
+        {"kind": "identity", "round": number, "identity_gap": 2.2e-16, "sum_gap": 1.1e-16} for number in (1, 2, 3)
+    ]
+
+
+def arm_records(generator: np.random.Generator) -> list[dict]:
+    records, answers = [], {}
+    for column, split in enumerate(("id", "ood")):
+        hardness = generator.random(N_QUESTIONS)
+        for arm, skill in SKILL.items():
+            correct = hardness + 0.3 * (generator.random(N_QUESTIONS) - 0.5) < skill[column]
+            answers[arm, split] = correct.astype(int)
+            records.append(arm_record(arm, split, correct))
+            ids = [f"{split}-{i}" for i in range(N_QUESTIONS)]
+            records.append(
+                {
+                    "kind": "answers",
+                    "arm": arm,
+                    "split": split,
+                    "correct": correct.astype(int).tolist(),
+                    "ids": ids,
+                    "seed": 0,
+                }
+            )
+            if split == "id":
+                records.append(arm_record(arm, "validation", generator.random(50) < skill[0]))
+        for arm in ("student_single", "student_ensemble"):
+            recovered = performance_gap_recovered(*(answers[name, split] for name in ("single_expert", arm, "ceiling")))
+            fields = {name: getattr(recovered, name) for name in ("value", "low", "high", "defined")}
+            records.append({"kind": "pgr", "arm": arm, "split": split, "seed": 0, **fields})
+    return records
+
+
+def arm_record(arm: str, split: str, correct: np.ndarray) -> dict:
+    value, standard_error = accuracy(correct)
+    return {"kind": "arm", "arm": arm, "split": split, "metric": "accuracy", "value": value,
+            "standard_error": standard_error, "n": correct.size, "seed": 0}  # fmt: skip
+
+
+CONFIG = {
+    "name": "demo", "seed": 7, "weak": {"source": "scratch:char-weak", "keep_layers": "0-3"},
+    "strong": {"source": "scratch:char-strong"}, "boosting": {"recipe": "stabilised", "num_rounds": 3},
+}  # fmt: skip
+
+
+def make_run(folder: Path, records: list[dict]) -> Path:
+    write_json_lines(folder / "results.jsonl", records)
+    write_json(folder / "config.json", CONFIG | {"name": folder.name})
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "demo", make_records())
+
+
+def page_of(folders, tmp_path) -> str:
+    write_report(folders, tmp_path / "report.html")
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def cells(table) -> dict[str, list[str]]:
+    """The columns of a rich table by their header."""
+    return {column.header: list(column.cells) for column in table.columns}
+
+
+def change(records: list[dict], kind: str, **fields) -> list[dict]:
+    """The records with `fields` set in all of a kind."""
+    return [record | fields if record["kind"] == kind else record for record in records]
+
+
+class Page(HTMLParser):
+    """Collects what a page refers to, its ids, its text, and tags that were never closed."""
+
+    VOID = ("meta", "br", "link", "img", "hr", "path", "use", "rect")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.references, self.ids, self.words, self.open = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        values = dict(attrs)
+        self.references += [values[name] for name in ("src", "href", "xlink:href", "action") if name in values]
+        self.references += re.findall(r"url\(([^)]*)\)", " ".join(v or "" for v in values.values()))
+        self.ids += [values["id"]] if "id" in values else []
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+
+# Records
+
+
+def test_records_come_back_as_they_were_written(run):
+    assert read_records(run) == make_records()
+
+
+def test_a_folder_without_results_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"results\.jsonl does not exist: give the folder of a run"):
+        read_records(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"kind": "arm", "arm"', "line 3: not valid JSON"),
+        ("", "line 3: not valid JSON"),
+        ("[1, 2]", 'line 3: expected a JSON object with a text field "kind"'),
+        ('{"arm": "ensemble"}', "line 3: expected a JSON object"),
+        ('{"kind": "arm", "arm": "x", "split": "id", "metric": "accuracy"}', "lacks value, standard_error, n"),
+        ('{"kind": "phase", "phase": "boost", "seconds": NaN}', "line 3: NaN is not a number"),
+        ('{"kind": "answers", "arm": "x", "split": "id", "correct": [1], "ids": []}', "1 outcomes but 0 question ids"),
+        ('{"kind": "cost", "arm": "ceiling"}', "line 3: gives the same figure as line 1"),
+    ],
+)
+def test_a_corrupt_record_is_named_by_file_and_line(tmp_path, line, message):
+    file = tmp_path / "results.jsonl"
+    file.write_text(
+        f'{{"kind": "cost", "arm": "ceiling"}}\n{json.dumps(round_records(np.random.default_rng(0))[0])}\n{line}\n'
+    )
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        read_records(tmp_path)
+    assert str(file) in str(caught.value)
+
+
+def test_a_run_that_measured_nothing_yet_is_refused(tmp_path):
+    make_run(tmp_path, [{"kind": "phase", "phase": "data", "seconds": 1.0}])
+    with pytest.raises(ValueError, match="neither rounds nor measured arms: run boost or evaluate first"):
+        read_records(tmp_path)
+
+
+# Tables
+
+
+def test_results_table_lists_arms_in_order_with_their_figures():
+    records = make_records()
+    table = cells(results_table(list(reversed(records))))
+    names = table["Arm"]
+    assert names == [
+        "Weak model, zero-shot", "Strong model, zero-shot", "Single weak expert", "Expert 1", "Expert 2",
+        "Expert 3", "Uniform average", "Ensemble", "Student of single expert",
+        "Student of ensemble", "Ceiling: taught by truth",
+    ]  # fmt: skip
+    ensemble = names.index("Ensemble")
+    record = next(r for r in records if (r["kind"], r.get("arm"), r.get("split")) == ("arm", "ensemble", "ood"))
+    assert table["OOD, %"][ensemble] == f"{100 * record['value']:.1f} ± {100 * record['standard_error']:.1f}"
+    assert table["Train s"][ensemble] == "183"
+    assert table["Train TFLOP"][ensemble] == "32.1"
+    student = names.index("Student of ensemble")
+    pgr = next(r for r in records if (r["kind"], r.get("arm"), r.get("split")) == ("pgr", "student_ensemble", "id"))
+    assert table["PGR ID"][student] == f"{pgr['value']:.2f} ({pgr['low']:.2f} to {pgr['high']:.2f})"
+    assert table["PGR ID"][ensemble] == ""
+
+
+def test_ten_experts_stand_in_the_order_of_their_numbers():
+    records = [arm_record(f"expert_{t}", "id", np.array([0, 1])) for t in (10, 2, 1)]
+    assert cells(results_table(records))["Arm"] == ["Expert 1", "Expert 2", "Expert 10"]
+
+
+def test_an_undefined_pgr_is_never_a_number():
+    records = change(make_records(), "pgr", value=None, low=None, high=None, defined=False)
+    shown = [cell for cell in cells(results_table(records))["PGR OOD"] if cell]
+    assert shown == ["undefined", "undefined"]
+
+
+def test_rounds_table_shows_every_attempt_and_why_it_was_not_added():
+    first, second, *_ = round_records(np.random.default_rng(0))
+    failed = second | {"accepted": False, "validation": None, "expert_weight": -0.2, "clamped": True, "attempt": 2}
+    table = cells(rounds_table([first, failed]))
+    assert table["Round"] == ["1", "2"]
+    assert table["Expert weight α"] == [f"{first['expert_weight']:.3f}", "-0.200"]
+    assert table["Validation: ensemble"] == ["49.0%", ""]
+    assert table["Note"] == ["", "not added: no better than the prior, error clamped, attempt 2"]
+
+
+def test_tables_print_in_a_narrow_terminal():
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(results_table(make_records()))
+    text = console.export_text()
+    for arm in SKILL:
+        value = next(
+            r["value"] for r in make_records() if (r["kind"], r.get("arm"), r.get("split")) == ("arm", arm, "ood")
+        )
+        assert re.search(rf"(?m)^ *\S.* {100 * value:.1f} ±", text), arm
+    assert "Uniform average" in text
+
+
+# The page
+
+
+def test_the_page_stands_alone(run, tmp_path):
+    text = page_of([run], tmp_path)
+    page = Page(text)
+    assert not page.open, "tags left open"
+    assert page.references, "markers are drawn by reference"
+    assert all(reference.startswith("#") for reference in page.references)
+    assert {reference[1:] for reference in page.references} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert "http" not in text
+    assert "<script" not in text
+    assert "@import" not in text
+
+
+def test_the_page_shows_results_configuration_environment_and_the_check(run, tmp_path):
+    text = Page(page_of([run], tmp_path)).text
+    for expected in ("Ensemble against single weak expert", "PGR OOD", "keep_layers: 0-3", "backends.mixture_sample",
+                     "Holds.", "scratch:char-strong", "What these figures show, and what they do not"):  # fmt: skip
+        assert expected in text
+    answers = {(r["arm"], r["split"]): r["correct"] for r in make_records() if r["kind"] == "answers"}
+    difference = paired_difference(answers["ensemble", "ood"], answers["single_expert", "ood"])
+    assert f"{100 * difference.value:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})" in text
+
+
+def test_every_arm_is_drawn_at_its_accuracy(run, tmp_path, monkeypatch):
+    drawn = []
+    errorbar = matplotlib.axes.Axes.errorbar
+    monkeypatch.setattr(
+        matplotlib.axes.Axes, "errorbar", lambda self, x, y, **k: (drawn.append(list(x)), errorbar(self, x, y, **k))[1]
+    )
+    page_of([run], tmp_path)
+    expected = [
+        [100 * r["value"] for r in make_records() if (r["kind"], r.get("split")) == ("arm", split)]
+        for split in ("id", "ood")
+    ]
+    assert drawn == expected
+
+
+def test_colours_follow_the_readers_mode(run, tmp_path):
+    text = page_of([run], tmp_path)
+    figures = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
+    assert set(re.findall(r"#[0-9a-f]{6}\b", figures)) <= {"#ffffff"}, "a colour that no mode controls"
+    used = set(re.findall(r"var\(--([\w-]+)\)", text))
+    light, dark = (
+        set(re.findall(r"--([\w-]+):", text[start : text.index("color-scheme", start)]))
+        for start in (text.index(":root"), text.index(":root", text.index("prefers-color-scheme")))
+    )
+    assert used <= light == dark
+    assert "@media screen and (prefers-color-scheme: dark)" in text, "paper is always light"
+
+
+def test_a_failed_check_is_said_aloud(tmp_path):
+    run = make_run(tmp_path / "bad", change(make_records(), "identity", identity_gap=1e-9))
+    assert "FAILS: do not trust this run." in Page(page_of([run], tmp_path)).text
+
+
+def test_clamped_rounds_are_exempt_from_the_identity(tmp_path):
+    run = make_run(tmp_path / "clamped", change(make_records(), "identity", identity_gap=None))
+    assert "over 0 rounds" in Page(page_of([run], tmp_path)).text
+
+
+def test_several_runs_share_a_figure_and_keep_their_names(tmp_path):
+    runs = [make_run(tmp_path / part / "same", make_records(seed)) for seed, part in enumerate("ab")]
+    text = page_of(runs, tmp_path)
+    page = Page(text)
+    assert not page.open
+    assert len(page.ids) == len(set(page.ids))
+    assert "All runs side by side" in page.text
+    for run in runs:
+        assert f"Run {run}" in page.text
+
+
+def test_same_records_same_bytes(run, tmp_path):
+    assert page_of([run], tmp_path) == page_of([run], tmp_path)
+
+
+@pytest.mark.parametrize("kinds", [("round", "identity"), ("arm", "answers"), ("arm",)])
+def test_a_run_that_stopped_half_way_still_has_a_report(tmp_path, kinds):
+    records = [record for record in make_records() if record["kind"] in kinds]
+    page = Page(page_of([make_run(tmp_path / "partial", records)], tmp_path))
+    assert ("Boosting rounds" in page.text) == ("round" in kinds)
+    assert ("Accuracy of every arm" in page.text) == ("arm" in kinds)
+    assert ("In short" in page.text) == ("answers" in kinds)
+
+
+def test_bagging_has_no_prior_and_unaccepted_rounds_have_no_figure(tmp_path):
+    bagging = change(make_records(), "round", prior_error=None)
+    assert "Prior error" not in Page(page_of([make_run(tmp_path / "bagging", bagging)], tmp_path)).text
+    failed = change(make_records(), "round", accepted=False, validation=None)
+    assert "Effective sample size, %" not in Page(page_of([make_run(tmp_path / "failed", failed)], tmp_path)).text
+
+
+def test_names_and_settings_are_escaped(tmp_path):
+    run = make_run(tmp_path / "a&b", make_records())
+    write_json(run / "config.json", CONFIG | {"name": "<script>alert(1)</script>"})
+    text = page_of([run], tmp_path)
+    assert "<script" not in text
+    assert "a&amp;b" in text
+    assert not Page(text).open
+
+
+def test_arms_that_answered_different_questions_are_not_compared(tmp_path):
+    records = [
+        record | {"ids": list(reversed(record["ids"]))}
+        if record.get("arm") == "ensemble" and "ids" in record
+        else record
+        for record in make_records()
+    ]
+    with pytest.raises(ValueError, match="ensemble and single_expert answered different questions in split 'id'"):
+        write_report([make_run(tmp_path / "mixed", records)], tmp_path / "report.html")
+
+
+def test_a_failure_leaves_the_old_page(run, tmp_path):
+    before = page_of([run], tmp_path)
+    (run / "results.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="line 1"):
+        write_report([run], tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == before
+
+
+def test_no_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="folders is empty"):
+        write_report([], tmp_path / "report.html")
+
+
+def test_the_readers_own_matplotlib_settings_are_left_alone(run, tmp_path):
+    before = dict(matplotlib.rcParams)
+    page_of([run], tmp_path)
+    assert dict(matplotlib.rcParams) == before
