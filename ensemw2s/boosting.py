@@ -412,14 +412,12 @@ def _independent_counts(
 ) -> NDArray[np.int64]:
     counts = np.zeros(cumulative.size, dtype=np.int64)
     total = cumulative[-1]
-    # u * total may round up to total, beyond the last cell: such a draw belongs to the last unit with weight.
-    last_unit = np.searchsorted(cumulative, total, side="left")
     for start in range(0, size, DRAWS_PER_CHUNK):
         uniforms = generator.random(min(DRAWS_PER_CHUNK, size - start))
         # Neighbouring look-ups share cache lines; on large arrays that is worth far more than the sort costs.
         uniforms.sort()
-        drawn = np.searchsorted(cumulative, uniforms * total, side="right")
-        np.add.at(counts, np.minimum(drawn, last_unit), 1)
+        # With u <= 1 - 2^-53, u * total stays below total in floating point too: no draw lies beyond the last unit.
+        np.add.at(counts, np.searchsorted(cumulative, uniforms * total, side="right"), 1)
     return counts
 
 

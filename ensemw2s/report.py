@@ -375,7 +375,7 @@ def _svg(figure: Figure, name: str, description: str) -> str:
     """Return the figure as SVG for inlining: accessible, with CSS colours and no outside reference."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

@@ -222,24 +222,29 @@ def test_draws_are_the_inverse_cdf_of_the_generators_uniforms():
     np.testing.assert_array_equal(boosting.draw_counts(weights, 3000, np.random.default_rng(8)), expected)
 
 
-class LargestUniform:
-    """A generator that always gives the largest float below 1."""
+class FixedUniforms:
+    """A generator that gives the uniforms it was made with."""
+
+    def __init__(self, *uniforms):
+        self.uniforms = uniforms
 
     def random(self, size):
-        return np.full(size, np.nextafter(1.0, 0.0))
+        assert size == len(self.uniforms)
+        return np.array(self.uniforms)
+
+
+def test_a_uniform_on_the_border_takes_the_next_unit_with_weight():
+    counts = boosting.draw_counts([0, 0.5, 0, 0.5, 0], 2, FixedUniforms(0.0, 0.5))
+    assert counts.tolist() == [0, 1, 0, 1, 0]
 
 
 @given(seeds, sizes)
 def test_the_largest_uniform_takes_the_last_unit_with_weight(seed, size):
     weights = random_weights(np.random.default_rng(seed), size)
-    weights[-1] = 0
-    weights /= weights.sum() or 1
-    if weights.sum() == 0:
-        return
-    counts = boosting.draw_counts(weights, 3, LargestUniform())
-    assert counts.sum() == 3
-    # A last unit too light to move the prefix sum cannot be drawn, and the one before it can.
-    assert counts[np.cumsum(weights).searchsorted(np.cumsum(weights)[-1])] == 3
+    cumulative = np.cumsum(weights)
+    counts = boosting.draw_counts(weights, 1, FixedUniforms(np.nextafter(1.0, 0.0)))
+    # A unit too light to move the prefix sum cannot be drawn; the last one that does can.
+    assert counts[cumulative.searchsorted(cumulative[-1])] == counts.sum() == 1
 
 
 @given(seeds, sizes, st.integers(0, 1000), st.sampled_from(["independent", "systematic"]))
@@ -277,6 +282,13 @@ def test_draws_for_the_loss_come_from_the_mixed_weights():
     expected = boosting.draw_counts(boosting.mix_uniform(weights, 0.5), 1000, np.random.default_rng(2))
     np.testing.assert_array_equal(in_loss, expected)
     assert in_loss[500:].sum() == pytest.approx(250, abs=60)
+
+
+def test_draws_for_the_loss_use_the_named_method():
+    in_loss = boosting.loss_weights(
+        boosting.initial_weights(50), sampling="draw", method="systematic", generator=np.random.default_rng(2)
+    )
+    assert in_loss.tolist() == [1.0] * 50
 
 
 def test_bagging_ignores_the_weights_and_draws_uniformly():

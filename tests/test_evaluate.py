@@ -54,7 +54,7 @@ def test_token_error_counts_questions_not_tokens():
     generator = np.random.default_rng(1)
     lengths = generator.integers(1, 9, size=400)
     # All tokens of an answer are wrong together.
-    wrong = [np.full(length, generator.random() < 0.2) for length in lengths]
+    wrong = [np.full(length, generator.random() < 0.6) for length in lengths]
     value, standard_error = evaluate.token_error(wrong)
     assert value == pytest.approx(np.concatenate(wrong).mean())
     picks = generator.integers(400, size=(4000, 400))

@@ -356,7 +356,9 @@ def test_bagging_has_no_prior_and_unaccepted_rounds_have_no_figure(tmp_path):
     bagging = change(make_records(), "round", prior_error=None)
     assert "Prior error" not in Page(page_of([make_run(tmp_path / "bagging", bagging)], tmp_path)).text
     failed = change(make_records(), "round", accepted=False, validation=None)
-    assert "Effective sample size, %" not in Page(page_of([make_run(tmp_path / "failed", failed)], tmp_path)).text
+    text = Page(page_of([make_run(tmp_path / "failed", failed)], tmp_path)).text
+    assert "how the weights spread" not in text
+    assert "not added: no better than the prior" in text
 
 
 def test_names_and_settings_are_escaped(tmp_path):
