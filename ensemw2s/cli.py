@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ EXAMPLES = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 bad input, 130 interrupted."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         options.command(options)
     except KeyboardInterrupt:
@@ -50,6 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(f"error: {error}\nWhat was finished is kept: free some space and run the same command again")
         return 2
     return 0
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse stops collecting key=value words at the first option; those behind it are meant the same way.
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,6 +111,7 @@ def _run(options: argparse.Namespace) -> None:
     from ensemw2s.experiment import PHASES, Experiment
     from ensemw2s.report import results_table
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     _quiet_datasets()

@@ -1,0 +1,99 @@
+"""The command line: help, exit codes, messages."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ensemw2s import experiment
+from ensemw2s.cli import main
+from tests.test_experiment import settings
+
+
+def write(folder: Path, values: dict[str, object]) -> str:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+@pytest.mark.parametrize("arguments", [[], ["run"], ["boost"], ["report"], ["env"]])
+def test_help_is_there_for_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--help"])
+    assert stop.value.code == 0
+    assert "usage: ensemw2s" in capsys.readouterr().out
+
+
+def test_env_says_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert set(facts["backends"]) >= {"mixture_sample", "mixture_log_probs"}
+    assert set(facts["versions"]) >= {"torch", "transformers", "ensemw2s"}
+    assert main(["env"]) == 0
+    assert "backends mixture_sample" in capsys.readouterr().out
+
+
+def test_a_misspelt_key_is_named_with_the_nearest_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write(tmp_path, settings(tmp_path))
+    assert main(["run", config, "boosting.num_ronds=2"]) == 2
+    assert "unknown key boosting.num_ronds: did you mean boosting.num_rounds?" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_before_and_behind_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write(tmp_path, settings(tmp_path))
+    assert main(["run", config, "boosting.num_rounds=2", "--overwrite", "boosting.prior=7"]) == 2
+    assert "prior must be" in capsys.readouterr().err
+    for words in (["--overwritten"], ["stray"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["run", config, "--overwrite", *words])
+        assert stop.value.code == 2
+
+
+def test_a_missing_config_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml does not exist" in capsys.readouterr().err
+
+
+def test_a_phase_alone_needs_the_ones_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["label", write(tmp_path, settings(tmp_path))]) == 2
+    assert "run data first" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(experiment.Experiment, "run", fail)
+    assert main(["run", write(tmp_path, settings(tmp_path))]) == 2
+    assert "free some space and run the same command again" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
+    config = write(tmp_path, settings(tmp_path))
+    command = [sys.executable, "-m", "ensemw2s", "run", config]
+    running = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    single = tmp_path / "run" / "small" / "single_expert"
+    deadline = time.monotonic() + 120
+    while not single.exists() and time.monotonic() < deadline and running.poll() is None:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == 130, errors
+    assert f"go on with the same command:\n  ensemw2s run {config}" in errors
+    before = single.stat().st_mtime_ns
+    assert main(["run", config]) == 0
+    assert single.stat().st_mtime_ns == before
+    assert (tmp_path / "run" / "small" / "report.html").exists()

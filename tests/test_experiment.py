@@ -1,0 +1,214 @@
+"""The whole experiment on a tiny model: records, determinism, resuming, phases alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ensemw2s import TokenEnsemble
+from ensemw2s.config import build_config, load_config
+from ensemw2s.data import tokenize_questions
+from ensemw2s.experiment import PHASES, Experiment, round_line
+from ensemw2s.files import read_json
+from ensemw2s.report import results_table
+from ensemw2s.scoring import score_answers
+from tests.tiny import END, FORMAT, questions, saved_model, tokenizer
+
+
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
+    """An experiment on a tiny random model that takes a few seconds."""
+    if not (folder / "weak").exists():
+        saved_model(folder / "weak", seed=0)
+        saved_model(folder / "strong", seed=1, hidden_size=64)
+        questions(60).to_json(folder / "easy.jsonl")
+        questions(60, seed=8, start=60).to_json(folder / "hard.jsonl")
+    training = {
+        "num_train_epochs": 6, "learning_rate": 2e-2, "per_device_train_batch_size": 8, "disable_tqdm": True,
+        "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    return {
+        "name": "small",
+        "output_dir": str(folder / "run"),
+        "weak": {"source": str(folder / "weak")},
+        "strong": {"source": str(folder / "strong")},
+        "lora": {"r": 4, "target_modules": ["q_proj", "down_proj"]},
+        "data": {
+            "format": {"prompt_template": FORMAT.prompt_template, "answer_prefix": FORMAT.answer_prefix},
+            "easy": {"file": str(folder / "easy.jsonl")},
+            "hard": {"file": str(folder / "hard.jsonl")},
+            "sizes": {"train": 24, "validation": 12, "test_id": 20, "unlabelled": 24, "test_ood": 20},
+        },
+        "boosting": {"num_rounds": 2, **training},
+        "student": training,
+        "labelling": {"max_new_tokens": 6},
+    } | changes
+
+
+def stable(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records without what a clock says."""
+    return [{k: v for k, v in record.items() if "seconds" not in k} for record in records]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experiment")
+    Experiment(build_config(settings(folder))).run()
+    return folder / "run" / "small"
+
+
+def records_of(run: Path, kind: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+def test_every_arm_is_measured_on_every_split(finished: Path) -> None:
+    arms = {(r["arm"], r["split"], r["metric"]) for r in records_of(finished, "arm")}
+    names = [
+        "zero_shot_weak", "zero_shot_strong", "single_expert", "expert_1", "expert_2", "uniform_average", "ensemble",
+        "student_single", "student_ensemble", "ceiling",
+    ]  # fmt: skip
+    splits = ("validation", "id", "ood")
+    assert arms == {(a, s, m) for a in names for s in splits for m in ("accuracy", "token_error")}
+    for record in records_of(finished, "answers"):
+        values = [
+            r["value"] for r in records_of(finished, "arm")
+            if (r["arm"], r["split"], r["metric"]) == (record["arm"], record["split"], "accuracy")
+        ]  # fmt: skip
+        assert values == [pytest.approx(np.mean(record["correct"]))]
+
+
+def test_the_measured_ensemble_is_the_saved_one(finished: Path) -> None:
+    ensemble = TokenEnsemble.from_pretrained(finished / "ensemble")
+    rows = [json.loads(line) for line in (finished / "data" / "test_ood.jsonl").read_text().splitlines()]
+    from datasets import Dataset
+
+    examples = tokenize_questions(Dataset.from_list(rows), tokenizer(), FORMAT)
+    scores = score_answers(ensemble, examples, pad_token_id=END)
+    answers = next(r for r in records_of(finished, "answers") if (r["arm"], r["split"]) == ("ensemble", "ood"))
+    assert answers["correct"] == scores.correct.astype(int).tolist()
+    assert answers["ids"] == [row["id"] for row in rows]
+
+
+def test_students_saw_their_teachers_answers_and_no_truth(finished: Path) -> None:
+    labels = [json.loads(line) for line in (finished / "labels" / "ensemble.jsonl").read_text().splitlines()]
+    truth = {json.loads(line)["id"] for line in (finished / "data" / "unlabelled.jsonl").read_text().splitlines()}
+    assert {row["id"] for row in labels} == truth
+    assert {record["teacher"] for record in records_of(finished, "labels")} == {"single_expert", "ensemble"}
+    adapters = [
+        (finished / "students" / arm / "adapter_model.safetensors").read_bytes()
+        for arm in ("student_single", "student_ensemble", "ceiling")
+    ]
+    assert len(set(adapters)) == 3
+
+
+def test_the_records_hold_the_invariants(finished: Path) -> None:
+    checks = records_of(finished, "identity")
+    assert checks
+    for check in checks:
+        assert check["sum_gap"] <= 1e-9
+        assert check["identity_gap"] is None or check["identity_gap"] <= 1e-12
+
+
+def test_results_say_which_backend_ran(finished: Path) -> None:
+    (environment,) = records_of(finished, "environment")
+    assert environment["backends"]["mixture_sample"] in ("cpp", "cuda", "triton", "reference")
+    assert environment["versions"]["torch"]
+
+
+def test_the_report_is_one_file_that_needs_nothing_else(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    assert "<svg" in page
+    assert 'src="http' not in page and 'href="http' not in page and "<script src" not in page
+
+
+def test_two_runs_with_one_seed_are_equal(finished: Path, tmp_path: Path) -> None:
+    # Same models, same questions, another folder.
+    for name in ("weak", "strong", "easy.jsonl", "hard.jsonl"):
+        source = finished.parent.parent / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    again = Experiment(build_config(settings(tmp_path))).run()
+    first = [json.loads(line) for line in (finished / "results.jsonl").read_text().splitlines()]
+    assert stable(again) == stable(first)
+    for name in ("labels/ensemble.jsonl", "students/student_ensemble/adapter_model.safetensors"):
+        assert (finished / name).read_bytes() == (tmp_path / "run" / "small" / name).read_bytes()
+
+
+def test_phases_run_alone_give_what_a_whole_run_gives(finished: Path, tmp_path: Path) -> None:
+    for name in ("weak", "strong", "easy.jsonl", "hard.jsonl"):
+        source = finished.parent.parent / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    config = build_config(settings(tmp_path))
+    Experiment(config).run(("data", "boost"))
+    # A phase finds everything in the folder, which carries its own configuration.
+    for phase in PHASES[2:]:
+        records = Experiment(load_config(tmp_path / "run" / "small")).run((phase,))
+    first = [json.loads(line) for line in (finished / "results.jsonl").read_text().splitlines()]
+    assert stable(records) == stable(first)
+
+
+def test_a_finished_run_is_not_run_again(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    Experiment(load_config(finished)).run()
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")} == before
+
+
+def test_the_table_shows_every_arm(finished: Path) -> None:
+    from rich.console import Console
+
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(results_table([json.loads(line) for line in (finished / "results.jsonl").read_text().splitlines()]))
+    text = console.export_text()
+    for words in ("ID", "OOD", "PGR", "ensemble", "ceiling"):
+        assert words.lower() in text.lower()
+
+
+# Bad input
+
+
+def test_a_folder_of_another_configuration_names_what_differs(finished: Path) -> None:
+    folder = finished.parent.parent
+    changed = settings(folder, seed=3)
+    changed["boosting"] = changed["boosting"] | {"num_rounds": 1}
+    with pytest.raises(ValueError, match=r"differing: boosting\.num_rounds, seed\. .*--overwrite"):
+        Experiment(build_config(changed))
+    assert (finished / "results.jsonl").exists()
+
+
+def test_overwrite_deletes_the_other_run(tmp_path: Path) -> None:
+    Experiment(build_config(settings(tmp_path))).run(("data",))
+    changed = build_config(settings(tmp_path, seed=3))
+    Experiment(changed, overwrite=True)
+    assert read_json(changed.folder / "config.json")["seed"] == 3
+    assert not (changed.folder / "data").exists()
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
+    config = build_config(settings(tmp_path))
+    config.folder.mkdir(parents=True)
+    (config.folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="is not empty and holds no run of ours"):
+        Experiment(config, overwrite=True)
+    assert (config.folder / "thesis.txt").exists()
+
+
+def test_a_phase_out_of_order_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"student needs what data leaves in .*: run data first"):
+        Experiment(build_config(settings(tmp_path))).run(("student",))
+
+
+def test_the_line_of_a_round_says_all_that_matters() -> None:
+    line = round_line(
+        {
+            "round": 2, "attempt": 1, "error": 0.25, "prior_error": 0.8, "expert_weight": 2.484, "accepted": True,
+            "effective_sample_size": 750.2, "num_units": 1000, "validation": {"expert": 0.5, "ensemble": 0.6},
+        },
+        3,
+    )  # fmt: skip
+    for words in ("round 2/3", "ε 0.250", "0.800", "α 2.48", "750 of 1000 (75%)", "expert 50.0%", "ensemble 60.0%"):
+        assert words in line
