@@ -31,7 +31,7 @@ from ensemw2s.data import (
     tokenize_questions,
 )
 from ensemw2s.ensemble import TokenEnsemble
-from ensemw2s.evaluate import accuracy, performance_gap_recovered
+from ensemw2s.evaluate import accuracy, performance_gap_recovered, token_error
 from ensemw2s.files import read_complete_lines, read_json, write_json, write_json_lines
 from ensemw2s.models import load_model, load_tokenizer
 from ensemw2s.report import write_report
@@ -269,12 +269,10 @@ class Experiment:
         for split, wrong in splits.items():
             shared = {"arm": arm, "split": split, "seed": self.config.seed}
             correct = [int(not any(bits)) for bits in wrong]
-            tokens = np.concatenate([np.asarray(bits) for bits in wrong])
-            for metric, values in (("accuracy", correct), ("token_error", tokens)):
-                mean, standard_error = accuracy(np.asarray(values, dtype=bool))
+            estimates = {"accuracy": accuracy(np.array(correct, dtype=bool)), "token_error": token_error(wrong)}
+            for metric, estimate in estimates.items():
                 records.append({
-                    "kind": "arm", **shared, "metric": metric, "value": mean, "standard_error": standard_error,
-                    "n": len(values),
+                    "kind": "arm", **shared, "metric": metric, **estimate._asdict(), "n": len(correct),
                 })  # fmt: skip
             ids = self._questions(TEST_SPLITS[split])["id"]
             records.append({"kind": "answers", **shared, "correct": correct, "ids": list(ids)})
