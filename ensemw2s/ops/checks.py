@@ -97,7 +97,7 @@ def check_integers(tensor: Tensor, shape: tuple[int, ...], like: Tensor, name: s
 
 def check_filters(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     """Refuse sampling settings outside their ranges."""
-    if not (math.isfinite(temperature) and temperature >= 0):
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature} must be finite and at least 0 (0 is greedy)")
     if isinstance(top_k, bool) or not isinstance(top_k, int):
         raise TypeError(f"top_k must be an int, got {type(top_k).__name__}")

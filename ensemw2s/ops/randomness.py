@@ -11,9 +11,7 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 
-def draw_seeds(
-    batch_size: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None
-) -> Tensor:
+def draw_seeds(batch_size: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> Tensor:
     """Seeds for ``mixture_sample`` out of torch's generator, so that ``torch.manual_seed`` reproduces a run.
 
     Returns:
