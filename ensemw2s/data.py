@@ -6,6 +6,7 @@ A dataset is a `datasets.Dataset` with string columns `prompt` and `answer`, and
 
 from __future__ import annotations
 
+import csv
 import difflib
 import hashlib
 import json
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _KINDS = ("file", "hub", "reasoning_gym", "characters")
 _OPTIONS = ("columns", "prompt_regex")
 # A generator is asked for this many batches of questions before its distinct prompts count as exhausted.
@@ -94,36 +94,77 @@ def load_questions(source: Mapping[str, Any] | str) -> Dataset:
     source = {"file": source} if isinstance(source, str) else dict(source)
     kinds = [kind for kind in _KINDS if kind in source]
     if len(kinds) != 1:
-        raise ValueError(f"a source of questions needs exactly one of {', '.join(_KINDS)}; got {', '.join(source) or 'none'}")
+        raise ValueError(
+            f"a source of questions needs exactly one of {', '.join(_KINDS)}; got {', '.join(source) or 'none'}"
+        )
     kind = kinds[0]
     options = {name: source.pop(name, None) for name in _OPTIONS}
     if kind in ("reasoning_gym", "characters"):
         return check_questions(_generated(kind, source, options["prompt_regex"]), f"{kind} {source[kind]}")
     loaded = _from_file(source) if kind == "file" else _from_hub(source)
     name = str(source[kind])
-    for ours, theirs in (options["columns"] or {}).items():
-        if theirs not in loaded.column_names:
-            raise ValueError(f"{name} has no column {theirs!r} (for {ours}); its columns are {', '.join(loaded.column_names)}")
-        loaded = loaded.rename_column(theirs, ours)
+    loaded = _renamed(loaded, options["columns"] or {}, name)
     rows = [_cut_prompt(row, options["prompt_regex"]) for row in check_questions(loaded, name)]
     return check_questions(Dataset.from_list(_distinct(rows)), name)
+
+
+def _renamed(dataset: Dataset, columns: Mapping[str, str], name: str) -> Dataset:
+    """Give the columns our names; what held one of our names before, and is not asked for, is left out."""
+    for ours, theirs in columns.items():
+        if theirs not in dataset.column_names:
+            raise ValueError(
+                f"{name} has no column {theirs!r} (for {ours}); its columns are {', '.join(dataset.column_names)}"
+            )
+    dropped = [ours for ours in columns if ours in dataset.column_names and ours not in columns.values()]
+    return dataset.remove_columns(dropped).rename_columns({theirs: ours for ours, theirs in columns.items()})
 
 
 def _from_file(source: Mapping[str, Any]) -> Dataset:
     path = Path(source["file"])
     _no_more_settings(source, ("file",))
-    if path.suffix not in _BUILDERS:
-        raise ValueError(f"{path}: expected a file that ends in {', '.join(_BUILDERS)}")
+    if path.suffix not in _READERS:
+        raise ValueError(f"{path}: expected a file that ends in {', '.join(_READERS)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: name a local file of questions")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty: expected questions with columns prompt and answer")
-    return datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
+    return _READERS[path.suffix](path)
+
+
+def _read_json(path: Path) -> Dataset:
+    """Read a list of objects, or one object a line."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: expected a list of objects with prompt and answer")
+    return Dataset.from_list(rows)
+
+
+def _read_csv(path: Path) -> Dataset:
+    """Read every field as text: a reader that guesses types turns the answer 007 into 7."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return Dataset.from_list(list(csv.DictReader(file)))
+
+
+def _read_parquet(path: Path) -> Dataset:
+    return Dataset.from_parquet(str(path))
+
+
+_READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
 
 
 def _from_hub(source: Mapping[str, Any]) -> Dataset:
     _no_more_settings(source, ("hub", "name", "split"))
-    return datasets.load_dataset(source["hub"], source.get("name"), split=source.get("split", "train"))
+    try:
+        return datasets.load_dataset(source["hub"], source.get("name"), split=source.get("split", "train"))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"cannot load the dataset {source['hub']} (name {source.get('name')}, split {source.get('split', 'train')}) "
+            f"from the hub: {error}. Check its id and your connection, or name a local file"
+        ) from error
 
 
 def _generated(kind: str, source: Mapping[str, Any], regex: str | None) -> Dataset:
@@ -135,7 +176,7 @@ def _generated(kind: str, source: Mapping[str, Any], regex: str | None) -> Datas
     rows: list[dict[str, Any]] = []
     for attempt in range(_MAX_TRIES):
         # A generator repeats itself; ask for more under fresh seeds until there are `size` distinct prompts.
-        fresh = make(task, size, seed + attempt * 1_000_003, settings)
+        fresh = make(task, size, _stream(seed, attempt, kind, task, settings), settings)
         rows = _distinct(rows + [_cut_prompt(row, regex) for row in fresh])
         if len(rows) >= size:
             return Dataset.from_list(rows[:size])
@@ -143,6 +184,15 @@ def _generated(kind: str, source: Mapping[str, Any], regex: str | None) -> Datas
         f"{kind} {task} gives only {len(rows)} distinct questions with these settings, {size} are wanted: "
         "ask for fewer or widen the task's settings"
     )
+
+
+def _stream(*parts: Any) -> int:
+    """Turn a seed and what it is for into a number far from every other such number.
+
+    Generators use seed + i for question i: neighbouring seeds would share nearly all questions, and an easy and a hard
+    set of one seed would have the same words.
+    """
+    return int(_content_id(json.dumps(parts, sort_keys=True, default=str)), 16) >> 16
 
 
 def _reasoning_gym_rows(task: str, size: int, seed: int, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -170,7 +220,9 @@ def _character_rows(task: str, size: int, seed: int, settings: Mapping[str, Any]
 def _no_more_settings(source: Mapping[str, Any], known: Sequence[str]) -> None:
     unknown = [key for key in source if key not in known]
     if unknown:
-        raise ValueError(f"unknown setting {unknown[0]} of a {known[0]} source: it takes {', '.join((*known, *_OPTIONS))}")
+        raise ValueError(
+            f"unknown setting {unknown[0]} of a {known[0]} source: it takes {', '.join((*known, *_OPTIONS))}"
+        )
 
 
 def _cut_prompt(row: dict[str, Any], regex: str | None) -> dict[str, Any]:
@@ -252,9 +304,12 @@ def check_disjoint(splits: Mapping[str, Dataset]) -> None:
 
 
 def exclude_questions(dataset: Dataset, others: Sequence[Dataset]) -> Dataset:
-    """Return the rows of `dataset` whose question is in none of `others`."""
+    """Return the rows of `dataset` whose question is in none of `others`; raises ValueError if there are none."""
     taken = {question_key(prompt) for other in others for prompt in other["prompt"]}
-    return dataset.select([i for i, prompt in enumerate(dataset["prompt"]) if question_key(prompt) not in taken])
+    kept = [i for i, prompt in enumerate(dataset["prompt"]) if question_key(prompt) not in taken]
+    if not kept:
+        raise ValueError(f"all {len(dataset)} questions are among those to be excluded: load other questions")
+    return dataset.select(kept)
 
 
 def split_questions(dataset: Dataset, sizes: Mapping[str, int], seed: int = 0) -> DatasetDict:
@@ -274,7 +329,9 @@ def split_questions(dataset: Dataset, sizes: Mapping[str, int], seed: int = 0) -
         if size < 1:
             raise ValueError(f"split {name} must have at least 1 question, got {size}")
     first: dict[str, int] = {}
-    for index, prompt in enumerate(dataset["prompt"]):
+    # Of rows that repeat a prompt the one whose content sorts first is used, so that their order plays no part.
+    contents = zip(dataset["prompt"], dataset["answer"], strict=True)
+    for _, prompt, index in sorted((_content_id(p, a), p, i) for i, (p, a) in enumerate(contents)):
         first.setdefault(_content_id(str(seed), question_key(prompt)), index)
     wanted = sum(sizes.values())
     if len(first) < wanted:
@@ -313,7 +370,7 @@ def tokenize_questions(
     for row in check_questions(dataset, name):
         prompt = question_format.prompt_ids(row["prompt"], tokenizer)
         answer = question_format.answer_ids(row["answer"], tokenizer)
-        if not answer:
+        if not answer or answer == question_format.answer_ids("", tokenizer):
             raise ValueError(f"{name}, id {row['id']}: the answer {row['answer']!r} has no tokens in this tokenizer")
         _check_prompt(prompt, row["id"], name)
         length = len(prompt) + len(answer) + 1
