@@ -162,8 +162,8 @@ def _from_hub(source: Mapping[str, Any]) -> Dataset:
         return datasets.load_dataset(source["hub"], source.get("name"), split=source.get("split", "train"))
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"cannot load the dataset {source['hub']} (name {source.get('name')}, split {source.get('split', 'train')}) "
-            f"from the hub: {error}. Check its id and your connection, or name a local file"
+            f"cannot load {source['hub']} (name {source.get('name')}, split {source.get('split', 'train')}) from the hub: "
+            f"{error}. Check its id and your connection, or name a local file"
         ) from error
 
 
@@ -298,8 +298,8 @@ def check_disjoint(splits: Mapping[str, Dataset]) -> None:
             other = home.setdefault(question_key(prompt), name)
             if other != name:
                 raise ValueError(
-                    f"the question {prompt!r} is in both {other} and {name}: remove it from one (exclude_questions does), "
-                    "or what is measured is memory"
+                    f"the question {prompt!r} is in both {other} and {name}: remove it from one "
+                    "(exclude_questions does), or what is measured is memory"
                 )
 
 
@@ -376,8 +376,8 @@ def tokenize_questions(
         length = len(prompt) + len(answer) + 1
         if limit is not None and length > limit:
             raise ValueError(
-                f"{name}, id {row['id']}: prompt and answer have {length} tokens ({len(answer) + 1} of them the answer), "
-                f"more than the {limit} allowed: leave the row out or raise max_length (up to the model's context)"
+                f"{name}, id {row['id']}: prompt and answer have {length} tokens ({len(answer) + 1} of them "
+                f"the answer), more than the {limit} allowed: leave the row out or raise max_length (up to the model's context)"
             )
         rows.append({"id": row["id"], "input_ids": [*prompt, *answer, end], "prompt_length": len(prompt)})
     return Dataset.from_list(rows)
@@ -434,8 +434,8 @@ class AnswerCollator:
 
         Returns:
             `input_ids`, `attention_mask` (int64 [B, L]), `labels` (int64 [B, L], aligned with `input_ids` as
-            transformers wants them; -100 on prompt, padding and tokens of weight 0) and `token_weights` (float32 [B, L],
-            aligned with `labels`; 1 on answer tokens where none are given).
+            transformers wants them; -100 on prompt, padding and tokens of weight 0) and `token_weights` (float32
+            [B, L], aligned with `labels`; 1 on answer tokens where none are given).
         """
         shape = len(features), max(len(feature["input_ids"]) for feature in features)
         batch = {
