@@ -6,16 +6,31 @@ on interchangeable backends, chosen by ``impl`` (or the environment variable ``E
 """
 
 from ensemw2s.ops.backend import available_backends, backend_for, build_info
+from ensemw2s.ops.linear_mixture_kl import linear_mixture_kl
+from ensemw2s.ops.linear_weighted_cross_entropy import linear_weighted_cross_entropy
+from ensemw2s.ops.mixture_kl import mixture_kl
 from ensemw2s.ops.mixture_log_probs import mixture_log_probs
 from ensemw2s.ops.mixture_sample import MixtureSample, mixture_sample
+from ensemw2s.ops.mixture_scores import mixture_scores
 from ensemw2s.ops.randomness import draw_seeds
+from ensemw2s.ops.token_scores import TokenScores, token_scores
+from ensemw2s.ops.topk_kl import topk_kl
+from ensemw2s.ops.weighted_cross_entropy import weighted_cross_entropy
 
 __all__ = [
     "MixtureSample",
+    "TokenScores",
     "available_backends",
     "backend_for",
     "build_info",
     "draw_seeds",
+    "linear_mixture_kl",
+    "linear_weighted_cross_entropy",
+    "mixture_kl",
     "mixture_log_probs",
     "mixture_sample",
+    "mixture_scores",
+    "token_scores",
+    "topk_kl",
+    "weighted_cross_entropy",
 ]

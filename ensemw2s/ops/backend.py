@@ -37,13 +37,23 @@ def _load_library() -> str | None:
 _WHY_MISSING = _load_library()
 
 
-def declare(name: str, schema: str, fake: Callable[..., Any]) -> None:
-    """Register ``ensemw2s::name`` with its schema and its fake (shapes and dtypes without data)."""
+def declare(name: str, schema: str, fake: Callable[..., Any], *, public: bool = True) -> None:
+    """Register ``ensemw2s::name`` with its schema and its fake (shapes and dtypes without data).
+
+    A part that only other ops call is not ``public`` and has no backends of its own to choose from.
+    """
     qualified = f"ensemw2s::{name}"
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
     torch.library.define(qualified, schema, tags=tags)
     torch.library.register_fake(qualified, fake)
-    _DECLARED.append(name)
+    if public:
+        _DECLARED.append(name)
+
+
+def implement_on_cpu(name: str, function: Callable[..., Any]) -> None:
+    """Register a CPU implementation that is made of compiled ops and matrix products; without the library, nothing."""
+    if _WHY_MISSING is None:
+        torch.library.impl(f"ensemw2s::{name}", "CPU", function)
 
 
 def _is_registered(op: str, device_type: str) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 COMBINES = ("prob", "logprob", "vote")
+MASKED_LABEL = -100
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -45,6 +46,19 @@ def expert_list(logits: Tensor | Sequence[Tensor], name: str = "logits") -> list
         if expert.dtype != first.dtype:
             raise TypeError(f"{name}[{index}] is {expert.dtype}, {name}[0] is {first.dtype}")
     return [check_logits(expert, name) for expert in experts]
+
+
+def check_head(hidden: Tensor, head: Tensor, names: tuple[str, str] = ("hidden", "head")) -> None:
+    """Refuse a hidden state ``[..., d]`` and an output head ``[V, d]`` that do not fit each other."""
+    check_logits(hidden, names[0])
+    check_logits(head, names[1])
+    if head.dim() != 2 or head.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{names[1]} must be [V, d] with the d of {names[0]} {tuple(hidden.shape)}, got {tuple(head.shape)}"
+        )
+    if head.dtype != hidden.dtype:
+        raise TypeError(f"{names[1]} is {head.dtype}, {names[0]} is {hidden.dtype}")
+    check_same_device(head, hidden, names[1])
 
 
 def check_logits(logits: Tensor, name: str = "logits") -> Tensor:
@@ -93,6 +107,33 @@ def check_integers(tensor: Tensor, shape: tuple[int, ...], like: Tensor, name: s
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     check_same_device(tensor, like, name)
+
+
+def check_label_values(labels: Tensor, vocabulary: int) -> None:
+    """Refuse labels that are neither tokens nor ``MASKED_LABEL``; on CPU only, since elsewhere it would synchronise."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = labels[(labels != MASKED_LABEL) & ((labels < 0) | (labels >= vocabulary))]
+    if wrong.numel():
+        raise ValueError(f"labels must be in [0, {vocabulary}) or {MASKED_LABEL}, got {int(wrong[0])}")
+
+
+def row_weights(token_weights: Tensor, shape: tuple[int, ...], like: Tensor, labels: Tensor | None = None) -> Tensor:
+    """``token_weights`` in the accumulation dtype, with 0 where the label is masked."""
+    if not isinstance(token_weights, Tensor) or not token_weights.is_floating_point():
+        kind = getattr(token_weights, "dtype", type(token_weights).__name__)
+        raise TypeError(f"token_weights must be a floating point tensor, got {kind}")
+    if tuple(token_weights.shape) != shape:
+        raise ValueError(f"token_weights must have shape {shape}, one per row, got {tuple(token_weights.shape)}")
+    check_same_device(token_weights, like, "token_weights")
+    weights = token_weights.to(accumulation_dtype(like))
+    return (weights if labels is None else weights.masked_fill(labels == MASKED_LABEL, 0.0)).contiguous()
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature that is not a positive finite number."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be positive and finite")
 
 
 def check_filters(temperature: float, top_k: int, top_p: float, min_p: float) -> None:

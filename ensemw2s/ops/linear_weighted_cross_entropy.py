@@ -1,0 +1,84 @@
+"""``linear_weighted_cross_entropy``: the output head and ``weighted_cross_entropy`` in one, without all the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ensemw2s.ops import backend
+from ensemw2s.ops.checks import check_head, check_integers, row_weights
+from ensemw2s.ops.row_losses import fake_in_chunks, in_chunks, save_linear_gradients, scaled_linear_gradients
+from ensemw2s.ops.weighted_cross_entropy import reference as weighted_reference
+
+
+def linear_weighted_cross_entropy(
+    hidden: Tensor, head: Tensor, labels: Tensor, token_weights: Tensor, *, impl: str | None = None
+) -> Tensor:
+    """``weighted_cross_entropy(hidden @ head.T, labels, token_weights)`` that never holds ``[tokens, V]``.
+
+    Logits are made for a few megabytes of rows at a time, and only of rows that count: where the weight is 0 or the
+    label is -100 nothing of the row is computed, forward or backward.
+
+    Args:
+        hidden: ``[..., d]``, float32, bfloat16, float16 or float64.
+        head: ``[V, d]``, the output embedding, of the same dtype.
+        labels: int64 ``[...]``, in ``[0, V)`` or -100 (masked); already aligned, nothing is shifted.
+        token_weights: floating point ``[...]``.
+        impl: Backend, see ``ensemw2s.ops``.
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs), differentiable once in ``hidden``, ``head`` and
+        ``token_weights``.
+
+    Raises:
+        ValueError: Shapes or devices differ, or a label is out of range.
+        TypeError: A dtype is wrong.
+    """
+    check_head(hidden, head)
+    shape = tuple(hidden.shape[:-1])
+    check_integers(labels, shape, hidden, "labels")
+    weights = row_weights(token_weights, shape, hidden, labels)
+    if backend._choose("linear_weighted_cross_entropy", impl, hidden.device.type, hidden.dtype) == "reference":
+        return weighted_reference(hidden @ head.T, labels, weights).sum()
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    flags = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, head)]
+    op = torch.ops.ensemw2s.linear_weighted_cross_entropy.default
+    return backend.run_compiled(op, rows, head, labels.reshape(-1), weights.reshape(-1), *flags)[0]
+
+
+def _on_cpu(
+    hidden: Tensor, head: Tensor, labels: Tensor, row_weights: Tensor, need_hidden: bool, need_head: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def losses(logits: Tensor, rows: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+        op = torch.ops.ensemw2s.weighted_cross_entropy.default
+        return op(logits, labels[rows], row_weights[rows], with_gradient)
+
+    return in_chunks(hidden, head, row_weights, need_hidden, need_head, losses)
+
+
+def _fake(
+    hidden: Tensor, head: Tensor, labels: Tensor, row_weights: Tensor, need_hidden: bool, need_head: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return fake_in_chunks(hidden, head, need_hidden, need_head)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    save_linear_gradients(ctx, inputs[1], inputs[3], output)
+
+
+def _backward(ctx: Any, grad_total: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    """With ``G = dL/dlogits`` of the rows that count, ``dL/dhidden = G head`` and ``dL/dhead = G^T hidden``."""
+    grad_hidden, grad_head, grad_weights = scaled_linear_gradients(ctx, grad_total)
+    return grad_hidden, grad_head, None, grad_weights, None, None
+
+
+backend.declare(
+    "linear_weighted_cross_entropy",
+    "(Tensor hidden, Tensor head, Tensor labels, Tensor row_weights, bool need_hidden, bool need_head) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+)
+backend.implement_on_cpu("linear_weighted_cross_entropy", _on_cpu)
+torch.library.register_autograd("ensemw2s::linear_weighted_cross_entropy", _backward, setup_context=_setup_context)

@@ -1,0 +1,122 @@
+"""``mixture_kl``: how far a student is from the mixture of its teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ensemw2s.ops import backend
+from ensemw2s.ops.checks import (
+    accumulation_dtype,
+    check_logits,
+    check_same_device,
+    check_temperature,
+    check_weight_values,
+    expert_list,
+    expert_weights,
+    row_weights,
+)
+from ensemw2s.ops.mixture_log_probs import reference as mixture_reference
+from ensemw2s.ops.row_losses import fake_row_losses, save_gradient, scaled_gradients
+
+
+def mixture_kl(
+    student_logits: Tensor,
+    expert_logits: Tensor | Sequence[Tensor],
+    weights: Tensor | Sequence[float],
+    token_weights: Tensor,
+    temperature: float = 1.0,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """``sum_i w_i * KL(mixture_i || student_i)``, soft labels from T live teachers (EnsemW2S, Phase 3).
+
+    Equivalent to, with ``z_t = expert_logits[t] / temperature`` and ``log_q = log_softmax(student / temperature)``::
+
+        log_p = mixture_log_probs(z, weights)
+        (token_weights * (log_p.exp() * (log_p - log_q)).sum(-1)).sum()
+
+    No factor ``temperature**2`` is put in front. A temperature other than 1 costs a scaled copy of the logits. Rows of
+    weight 0 are left out, forward and backward; a row in which a teacher of positive weight or the student is broken
+    (NaN, +inf, no finite logit) makes the loss NaN.
+
+    Args:
+        student_logits: ``[..., V]``, float32, bfloat16, float16 or float64.
+        expert_logits: T tensors like it or one stacked ``[T, ..., V]``, of the student's dtype.
+        weights: ``[T]``, non-negative, not all zero; normalised inside.
+        token_weights: floating point ``[...]``.
+        temperature: Divides all logits; positive.
+        impl: Backend, see ``ensemw2s.ops``.
+
+    Returns:
+        A float32 scalar (float64 for float64 logits), differentiable in ``student_logits`` and ``token_weights``; the
+        teachers get no gradient.
+
+    Raises:
+        ValueError: Shapes, devices, ``temperature`` or the values of ``weights`` are wrong.
+        TypeError: A dtype is wrong.
+    """
+    student = check_logits(student_logits, "student_logits")
+    experts = [expert.detach() for expert in expert_list(expert_logits, "expert_logits")]
+    check_teachers(student, experts)
+    check_temperature(temperature)
+    weights = expert_weights(weights, len(experts), student).detach()
+    per_row = row_weights(token_weights, tuple(student.shape[:-1]), student)
+    if temperature != 1:
+        student, experts = student / temperature, [expert / temperature for expert in experts]
+    if backend._choose("mixture_kl", impl, student.device.type, student.dtype) == "reference":
+        check_weight_values(weights)
+        return reference(student, experts, weights, per_row).sum()
+    needs_grad = torch.is_grad_enabled() and (student.requires_grad or per_row.requires_grad)
+    op = torch.ops.ensemw2s.mixture_kl.default
+    return backend.run_compiled(op, student, experts, weights, per_row, needs_grad)[0].sum()
+
+
+def check_teachers(student: Tensor, experts: Sequence[Tensor]) -> None:
+    """Refuse teachers whose logits are unlike the student's."""
+    if experts[0].shape != student.shape:
+        raise ValueError(
+            f"expert_logits have shape {tuple(experts[0].shape)}, student_logits {tuple(student.shape)}; student and "
+            "teachers need the same tokens and vocabulary"
+        )
+    if experts[0].dtype != student.dtype:
+        raise TypeError(f"expert_logits are {experts[0].dtype}, student_logits are {student.dtype}")
+    check_same_device(experts[0], student, "expert_logits")
+
+
+def reference(student: Tensor, experts: Sequence[Tensor], weights: Tensor, per_row: Tensor) -> Tensor:
+    """Weighted losses ``[...]`` in plain torch, any device; in float64 for float64 logits, else in float32."""
+    left_out = (per_row == 0)[..., None]
+    log_p = mixture_reference([expert.masked_fill(left_out, 0.0) for expert in experts], weights, "prob")
+    log_q = student.masked_fill(left_out, 0.0).to(accumulation_dtype(student)).log_softmax(-1)
+    terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))
+    return per_row * terms.sum(-1)
+
+
+def _fake(
+    student: Tensor, experts: list[Tensor], weights: Tensor, row_weights: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    return fake_row_losses(student, with_gradient)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    student, experts, _, per_row, _ = inputs
+    ctx.num_experts = len(experts)
+    save_gradient(ctx, student, per_row, output)
+
+
+def _backward(ctx: Any, grad_losses: Tensor, grad_gradient: Tensor) -> tuple[Any, ...]:
+    """``KL = sum p log p - sum p log q`` and ``dlog q_v/dz_u = [u = v] - q_u``, hence ``dKL/dz = q - p``."""
+    grad_student, grad_weights = scaled_gradients(ctx, grad_losses)
+    return grad_student, [None] * ctx.num_experts, None, grad_weights, None
+
+
+backend.declare(
+    "mixture_kl",
+    "(Tensor student, Tensor[] experts, Tensor weights, Tensor row_weights, bool with_gradient) -> (Tensor, Tensor)",
+    _fake,
+)
+torch.library.register_autograd("ensemw2s::mixture_kl", _backward, setup_context=_setup_context)

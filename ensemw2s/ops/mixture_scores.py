@@ -1,0 +1,65 @@
+"""``mixture_scores``: how a weighted mixture of experts judges given labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ensemw2s.ops import backend
+from ensemw2s.ops.checks import check_integers, check_weight_values, combine_code, expert_list, expert_weights
+from ensemw2s.ops.mixture_log_probs import reference as mixture_reference
+from ensemw2s.ops.token_scores import TokenScores, fake_scores, scores_of
+
+
+def mixture_scores(
+    logits: Tensor | Sequence[Tensor],
+    weights: Tensor | Sequence[float],
+    labels: Tensor,
+    combine: str = "prob",
+    *,
+    impl: str | None = None,
+) -> TokenScores:
+    """``token_scores`` of the combined distribution of T experts, without writing anything of size V.
+
+    Equivalent to, with ``log_probs = mixture_log_probs(logits, weights, combine)``::
+
+        log_probs.gather(-1, labels[..., None]), log_probs.argmax(-1) == labels, -(log_probs.exp() * log_probs).sum(-1)
+
+    Rows whose label is -100 are not read. A row that ``mixture_log_probs`` makes NaN has NaN, False and NaN.
+
+    Args:
+        logits: T tensors ``[..., V]`` (float32, bfloat16, float16 or float64) or one stacked ``[T, ..., V]``.
+        weights: ``[T]``, non-negative, not all zero; normalised inside.
+        labels: int64 ``[...]``, in ``[0, V)`` or -100 (masked).
+        combine: ``"prob"``, ``"logprob"`` or ``"vote"``, see ``mixture_log_probs``.
+        impl: Backend, see ``ensemw2s.ops``.
+
+    Returns:
+        ``TokenScores``; nothing in it carries a gradient.
+
+    Raises:
+        ValueError: Shapes or devices differ, or values of ``weights`` or ``labels`` are out of range.
+        TypeError: A dtype is wrong.
+    """
+    experts = [expert.detach() for expert in expert_list(logits)]
+    weights = expert_weights(weights, len(experts), experts[0]).detach()
+    check_integers(labels, tuple(experts[0].shape[:-1]), experts[0], "labels")
+    code = combine_code(combine)
+    if backend._choose("mixture_scores", impl, experts[0].device.type, experts[0].dtype) == "reference":
+        check_weight_values(weights)
+        return scores_of(mixture_reference(experts, weights, combine), labels)
+    op = torch.ops.ensemw2s.mixture_scores.default
+    return TokenScores(*backend.run_compiled(op, experts, weights, labels.contiguous(), code))
+
+
+def _fake(logits: list[Tensor], weights: Tensor, labels: Tensor, combine: int) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_scores(logits[0])
+
+
+backend.declare(
+    "mixture_scores",
+    "(Tensor[] logits, Tensor weights, Tensor labels, int combine) -> (Tensor, Tensor, Tensor)",
+    _fake,
+)

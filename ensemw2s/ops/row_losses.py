@@ -1,0 +1,103 @@
+"""What the losses share: kernels that return, for each row, its weighted loss and the gradient of it.
+
+The gradient is made beside the loss, while the row is in the cache, and only scaled by what comes from above in the
+backward pass. The ``linear_*`` ops never hold the logits of all rows: ``in_chunks`` makes some, calls such a kernel,
+and adds their share of the gradients of the hidden states and of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHUNK_ELEMENTS = 2**22  # logits alive at a time: 16 MiB of float32
+
+
+def fake_row_losses(logits: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Empty losses and gradient for logits ``[..., V]``."""
+    shape = logits.shape if with_gradient else (0,)
+    return logits.new_empty(logits.shape[:-1], dtype=torch.float32), logits.new_empty(shape, dtype=torch.float32)
+
+
+def save_gradient(ctx: Any, logits: Tensor, row_weights: Tensor, output: tuple[Tensor, Tensor]) -> None:
+    """Keep what ``scaled_gradients`` needs."""
+    ctx.dtype = logits.dtype
+    ctx.save_for_backward(row_weights, *output)
+
+
+def scaled_gradients(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the logits and of the row weights (0 for rows that were left out)."""
+    row_weights, losses, gradient = ctx.saved_tensors
+    if gradient.numel() == 0 and losses.numel() > 0:
+        raise RuntimeError("the gradient of a row loss was asked for, but it ran with with_gradient=False")
+    grad_weights = torch.where(row_weights != 0, grad_losses * losses / row_weights, 0.0)
+    return (gradient * grad_losses[..., None]).to(ctx.dtype), grad_weights
+
+
+def in_chunks(
+    hidden: Tensor,
+    head: Tensor,
+    row_weights: Tensor,
+    need_hidden: bool,
+    need_head: bool,
+    row_losses: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Summed losses of rows of ``hidden @ head.T`` with their gradients; rows of weight 0 are left out.
+
+    Args:
+        hidden: ``[N, d]``.
+        head: ``[V, d]``.
+        row_weights: float32 ``[N]``.
+        need_hidden: Whether to return the gradient of ``hidden``.
+        need_head: Whether to return the gradient of ``head``.
+        row_losses: Called with a chunk's logits ``[n, V]``, its rows int64 ``[n]`` and whether a gradient is needed.
+
+    Returns:
+        The sum of the losses (float32), the losses ``[N]``, the gradient of ``hidden`` (its dtype, or empty) and the
+        gradient of ``head`` (float32, or empty).
+    """
+    losses = torch.zeros(hidden.shape[0], dtype=torch.float32)
+    grad_hidden = torch.zeros_like(hidden if need_hidden else hidden[:0])
+    grad_head = torch.zeros(head.shape if need_head else (0, head.shape[1]), dtype=torch.float32)
+    for rows in row_weights.nonzero()[:, 0].split(max(1, _CHUNK_ELEMENTS // head.shape[0])):
+        inputs = hidden[rows]
+        losses[rows], gradient = row_losses(inputs @ head.T, rows, need_hidden or need_head)
+        gradient = gradient.to(hidden.dtype)
+        if need_hidden:
+            grad_hidden[rows] = gradient @ head
+        if need_head and hidden.dtype == torch.float32:
+            grad_head.addmm_(gradient.T, inputs)
+        elif need_head:
+            grad_head += gradient.T @ inputs
+    return losses.sum(), losses, grad_hidden, grad_head
+
+
+def fake_in_chunks(
+    hidden: Tensor, head: Tensor, need_hidden: bool, need_head: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Empty outputs of ``in_chunks``."""
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        hidden.new_empty(hidden.shape[0], dtype=torch.float32),
+        torch.empty_like(hidden if need_hidden else hidden[:0]),
+        head.new_empty(head.shape if need_head else (0, head.shape[1]), dtype=torch.float32),
+    )
+
+
+def save_linear_gradients(ctx: Any, head: Tensor, row_weights: Tensor, output: tuple[Tensor, ...]) -> None:
+    """Keep what ``scaled_linear_gradients`` needs."""
+    ctx.head_dtype = head.dtype
+    ctx.save_for_backward(row_weights, *output[1:])
+
+
+def scaled_linear_gradients(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Gradients of hidden, head (None where none was made) and of the row weights (0 for rows that were left out)."""
+    row_weights, losses, grad_hidden, grad_head = ctx.saved_tensors
+    return (
+        grad_hidden * grad_total.to(grad_hidden.dtype) if grad_hidden.shape[0] == losses.shape[0] else None,
+        (grad_head * grad_total).to(ctx.head_dtype) if grad_head.shape[0] else None,
+        torch.where(row_weights != 0, grad_total * losses / row_weights, 0.0),
+    )

@@ -1,0 +1,163 @@
+"""``topk_kl``: how far a student is from teachers of whom only the likeliest tokens were kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ensemw2s.ops import backend
+from ensemw2s.ops.checks import (
+    accumulation_dtype,
+    check_head,
+    check_integers,
+    check_same_device,
+    check_temperature,
+    row_weights,
+)
+from ensemw2s.ops.row_losses import (
+    fake_in_chunks,
+    fake_row_losses,
+    in_chunks,
+    save_linear_gradients,
+    scaled_linear_gradients,
+)
+
+
+def topk_kl(
+    hidden: Tensor,
+    head: Tensor,
+    token_ids: Tensor,
+    log_probs: Tensor,
+    token_weights: Tensor,
+    temperature: float = 1.0,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """``sum_i w_i * KL(teacher_i || student_i)`` over the teacher's k likeliest tokens and "any other token".
+
+    Equivalent to, with ``q = softmax(hidden @ head.T / temperature)`` and ``p = log_probs.exp()``::
+
+        q_k = q.gather(-1, token_ids); r, R = 1 - p.sum(-1), 1 - q_k.sum(-1)
+        (token_weights * ((p * (p / q_k).log()).sum(-1) + r * (r / R).log())).sum()
+
+    The logits ``[tokens, V]`` are never held, and none are made of rows whose weight is 0. A rest ``r`` that is not
+    positive, or a vocabulary without other tokens, adds nothing.
+
+    Args:
+        hidden: Student's ``[..., d]``, float32, bfloat16, float16 or float64.
+        head: Student's ``[V, d]``.
+        token_ids: int64 ``[..., k]``, distinct within a row.
+        log_probs: floating point ``[..., k]``, the teacher's, at the same temperature.
+        token_weights: floating point ``[...]``.
+        temperature: Divides the student's logits; positive. No factor ``temperature**2`` is put in front.
+        impl: Backend, see ``ensemw2s.ops``.
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs), differentiable once in ``hidden``, ``head`` and
+        ``token_weights``.
+
+    Raises:
+        ValueError: Shapes, devices or ``temperature`` are wrong, or a token is out of range.
+        TypeError: A dtype is wrong.
+    """
+    check_head(hidden, head)
+    shape = tuple(hidden.shape[:-1])
+    if token_ids.dim() != hidden.dim() or not 1 <= token_ids.shape[-1] <= head.shape[0]:
+        raise ValueError(f"token_ids must be [..., k] with 1 <= k <= {head.shape[0]}, got {tuple(token_ids.shape)}")
+    k = token_ids.shape[-1]
+    check_integers(token_ids, (*shape, k), hidden, "token_ids")
+    if log_probs.shape != token_ids.shape:
+        raise ValueError(f"log_probs have shape {tuple(log_probs.shape)}, token_ids {tuple(token_ids.shape)}")
+    check_same_device(log_probs, hidden, "log_probs")
+    check_temperature(temperature)
+    weights = row_weights(token_weights, shape, hidden).reshape(-1)
+    ids, teacher = token_ids.reshape(-1, k), log_probs.detach().to(accumulation_dtype(hidden)).reshape(-1, k)
+    rows = hidden.reshape(-1, hidden.shape[-1]) / temperature
+    if backend._choose("topk_kl", impl, hidden.device.type, hidden.dtype) == "reference":
+        return reference(rows @ head.T, ids, teacher, weights).sum()
+    flags = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, head)]
+    op = torch.ops.ensemw2s.topk_kl.default
+    return backend.run_compiled(op, rows, head, ids.contiguous(), teacher.contiguous(), weights, *flags)[0]
+
+
+def reference(student: Tensor, token_ids: Tensor, log_probs: Tensor, weights: Tensor) -> Tensor:
+    """Weighted losses of student logits ``[N, V]`` in plain torch; in float64 for float64 logits, else in float32."""
+    if student.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = token_ids[(token_ids < 0) | (token_ids >= student.shape[-1])]
+        if wrong.numel():
+            raise ValueError(f"token_ids must be in [0, {student.shape[-1]}), got {int(wrong[0])}")
+    left_out = (weights == 0)[:, None]
+    log_q = student.masked_fill(left_out, 0.0).to(accumulation_dtype(student)).log_softmax(-1)
+    p = log_probs.exp()
+    kept = torch.where(p > 0, p * (log_probs - log_q.gather(-1, token_ids)), 0.0).sum(-1)
+    rest = (1 - p.sum(-1)).clamp(min=0) * (token_ids.shape[-1] < student.shape[-1])
+    others = log_q.scatter(-1, token_ids, -torch.inf)
+    # A vocabulary without other tokens would put -inf under the gradient of logsumexp.
+    log_rest = others.logsumexp(-1) if token_ids.shape[-1] < student.shape[-1] else torch.zeros_like(rest)
+    tail = torch.where(rest > 0, rest * (torch.where(rest > 0, rest, 1.0).log() - log_rest), 0.0)
+    return weights * (kept + tail)
+
+
+def _on_cpu(
+    hidden: Tensor,
+    head: Tensor,
+    token_ids: Tensor,
+    log_probs: Tensor,
+    row_weights: Tensor,
+    need_hidden: bool,
+    need_head: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def losses(logits: Tensor, rows: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+        op = torch.ops.ensemw2s.topk_kl_rows.default
+        return op(logits, token_ids[rows], log_probs[rows], row_weights[rows], with_gradient)
+
+    return in_chunks(hidden, head, row_weights, need_hidden, need_head, losses)
+
+
+def _fake(
+    hidden: Tensor,
+    head: Tensor,
+    token_ids: Tensor,
+    log_probs: Tensor,
+    row_weights: Tensor,
+    need_hidden: bool,
+    need_head: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return fake_in_chunks(hidden, head, need_hidden, need_head)
+
+
+def _fake_rows(
+    student: Tensor, token_ids: Tensor, log_probs: Tensor, row_weights: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    return fake_row_losses(student, with_gradient)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    save_linear_gradients(ctx, inputs[1], inputs[4], output)
+
+
+def _backward(ctx: Any, grad_total: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    """As for the other linear losses, with ``G`` from ``dlog R/dz_u = [u is another token] q_u / R - q_u``.
+
+    ``dKL/dz_u = q_u - p_u`` for the k tokens and ``q_u - r q_u / R`` for any other one.
+    """
+    grad_hidden, grad_head, grad_weights = scaled_linear_gradients(ctx, grad_total)
+    return grad_hidden, grad_head, None, None, grad_weights, None, None
+
+
+backend.declare(
+    "topk_kl",
+    "(Tensor hidden, Tensor head, Tensor token_ids, Tensor log_probs, Tensor row_weights, bool need_hidden, "
+    "bool need_head) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+)
+backend.declare(
+    "topk_kl_rows",
+    "(Tensor student, Tensor token_ids, Tensor log_probs, Tensor row_weights, bool with_gradient) -> (Tensor, Tensor)",
+    _fake_rows,
+    public=False,
+)
+backend.implement_on_cpu("topk_kl", _on_cpu)
+torch.library.register_autograd("ensemw2s::topk_kl", _backward, setup_context=_setup_context)

@@ -1,0 +1,89 @@
+"""``weighted_cross_entropy``: the sum over tokens of weight times cross entropy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ensemw2s.ops import backend
+from ensemw2s.ops.checks import (
+    MASKED_LABEL,
+    accumulation_dtype,
+    check_integers,
+    check_label_values,
+    check_logits,
+    row_weights,
+)
+from ensemw2s.ops.row_losses import fake_row_losses, save_gradient, scaled_gradients
+
+
+def weighted_cross_entropy(
+    logits: Tensor, labels: Tensor, token_weights: Tensor, *, impl: str | None = None
+) -> Tensor:
+    """``sum_i w_i * CE_i``, the loss of boosting's count-weighted or re-weighted training (EnsemW2S, Phase 1).
+
+    Equivalent to::
+
+        losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none")  # -100 gives 0
+        (token_weights.flatten() * losses).sum()
+
+    Rows with weight 0 or label -100 are left out: nothing of them is read or computed, forward or backward.
+
+    Args:
+        logits: ``[..., V]``, float32, bfloat16, float16 or float64.
+        labels: int64 ``[...]``, in ``[0, V)`` or -100 (masked); already aligned with the logits, nothing is shifted.
+        token_weights: floating point ``[...]``.
+        impl: Backend, see ``ensemw2s.ops``.
+
+    Returns:
+        A float32 scalar (float64 for float64 logits). Differentiable in ``logits`` and ``token_weights``; a token
+        that is left out sends no gradient to its weight.
+
+    Raises:
+        ValueError: Shapes or devices differ, or a label is out of range.
+        TypeError: A dtype is wrong.
+    """
+    logits = check_logits(logits)
+    shape = tuple(logits.shape[:-1])
+    check_integers(labels, shape, logits, "labels")
+    weights = row_weights(token_weights, shape, logits, labels)
+    if backend._choose("weighted_cross_entropy", impl, logits.device.type, logits.dtype) == "reference":
+        return reference(logits, labels, weights).sum()
+    needs_grad = torch.is_grad_enabled() and (logits.requires_grad or weights.requires_grad)
+    op = torch.ops.ensemw2s.weighted_cross_entropy.default
+    return backend.run_compiled(op, logits, labels.contiguous(), weights, needs_grad)[0].sum()
+
+
+def reference(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Weighted losses ``[...]`` in plain torch, any device; in float64 for float64 logits, else in float32."""
+    labels = labels.masked_fill(weights == 0, MASKED_LABEL)
+    check_label_values(labels, logits.shape[-1])
+    rows = logits.to(accumulation_dtype(logits)).reshape(-1, logits.shape[-1])
+    losses = functional.cross_entropy(rows, labels.reshape(-1), ignore_index=MASKED_LABEL, reduction="none")
+    return weights * losses.view(labels.shape)
+
+
+def _fake(logits: Tensor, labels: Tensor, row_weights: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    return fake_row_losses(logits, with_gradient)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, _, weights, _ = inputs
+    save_gradient(ctx, logits, weights, output)
+
+
+def _backward(ctx: Any, grad_losses: Tensor, grad_gradient: Tensor) -> tuple[Tensor, None, Tensor, None]:
+    """``CE = log sum exp(z) - z_label``, hence ``dCE/dz = softmax(z) - one_hot(label)``; the kernel made it."""
+    grad_logits, grad_weights = scaled_gradients(ctx, grad_losses)
+    return grad_logits, None, grad_weights, None
+
+
+backend.declare(
+    "weighted_cross_entropy",
+    "(Tensor logits, Tensor labels, Tensor row_weights, bool with_gradient) -> (Tensor, Tensor)",
+    _fake,
+)
+torch.library.register_autograd("ensemw2s::weighted_cross_entropy", _backward, setup_context=_setup_context)
