@@ -18,7 +18,13 @@ from ensemw2s.ops.checks import (
     row_weights,
 )
 from ensemw2s.ops.mixture_kl import reference as kl_reference
-from ensemw2s.ops.row_losses import fake_in_chunks, in_chunks, save_linear_gradients, scaled_linear_gradients
+from ensemw2s.ops.row_losses import (
+    fake_in_chunks,
+    in_chunks,
+    save_linear_gradients,
+    scaled_linear_gradients,
+    without_rows,
+)
 
 
 def linear_mixture_kl(
@@ -66,7 +72,8 @@ def linear_mixture_kl(
     if backend._choose("linear_mixture_kl", impl, hidden.device.type, hidden.dtype) == "reference":
         check_weight_values(weights)
         experts = [states @ expert_head.T for states, expert_head in zip(expert_rows, heads, strict=True)]
-        return kl_reference(rows @ head.T, experts, weights, per_row.reshape(-1)).sum()
+        per_row = per_row.reshape(-1)
+        return kl_reference(without_rows(rows, per_row) @ head.T, experts, weights, per_row).sum()
     flags = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, head)]
     op = torch.ops.ensemw2s.linear_mixture_kl.default
     return backend.run_compiled(op, rows, head, expert_rows, heads, weights, per_row.reshape(-1), *flags)[0]

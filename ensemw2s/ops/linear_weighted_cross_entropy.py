@@ -9,7 +9,13 @@ from torch import Tensor
 
 from ensemw2s.ops import backend
 from ensemw2s.ops.checks import check_head, check_integers, row_weights
-from ensemw2s.ops.row_losses import fake_in_chunks, in_chunks, save_linear_gradients, scaled_linear_gradients
+from ensemw2s.ops.row_losses import (
+    fake_in_chunks,
+    in_chunks,
+    save_linear_gradients,
+    scaled_linear_gradients,
+    without_rows,
+)
 from ensemw2s.ops.weighted_cross_entropy import reference as weighted_reference
 
 
@@ -41,7 +47,7 @@ def linear_weighted_cross_entropy(
     check_integers(labels, shape, hidden, "labels")
     weights = row_weights(token_weights, shape, hidden, labels)
     if backend._choose("linear_weighted_cross_entropy", impl, hidden.device.type, hidden.dtype) == "reference":
-        return weighted_reference(hidden @ head.T, labels, weights).sum()
+        return weighted_reference(without_rows(hidden, weights) @ head.T, labels, weights).sum()
     rows = hidden.reshape(-1, hidden.shape[-1])
     flags = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, head)]
     op = torch.ops.ensemw2s.linear_weighted_cross_entropy.default

@@ -75,6 +75,11 @@ def in_chunks(
     return losses.sum(), losses, grad_hidden, grad_head
 
 
+def without_rows(hidden: Tensor, row_weights: Tensor) -> Tensor:
+    """``hidden`` with zeros in the rows of weight 0, so that what they held (even NaN) reaches no gradient."""
+    return hidden.masked_fill((row_weights == 0)[..., None], 0.0)
+
+
 def fake_in_chunks(
     hidden: Tensor, head: Tensor, need_hidden: bool, need_head: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -22,6 +22,7 @@ from ensemw2s.ops.row_losses import (
     in_chunks,
     save_linear_gradients,
     scaled_linear_gradients,
+    without_rows,
 )
 
 
@@ -76,7 +77,7 @@ def topk_kl(
     ids, teacher = token_ids.reshape(-1, k), log_probs.detach().to(accumulation_dtype(hidden)).reshape(-1, k)
     rows = hidden.reshape(-1, hidden.shape[-1]) / temperature
     if backend._choose("topk_kl", impl, hidden.device.type, hidden.dtype) == "reference":
-        return reference(rows @ head.T, ids, teacher, weights).sum()
+        return reference(without_rows(rows, weights) @ head.T, ids, teacher, weights).sum()
     flags = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, head)]
     op = torch.ops.ensemw2s.topk_kl.default
     return backend.run_compiled(op, rows, head, ids.contiguous(), teacher.contiguous(), weights, *flags)[0]

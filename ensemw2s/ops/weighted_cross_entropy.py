@@ -20,9 +20,7 @@ from ensemw2s.ops.checks import (
 from ensemw2s.ops.row_losses import fake_row_losses, save_gradient, scaled_gradients
 
 
-def weighted_cross_entropy(
-    logits: Tensor, labels: Tensor, token_weights: Tensor, *, impl: str | None = None
-) -> Tensor:
+def weighted_cross_entropy(logits: Tensor, labels: Tensor, token_weights: Tensor, *, impl: str | None = None) -> Tensor:
     """``sum_i w_i * CE_i``, the loss of boosting's count-weighted or re-weighted training (EnsemW2S, Phase 1).
 
     Equivalent to::
@@ -61,7 +59,9 @@ def reference(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Weighted losses ``[...]`` in plain torch, any device; in float64 for float64 logits, else in float32."""
     labels = labels.masked_fill(weights == 0, MASKED_LABEL)
     check_label_values(labels, logits.shape[-1])
-    rows = logits.to(accumulation_dtype(logits)).reshape(-1, logits.shape[-1])
+    rows = (
+        logits.masked_fill((weights == 0)[..., None], 0.0).to(accumulation_dtype(logits)).reshape(-1, logits.shape[-1])
+    )
     losses = functional.cross_entropy(rows, labels.reshape(-1), ignore_index=MASKED_LABEL, reduction="none")
     return weights * losses.view(labels.shape)
 
