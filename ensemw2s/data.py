@@ -162,8 +162,8 @@ def _from_hub(source: Mapping[str, Any]) -> Dataset:
         return datasets.load_dataset(source["hub"], source.get("name"), split=source.get("split", "train"))
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"cannot load {source['hub']} (name {source.get('name')}, split {source.get('split', 'train')}) from the hub: "
-            f"{error}. Check its id and your connection, or name a local file"
+            f"cannot load {source['hub']} (name {source.get('name')}, split {source.get('split', 'train')}) from the "
+            f"hub: {error}. Check its id and your connection, or name a local file"
         ) from error
 
 
@@ -377,7 +377,8 @@ def tokenize_questions(
         if limit is not None and length > limit:
             raise ValueError(
                 f"{name}, id {row['id']}: prompt and answer have {length} tokens ({len(answer) + 1} of them "
-                f"the answer), more than the {limit} allowed: leave the row out or raise max_length (up to the model's context)"
+                f"the answer), more than the {limit} allowed: leave the row out, or raise max_length (up to the "
+                "model's context)"
             )
         rows.append({"id": row["id"], "input_ids": [*prompt, *answer, end], "prompt_length": len(prompt)})
     return Dataset.from_list(rows)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
@@ -51,9 +52,10 @@ class AdapterExperts(Experts):
 
     kind = "adapters"
 
-    def __init__(self, base: PreTrainedModel, folders: Sequence[str | Path] = ()) -> None:
+    def __init__(self, base: PreTrainedModel | PeftModel, folders: Sequence[str | Path] = ()) -> None:
         super().__init__()
-        self.base: PreTrainedModel | PeftModel = base
+        # A `PeftModel` from the first adapter on.
+        self.base: Any = base
         self.names: list[str] = []
         for folder in folders:
             self.add(folder)
@@ -102,14 +104,15 @@ class AdapterExperts(Experts):
         if not isinstance(self.base, PeftModel):
             self.base.save_pretrained(folder)
             return
-        prefix = self.base.base_model.prefix
+        prefix: Any = self.base.base_model.prefix
+        plain: Any = self.base.get_base_model()
         # peft moves a wrapped layer's weights to `.base_layer` and puts its own beside them.
         weights = {
             name.replace(".base_layer.", "."): value
-            for name, value in self.base.get_base_model().state_dict().items()
+            for name, value in plain.state_dict().items()
             if prefix not in name
         }
-        self.base.get_base_model().save_pretrained(folder, state_dict=weights)
+        plain.save_pretrained(folder, state_dict=weights)
 
 
 class ModelExperts(Experts):
@@ -119,7 +122,7 @@ class ModelExperts(Experts):
 
     def __init__(self, models: Sequence[PreTrainedModel] = ()) -> None:
         super().__init__()
-        self.models = nn.ModuleList()
+        self.models: Any = nn.ModuleList()
         for model in models:
             self.add(model)
 

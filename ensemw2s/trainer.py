@@ -23,7 +23,7 @@ from ensemw2s.ensemble import COMBINE, TokenEnsemble
 from ensemw2s.files import new_folder, read_array, read_json, write_array, write_json
 from ensemw2s.models import load_model, load_tokenizer
 from ensemw2s.scoring import AnswerScores, score_mixtures
-from ensemw2s.training import AnswerTrainingArguments, fine_tune
+from ensemw2s.training import AnswerTrainingArguments, fine_tune, on_device
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -417,7 +417,7 @@ class BoostingTrainer:
         model = self._model_of(number)
         if isinstance(model, PreTrainedModel):
             return copy.deepcopy(model)
-        return _on_device(load_model(model, **self.model_init_kwargs), self.args)
+        return on_device(load_model(model, **self.model_init_kwargs), self.args)
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         first = self.models[0]
@@ -428,7 +428,7 @@ class BoostingTrainer:
     def _ensemble(self, folders: list[Path], expert_weights: list[float]) -> TokenEnsemble:
         combine = self.args.combine
         if not self._adapters:
-            models = [_on_device(load_model(folder), self.args) for folder in folders]
+            models = [on_device(load_model(folder), self.args) for folder in folders]
             return TokenEnsemble.from_models(models, expert_weights, combine=combine)
         source = self.models[0]
         reference = None if isinstance(source, PreTrainedModel) else {"source": source, **self.model_init_kwargs}
@@ -472,11 +472,6 @@ def closing_identity(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]
             "kind": "identity", "round": number, "identity_gap": gap, "sum_gap": abs(float(after.sum()) - 1.0),
         })  # fmt: skip
     return checks
-
-
-def _on_device(model: Any, args: BoostingConfig) -> Any:
-    # A model that was spread over devices, or quantised, stays where it was put.
-    return model if getattr(model, "hf_device_map", None) else model.to(args.device)
 
 
 def _describe(model: str | os.PathLike[str] | PreTrainedModel) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ensemw2s.data import AnswerCollator
@@ -37,8 +37,10 @@ class AnswerTrainingArguments(TrainingArguments):
     report_to: str | list[str] | None = "none"
     # Whole phases are kept by their own atomic saves; the columns go to our own collator.
     save_strategy: str = "no"
-    remove_unused_columns: bool | None = False
+    remove_unused_columns: bool = False
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
+    # transformers would turn the bars off together with its log messages.
+    disable_tqdm: bool | None = False
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,7 @@ def only_positions(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[
             f"{type(model).__name__} has no output embeddings (`get_output_embeddings()` is None): "
             "expected a causal language model whose last layer maps hidden states to the vocabulary"
         )
-    handle = head.register_forward_pre_hook(
-        lambda module, inputs: (inputs[0][positions.to(inputs[0].device)],)
-    )
+    handle = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][positions.to(inputs[0].device)],))
     try:
         yield
     finally:
@@ -112,29 +112,25 @@ class AnswerTrainer(Trainer):
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, torch.Tensor | Any],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Return this micro-batch's share of the step's loss; `num_items_in_batch` is the step's token weight."""
         mask = next_token_mask(inputs["labels"])
         with only_positions(self.accelerator.unwrap_model(model), mask):
-            outputs = model(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-            )
+            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         weights = inputs["token_weights"][:, 1:][mask[:, :-1]]
         loss = weighted_cross_entropy(outputs.logits, inputs["labels"][:, 1:][mask[:, :-1]], weights)
-        total = weights.sum() if num_items_in_batch is None else num_items_in_batch
+        total = torch.as_tensor(weights.sum() if num_items_in_batch is None else num_items_in_batch, device=loss.device)
         # A step in which no answer token was drawn has weight 0 and no gradient; dividing by 1 keeps it so.
-        loss = loss / torch.where(total > 0, total, torch.ones_like(total)).to(loss.device)
+        loss = loss / torch.where(total > 0, total, torch.ones_like(total))
         # Gradients are averaged over processes while `total` is the sum over them.
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
 
-def weighted_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, token_weights: torch.Tensor
-) -> torch.Tensor:
+def weighted_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, token_weights: torch.Tensor) -> torch.Tensor:
     """Return `sum_i w_i CE(logits_i, labels_i)` in float32.
 
     Args:
@@ -143,6 +139,11 @@ def weighted_cross_entropy(
         token_weights: float [n].
     """
     return (functional.cross_entropy(logits.float(), labels, reduction="none") * token_weights).sum()
+
+
+def on_device(model: Any, args: TrainingArguments) -> Any:
+    """Return `model` on the device of `args`; one that was spread over devices when it was loaded stays there."""
+    return model if getattr(model, "hf_device_map", None) else model.to(args.device)
 
 
 class PhaseProgress(TrainerCallback):
@@ -166,7 +167,7 @@ class PhaseProgress(TrainerCallback):
 
 
 def fine_tune(
-    model: PreTrainedModel,
+    model: Any,
     examples: Dataset,
     args: TrainingArguments,
     *,
@@ -177,11 +178,11 @@ def fine_tune(
     peft_config: PeftConfig | None = None,
     trainer_class: type[AnswerTrainer] = AnswerTrainer,
     **trainer_options: Any,
-) -> tuple[torch.nn.Module, TrainingCost]:
+) -> tuple[Any, TrainingCost]:
     """Fine-tune `model` in place (or a new adapter on it) on the answers of `examples`.
 
     Args:
-        model: the pre-trained model.
+        model: the pre-trained model (a transformers `PreTrainedModel`).
         examples: columns `input_ids` and `prompt_length` (`data.tokenize_questions`).
         args: transformers' training arguments; its seed is replaced by `seed`.
         pad_token_id: fills short rows; may equal the end token, nothing is masked by token id.
@@ -205,9 +206,7 @@ def fine_tune(
         # peft writes the base model's name into the configuration it is given.
         model = get_peft_model(model, copy.deepcopy(peft_config))
     if token_weights is not None:
-        examples = examples.add_column(
-            "token_weights", [np.asarray(row, dtype=np.float32) for row in token_weights]
-        )
+        examples = examples.add_column("token_weights", [np.asarray(row, dtype=np.float32) for row in token_weights])
     args = copy.copy(args)
     args.seed, args.data_seed = seed, seed
     trainer = trainer_class(
