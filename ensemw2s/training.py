@@ -47,7 +47,7 @@ class AnswerTrainingArguments(TrainingArguments):
 class TrainingCost:
     """What one fine-tuning run took: wall seconds, tokens seen (padding aside), and floating-point operations.
 
-    `flops` is transformers' own count, 6 x parameters x padded tokens.
+    `tokens` and `flops` are transformers' own counts over all processes, the latter 6 x parameters x padded tokens.
     """
 
     seconds: float
@@ -116,7 +116,11 @@ class AnswerTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return this micro-batch's share of the step's loss; `num_items_in_batch` is the step's token weight."""
+        """Return this micro-batch's share of the step's loss; `num_items_in_batch` is the step's token weight.
+
+        Raises:
+            FloatingPointError: the loss is NaN or infinite; the weights are still those of the step before.
+        """
         mask = next_token_mask(inputs["labels"])
         with only_positions(self.accelerator.unwrap_model(model), mask):
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
@@ -127,6 +131,11 @@ class AnswerTrainer(Trainer):
         loss = loss / torch.where(total > 0, total, torch.ones_like(total))
         # Gradients are averaged over processes while `total` is the sum over them.
         loss = loss * self.accelerator.num_processes
+        # Checked here because the Trainer keeps such losses out of its running mean and trains on.
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the training loss is {loss.item()} at step {self.state.global_step + 1}. {_remedy(self.args)}"
+            )
         return (loss, outputs) if return_outputs else loss
 
 
@@ -139,6 +148,10 @@ def weighted_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, token_wei
         token_weights: float [n].
     """
     return (functional.cross_entropy(logits.float(), labels, reduction="none") * token_weights).sum()
+
+
+def _remedy(args: TrainingArguments) -> str:
+    return f"Lower the learning rate (now {args.learning_rate:g}) or train in float32"
 
 
 def on_device(model: Any, args: TrainingArguments) -> Any:
@@ -188,7 +201,7 @@ def fine_tune(
         pad_token_id: fills short rows; may equal the end token, nothing is masked by token id.
         seed: fixes the adapter's initial values, the order of examples and dropout.
         description: shown beside the progress bar.
-        token_weights: for each example one float per answer token; None means 1 everywhere.
+        token_weights: for each example one non-negative float per answer token; None means 1 everywhere.
         peft_config: train an adapter with this configuration; None trains all weights.
         trainer_class: a subclass of `AnswerTrainer` with another loss.
         trainer_options: passed on to `trainer_class`.
@@ -197,18 +210,20 @@ def fine_tune(
         The trained model in evaluation mode (a `PeftModel` if `peft_config` is given), and its cost.
 
     Raises:
-        FloatingPointError: the loss became NaN or infinite.
+        FloatingPointError: the loss or a trained weight became NaN or infinite.
+        ValueError: `token_weights` do not fit the examples, or are negative, not finite, or all 0.
     """
+    if token_weights is not None:
+        examples = _with_token_weights(examples, token_weights)
     set_seed(seed)
     if peft_config is not None:
         from peft import get_peft_model
 
         # peft writes the base model's name into the configuration it is given.
         model = get_peft_model(model, copy.deepcopy(peft_config))
-    if token_weights is not None:
-        examples = examples.add_column("token_weights", [np.asarray(row, dtype=np.float32) for row in token_weights])
     args = copy.copy(args)
     args.seed, args.data_seed = seed, seed
+    args.include_num_input_tokens_seen = "non_padding"
     trainer = trainer_class(
         model=model,
         args=args,
@@ -220,12 +235,28 @@ def fine_tune(
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     start = time.perf_counter()
-    result = trainer.train()
-    if not np.isfinite(result.training_loss):
-        raise FloatingPointError(
-            f"{description}: the training loss is {result.training_loss}. Lower the learning rate "
-            f"(now {args.learning_rate:g}) or train in float32"
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{description}: {error}") from error
+    seconds = time.perf_counter() - start
+    # The last step's update is in no loss.
+    if not all(bool(weight.isfinite().all()) for weight in model.parameters() if weight.requires_grad):
+        raise FloatingPointError(f"{description}: the last step made weights NaN or infinite. {_remedy(args)}")
+    return model.eval(), TrainingCost(seconds, trainer.state.num_input_tokens_seen, float(trainer.state.total_flos))
+
+
+def _with_token_weights(examples: Dataset, token_weights: Sequence[np.ndarray]) -> Dataset:
+    rows = [np.asarray(row, dtype=np.float32) for row in token_weights]
+    lengths = [len(ids) - start for ids, start in zip(examples["input_ids"], examples["prompt_length"], strict=True)]
+    if [row.shape for row in rows] != [(length,) for length in lengths]:
+        raise ValueError(
+            f"token_weights has {len(rows)} rows with {sum(row.size for row in rows)} values for {len(lengths)} "
+            f"examples with {sum(lengths)} answer tokens: give each example one weight per answer token, in order"
         )
-    tokens = int(sum(len(row) for row in examples["input_ids"]) * args.num_train_epochs)
-    cost = TrainingCost(time.perf_counter() - start, tokens, float(trainer.state.total_flos))
-    return model.eval(), cost
+    values = np.concatenate(rows)
+    if not (np.isfinite(values).all() and (values >= 0).all() and values.any()):
+        raise ValueError(
+            f"token_weights must be finite, at least 0 and not all 0; they run from {values.min()} to {values.max()}"
+        )
+    return examples.add_column("token_weights", rows)
