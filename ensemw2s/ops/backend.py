@@ -56,6 +56,7 @@ def implement_on_cpu(name: str, function: Callable[..., Any]) -> None:
         torch.library.impl(f"ensemw2s::{name}", "CPU", function)
 
 
+@cache
 def _is_registered(op: str, device_type: str) -> bool:
     key = "CUDA" if device_type == "cuda" else device_type.upper()
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"ensemw2s::{op}", key)
@@ -65,10 +66,14 @@ def available_backends(device_type: str = "cpu") -> dict[str, tuple[str, ...]]:
     """For each op, the backends that can run on tensors of a device type, the preferred one first."""
     backends: dict[str, tuple[str, ...]] = {}
     for op in _DECLARED:
-        compiled = _COMPILED_BACKEND.get(device_type)
-        has_compiled = compiled is not None and _is_registered(op, device_type)
-        backends[op] = (compiled, "reference") if has_compiled and compiled else ("reference",)
+        compiled = _compiled_backend(op, device_type)
+        backends[op] = (compiled, "reference") if compiled else ("reference",)
     return backends
+
+
+def _compiled_backend(op: str, device_type: str) -> str | None:
+    compiled = _COMPILED_BACKEND.get(device_type)
+    return compiled if compiled and _is_registered(op, device_type) else None
 
 
 @cache
@@ -84,7 +89,7 @@ def _choose(op: str, impl: str | None, device_type: str, dtype: torch.dtype) -> 
         raise ValueError(f"{source}={requested!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if requested == "reference":
         return "reference"
-    compiled = available_backends(device_type)[op][0]
+    compiled = _compiled_backend(op, device_type) or "reference"
     if requested == "auto":
         if compiled == "reference" and device_type == "cpu":
             _warn_once(f"{op} runs in plain torch: {_WHY_MISSING or 'it has no compiled CPU kernel'}")
