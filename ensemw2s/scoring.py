@@ -41,8 +41,6 @@ class AnswerScores:
     @property
     def correct(self) -> np.ndarray:
         """Return bool [N]: no token of the answer is wrong (greedy exact match)."""
-        if not len(self.lengths):
-            return np.zeros(0, dtype=bool)
         starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
         return ~np.logical_or.reduceat(self.token_wrong, starts)
 
@@ -73,6 +71,10 @@ def score_answers(
         pad_token_id: fills short rows.
         batch_size: examples per forward pass.
         description: the name of a progress bar; None shows none.
+
+    Raises:
+        FloatingPointError: the model gives NaN; names the row.
+        ValueError: no examples, or one whose answer has no tokens.
     """
     if isinstance(model, TokenEnsemble):
         weights = {"ensemble": list(model.config.expert_weights)}
@@ -111,7 +113,13 @@ def score_mixtures(
         pad_token_id: fills short rows.
         batch_size: examples per forward pass.
         description: the name of a progress bar; None shows none.
+
+    Raises:
+        FloatingPointError: an expert of positive weight gives NaN; names the mixture and the row.
+        ValueError: no mixture, or one without T non-negative and finite weights, not all 0; no examples, or one whose
+            answer has no tokens.
     """
+    _check_mixtures(mixtures, ensemble.num_experts)
     rows = {name: torch.tensor(weights, dtype=torch.float32) for name, weights in mixtures.items()}
     # An expert that no mixture uses is not run.
     used = [t for t in range(ensemble.num_experts) if any(float(weights[t]) > 0 for weights in rows.values())]
@@ -136,6 +144,8 @@ def _score(log_probs, examples, device, pad_token_id, batch_size, description): 
         [len(ids) - start for ids, start in zip(examples["input_ids"], examples["prompt_length"], strict=True)],
         dtype=np.int64,
     )
+    if lengths.min(initial=1) < 1 or not len(lengths):
+        raise ValueError(f"{len(lengths)} examples to score: expected at least one, each with answer tokens")
     starts = np.concatenate([[0], np.cumsum(lengths)])
     # Rows of similar length share a batch, so that little is spent on padding; results go back by position.
     order = np.argsort([len(ids) for ids in examples["input_ids"]], kind="stable")
@@ -156,4 +166,27 @@ def _score(log_probs, examples, device, pad_token_id, batch_size, description): 
                 gold[name] = np.empty(starts[-1], dtype=np.float32)
             wrong[name][places] = (values.argmax(-1) != labels).cpu().numpy()
             gold[name][places] = values.gather(-1, labels[:, None])[:, 0].float().cpu().numpy()
+    for name, values in gold.items():
+        _check_scores(name, values, starts)
     return {name: AnswerScores(lengths, wrong[name], gold[name]) for name in wrong}
+
+
+def _check_mixtures(mixtures: Mapping[str, Sequence[float]], num_experts: int) -> None:
+    if not mixtures:
+        raise ValueError("mixtures is empty: name at least one")
+    for name, weights in mixtures.items():
+        if len(weights) != num_experts or not all(0 <= w < float("inf") for w in weights) or not any(weights):
+            raise ValueError(
+                f"mixture {name!r} is {list(weights)}: expected {num_experts} weights, one per expert, finite, at "
+                "least 0 and not all 0"
+            )
+
+
+def _check_scores(name: str, log_probs: np.ndarray, starts: np.ndarray) -> None:
+    broken = np.isnan(log_probs)
+    if broken.any():
+        row = int(np.searchsorted(starts, broken.argmax(), side="right")) - 1
+        raise FloatingPointError(
+            f"{name}: NaN for the answer in row {row} of the examples. A model's weights are damaged or overflow in "
+            "their dtype: load it in float32, or train it again"
+        )
