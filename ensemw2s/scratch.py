@@ -1,8 +1,9 @@
 """A tiny character-level pair of models, weak and strong, and questions for them: a whole experiment in a minute.
 
-Both models are trained from scratch on lines such as `<cab=bac`, in which a symbol says what happens to the letters:
-reversed, copied or rotated. They have thus seen how to reverse, but never a question that asks for it in words
-(`reverse cab`): fine-tuning has to draw the skill out, which is what weak-to-strong experiments are about.
+Both models are trained from scratch on lines such as `<dig=gid` and `dig=dig`: letters behind a `<` are reversed,
+others copied, and every second line has some clutter in front. They can thus reverse, but were never asked for it
+in words (`reverse dig`), which looks to them like clutter: fine-tuning has to draw the skill out, which is what
+weak-to-strong experiments are about.
 """
 
 from __future__ import annotations
@@ -28,15 +29,17 @@ from ensemw2s.data import IGNORED
 from ensemw2s.files import new_folder
 from ensemw2s.models import cache_folder
 
-LETTERS = "abcdefghijkl"
+# Questions are about these letters, clutter is made of the others: the word `reverse` shares none with its argument.
+LETTERS = "bdfghijklmnu"
+_CLUTTER = "aceopqrstvwxyz "
+_LONGEST_CLUTTER = 8
 # Task -> its symbol in the training text, and what it does to the letters.
-TASKS: dict[str, tuple[str, Callable[[str], str]]] = {
+_TASKS: dict[str, tuple[str, Callable[[str], str]]] = {
     "reverse": ("<", lambda letters: letters[::-1]),
-    "copy": ("|", lambda letters: letters),
-    "rotate": ("^", lambda letters: letters[1:] + letters[0]),
+    "copy": ("", lambda letters: letters),
 }
-_LONGEST_TRAINED = 7
-_BATCH_SIZE = 64
+_LONGEST_TRAINED = 6
+_BATCH_SIZE = 48
 # Padding is the end token, as in many real tokenizers: whoever masks by token id loses the end of every answer.
 _END, _UNKNOWN = "<end>", "<unknown>"
 _MAX_TOKENS = 128
@@ -55,9 +58,11 @@ class _Recipe:
 
 # Raise it when the training text or loop changes, so that models made the old way are not mistaken for new ones.
 _VERSION = 1
+# Both are stopped before they are perfect: fine-tuned, the weak one must err on easy questions and fail on most hard
+# ones, the strong one must do clearly better.
 _RECIPES = {
-    "char-weak": _Recipe(num_layers=2, hidden_size=64, num_steps=500, learning_rate=3e-3),
-    "char-strong": _Recipe(num_layers=3, hidden_size=96, num_steps=450, learning_rate=3e-3),
+    "char-weak": _Recipe(num_layers=2, hidden_size=96, num_steps=500, learning_rate=3e-3, seed=2),
+    "char-strong": _Recipe(num_layers=3, hidden_size=96, num_steps=600, learning_rate=3e-3),
 }
 
 
@@ -69,7 +74,7 @@ def scratch_folder(name: str) -> Path:
     one machine it always ends with the same weights.
 
     Args:
-        name: "char-weak" (2 layers of width 64) or "char-strong" (3 layers of width 96).
+        name: "char-weak" (2 layers) or "char-strong" (3 layers, trained longer).
 
     Raises:
         ValueError: no model of that name.
@@ -94,22 +99,23 @@ def scratch_folder(name: str) -> Path:
 def character_questions(
     task: str, size: int, seed: int, min_length: int, max_length: int
 ) -> list[dict[str, str]]:
-    """Make distinct questions such as prompt "reverse cab", answer "bac".
+    """Make distinct questions such as prompt "reverse dig", answer "gid".
 
     Args:
-        task: "reverse", "copy" or "rotate" (the first letter goes to the end).
-        size: number of questions.
+        task: "reverse" or "copy".
+        size: how many questions.
         seed: fixes them.
-        min_length, max_length: numbers of letters, drawn uniformly from this closed range while there are questions
-            left of each; the letters of a question are all different.
+        min_length: fewest letters of a question. Its length is drawn uniformly from the closed range, its letters
+            without repetition; what was drawn before is drawn again.
+        max_length: most letters.
 
     Raises:
-        ValueError: an unknown task (names the nearest), lengths that are no range within 1 to 12, or more questions
-            than there are.
+        ValueError: an unknown task (names the nearest), lengths that are no range within 1 to 12 (the models were
+            trained on up to 6), or more questions than there are.
     """
-    if task not in TASKS:
-        near = difflib.get_close_matches(task, TASKS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"expected {', '.join(TASKS)}"
+    if task not in _TASKS:
+        near = difflib.get_close_matches(task, _TASKS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected {', '.join(_TASKS)}"
         raise ValueError(f"there is no character task {task!r}: {hint}")
     if not 1 <= min_length <= max_length <= len(LETTERS):
         raise ValueError(
@@ -126,7 +132,7 @@ def character_questions(
     chosen: dict[str, None] = {}
     while len(chosen) < size:
         chosen[_draw_letters(generator, min_length, max_length)] = None
-    answer = TASKS[task][1]
+    answer = _TASKS[task][1]
     return [{"prompt": f"{task} {letters}", "answer": answer(letters)} for letters in chosen]
 
 
@@ -160,7 +166,7 @@ def _make_tokenizer() -> PreTrainedTokenizerFast:
 def _train(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast, description: str) -> LlamaForCausalLM:
     generator = np.random.default_rng(recipe.seed)
     with _one_thread(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+        torch.default_generator.manual_seed(recipe.seed)
         model = LlamaForCausalLM(_model_config(recipe, tokenizer)).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -210,7 +216,7 @@ def _training_batch(
     The loss is on what follows the equals sign: the letters before it are random, there is nothing to learn in them.
     """
     lines = [_training_line(generator) for _ in range(_BATCH_SIZE)]
-    rows = [tokenizer.convert_tokens_to_ids([*line, _END]) for line in lines]
+    rows = [tokenizer(line + _END)["input_ids"] for line in lines]
     shape = len(rows), max(len(row) for row in rows)
     input_ids = torch.full(shape, tokenizer.pad_token_id)
     labels = torch.full(shape, IGNORED)
@@ -222,6 +228,8 @@ def _training_batch(
 
 
 def _training_line(generator: np.random.Generator) -> str:
-    symbol, answer = list(TASKS.values())[generator.integers(len(TASKS))]
+    symbol, answer = list(_TASKS.values())[generator.integers(len(_TASKS))]
     letters = _draw_letters(generator, 1, _LONGEST_TRAINED)
-    return f"{symbol}{letters}={answer(letters)}"
+    length = max(0, int(generator.integers(-_LONGEST_CLUTTER, _LONGEST_CLUTTER, endpoint=True)))
+    clutter = "".join(_CLUTTER[index] for index in generator.integers(len(_CLUTTER), size=length))
+    return f"{clutter}{symbol}{letters}={answer(letters)}"
