@@ -63,8 +63,9 @@ def saved_adapters(folder: Path, count: int = 3) -> list[Path]:
     """Write `count` LoRA adapters of `llama(0)` with random weights."""
     paths = []
     for t in range(count):
-        torch.manual_seed(100 + t)
         model = get_peft_model(llama(0), lora())
+        # Only now: making a model sets the seed too.
+        torch.manual_seed(100 + t)
         for name, weight in model.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(weight, std=0.5)
