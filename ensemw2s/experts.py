@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -63,8 +64,10 @@ class AdapterExperts(Experts):
     def add(self, folder: str | Path) -> None:
         """Append the adapter saved in `folder`; raises FileNotFoundError unless it holds safetensors weights."""
         require_weights(folder, (ADAPTER_WEIGHTS,), f"expert {len(self) + 1}")
-        name = f"expert_{len(self) + 1}"
-        if isinstance(self.base, PeftModel):
+        # Experts that were selected from others share their base, and with it the names already taken.
+        taken = self.base.peft_config if isinstance(self.base, PeftModel) else {}
+        name = next(name for name in map("expert_{}".format, itertools.count(1)) if name not in taken)
+        if taken:
             self.base.load_adapter(str(folder), adapter_name=name)
         else:
             self.base = PeftModel.from_pretrained(self.base, str(folder), adapter_name=name)
@@ -106,11 +109,11 @@ class AdapterExperts(Experts):
             return
         prefix: Any = self.base.base_model.prefix
         plain: Any = self.base.get_base_model()
-        # peft moves a wrapped layer's weights to `.base_layer` and puts its own beside them.
+        # peft moves what it wraps to `.base_layer`, or `.original_module` beside a whole copy, and puts its own there.
         weights = {
-            name.replace(".base_layer.", "."): value
+            name.replace(".base_layer.", ".").replace(".original_module.", "."): value
             for name, value in plain.state_dict().items()
-            if prefix not in name
+            if prefix not in name and ".modules_to_save." not in name
         }
         plain.save_pretrained(folder, state_dict=weights)
 

@@ -1,0 +1,192 @@
+"""Many experts behind one interface, against each expert loaded by itself."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ensemw2s.experts import ADAPTER_WEIGHTS, MODEL_WEIGHTS, AdapterExperts, ModelExperts, require_weights
+from tests.tiny import END, VOCAB, gpt2, llama, saved_adapters
+
+IDS = torch.randint(0, VOCAB, (3, 8), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+def of(experts: AdapterExperts | ModelExperts, index: int) -> Tensor:
+    with experts.expert(index) as model:
+        return logits(model)
+
+
+def random_adapter(base: PreTrainedModel, folder: Path, **settings: Any) -> Tensor:
+    """Save an adapter with random weights for `base` and return its logits; `base` is used up."""
+    torch.manual_seed(len(str(folder)))
+    model = get_peft_model(base, LoraConfig(r=3, init_lora_weights=False, **settings))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "modules_to_save" in name:
+                weight.add_(torch.randn_like(weight))
+    model.eval().save_pretrained(folder)
+    return logits(model)
+
+
+# Adapters
+
+
+def test_every_expert_equals_its_adapter_loaded_alone_in_whatever_order(tmp_path: Path) -> None:
+    folders = saved_adapters(tmp_path)
+    alone = [logits(PeftModel.from_pretrained(llama(0), str(folder)).eval()) for folder in folders]
+    assert all(not torch.allclose(a, b, atol=0.1) for a, b in itertools.combinations(alone, 2))
+    experts = AdapterExperts(llama(0), folders)
+    assert len(experts) == 3
+    for index in [0, 1, 2, 2, 0, 2, 1, 1, 0]:
+        assert torch.equal(of(experts, index), alone[index]), index
+    backwards = AdapterExperts(llama(0), folders[::-1])
+    assert all(torch.equal(of(backwards, 2 - index), alone[index]) for index in range(3))
+
+
+def test_experts_that_are_added_later_leave_the_earlier_ones_as_they_were(tmp_path: Path) -> None:
+    folders = saved_adapters(tmp_path)
+    together = AdapterExperts(llama(0), folders)
+    experts = AdapterExperts(llama(0))
+    assert len(experts) == 0
+    for count, folder in enumerate(folders, 1):
+        experts.add(folder)
+        assert len(experts) == count
+        assert all(torch.equal(of(experts, index), of(together, index)) for index in range(count))
+
+
+def test_selected_experts_keep_their_order_and_share_the_base(tmp_path: Path) -> None:
+    folders = saved_adapters(tmp_path)
+    experts = AdapterExperts(llama(0), folders)
+    all_three = [of(experts, index) for index in range(3)]
+    chosen = experts.selected([2, 0])
+    assert len(chosen) == 2
+    assert torch.equal(of(chosen, 0), all_three[2])
+    assert torch.equal(of(chosen, 1), all_three[0])
+    assert chosen.base is experts.base
+    assert torch.equal(of(chosen.selected([1]), 0), all_three[0])
+    # Neither call disturbed the experts that were selected from.
+    assert all(torch.equal(of(experts, index), all_three[index]) for index in range(3))
+
+
+def test_an_expert_added_to_a_selection_overwrites_none_of_the_others(tmp_path: Path) -> None:
+    folders = saved_adapters(tmp_path)
+    alone = [logits(PeftModel.from_pretrained(llama(0), str(folder)).eval()) for folder in folders]
+    experts = AdapterExperts(llama(0), folders[:2])
+    chosen = experts.selected([0])
+    chosen.add(folders[2])
+    assert [torch.equal(of(chosen, i), alone[j]) for i, j in [(0, 0), (1, 2)]] == [True, True]
+    assert [torch.equal(of(experts, i), alone[i]) for i in range(2)] == [True, True]
+
+
+def test_experts_do_not_train_and_are_in_evaluation_mode(tmp_path: Path) -> None:
+    for experts in (AdapterExperts(llama(0), saved_adapters(tmp_path)), ModelExperts([llama(0), gpt2(1)])):
+        for index in range(len(experts)):
+            with experts.expert(index) as model:
+                assert not model.training
+                assert not any(weight.requires_grad for weight in model.parameters())
+
+
+def test_a_saved_adapter_loads_as_any_adapter_of_peft_does(tmp_path: Path) -> None:
+    experts = AdapterExperts(llama(0), saved_adapters(tmp_path))
+    for index in (2, 0, 1):
+        folder = tmp_path / f"again-{index}"
+        experts.save_expert(index, folder)
+        assert (folder / ADAPTER_WEIGHTS).is_file()
+        assert not [path for path in folder.iterdir() if path.is_dir()]
+        assert torch.equal(logits(PeftModel.from_pretrained(llama(0), str(folder)).eval()), of(experts, index))
+
+
+@pytest.mark.parametrize(
+    ("build", "settings"),
+    [
+        (llama, {"target_modules": ["q_proj", "down_proj"]}),
+        (llama, {"target_modules": ["q_proj", "lm_head"]}),
+        (llama, {"target_modules": ["embed_tokens", "v_proj"]}),
+        (llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+        (llama, {"target_modules": ["q_proj"], "use_dora": True}),
+        (gpt2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    ],
+    ids=["lora", "on-the-head", "on-the-embedding", "whole-head", "dora", "gpt2-tied-head"],
+)
+def test_the_saved_base_gives_the_logits_of_the_untouched_base(
+    tmp_path: Path, build: Any, settings: dict[str, Any]
+) -> None:
+    untouched = logits(build(0))
+    adapted = random_adapter(build(0), tmp_path / "adapter", **settings)
+    assert not torch.allclose(adapted, untouched, atol=0.1)
+    experts = AdapterExperts(build(0), [tmp_path / "adapter"])
+    experts.save_base(tmp_path / "base")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(logits(saved), untouched)
+    # The experts go on working, and work on the saved base.
+    assert torch.equal(of(experts, 0), adapted)
+    assert torch.equal(of(AdapterExperts(saved, [tmp_path / "adapter"]), 0), adapted)
+
+
+def test_a_base_without_adapters_is_saved_as_it_is(tmp_path: Path) -> None:
+    AdapterExperts(llama(3)).save_base(tmp_path / "base")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base")), logits(llama(3)))
+
+
+# Whole models
+
+
+def test_model_experts_are_the_models_themselves(tmp_path: Path) -> None:
+    models = [llama(0), gpt2(1), llama(2)]
+    expected = [logits(model) for model in models]
+    experts = ModelExperts(models)
+    assert len(experts) == 3
+    assert [torch.equal(of(experts, i), expected[i]) for i in (2, 0, 1)] == [True] * 3
+    assert experts.expert_config(1) is models[1].config
+    chosen = experts.selected([2, 1])
+    assert [torch.equal(of(chosen, i), expected[j]) for i, j in [(0, 2), (1, 1)]] == [True] * 2
+    assert chosen.models[0] is models[2]
+    experts.save_expert(1, tmp_path / "second")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "second")), expected[1])
+
+
+def test_models_over_different_vocabularies_do_not_mix() -> None:
+    with pytest.raises(ValueError, match=rf"expert 2 has a vocabulary of 57 tokens, expert 1 one of {VOCAB}: .*share"):
+        ModelExperts([llama(0), llama(1, vocab_size=57)])
+
+
+# Weights that are not there
+
+
+def test_an_adapter_folder_without_safetensors_weights_is_refused(tmp_path: Path) -> None:
+    good, empty, pickled = saved_adapters(tmp_path)
+    (empty / ADAPTER_WEIGHTS).write_bytes(b"")
+    (pickled / ADAPTER_WEIGHTS).rename(pickled / "adapter_model.bin")
+    for folder in (empty, pickled, tmp_path / "nowhere"):
+        experts = AdapterExperts(llama(0), [good])
+        before = of(experts, 0)
+        with pytest.raises(
+            FileNotFoundError, match=rf"expert 2: {folder} holds no weights \(expected {ADAPTER_WEIGHTS}"
+        ):
+            experts.add(folder)
+        assert len(experts) == 1
+        assert torch.equal(of(experts, 0), before)
+
+
+@pytest.mark.parametrize("name", MODEL_WEIGHTS)
+def test_either_file_of_weights_will_do(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("weights")
+    require_weights(tmp_path, MODEL_WEIGHTS, "expert 1")
+
+
+def test_the_end_token_of_the_shared_configuration_survives(tmp_path: Path) -> None:
+    experts = AdapterExperts(llama(0), saved_adapters(tmp_path, count=1))
+    assert experts.expert_config(0).eos_token_id == END
+    assert experts.expert_config(0).vocab_size == VOCAB
