@@ -49,14 +49,15 @@ class StudentTrainer:
         args: see `StudentConfig`.
         train_dataset: columns `prompt` and `answer`, as `TokenEnsemble.label` returns them; rows whose answer is
             empty are left out, and so are those below `args.min_confidence`.
-        processing_class: the student's tokenizer; None loads the one of `model`.
+        processing_class: the student's tokenizer; None loads the one that `model` was loaded with.
         peft_config: train an adapter with this configuration; None trains all weights.
         question_format: how a question becomes tokens.
         model_init_kwargs: passed on to `models.load_model`.
         description: shown beside the progress bar.
 
     Raises:
-        ValueError: no row is left to train on, or `min_confidence` without a `confidence` column.
+        ValueError: no row is left to train on, `min_confidence` without a `confidence` column, or no
+            `processing_class` for a model that was not loaded from anywhere.
     """
 
     def __init__(
@@ -78,16 +79,21 @@ class StudentTrainer:
             self.model: Any = model
         else:
             self.model = on_device(load_model(model, **(model_init_kwargs or {})), args)
-        self.processing_class = processing_class or load_tokenizer(
-            model.config._name_or_path if isinstance(model, PreTrainedModel) else model
-        )
+        self.processing_class = processing_class or load_tokenizer(_source(model))
         self._examples = tokenize_questions(
             self.train_dataset, self.processing_class, question_format or QuestionFormat(), "train_dataset"
         )
         self.cost: TrainingCost | None = None
 
     def train(self) -> Any:
-        """Train and return the student, in evaluation mode; `cost` then says what it took."""
+        """Train and return the student, in evaluation mode; `cost` then says what it took.
+
+        Raises:
+            FloatingPointError: the loss or a weight became NaN or infinite.
+            RuntimeError: it is trained already.
+        """
+        if self.cost is not None:
+            raise RuntimeError("this student is trained already: make a new StudentTrainer to train from the start")
         self.model, self.cost = fine_tune(
             self.model,
             self._examples,
@@ -100,12 +106,28 @@ class StudentTrainer:
         return self.model
 
     def save_model(self, folder: str | Path) -> None:
-        """Write the student (its adapter alone, if one was trained), tokenizer and cost, whole or not at all."""
+        """Write the student (its adapter alone, if one was trained), tokenizer and cost, whole or not at all.
+
+        Raises:
+            DiskFullError: the disk is full; what was at `folder` before is untouched.
+            RuntimeError: the student is not trained yet.
+        """
+        if self.cost is None:
+            raise RuntimeError("this student is not trained yet: call train() before save_model()")
         with new_folder(folder) as aside:
             self.model.save_pretrained(aside)
             self.processing_class.save_pretrained(aside)
-            if self.cost is not None:
-                write_json(aside / "cost.json", asdict(self.cost))
+            write_json(aside / "cost.json", asdict(self.cost))
+
+
+def _source(model: str | PreTrainedModel) -> str:
+    source = model.config._name_or_path if isinstance(model, PreTrainedModel) else model
+    if not source:
+        raise ValueError(
+            "processing_class is missing, and the model was not loaded from a folder or the hub where its tokenizer "
+            "could be found: pass the tokenizer"
+        )
+    return source
 
 
 def load_trained(folder: str | Path, source: str | None = None, **model_init_kwargs: Any) -> Any:
@@ -114,7 +136,12 @@ def load_trained(folder: str | Path, source: str | None = None, **model_init_kwa
     Args:
         folder: a saved student.
         source: the model that an adapter in `folder` was trained on; not needed for whole weights.
-        model_init_kwargs: passed on to `models.load_model`.
+        model_init_kwargs: passed on to `models.load_model`; `keep_layers` matters to an adapter's model only, for whole
+            weights are saved without the layers that were left out.
+
+    Raises:
+        FileNotFoundError: `folder` holds no weights.
+        ValueError: an adapter without `source`.
     """
     if not (Path(folder) / ADAPTER_WEIGHTS).is_file():
         return load_model(folder, **{k: v for k, v in model_init_kwargs.items() if k != "keep_layers"}).eval()
@@ -127,8 +154,14 @@ def usable_answers(answers: Dataset, min_confidence: float | None = None) -> Dat
     """Return the rows with an answer that is not empty and, if asked for, confident enough.
 
     Raises:
-        ValueError: nothing is left, or there is no `confidence` column to filter by.
+        ValueError: nothing is left, an answer is no text, or there is no `answer` column, or no `confidence` column to
+            filter by.
     """
+    if "answer" not in answers.column_names:
+        raise ValueError(
+            f"the dataset to train on has no column 'answer', only {', '.join(answers.column_names) or 'none'}: "
+            "label it with TokenEnsemble.label"
+        )
     if min_confidence is not None and "confidence" not in answers.column_names:
         raise ValueError(
             f"min_confidence={min_confidence} needs a column `confidence`; the dataset has "
@@ -137,7 +170,7 @@ def usable_answers(answers: Dataset, min_confidence: float | None = None) -> Dat
     kept = [
         i
         for i, row in enumerate(answers)
-        if row["answer"].strip() and (min_confidence is None or row["confidence"] >= min_confidence)
+        if str(row["answer"] or "").strip() and (min_confidence is None or row["confidence"] >= min_confidence)
     ]
     if not kept:
         raise ValueError(
