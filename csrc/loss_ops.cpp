@@ -83,8 +83,8 @@ std::tuple<Tensor, Tensor, Tensor> token_scores_cpu(Tensor logits, Tensor labels
   return scores.tensors();
 }
 
-std::tuple<Tensor, Tensor, Tensor> mixture_scores_cpu(std::vector<Tensor> logits, Tensor weights, Tensor labels,
-                                                      int64_t combine) {
+std::tuple<Tensor, Tensor, Tensor> mixture_scores_cpu(std::vector<Tensor> logits, Tensor weights,
+                                                      Tensor labels, int64_t combine) {
   const MixtureOfTensors mixture(logits, weights, combine);
   const NewScores scores(logits[0]);
   mixture_scores(*mixture, labels_of(labels, logits_of(logits[0])), scores.pointers());
@@ -96,7 +96,8 @@ std::tuple<Tensor, Tensor> cross_entropy_rows_cpu(Tensor logits, Tensor labels, 
   const Logits input = logits_of(logits);
   const float* weights = row_weights_of(row_weights, input.rows);
   const NewLosses out(logits, with_gradient);
-  cross_entropy_rows(input, labels_of(labels, input, weights), weights, out.loss_pointer(), out.gradient_pointer());
+  cross_entropy_rows(input, labels_of(labels, input, weights), weights, out.loss_pointer(),
+                     out.gradient_pointer());
   return out.tensors();
 }
 
@@ -113,8 +114,8 @@ std::tuple<Tensor, Tensor> mixture_kl_rows_cpu(Tensor student, std::vector<Tenso
   return out.tensors();
 }
 
-std::tuple<Tensor, Tensor> topk_kl_rows_cpu(Tensor student, Tensor token_ids, Tensor log_probs, Tensor row_weights,
-                                            bool with_gradient) {
+std::tuple<Tensor, Tensor> topk_kl_rows_cpu(Tensor student, Tensor token_ids, Tensor log_probs,
+                                            Tensor row_weights, bool with_gradient) {
   const Logits input = logits_of(student);
   ENSEMW2S_CHECK(token_ids.dim() >= 1, "token_ids must be [..., k]");
   const int64_t k = token_ids.size(token_ids.dim() - 1), count = input.rows * k;
@@ -122,9 +123,11 @@ std::tuple<Tensor, Tensor> topk_kl_rows_cpu(Tensor student, Tensor token_ids, Te
   for (int64_t i = 0; i < count; ++i)
     ENSEMW2S_CHECK(ids[i] >= 0 && ids[i] < input.vocabulary, "token_ids must be in [0, ", input.vocabulary,
                    "), got ", ids[i]);
-  const TopK teacher{ids, static_cast<const float*>(dense(log_probs, ScalarType::Float, count, "log_probs")), k};
+  const TopK teacher{ids, static_cast<const float*>(dense(log_probs, ScalarType::Float, count, "log_probs")),
+                     k};
   const NewLosses out(student, with_gradient);
-  topk_kl_rows(input, teacher, row_weights_of(row_weights, input.rows), out.loss_pointer(), out.gradient_pointer());
+  topk_kl_rows(input, teacher, row_weights_of(row_weights, input.rows), out.loss_pointer(),
+               out.gradient_pointer());
   return out.tensors();
 }
 

@@ -25,16 +25,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_sample_cpu(std::vector<Tensor
   const MixtureOfTensors mixture(logits, weights, combine);
   const int64_t experts = int64_t(logits.size()), rows = (*mixture).rows;
   ENSEMW2S_CHECK(logits[0].dim() == 2, "logits must be T tensors [B, V]");
-  const SampleSettings settings{temperature, top_k, top_p, min_p, int64_rows(seeds, rows, "seeds"),
+  const SampleSettings settings{temperature,
+                                top_k,
+                                top_p,
+                                min_p,
+                                int64_rows(seeds, rows, "seeds"),
                                 int64_rows(positions, rows, "positions")};
   Tensor tokens = new_tensor(logits[0], {rows}, ScalarType::Long);
   Tensor log_probs = new_tensor(logits[0], {rows}, ScalarType::Float);
   Tensor expert_log_probs = new_tensor(logits[0], {experts, rows}, ScalarType::Float);
   Tensor valid = new_tensor(logits[0], {rows}, ScalarType::Bool);
-  mixture_sample(*mixture, settings,
-                 {static_cast<int64_t*>(tokens.mutable_data_ptr()), static_cast<float*>(log_probs.mutable_data_ptr()),
-                  static_cast<float*>(expert_log_probs.mutable_data_ptr()),
-                  static_cast<bool*>(valid.mutable_data_ptr())});
+  mixture_sample(
+      *mixture, settings,
+      {static_cast<int64_t*>(tokens.mutable_data_ptr()), static_cast<float*>(log_probs.mutable_data_ptr()),
+       static_cast<float*>(expert_log_probs.mutable_data_ptr()),
+       static_cast<bool*>(valid.mutable_data_ptr())});
   return {tokens, log_probs, expert_log_probs, valid};
 }
 

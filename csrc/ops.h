@@ -1,4 +1,5 @@
-// The ops on torch tensors: they check, unpack to raw pointers and call the kernels. Registered in bindings.cpp.
+// The ops on torch tensors: they check, unpack to raw pointers and call the kernels. Registered in
+// bindings.cpp.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -18,14 +19,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_sample_cpu(std::vector<Tensor
                                                               int64_t combine);
 
 std::tuple<Tensor, Tensor, Tensor> token_scores_cpu(Tensor logits, Tensor labels);
-std::tuple<Tensor, Tensor, Tensor> mixture_scores_cpu(std::vector<Tensor> logits, Tensor weights, Tensor labels,
-                                                      int64_t combine);
+std::tuple<Tensor, Tensor, Tensor> mixture_scores_cpu(std::vector<Tensor> logits, Tensor weights,
+                                                      Tensor labels, int64_t combine);
 
 // Each returns (losses, gradient); the gradient is empty unless it is asked for.
-std::tuple<Tensor, Tensor> cross_entropy_rows_cpu(Tensor logits, Tensor labels, Tensor row_weights, bool with_gradient);
+std::tuple<Tensor, Tensor> cross_entropy_rows_cpu(Tensor logits, Tensor labels, Tensor row_weights,
+                                                  bool with_gradient);
 std::tuple<Tensor, Tensor> mixture_kl_rows_cpu(Tensor student, std::vector<Tensor> experts, Tensor weights,
                                                Tensor row_weights, bool with_gradient);
-std::tuple<Tensor, Tensor> topk_kl_rows_cpu(Tensor student, Tensor token_ids, Tensor log_probs, Tensor row_weights,
-                                            bool with_gradient);
+std::tuple<Tensor, Tensor> topk_kl_rows_cpu(Tensor student, Tensor token_ids, Tensor log_probs,
+                                            Tensor row_weights, bool with_gradient);
 
 }  // namespace ensemw2s

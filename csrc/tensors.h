@@ -1,5 +1,5 @@
-// From torch tensors to what kernels take. Messages of ENSEMW2S_CHECK reach the user as ValueError (run_compiled in
-// ensemw2s/ops/backend.py looks for the mark).
+// From torch tensors to what kernels take. Messages of ENSEMW2S_CHECK reach the user as ValueError
+// (run_compiled in ensemw2s/ops/backend.py looks for the mark).
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -19,17 +19,22 @@ using torch::stable::Tensor;
 
 inline Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kHalf;
-    default: STD_TORCH_CHECK(false, "[ensemw2s] logits must be float32, bfloat16 or float16");
+    case ScalarType::Float:
+      return Dtype::kFloat;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kHalf;
+    default:
+      STD_TORCH_CHECK(false, "[ensemw2s] logits must be float32, bfloat16 or float16");
   }
 }
 
 inline Rows rows_of(const Tensor& tensor) {
   const int leading = int(tensor.dim()) - 1;
   ENSEMW2S_CHECK(leading >= 0 && leading <= Rows::kMaxDims, "logits have ", tensor.dim(), " dimensions");
-  ENSEMW2S_CHECK(tensor.stride(leading) == 1 || tensor.size(leading) <= 1, "the logits' last stride must be 1");
+  ENSEMW2S_CHECK(tensor.stride(leading) == 1 || tensor.size(leading) <= 1,
+                 "the logits' last stride must be 1");
   Rows rows;
   rows.data = tensor.const_data_ptr();
   rows.dims = leading;
@@ -58,8 +63,9 @@ class MixtureOfTensors {
     const int64_t vocabulary = first.size(first.dim() - 1);
     ENSEMW2S_CHECK(vocabulary >= 1, "the logits' vocabulary is empty");
     read_weights(weights);
-    mixture_ = {rows_.data(), int64_t(rows_.size()), first.numel() / vocabulary, vocabulary,
-                weights_.data(), Combine(combine), dtype_of(first)};
+    mixture_ = {rows_.data(),   int64_t(rows_.size()), first.numel() / vocabulary,
+                vocabulary,     weights_.data(),       Combine(combine),
+                dtype_of(first)};
   }
   MixtureOfTensors(const MixtureOfTensors&) = delete;
   MixtureOfTensors& operator=(const MixtureOfTensors&) = delete;
@@ -82,7 +88,8 @@ class MixtureOfTensors {
     double total = 0;
     for (size_t t = 0; t < rows_.size(); ++t) {
       ENSEMW2S_CHECK(std::isfinite(values[t]) && values[t] >= 0,
-                     "weights must be finite, non-negative and not all zero, got weights[", t, "] = ", values[t]);
+                     "weights must be finite, non-negative and not all zero, got weights[", t,
+                     "] = ", values[t]);
       weights_.push_back(values[t]);
       total += values[t];
     }

@@ -1,5 +1,6 @@
-// Selection of a cut-off by weight, without sorting: the largest key such that the keys from it upwards weigh at least
-// a target. A most-significant-digit-first histogram over the keys' bits, refined inside one bin at a time.
+// Selection of a cut-off by weight, without sorting: the largest key such that the keys from it upwards weigh
+// at least a target. A most-significant-digit-first histogram over the keys' bits, refined inside one bin at
+// a time.
 #pragma once
 
 #include <cstdint>
@@ -47,12 +48,13 @@ class Selection {
   }
 
   template <class Key, class Weight>
-  uint32_t find_digit(int shift, int width, int64_t count, const Key& key, const Weight& weight, double target,
-                      double& above, bool& all) {
+  uint32_t find_digit(int shift, int width, int64_t count, const Key& key, const Weight& weight,
+                      double target, double& above, bool& all) {
     // Neighbours often share a bin: several histograms shorten the wait for the last addition to it.
     const uint32_t bins = 1u << width, mask = bins - 1;
     histogram_.assign(kCopies * bins, 0.0);
-    for (int64_t i = 0; i < count; ++i) histogram_[(key(i) >> shift & mask) * kCopies + i % kCopies] += weight(i);
+    for (int64_t i = 0; i < count; ++i)
+      histogram_[(key(i) >> shift & mask) * kCopies + i % kCopies] += weight(i);
     uint32_t lowest = 0;
     double weight_before_lowest = above;
     for (uint32_t digit = bins; digit-- > 0;) {

@@ -1,5 +1,5 @@
-// The instruction set that this process uses: the best one that the processor has, or less if ATEN_CPU_CAPABILITY
-// (torch's own switch: default, avx2, avx512) says so.
+// The instruction set that this process uses: the best one that the processor has, or less if
+// ATEN_CPU_CAPABILITY (torch's own switch: default, avx2, avx512) says so.
 #pragma once
 
 #include <cstdlib>

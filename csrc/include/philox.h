@@ -1,13 +1,14 @@
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and Gumbel noise from it.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and Gumbel noise from
+// it.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
 #if defined(__CUDACC__)
-#define ENSEMW2S_HOST_DEVICE __host__ __device__
+#  define ENSEMW2S_HOST_DEVICE __host__ __device__
 #else
-#define ENSEMW2S_HOST_DEVICE
+#  define ENSEMW2S_HOST_DEVICE
 #endif
 
 namespace ensemw2s {

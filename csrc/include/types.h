@@ -1,4 +1,5 @@
-// Element types and small vocabulary shared by all kernels. No torch header is included here or in any kernel.
+// Element types and small vocabulary shared by all kernels. No torch header is included here or in any
+// kernel.
 #pragma once
 
 #include <cstdint>

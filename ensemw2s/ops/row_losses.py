@@ -102,7 +102,14 @@ def scaled_linear_gradients(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None
     """Gradients of hidden, head (None where none was made) and of the row weights (0 for rows that were left out)."""
     row_weights, losses, grad_hidden, grad_head = ctx.saved_tensors
     return (
-        grad_hidden * grad_total.to(grad_hidden.dtype) if grad_hidden.shape[0] == losses.shape[0] else None,
-        (grad_head * grad_total).to(ctx.head_dtype) if grad_head.shape[0] else None,
+        _scaled(grad_hidden, grad_total) if grad_hidden.shape[0] == losses.shape[0] else None,
+        _scaled(grad_head, grad_total).to(ctx.head_dtype) if grad_head.shape[0] else None,
         torch.where(row_weights != 0, grad_total * losses / row_weights, 0.0),
     )
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    # A head's gradient is as large as the head: the usual factor 1 should not copy it.
+    if factor.device.type == "cpu" and not torch.compiler.is_compiling() and float(factor) == 1:
+        return gradient
+    return gradient * factor.to(gradient.dtype)

@@ -1,0 +1,104 @@
+"""`mixture_sample` and `mixture_log_probs` against the code that a user would write in plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from benchmarks.measure import Case, rotating
+from ensemw2s.ops import draw_seeds, mixture_log_probs, mixture_sample
+
+GREEDY, TOP_K_TOP_P = {"temperature": 0.0}, {"top_k": 50, "top_p": 0.9}
+SETTINGS = {
+    "greedy": GREEDY,
+    "top-k 50 + top-p 0.9": TOP_K_TOP_P,
+    "top-p 0.9": {"top_p": 0.9},
+    "min-p 0.05": {"min_p": 0.05},
+    "plain": {},
+    "temperature 0.7": {"temperature": 0.7},
+    "logprob": {"combine": "logprob"},
+}
+
+
+def eager_log_probs(logits, weights, combine="prob"):
+    if combine == "prob":
+        return sum(w * x.float().softmax(-1) for w, x in zip(weights, logits, strict=True)).log()
+    return sum(w * x.float().log_softmax(-1) for w, x in zip(weights, logits, strict=True)).log_softmax(-1)
+
+
+def eager_sample(logits, weights, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, combine="prob"):
+    scores = eager_log_probs(logits, weights, combine)
+    if temperature == 0:
+        return scores.argmax(-1)
+    if temperature != 1:
+        scores = scores / temperature
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    if min_p:
+        scores = MinPLogitsWarper(min_p)(None, scores)
+    return torch.multinomial(scores.softmax(-1), 1)[:, 0]
+
+
+def compare_samplers(benchmark, results, name, dtype, experts, rows, size, rounds=7):
+    setting = SETTINGS[name]
+    weights = torch.softmax(torch.randn(experts), 0)
+    keys = {"seeds": draw_seeds(rows), "positions": torch.zeros(rows, dtype=torch.int64)}
+    # Bytes: every logit once; nothing of size V is written.
+    bytes_read = experts * rows * size * dtype.itemsize
+    buffers = rotating(lambda: [torch.randn(rows, size).to(dtype) for _ in range(experts)], bytes_read)
+    variants = {
+        "op": lambda logits: mixture_sample(logits, weights, **setting, **keys),
+        "eager": lambda logits: eager_sample(logits, weights, **setting),
+        "read": lambda logits: [x.amax(-1) for x in logits],
+    }
+    if results.compiled:
+        compiled = torch.compile(eager_sample, dynamic=False)
+        variants["compile"] = lambda logits: compiled(logits, weights, **setting)
+    case = Case("mixture_sample", name, dtype, experts, rows, size, bytes_read)
+    return results.compare(benchmark, case, variants, buffers, rounds)
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_samplers(benchmark, results, name, rows):
+    compare_samplers(benchmark, results, name, torch.float32, 8, rows, 49152)
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+@pytest.mark.parametrize("name", ["greedy", "top-k 50 + top-p 0.9", "plain"])
+def test_float16(benchmark, results, name, rows):
+    compare_samplers(benchmark, results, name, torch.float16, 8, rows, 49152)
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+@pytest.mark.parametrize("name", ["greedy", "top-k 50 + top-p 0.9"])
+def test_bfloat16_and_a_large_vocabulary(benchmark, results, name, rows):
+    compare_samplers(benchmark, results, name, torch.bfloat16, 8, rows, 151936, rounds=5)
+
+
+@pytest.mark.parametrize("size", [49152, 151936])
+@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("experts", [1, 3, 8])
+@pytest.mark.parametrize("name", ["greedy", "plain", "top-k 50 + top-p 0.9"])
+def test_never_slower_than_plain_torch(benchmark, results, name, experts, rows, size):
+    ratios = compare_samplers(benchmark, results, name, torch.float32, experts, rows, size, rounds=5)
+    assert ratios["eager"] >= 1
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+def test_log_probs(benchmark, results, rows):
+    size, experts = 49152, 8
+    weights = torch.softmax(torch.randn(experts), 0)
+    # Bytes: every logit twice (normaliser, then value) and each result once.
+    bytes_moved = (2 * experts + 1) * rows * size * 4
+    buffers = rotating(lambda: [torch.randn(rows, size) for _ in range(experts)], experts * rows * size * 4)
+    variants = {
+        "op": lambda logits: mixture_log_probs(logits, weights),
+        "eager": lambda logits: eager_log_probs(logits, weights),
+        "read": lambda logits: [x.amax(-1) for x in logits],
+    }
+    case = Case("mixture_log_probs", "prob", torch.float32, experts, rows, size, bytes_moved)
+    results.compare(benchmark, case, variants, buffers)
