@@ -54,7 +54,16 @@ def extensions() -> dict:
     from pybind11.setup_helpers import Pybind11Extension
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    flags = ["-O3", "-fno-trapping-math", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    flags = [
+        "-O3",
+        "-fno-trapping-math",
+        "-fno-math-errno",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-psabi",
+        "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized",
+    ]
     flags += shlex.split(os.environ.get("ENSEMW2S_CXXFLAGS", ""))
     ops = CppExtension(
         "ensemw2s._C",

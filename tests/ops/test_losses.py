@@ -23,7 +23,7 @@ SIZES = (3, 65, 257)
 
 
 class Case:
-    """One loss with inputs: `leaves` get gradients, `call` takes them and settings, `define` is the plain definition."""
+    """One loss with inputs: `leaves` get gradients, `call` runs the op on them, `define` is the plain definition."""
 
     def __init__(self, name, generator, size, dtype=torch.float32):
         def random(*shape):
