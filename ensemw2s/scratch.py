@@ -62,7 +62,7 @@ _VERSION = 1
 # ones, the strong one must do clearly better.
 _RECIPES = {
     "char-weak": _Recipe(num_layers=2, hidden_size=96, num_steps=500, learning_rate=3e-3, seed=2),
-    "char-strong": _Recipe(num_layers=3, hidden_size=96, num_steps=600, learning_rate=3e-3),
+    "char-strong": _Recipe(num_layers=3, hidden_size=96, num_steps=700, learning_rate=3e-3),
 }
 
 
@@ -70,7 +70,7 @@ def scratch_folder(name: str) -> Path:
     """Return the folder of a character-level model, which is trained and saved there on first use.
 
     The folder is in `models.cache_folder()` and holds `model.safetensors`, `config.json` and the tokenizer's files.
-    Training takes some ten to thirty seconds on one core and leaves torch's random state and threads as they were; on
+    Training takes 15 to 30 seconds on one core and leaves torch's random state and threads as they were; on
     one machine it always ends with the same weights.
 
     Args:
@@ -96,9 +96,7 @@ def scratch_folder(name: str) -> Path:
     return folder
 
 
-def character_questions(
-    task: str, size: int, seed: int, min_length: int, max_length: int
-) -> list[dict[str, str]]:
+def character_questions(task: str, size: int, seed: int, min_length: int, max_length: int) -> list[dict[str, str]]:
     """Make distinct questions such as prompt "reverse dig", answer "gid".
 
     Args:
