@@ -32,6 +32,8 @@ EXAMPLES = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 bad input, 130 interrupted."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    # Read by OpenMP when torch is imported, further down. Threads that wait by spinning slow a busy machine tenfold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = _parse(arguments)
     try:
         options.command(options)
@@ -115,7 +117,8 @@ def _run(options: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     _quiet_datasets()
-    console = Console()
+    # A pipe has no width of its own; 80 columns would fold the table.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     config = load_config(options.config, options.overrides, quick=options.quick)
     experiment = Experiment(config, overwrite=options.overwrite, say=_say)
     records = experiment.run(options.phases or PHASES)

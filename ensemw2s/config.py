@@ -82,6 +82,7 @@ class ExperimentConfig:
         student: settings of `StudentConfig`; they train the ceiling too.
         labelling: how pseudo-answers are decoded.
         seed: fixes everything.
+        threads: CPU threads to compute with; None leaves it to torch. Sums are rounded differently with another number.
         output_dir: where run folders are made.
     """
 
@@ -94,6 +95,7 @@ class ExperimentConfig:
     student: dict[str, Any] = field(default_factory=dict)
     labelling: LabellingConfig = field(default_factory=LabellingConfig)
     seed: int = 0
+    threads: int | None = None
     output_dir: str = "run"
 
     @property
@@ -162,8 +164,11 @@ def build_config(settings: Mapping[str, Any]) -> ExperimentConfig:
     _check_keys(config.data.sizes, SPLITS, "data.sizes.")
     for split in SPLITS:
         size = config.data.sizes.get(split)
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"data.sizes.{split} must be a whole number of questions, at least 1; got {size}")
+        if not isinstance(size, int) or size < 2:
+            # One question has no standard error.
+            raise ValueError(f"data.sizes.{split} must be a whole number of questions, at least 2; got {size}")
+    if config.threads is not None and (not isinstance(config.threads, int) or config.threads < 1):
+        raise ValueError(f"threads must be a whole number, at least 1, or null; got {config.threads!r}")
     # Building the arguments checks their values now rather than minutes into a run.
     config.boosting_config(config.folder)
     config.student_config(config.folder)

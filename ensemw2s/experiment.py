@@ -76,6 +76,8 @@ class Experiment:
         Raises:
             FileNotFoundError: an earlier phase that is not among `phases` has not been run.
         """
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
         for phase in phases:
             self._require_earlier(phase)
             if phase == "report":

@@ -16,16 +16,17 @@ from ensemw2s import (
     score_answers,
     split_questions,
 )
-from ensemw2s.data import tokenize_questions
+from ensemw2s.data import exclude_questions, tokenize_questions
 
 folder = sys.argv[1] if len(sys.argv) > 1 else "run/boost_and_teach"
-questions = QuestionFormat(prompt_template="reverse {prompt}", answer_prefix="=")
+questions = QuestionFormat(prompt_template="{prompt}=", answer_prefix="")
 easy = load_questions({"characters": "reverse", "size": 300, "seed": 1, "min_length": 3, "max_length": 4})
-hard = load_questions({"characters": "reverse", "size": 300, "seed": 2, "min_length": 5, "max_length": 6})
+hard = load_questions({"characters": "reverse", "size": 500, "seed": 2, "min_length": 4, "max_length": 6})
+hard = exclude_questions(hard, [easy])
 easy = split_questions(easy, {"train": 200, "validation": 50})
 hard = split_questions(hard, {"unlabelled": 200, "test": 100})
 tokenizer = load_tokenizer("scratch:char-weak")
-settings = {"num_train_epochs": 4, "learning_rate": 1e-3, "per_device_train_batch_size": 16}
+settings = {"num_train_epochs": 3, "learning_rate": 1e-3, "per_device_train_batch_size": 16}
 
 trainer = BoostingTrainer(
     "scratch:char-weak",
