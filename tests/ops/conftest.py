@@ -12,3 +12,9 @@ def generator() -> torch.Generator:
     seed = int(torch.randint(0, 2**31, (), generator=torch.Generator().manual_seed(torch.seed() % 2**31)))
     print(f"inputs from seed {seed}")
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    """Forgets what torch.compile has seen: parametrised tests would count as recompilations of one function."""
+    torch.compiler.reset()

@@ -208,7 +208,7 @@ class TestEveryBackend:
         _, gradients = case.with_gradients(case.call, case.leaves, impl=impl)
         torch.testing.assert_close(leaves[0].grad * 0.7, gradients[0])
 
-    def test_compiles_whole(self, name, impl, generator):
+    def test_compiles_whole(self, name, impl, generator, fresh_compiler):
         case = Case(name, generator, 33)
         expected, expected_gradients = case.with_gradients(case.call, case.leaves, impl=impl)
         compiled = torch.compile(case.call, fullgraph=True, backend="aot_eager")

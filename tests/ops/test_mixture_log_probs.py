@@ -151,7 +151,7 @@ def test_opcheck(generator, combine):
 
 
 @pytest.mark.parametrize("impl", ["reference", pytest.param("cpp", marks=needs_cpp)])
-def test_compiles_whole(generator, impl):
+def test_compiles_whole(generator, impl, fresh_compiler):
     logits, weights = inputs(generator, 2, (3, 33))
     compiled = torch.compile(mixture_log_probs, fullgraph=True, backend="aot_eager")
     for combine in COMBINES:

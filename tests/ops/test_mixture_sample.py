@@ -246,7 +246,7 @@ class TestEveryBackend:
         with pytest.raises(error, match=words):
             mixture_sample(arguments.pop("logits"), arguments.pop("weights"), **arguments)
 
-    def test_compiles_whole(self, impl, generator):
+    def test_compiles_whole(self, impl, generator, fresh_compiler):
         logits, weights, keys = inputs(generator, 2, 3, 33)
         compiled = torch.compile(mixture_sample, fullgraph=True, backend="aot_eager")
         for setting in SETTINGS[1:3]:

@@ -131,7 +131,7 @@ class TestEveryBackend:
         with pytest.raises(ValueError, match="not all zero"):
             mixture_scores(torch.zeros(2, 2, 9), [0.0, 0.0], torch.zeros(2, dtype=torch.int64), impl=impl)
 
-    def test_compiles_whole(self, impl, generator):
+    def test_compiles_whole(self, impl, generator, fresh_compiler):
         logits = torch.randn(2, 3, 33, generator=generator)
         labels = torch.tensor([1, -100, 7])
         for function, arguments in ((token_scores, (logits[0],)), (mixture_scores, (logits, [0.3, 0.7]))):
