@@ -1,6 +1,6 @@
 """The method in a few lines: boost experts on easy questions, label hard ones, teach a student.
 
-    python examples/boost_and_teach.py [folder]
+Usage: python examples/boost_and_teach.py [folder]
 """
 
 import sys
