@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -91,10 +92,12 @@ def test_an_expert_added_to_a_selection_overwrites_none_of_the_others(tmp_path: 
 
 
 def test_experts_do_not_train_and_are_in_evaluation_mode(tmp_path: Path) -> None:
-    for experts in (AdapterExperts(llama(0), saved_adapters(tmp_path)), ModelExperts([llama(0), gpt2(1)])):
+    random_adapter(llama(0), tmp_path / "whole-head", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    adapters = AdapterExperts(llama(0).train(), [*saved_adapters(tmp_path), tmp_path / "whole-head"])
+    for experts in (adapters, ModelExperts([llama(0).train(), gpt2(1)])):
         for index in range(len(experts)):
             with experts.expert(index) as model:
-                assert not model.training
+                assert not any(module.training for module in model.modules())
                 assert not any(weight.requires_grad for weight in model.parameters())
 
 
@@ -130,6 +133,9 @@ def test_the_saved_base_gives_the_logits_of_the_untouched_base(
     experts.save_base(tmp_path / "base")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert torch.equal(logits(saved), untouched)
+    build(0).save_pretrained(tmp_path / "plain")
+    names = [load_file(tmp_path / folder / MODEL_WEIGHTS[0]).keys() for folder in ("base", "plain")]
+    assert names[0] == names[1]
     # The experts go on working, and work on the saved base.
     assert torch.equal(of(experts, 0), adapted)
     assert torch.equal(of(AdapterExperts(saved, [tmp_path / "adapter"]), 0), adapted)
