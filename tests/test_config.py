@@ -1,0 +1,105 @@
+"""The configuration file: overrides, the quick section, and every misspelling named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ensemw2s.config import build_config, load_config
+from tests.test_experiment import settings
+
+
+def write(folder: Path, values: Any, name: str = "config.yaml") -> Path:
+    (folder / name).write_text(yaml.safe_dump(values) if name.endswith("yaml") else json.dumps(values))
+    return folder / name
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "config.json"])
+def test_yaml_and_json_say_the_same(tmp_path: Path, name: str) -> None:
+    config = load_config(write(tmp_path, settings(tmp_path), name))
+    assert config == build_config(settings(tmp_path))
+    assert config.folder == tmp_path / "run" / "small"
+
+
+def test_any_key_can_be_overridden(tmp_path: Path) -> None:
+    path = write(tmp_path, settings(tmp_path))
+    config = load_config(path, ["boosting.learning_rate=1e-3", "seed=7", "data.format.answer_prefix=''", "lora=null"])
+    assert config.boosting["learning_rate"] == 1e-3
+    assert config.boosting["num_rounds"] == 2
+    assert config.boosting_config(tmp_path).seed == 7
+    assert config.data.format.answer_prefix == ""
+    assert config.peft_config() is None
+
+
+def test_one_key_turns_to_the_recipe_as_published(tmp_path: Path) -> None:
+    path = write(tmp_path, settings(tmp_path))
+    ours = load_config(path).boosting_config(tmp_path)
+    paper = load_config(path, ["boosting.recipe=paper"]).boosting_config(tmp_path)
+    assert (ours.sampling, ours.shrinkage, ours.uniform_mix) == ("reweight", 0.3, 0.5)
+    assert (paper.sampling, paper.shrinkage, paper.uniform_mix) == ("draw", 1.0, 0.0)
+
+
+def test_the_quick_section_overrides_and_replaces_sources_whole(tmp_path: Path) -> None:
+    values = settings(tmp_path)
+    quick = {
+        "boosting": {"num_rounds": 1},
+        "data": {"easy": {"characters": "reverse", "size": 9, "min_length": 2, "max_length": 3}},
+    }
+    path = write(tmp_path, values | {"quick": quick})
+    assert load_config(path).data.easy == values["data"]["easy"]
+    small = load_config(path, quick=True)
+    assert small.data.easy == quick["data"]["easy"]
+    assert small.boosting["num_rounds"] == 1
+    assert small.boosting["learning_rate"] == values["boosting"]["learning_rate"]
+    with pytest.raises(ValueError, match="has no section `quick`"):
+        load_config(write(tmp_path, values), quick=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("boosting.num_ronds=2", r"unknown key boosting\.num_ronds: did you mean boosting\.num_rounds\?"),
+        ("weak.keep_layer=0-1", r"unknown key weak\.keep_layer: did you mean weak\.keep_layers\?"),
+        ("data.format.max_len=9", r"unknown key data\.format\.max_len: did you mean data\.format\.max_length\?"),
+        ("data.sizes.test=9", r"unknown key data\.sizes\.test: did you mean data\.sizes\.test_id\?"),
+        ("lora.rank=4", r"unknown key lora\.rank"),
+        ("student.output_dir=x", r"unknown key student\.output_dir"),
+        ("zzz=1", "unknown key zzz: valid keys are .*boosting"),
+        ("boosting.num_rounds=0", "num_rounds must be at least 1, got 0"),
+        ("boosting.prior=1.5", r"prior must be .* number in \(0, 1\), got 1\.5"),
+        ("data.sizes.train=1", r"data\.sizes\.train must be a whole number of questions, at least 2; got 1"),
+        ("student.min_confidence=0.5", "at most 0, got 0.5"),
+        ("threads=0", "threads must be a whole number, at least 1"),
+        ("weak=5", "weak must be a mapping"),
+        ("seed", "cannot read the override 'seed': expected key=value"),
+    ],
+)
+def test_a_bad_override_is_named(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(write(tmp_path, settings(tmp_path)), [override])
+
+
+def test_missing_keys_and_broken_files_are_named(tmp_path: Path) -> None:
+    values = settings(tmp_path)
+    del values["data"]["hard"]
+    with pytest.raises(ValueError, match=r"missing key data\.hard"):
+        build_config(values)
+    with pytest.raises(ValueError, match=r"data\.sizes\.train must be .* got None"):
+        build_config(settings(tmp_path) | {"data": settings(tmp_path)["data"] | {"sizes": {}}})
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match=r"broken\.yaml is neither valid YAML nor JSON"):
+        load_config(tmp_path / "broken.yaml")
+    with pytest.raises(ValueError, match="must hold a mapping of keys to values, got list"):
+        load_config(write(tmp_path, [1]))
+    with pytest.raises(FileNotFoundError, match=r"gone\.yaml does not exist"):
+        load_config(tmp_path / "gone.yaml")
+
+
+def test_where_results_are_kept_does_not_decide_them(tmp_path: Path) -> None:
+    path = write(tmp_path, settings(tmp_path))
+    assert load_config(path).results_key() == load_config(path, ["name=other", "output_dir=x"]).results_key()
+    assert load_config(path).results_key() != load_config(path, ["seed=1"]).results_key()

