@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,19 +35,6 @@ RESULTS_FILE = "results.jsonl"
 CONFIG_FILE = "config.json"
 TEST_SPLITS = {"id": "ID", "ood": "OOD"}
 MINUS = "−"
-# What a record of each kind must hold to be shown; other kinds and other keys pass unread.
-REQUIRED_FIELDS: dict[str, tuple[str, ...]] = {
-    "round": ("round", "error", "prior_error", "expert_weight", "accepted", "effective_sample_size", "num_units",
-              "validation", "weight_quantiles", "seconds"),
-    "arm": ("arm", "split", "metric", "value", "standard_error", "n"),
-    "answers": ("arm", "split", "correct", "ids"),
-    "pgr": ("arm", "split", "value", "low", "high", "defined"),
-    "cost": ("arm",),
-    "phase": ("phase", "seconds"),
-    "identity": ("round", "identity_gap", "sum_gap"),
-    "labels": ("teacher", "accuracy", "n"),
-    "questions": ("split", "n"),
-}  # fmt: skip
 ARM_NAMES = {
     "zero_shot_weak": "Weak model, zero-shot",
     "zero_shot_strong": "Strong model, zero-shot",
@@ -81,24 +68,87 @@ class Run:
 # ----------------------------------------------------------------------------------------------------------------------
 # Records
 
+QUANTILE_LEVELS = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
+
+
+def _is_number(value: Any) -> bool:
+    # A JSON reader turns 1e999 into infinity.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _is_quantiles(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(_is_number(number) for number in value.values()):
+        return False
+    return all(str(level) in value for level in QUANTILE_LEVELS)
+
+
+def _is_validation(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(_is_share(value.get(m)) for m in ("expert", "ensemble")))
+
+
+# The forms that a field may have, by the words in which an error asks for them.
+FORMS: dict[str, Callable[[Any], bool]] = {
+    "text": lambda value: isinstance(value, str),
+    "true or false": lambda value: isinstance(value, bool),
+    "a number": _is_number,
+    "a number or null": lambda value: value is None or _is_number(value),
+    "a number from 0 to 1": _is_share,
+    "a number from 0 to 1 or null": lambda value: value is None or _is_share(value),
+    "a whole number above 0": lambda value: _is_number(value) and value > 0 and value == int(value),
+    "a list of 0 and 1": lambda value: isinstance(value, list) and bool(value) and all(x in (0, 1) for x in value),
+    "a list": lambda value: isinstance(value, list),
+    f"an object of numbers by level ({', '.join(map(str, QUANTILE_LEVELS))})": _is_quantiles,
+    "null or an object with shares expert and ensemble": _is_validation,
+}
+(TEXT, BOOLEAN, NUMBER, NUMBER_OR_NULL, SHARE, SHARE_OR_NULL, COUNT, OUTCOMES, LIST, QUANTILES, VALIDATION) = FORMS
+# What a record of each kind must hold to be shown, and what it may; other kinds and other fields pass unread.
+REQUIRED_FIELDS: dict[str, dict[str, str]] = {
+    "round": {"round": COUNT, "error": SHARE, "prior_error": SHARE_OR_NULL, "expert_weight": NUMBER,
+              "accepted": BOOLEAN, "effective_sample_size": NUMBER, "num_units": COUNT, "validation": VALIDATION,
+              "weight_quantiles": QUANTILES, "seconds": NUMBER},
+    "arm": {"arm": TEXT, "split": TEXT, "metric": TEXT, "value": SHARE, "standard_error": NUMBER, "n": COUNT},
+    "answers": {"arm": TEXT, "split": TEXT, "correct": OUTCOMES, "ids": LIST},
+    "pgr": {"arm": TEXT, "split": TEXT, "value": NUMBER_OR_NULL, "low": NUMBER_OR_NULL, "high": NUMBER_OR_NULL,
+            "defined": BOOLEAN},
+    "cost": {"arm": TEXT},
+    "phase": {"phase": TEXT, "seconds": NUMBER},
+    "identity": {"round": COUNT, "identity_gap": NUMBER_OR_NULL, "sum_gap": NUMBER},
+    "labels": {"teacher": TEXT, "accuracy": SHARE, "n": COUNT},
+    "questions": {"split": TEXT, "n": COUNT},
+}  # fmt: skip
+OPTIONAL_FIELDS: dict[str, dict[str, str]] = {
+    "round": {"attempt": COUNT, "clamped": BOOLEAN},
+    "cost": {"train_seconds": NUMBER_OR_NULL, "train_flops": NUMBER_OR_NULL, "inference_seconds": NUMBER_OR_NULL},
+    "labels": {"confidence": NUMBER_OR_NULL, "agreement": SHARE_OR_NULL},
+}
+# The fields that say which figure a record gives; of other kinds a run may hold several alike.
+KEY_FIELDS: dict[str, tuple[str, ...]] = {
+    "arm": ("arm", "split", "metric"), "answers": ("arm", "split"), "pgr": ("arm", "split"), "cost": ("arm",),
+}  # fmt: skip
+
 
 def read_records(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read the records of a run from `results.jsonl` in its folder.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is no JSON object, lacks a field or holds NaN, or a figure is there twice; names file and
-            line.
+        ValueError: a line is no JSON object, lacks a field, holds a field of another form or NaN, or repeats a figure;
+            names file and line.
     """
     file = Path(folder) / RESULTS_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: give the folder of a run (`ensemw2s run` makes one)")
     records: list[dict[str, Any]] = []
-    seen: dict[tuple[Any, ...], int] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    first_lines: dict[tuple[Any, ...], int] = {}
+    # Bytes break at newlines only; text also breaks at U+2028 and the like, which a question's id may hold.
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
             record = _parse_record(line)
-            first = seen.setdefault(_identity(record, number), number)
+            first = first_lines.setdefault(_figure_key(record, number), number)
             if first != number:
                 raise ValueError(f"gives the same figure as line {first}; a folder holds one run")
         except ValueError as error:
@@ -109,18 +159,14 @@ def read_records(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return records
 
 
-def _parse_record(line: str) -> dict[str, Any]:
+def _parse_record(line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
+        record = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"not valid JSON ({error})") from error
     if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
         raise ValueError('expected a JSON object with a text field "kind"')
-    missing = [name for name in REQUIRED_FIELDS.get(record["kind"], ()) if name not in record]
-    if missing:
-        raise ValueError(f"a record of kind {record['kind']!r} lacks {', '.join(missing)}")
-    if record["kind"] == "answers" and len(record["correct"]) != len(record["ids"]):
-        raise ValueError(f"{len(record['correct'])} outcomes but {len(record['ids'])} question ids")
+    _check_fields(record)
     return record
 
 
@@ -128,12 +174,26 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number that a record may hold")
 
 
-def _identity(record: Mapping[str, Any], line: int) -> tuple[Any, ...]:
+def _check_fields(record: Mapping[str, Any]) -> None:
+    kind = record["kind"]
+    required, optional = REQUIRED_FIELDS.get(kind, {}), OPTIONAL_FIELDS.get(kind, {})
+    missing = [name for name in required if name not in record]
+    if missing:
+        raise ValueError(f"a record of kind {kind!r} lacks {', '.join(missing)}")
+    for name, form in (required | optional).items():
+        if name in record and not FORMS[form](record[name]):
+            raise ValueError(f"{name} of a record of kind {kind!r} must be {form}, got {json.dumps(record[name]):.60}")
+    if kind == "answers" and len(record["correct"]) != len(record["ids"]):
+        raise ValueError(f"{len(record['correct'])} outcomes but {len(record['ids'])} question ids")
+    if kind == "pgr" and record["defined"] and None in (record["value"], record["low"], record["high"]):
+        raise ValueError("a defined pgr needs numbers for value, low and high")
+
+
+def _figure_key(record: Mapping[str, Any], line: int) -> tuple[Any, ...]:
     """Say which figure a record gives; records that may repeat are told apart by their line."""
-    names = {"arm": ("arm", "split", "metric"), "answers": ("arm", "split"), "pgr": ("arm", "split"), "cost": ("arm",)}
-    if record["kind"] not in names:
+    if record["kind"] not in KEY_FIELDS:
         return (line,)
-    return (record["kind"], *(record[name] for name in names[record["kind"]]))
+    return (record["kind"], *(record[name] for name in KEY_FIELDS[record["kind"]]))
 
 
 def _of_kind(records: Iterable[Mapping[str, Any]], kind: str, **fields: Any) -> list[Mapping[str, Any]]:
@@ -487,13 +547,12 @@ def _weights_figure(records: Sequence[Mapping[str, Any]]) -> str:
     """Quantiles of the weights after each round (log scale), and the effective sample size."""
     rounds = _of_kind(records, "round", accepted=True)
     numbers = [0, *(record["round"] for record in rounds)]
-    quantiles = [{float(q): value for q, value in record["weight_quantiles"].items()} for record in rounds]
     figure = Figure(figsize=(FIGURE_WIDTH, 2.7), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
 
     def curve(quantile: float) -> list[float]:
         # Before round 1 every unit has weight 1/N.
-        return [1.0, *(by_level[quantile] for by_level in quantiles)]
+        return [1.0, *(record["weight_quantiles"][str(quantile)] for record in rounds)]
 
     left.fill_between(numbers, curve(0.01), curve(0.99), color=SERIES[0], alpha=0.18, linewidth=0, label="middle 98%")
     left.fill_between(numbers, curve(0.25), curve(0.75), color=SERIES[0], alpha=0.4, linewidth=0, label="middle half")

@@ -191,16 +191,60 @@ def test_a_folder_without_results_is_named(tmp_path):
         ('{"kind": "phase", "phase": "boost", "seconds": NaN}', "line 3: NaN is not a number"),
         ('{"kind": "answers", "arm": "x", "split": "id", "correct": [1], "ids": []}', "1 outcomes but 0 question ids"),
         ('{"kind": "cost", "arm": "ceiling"}', "line 3: gives the same figure as line 1"),
+        ("\xff", "line 3: not valid JSON ('utf-8' codec can't decode"),
     ],
 )
 def test_a_corrupt_record_is_named_by_file_and_line(tmp_path, line, message):
     file = tmp_path / "results.jsonl"
     file.write_text(
-        f'{{"kind": "cost", "arm": "ceiling"}}\n{json.dumps(round_records(np.random.default_rng(0))[0])}\n{line}\n'
+        f'{{"kind": "cost", "arm": "ceiling"}}\n{json.dumps(round_records(np.random.default_rng(0))[0])}\n{line}\n',
+        encoding="latin-1",
     )
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         read_records(tmp_path)
     assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "form"),
+    [
+        ("round", "error", "0.1", "a number from 0 to 1, got"), ("round", "accepted", 1, "true or false"),
+        ("round", "num_units", 0, "a whole number above 0"), ("round", "attempt", 1.5, "a whole number above 0"),
+        ("round", "weight_quantiles", {"0.5": 1.0}, "an object of numbers by level (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)"),
+        ("round", "validation", {"expert": 0.5}, "null or an object with shares expert and ensemble"),
+        ("arm", "value", 45.0, "a number from 0 to 1"), ("arm", "standard_error", None, "a number"),
+        ("arm", "arm", ["ensemble"], "text"), ("answers", "correct", [0, 0.5], "a list of 0 and 1"),
+        ("answers", "ids", None, "a list"), ("cost", "train_flops", True, "a number or null"),
+        ("labels", "agreement", 2, "a number from 0 to 1 or null"), ("phase", "seconds", "long", "a number"),
+        ("identity", "sum_gap", None, "a number"),
+    ],
+)  # fmt: skip
+def test_a_field_of_another_form_is_named_by_file_and_line(tmp_path, kind, field, value, form):
+    records = make_records()
+    position = next(i for i, record in enumerate(records) if record["kind"] == kind)
+    records[position][field] = value
+    run = make_run(tmp_path, records)
+    message = f"results.jsonl, line {position + 1}: {field} of a record of kind {kind!r} must be {form}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_records(run)
+
+
+def test_a_number_too_large_to_read_is_refused(run):
+    file = run / "results.jsonl"
+    file.write_text(file.read_text().replace('"seconds": 250.0', '"seconds": 1e999'))
+    with pytest.raises(ValueError, match="seconds of a record of kind 'phase' must be a number, got Infinity"):
+        read_records(run)
+
+
+def test_a_defined_pgr_has_its_numbers(tmp_path):
+    with pytest.raises(ValueError, match="a defined pgr needs numbers for value, low and high"):
+        read_records(make_run(tmp_path, change(make_records(), "pgr", low=None)))
+
+
+def test_a_line_separator_inside_an_id_ends_no_line(tmp_path):
+    records = make_records()
+    next(record for record in records if record["kind"] == "answers")["ids"][0] = "a\u2028b\x85c"
+    assert read_records(make_run(tmp_path, records)) == records
 
 
 def test_a_run_that_measured_nothing_yet_is_refused(tmp_path):
