@@ -315,7 +315,8 @@ def _cost_text(records: Sequence[Mapping[str, Any]], arm: str, name: str, unit: 
     if record is None or record.get(name) is None:
         return ""
     value = record[name] / unit
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    # Three significant digits, whether the models are tiny or large.
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _percent(share: float | None) -> str:
@@ -368,7 +369,9 @@ def _difference_text(difference: Interval) -> str:
 
 
 def _signed_points(share: float) -> str:
-    return f"{100 * share:+.1f}".replace("-", MINUS)
+    # Adding 0 turns a -0 that rounding left into 0, which has no sign to show.
+    points = round(100 * share, 1) + 0.0
+    return f"{points:+.1f}".replace("-", MINUS) if points else "0.0"
 
 
 def _verdict(difference: Interval) -> str:
@@ -474,7 +477,7 @@ def _arms_figure(runs: Sequence[Run]) -> str:
         axes.set_xlim(0, 100)
         axes.set_xlabel("right answers, %")
         axes.grid(visible=False, axis="y")
-        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="y", length=0, pad=8)
     panels[0].set_yticks(range(len(arms)), [_arm_name(arm) for arm in arms])
     panels[0].set_ylim(len(arms) - 0.4, -0.6)
     if len(runs) > 1:
@@ -497,14 +500,14 @@ def _draw_arms(axes: Axes, run: Run, arms: Sequence[str], split: str, index: int
     ]
     axes.errorbar(
         [100 * value for value in values], heights, xerr=whiskers, fmt=MARKERS[index % 6], color=SERIES[index % 6],
-        markersize=5.5, elinewidth=1.3, label=run.name,
+        markersize=5.5, elinewidth=1.3, label=run.name, clip_on=False,
     )  # fmt: skip
     baseline = _find(run.records, "arm", arm="single_expert", split=split, metric="accuracy")
     if count == 1 and baseline is not None:
         axes.axvline(100 * baseline["value"], color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)), zorder=0)
         for height, value in zip(heights, values, strict=True):
             axes.annotate(
-                f"{100 * value:.0f}", (1.0, height), xycoords=("axes fraction", "data"), xytext=(4, 0),
+                f"{100 * value:.0f}", (1.0, height), xycoords=("axes fraction", "data"), xytext=(6, 0),
                 textcoords="offset points", va="center", fontsize=8,
             )  # fmt: skip
 

@@ -269,11 +269,28 @@ def test_results_table_lists_arms_in_order_with_their_figures():
     record = next(r for r in records if (r["kind"], r.get("arm"), r.get("split")) == ("arm", "ensemble", "ood"))
     assert table["OOD, %"][ensemble] == f"{100 * record['value']:.1f} ± {100 * record['standard_error']:.1f}"
     assert table["Train s"][ensemble] == "183"
+    assert table["Train s"][names.index("Single weak expert")] == "60.5"
     assert table["Train TFLOP"][ensemble] == "32.1"
     student = names.index("Student of ensemble")
     pgr = next(r for r in records if (r["kind"], r.get("arm"), r.get("split")) == ("pgr", "student_ensemble", "id"))
     assert table["PGR ID"][student] == f"{pgr['value']:.2f} ({pgr['low']:.2f} to {pgr['high']:.2f})"
     assert table["PGR ID"][ensemble] == ""
+
+
+@pytest.mark.parametrize(("flops", "shown"), [(3.456e9, "0.00346"), (1e12, "1"), (9.996e13, "100"), (1.2e16, "12,000")])
+def test_costs_can_be_read_at_any_size(flops, shown):
+    cost = {"kind": "cost", "arm": "ensemble", "train_flops": flops}
+    table = cells(results_table([arm_record("ensemble", "id", np.array([0, 1])), cost]))
+    assert table["Train TFLOP"] == [shown]
+
+
+def test_a_difference_of_nothing_has_no_sign(tmp_path):
+    answers = {"kind": "answers", "split": "id", "correct": [0, 1] * 20, "ids": list(range(40))}
+    records = [arm_record("ensemble", "id", np.array([0, 1]))]
+    records += [answers | {"arm": arm} for arm in ("ensemble", "single_expert")]
+    text = Page(page_of([make_run(tmp_path / "same", records)], tmp_path)).text
+    assert "0.0 (0.0 to 0.0): not decided" in text
+    assert not re.search(r"[+−]0\.0\b", text)
 
 
 def test_ten_experts_stand_in_the_order_of_their_numbers():
