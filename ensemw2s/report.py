@@ -764,11 +764,16 @@ def _identity_check(records: Sequence[Mapping[str, Any]]) -> str:
     largest = max(gaps, default=0.0)
     holds = largest <= IDENTITY_TOLERANCE and sum_gap <= SUM_TOLERANCE
     verdict = "<strong>Holds.</strong>" if holds else "<strong>FAILS: do not trust this run.</strong>"
+    identity = (
+        "After each update the new expert has exactly the error that the method demands (closing identity: largest "
+        f"deviation {largest:.1e} over {len(gaps)} rounds, limit {IDENTITY_TOLERANCE:g}), and the weights"
+        if gaps
+        else "The closing identity says nothing here: no round had an update with an error that was not clamped. The "
+        "weights"
+    )
     return (
-        f'<p class="check">Check on the saved files: {verdict} After each update the new expert has exactly the error '
-        f"that the method demands (closing identity: largest deviation {largest:.1e} over {len(gaps)} rounds, limit "
-        f"{IDENTITY_TOLERANCE:g}), and the weights sum to 1 (largest deviation {sum_gap:.1e}, limit "
-        f"{SUM_TOLERANCE:g}).</p>"
+        f'<p class="check">Check on the saved files: {verdict} {identity} sum to 1 (largest deviation {sum_gap:.1e}, '
+        f"limit {SUM_TOLERANCE:g}).</p>"
     )
 
 
