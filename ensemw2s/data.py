@@ -39,7 +39,8 @@ class QuestionFormat:
         answer_prefix: what stands between prompt and answer, counted as part of the answer (most tokenizers attach a
             space to the word behind it).
         use_chat_template: pass the filled template through the tokenizer's chat template as the user's message.
-        max_length: tokens that prompt and answer may have together; None leaves it to the model.
+        max_length: tokens that prompt and answer may have together; None leaves it to the tokenizer's
+            `model_max_length`, which `models.load_tokenizer` sets to the model's context.
     """
 
     prompt_template: str = "{prompt}\nAnswer:"
@@ -362,7 +363,7 @@ def tokenize_questions(
 
     Raises:
         ValueError: a tokenizer without an end token, an answer of no tokens, a prompt of no tokens, or more tokens
-            than `question_format.max_length` (or the tokenizer's own limit); names the row.
+            than `question_format.max_length` (or the tokenizer's `model_max_length`); names the row.
     """
     end = _end_token(tokenizer)
     limit = _length_limit(tokenizer, question_format)
@@ -372,7 +373,7 @@ def tokenize_questions(
         answer = question_format.answer_ids(row["answer"], tokenizer)
         if not answer or answer == question_format.answer_ids("", tokenizer):
             raise ValueError(f"{name}, id {row['id']}: the answer {row['answer']!r} has no tokens in this tokenizer")
-        _check_prompt(prompt, row["id"], name)
+        _check_prompt(prompt, limit, f"{name}, id {row['id']}")
         length = len(prompt) + len(answer) + 1
         if limit is not None and length > limit:
             raise ValueError(
@@ -387,14 +388,20 @@ def tokenize_questions(
 def tokenize_prompts(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, question_format: QuestionFormat, name: str = "dataset"
 ) -> Dataset:
-    """Turn questions into the token ids of their prompts: columns `id` and `input_ids`."""
+    """Turn questions into the token ids of their prompts: columns `id` and `input_ids`.
+
+    Raises:
+        ValueError: a tokenizer without an end token, no column `id` or `prompt`, a prompt of no tokens, or one that
+            leaves no room for an answer (see `tokenize_questions`); names the row.
+    """
     _end_token(tokenizer)
+    limit = _length_limit(tokenizer, question_format)
     if "id" not in dataset.column_names or "prompt" not in dataset.column_names:
         raise ValueError(f"{name} needs columns id and prompt; it has {', '.join(dataset.column_names) or 'none'}")
     rows = []
     for row in dataset.select_columns(["id", "prompt"]):
         prompt = question_format.prompt_ids(row["prompt"], tokenizer)
-        _check_prompt(prompt, row["id"], name)
+        _check_prompt(prompt, limit, f"{name}, id {row['id']}")
         rows.append({"id": row["id"], "input_ids": prompt})
     return Dataset.from_list(rows)
 
@@ -412,9 +419,14 @@ def _length_limit(tokenizer: PreTrainedTokenizerBase, question_format: QuestionF
     return min(limits) if limits else None
 
 
-def _check_prompt(prompt: Sequence[int], row_id: str, name: str) -> None:
+def _check_prompt(prompt: Sequence[int], limit: int | None, row: str) -> None:
     if not prompt:
-        raise ValueError(f"{name}, id {row_id}: the prompt has no tokens, so nothing precedes the answer")
+        raise ValueError(f"{row}: the prompt has no tokens, so nothing precedes the answer")
+    if limit is not None and len(prompt) >= limit:
+        raise ValueError(
+            f"{row}: the prompt has {len(prompt)} tokens and leaves no room for an answer within the {limit} allowed: "
+            "leave the row out, or raise max_length (up to the model's context)"
+        )
 
 
 class AnswerCollator:

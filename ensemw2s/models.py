@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ensemw2s.files import new_folder
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+# What configurations call the number of positions that a model was made for.
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _LAYER_RANGE = re.compile(r"^(\d+)(?:-(\d+))?$")
 
 
@@ -47,8 +49,20 @@ def load_model(
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model source; see `load_model`."""
-    return AutoTokenizer.from_pretrained(_resolve(source))
+    """Load the tokenizer of a model source; see `load_model`.
+
+    Returns:
+        The tokenizer, whose `model_max_length` is at most the tokens that the model reads: many tokenizers name no
+        limit of their own, and `data.tokenize_questions` refuses what is longer.
+    """
+    folder = _resolve(source)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # As plain data: building the configuration could ask to run code that comes with the model.
+    config, _ = PreTrainedConfig.get_config_dict(folder)
+    config = config.get("text_config") or config
+    limits = [config[key] for key in _CONTEXT_KEYS if config.get(key)]
+    tokenizer.model_max_length = min([tokenizer.model_max_length, *limits])
+    return tokenizer
 
 
 def thin_layers(model: PreTrainedModel, keep_layers: str) -> PreTrainedModel:
