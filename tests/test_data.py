@@ -233,6 +233,12 @@ def test_answers_without_tokens_and_too_long_ones_are_named_by_id() -> None:
         tokenize_questions(of([{"prompt": "abc", "answer": "xyz", "id": "x"}]), limited, FORMAT)
 
 
+def test_a_prompt_that_leaves_no_room_is_named_by_id() -> None:
+    short = QuestionFormat(prompt_template="{prompt}:", max_length=4)
+    with pytest.raises(ValueError, match=r"easy, id x: the prompt has 4 tokens and leaves no room .* the 4 allowed"):
+        tokenize_prompts(of([{"prompt": "abc", "id": "x"}]), tokenizer(), short, "easy")
+
+
 def test_a_tokenizer_without_an_end_and_a_template_without_a_prompt_are_refused() -> None:
     endless = tokenizer()
     endless.eos_token = None

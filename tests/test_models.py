@@ -27,6 +27,12 @@ def test_a_folder_is_loaded_in_float32_unless_told_otherwise(tmp_path: Path) -> 
     assert load_tokenizer(folder)("abc")["input_ids"] == tokenizer()("abc")["input_ids"]
 
 
+def test_a_tokenizer_knows_the_context_of_its_model(tmp_path: Path) -> None:
+    # It names no limit of its own, as SmolLM2's does.
+    assert tokenizer().model_max_length > 10**9
+    assert load_tokenizer(saved_model(tmp_path / "model")).model_max_length == 128
+
+
 @pytest.mark.parametrize("make", [lambda: llama(0, num_hidden_layers=4), gpt2])
 def test_kept_layers_compute_what_they_did(make) -> None:  # type: ignore[no-untyped-def]
     whole, thin = make(), make()
