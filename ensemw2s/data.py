@@ -9,7 +9,9 @@ from __future__ import annotations
 import csv
 import difflib
 import hashlib
+import io
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-_KINDS = ("file", "hub", "reasoning_gym", "characters")
+SOURCE_KINDS = ("file", "hub", "reasoning_gym", "characters")
 _OPTIONS = ("columns", "prompt_regex")
 # A generator is asked for this many batches of questions before its distinct prompts count as exhausted.
 _MAX_TRIES = 8
@@ -69,7 +71,7 @@ class QuestionFormat:
 # Loading
 
 
-def load_questions(source: Mapping[str, Any] | str) -> Dataset:
+def load_questions(source: Mapping[str, Any] | str | os.PathLike[str]) -> Dataset:
     """Load questions from a file, the hub, or a generator.
 
     Args:
@@ -80,37 +82,46 @@ def load_questions(source: Mapping[str, Any] | str) -> Dataset:
             - `reasoning_gym`: a task of that package, with `size`, `seed` and the task's own settings;
             - `characters`: a task of `ensemw2s.scratch`, with `size`, `seed`, `min_length`, `max_length`;
 
-            and optionally `columns` (what our columns are called there, e.g. `{"prompt": "question"}`) and
-            `prompt_regex` (its first group, found in each prompt, replaces the prompt).
+            and optionally `columns` (what our columns are called in a file or on the hub, e.g.
+            `{"prompt": "question"}`) and `prompt_regex` (its first group, found in each prompt, replaces the prompt).
 
     Returns:
         Columns `id` (made from the content where there is none), `prompt`, `answer` and whatever else came along;
         later rows that repeat a prompt are left out.
 
     Raises:
-        ValueError: an unknown kind of source, task or setting, a missing column, an empty result, fewer distinct
-            questions than `size`, or a regex that does not match.
+        ValueError: an unknown kind of source, task or setting, a file that cannot be read as what its name says, a
+            missing column, an empty result, fewer distinct questions than `size`, or a regex that does not match.
         FileNotFoundError: the file does not exist.
+        ImportError: reasoning_gym is not installed.
     """
-    source = {"file": source} if isinstance(source, str) else dict(source)
-    kinds = [kind for kind in _KINDS if kind in source]
+    source = {"file": source} if isinstance(source, str | os.PathLike) else dict(source)
+    kinds = [kind for kind in SOURCE_KINDS if kind in source]
     if len(kinds) != 1:
         raise ValueError(
-            f"a source of questions needs exactly one of {', '.join(_KINDS)}; got {', '.join(source) or 'none'}"
+            f"a source of questions needs exactly one of {', '.join(SOURCE_KINDS)}; got {', '.join(source) or 'none'}"
         )
     kind = kinds[0]
-    options = {name: source.pop(name, None) for name in _OPTIONS}
+    if not isinstance(source[kind], str | os.PathLike):
+        raise ValueError(f"{kind} of a source of questions must be text, got {source[kind]!r}")
+    columns, regex = (source.pop(name, None) for name in _OPTIONS)
     if kind in ("reasoning_gym", "characters"):
-        return check_questions(_generated(kind, source, options["prompt_regex"]), f"{kind} {source[kind]}")
+        if columns:
+            raise ValueError(f"{kind} {source[kind]}: its questions have our columns already, leave `columns` out")
+        return check_questions(_generated(kind, source, regex), f"{kind} {source[kind]}")
     loaded = _from_file(source) if kind == "file" else _from_hub(source)
     name = str(source[kind])
-    loaded = _renamed(loaded, options["columns"] or {}, name)
-    rows = [_cut_prompt(row, options["prompt_regex"]) for row in check_questions(loaded, name)]
+    loaded = _renamed(loaded, columns or {}, name)
+    rows = [_cut_prompt(row, regex) for row in check_questions(loaded, name)]
     return check_questions(Dataset.from_list(_distinct(rows)), name)
 
 
 def _renamed(dataset: Dataset, columns: Mapping[str, str], name: str) -> Dataset:
     """Give the columns our names; what held one of our names before, and is not asked for, is left out."""
+    if not isinstance(columns, Mapping):
+        raise ValueError(
+            f'columns must map our names to those of {name}, e.g. {{"prompt": "question"}}; got {columns!r}'
+        )
     for ours, theirs in columns.items():
         if theirs not in dataset.column_names:
             raise ValueError(
@@ -127,31 +138,56 @@ def _from_file(source: Mapping[str, Any]) -> Dataset:
         raise ValueError(f"{path}: expected a file that ends in {', '.join(_READERS)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: name a local file of questions")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty: expected questions with columns prompt and answer")
     return _READERS[path.suffix](path)
 
 
 def _read_json(path: Path) -> Dataset:
     """Read a list of objects, or one object a line."""
-    text = path.read_text(encoding="utf-8")
+    text = _read_text(path)
+    # Not splitlines: it cuts at characters that JSON allows inside a string (U+2028 and others).
+    lines = [line for line in text.split("\n") if line.strip()]
     try:
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected a list of objects with prompt and answer")
-    return Dataset.from_list(rows)
+    return _table(rows, path)
 
 
 def _read_csv(path: Path) -> Dataset:
     """Read every field as text: a reader that guesses types turns the answer 007 into 7."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return Dataset.from_list(list(csv.DictReader(file)))
+    rows = list(csv.DictReader(io.StringIO(_read_text(path), newline="")))
+    for index, row in enumerate(rows):
+        if None in row:
+            raise ValueError(f"{path}, row {index} has more fields than the header: quote fields that contain a comma")
+    return _table(rows, path)
 
 
 def _read_parquet(path: Path) -> Dataset:
-    return Dataset.from_parquet(str(path))
+    try:
+        return Dataset.from_parquet(str(path))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{path} is not a Parquet file: {error}") from error
+
+
+def _read_text(path: Path) -> str:
+    """Read UTF-8, with or without the mark that some spreadsheets put in front."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+
+
+def _table(rows: Sequence[Mapping[str, Any]], path: Path) -> Dataset:
+    """Return rows as a dataset with every column that any row has."""
+    if not rows:
+        raise ValueError(f"{path} is empty: expected questions with columns prompt and answer")
+    columns = dict.fromkeys(column for row in rows for column in row)
+    try:
+        return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the values of a column must be of one type ({error})") from error
 
 
 _READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
@@ -177,7 +213,10 @@ def _generated(kind: str, source: Mapping[str, Any], regex: str | None) -> Datas
     rows: list[dict[str, Any]] = []
     for attempt in range(_MAX_TRIES):
         # A generator repeats itself; ask for more under fresh seeds until there are `size` distinct prompts.
-        fresh = make(task, size, _stream(seed, attempt, kind, task, settings), settings)
+        try:
+            fresh = make(task, size, _stream(seed, attempt, kind, task, settings), settings)
+        except (TypeError, AssertionError) as error:
+            raise ValueError(f"{kind} {task} refuses the settings {settings}: {error}") from error
         rows = _distinct(rows + [_cut_prompt(row, regex) for row in fresh])
         if len(rows) >= size:
             return Dataset.from_list(rows[:size])
@@ -205,11 +244,11 @@ def _reasoning_gym_rows(task: str, size: int, seed: int, settings: Mapping[str, 
     if task not in DATASETS:
         near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.4)
         raise ValueError(f"reasoning_gym has no task {task!r}; the nearest are {', '.join(near) or 'none'}")
-    try:
-        made = reasoning_gym.create_dataset(task, size=size, seed=seed, **settings)
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"reasoning_gym {task} refuses the settings {dict(settings)}: {error}") from error
-    return [{"prompt": row["question"], "answer": str(row["answer"])} for row in made]
+    made = reasoning_gym.create_dataset(task, size=size, seed=seed, **settings)
+    rows = list(made)
+    if any(row["answer"] is None for row in rows):
+        raise ValueError(f"reasoning_gym {task} has questions without one right answer: choose another task")
+    return [{"prompt": row["question"], "answer": str(row["answer"])} for row in rows]
 
 
 def _character_rows(task: str, size: int, seed: int, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -229,8 +268,11 @@ def _no_more_settings(source: Mapping[str, Any], known: Sequence[str]) -> None:
 def _cut_prompt(row: dict[str, Any], regex: str | None) -> dict[str, Any]:
     if regex is None:
         return row
-    found = re.search(regex, row["prompt"].strip())
-    if found is None or not found.groups():
+    try:
+        found = re.search(regex, row["prompt"].strip())
+    except re.error as error:
+        raise ValueError(f"prompt_regex {regex!r} is no regular expression: {error}") from error
+    if found is None or not any(found.groups()[:1]):
         raise ValueError(f"prompt_regex {regex!r} finds no group in the prompt {row['prompt']!r}")
     return row | {"prompt": found.group(1)}
 

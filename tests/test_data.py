@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,19 @@ def test_every_kind_of_file_keeps_its_text(kind: str, tmp_path: Path) -> None:
     assert [(r["prompt"], r["answer"]) for r in loaded] == [(r["prompt"], r["answer"]) for r in ROWS]
     assert len(set(loaded["id"])) == 5
     assert load_questions({"file": str(path)})["id"] == loaded["id"]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_text_files_may_carry_a_byte_order_mark_and_any_character_in_a_string(mark: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(mark + '{"prompt": "a\u2028b", "answer": "x"}\r\n \n', encoding="utf-8")
+    (tmp_path / "a.csv").write_text(mark + 'prompt,answer\n"a,\nb",x\n', encoding="utf-8")
+    assert load_questions(tmp_path / "a.jsonl")["prompt"] == ["a\u2028b"]
+    assert load_questions(tmp_path / "a.csv")["prompt"] == ["a,\nb"]
+
+
+def test_a_column_that_only_later_rows_have_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([ROWS[0], ROWS[1] | {"difficulty": 2}]))
+    assert load_questions(tmp_path / "a.json")["difficulty"] == [None, 2]
 
 
 def test_columns_are_mapped_and_may_change_places(tmp_path: Path) -> None:
@@ -114,6 +128,12 @@ def test_neighbouring_seeds_and_easy_and_hard_share_no_stream() -> None:
         ({**WORDS, "size": 3, "min_wordz": 2}, "refuses the settings .*min_wordz"),
         ({**WORDS, "size": 0}, "size must be a whole number of questions, at least 1; got 0"),
         ({**WORDS, "size": 3, "prompt_regex": "nothing (like) this"}, "finds no group in the prompt"),
+        ({**WORDS, "size": 3, "prompt_regex": "("}, r"prompt_regex '\(' is no regular expression: missing \)"),
+        ({**WORDS, "size": 3, "prompt_regex": "(never)?of"}, "finds no group in the prompt"),
+        ({**WORDS, "size": 3, "columns": {"prompt": "question"}}, "have our columns already, leave `columns` out"),
+        ({"reasoning_gym": "rubiks_cube", "size": 1}, "rubiks_cube has questions without one right answer"),
+        ({"characters": "reverse", "size": 3, "min_len": 2}, "characters reverse refuses the settings .*min_len"),
+        ({"hub": None}, "hub of a source of questions must be text, got None"),
         ({"characters": "reverse", "size": 5000, "min_length": 1, "max_length": 2}, "distinct questions"),
     ],
 )
@@ -134,6 +154,38 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     of([{"question": "q", "answer": "a"}]).to_json(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"has no column 'query' .*its columns are question, answer"):
         load_questions({"file": str(tmp_path / "a.jsonl"), "columns": {"prompt": "query"}})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", b"[]", r"a\.json is empty: expected questions"),
+        ("a.csv", b"prompt,answer\n", r"a\.csv is empty: expected questions"),
+        ("a.csv", b"prompt,answer\na,b\na,b,c\n", r"a\.csv, row 1 has more fields than the header"),
+        ("a.csv", b"prompt,answer\na\n", r"a\.csv, row 0: answer is None"),
+        ("a.csv", "prompt,answer\n\u00e9,b\n".encode("latin-1"), r"a\.csv is not UTF-8 text .*save it as UTF-8"),
+        ("a.json", b'{"prompt": "a"}', r"a\.json: expected a list of objects"),
+        ("a.jsonl", b'{"prompt":"a","answer":"x"}\n{"prompt":"b","answer":7}', "a column must be of one type"),
+        ("a.jsonl", b'{"prompt":"a"}\n{"prompt":"b","answer":"y"}', r"a\.jsonl, row 0: answer is None"),
+        ("a.parquet", b"prompt", r"a\.parquet is not a Parquet file"),
+    ],
+)
+def test_what_a_file_gets_wrong_is_said(name: str, text: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(ValueError, match=message):
+        load_questions(tmp_path / name)
+
+
+def test_columns_must_be_a_mapping(tmp_path: Path) -> None:
+    of(ROWS).to_json(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=r"columns must map our names .*got 'prompt'"):
+        load_questions({"file": tmp_path / "a.jsonl", "columns": "prompt"})
+
+
+def test_reasoning_gym_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ImportError, match="need that package: pip install reasoning-gym"):
+        load_questions({**WORDS, "size": 3})
 
 
 # Checking and splitting
