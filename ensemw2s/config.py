@@ -15,10 +15,16 @@ from typing import Any
 import yaml
 from peft import LoraConfig
 
-from ensemw2s.data import QuestionFormat
+from ensemw2s.data import SOURCE_KINDS, QuestionFormat
+from ensemw2s.models import check_dtype
 from ensemw2s.student import StudentConfig
 from ensemw2s.trainer import BoostingConfig
 
+# Plain types that a setting can be declared with; a declaration with any other type is left to whoever uses it.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "bool": (bool,), "int": (int,), "float": (int, float), "str": (str,), "None": (type(None),),
+    "dict[str, Any]": (dict,), "dict[str, int]": (dict,),
+}  # fmt: skip
 SPLITS = ("train", "validation", "test_id", "unlabelled", "test_ood")
 
 
@@ -39,11 +45,14 @@ class ModelConfig:
     keep_layers: str | None = None
     dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        check_dtype(self.dtype)
+
     @property
     def init_kwargs(self) -> dict[str, Any]:
         """Return the keyword arguments of `models.load_model` beside the source."""
         kwargs: dict[str, Any] = {"dtype": self.dtype}
-        return kwargs | ({"keep_layers": self.keep_layers} if self.keep_layers else {})
+        return kwargs | ({} if self.keep_layers is None else {"keep_layers": self.keep_layers})
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,11 @@ class LabellingConfig:
 
     max_new_tokens: int = 32
     batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"labelling.{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -143,31 +157,37 @@ def load_config(
     settings = _parse(path)
     small = settings.pop("quick", None)
     if quick:
-        if small is None:
+        if not isinstance(small, dict):
             raise ValueError(f"{path} has no section `quick`: add one with the keys to override, or leave --quick out")
         settings = _merge(settings, small)
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:
             raise ValueError(f"cannot read the override {override!r}: expected key=value, e.g. boosting.num_rounds=5")
-        settings = _merge(settings, _nested(key.split("."), yaml.load(value, _Loader)))
+        try:
+            parsed = yaml.load(value, _Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"cannot read the override {override!r}: its value is not valid YAML ({error})") from error
+        settings = _merge(settings, _nested(key.split("."), parsed))
     return build_config(settings)
 
 
 def build_config(settings: Mapping[str, Any]) -> ExperimentConfig:
     """Build an experiment from a nested mapping, checking every key and value; see `load_config`."""
     config = _build(ExperimentConfig, settings, "")
-    _check_keys(config.boosting, _settable(BoostingConfig), "boosting.")
-    _check_keys(config.student, _settable(StudentConfig), "student.")
+    _check_settings(config.boosting, BoostingConfig, "boosting.", _settable(BoostingConfig))
+    _check_settings(config.student, StudentConfig, "student.", _settable(StudentConfig))
     if config.lora is not None:
-        _check_keys(config.lora, [f.name for f in dataclasses.fields(LoraConfig)], "lora.")
+        _check_settings(config.lora, LoraConfig, "lora.", [f.name for f in dataclasses.fields(LoraConfig)])
+    if not config.name:
+        raise ValueError("name must not be empty: it names the run's folder")
     _check_keys(config.data.sizes, SPLITS, "data.sizes.")
     for split in SPLITS:
         size = config.data.sizes.get(split)
         if not isinstance(size, int) or size < 2:
             # One question has no standard error.
             raise ValueError(f"data.sizes.{split} must be a whole number of questions, at least 2; got {size}")
-    if config.threads is not None and (not isinstance(config.threads, int) or config.threads < 1):
+    if config.threads is not None and config.threads < 1:
         raise ValueError(f"threads must be a whole number, at least 1, or null; got {config.threads!r}")
     # Building the arguments checks their values now rather than minutes into a run.
     config.boosting_config(config.folder)
@@ -206,7 +226,7 @@ def _merge(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
 
 
 def _source_kind(source: Mapping[str, Any]) -> str | None:
-    return next((key for key in ("file", "hub", "reasoning_gym", "characters") if key in source), None)
+    return next((key for key in SOURCE_KINDS if key in source), None)
 
 
 def _check_keys(settings: Mapping[str, Any], allowed: Sequence[str], prefix: str) -> None:
@@ -217,11 +237,22 @@ def _check_keys(settings: Mapping[str, Any], allowed: Sequence[str], prefix: str
             raise ValueError(f"unknown key {prefix}{key}: {hint}")
 
 
+def _check_settings(settings: Mapping[str, Any], kind: type, prefix: str, allowed: Sequence[str]) -> None:
+    """Check keys, and values against the types that the dataclass `kind` declares."""
+    _check_keys(settings, allowed, prefix)
+    declared = {f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type) for f in dataclasses.fields(kind)}
+    for key, value in settings.items():
+        names = declared[key].split(" | ")
+        # Not isinstance: a bool is an int to Python, and True is no number of rounds.
+        if all(name in _TYPES for name in names) and not any(type(value) in _TYPES[name] for name in names):
+            raise ValueError(f"{prefix}{key} must be {declared[key]}, got {value!r}")
+
+
 def _build(kind: type, settings: Any, prefix: str) -> Any:
     if not isinstance(settings, Mapping):
         raise ValueError(f"{prefix.rstrip('.')} must be a mapping of keys to values, got {settings!r}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    _check_keys(settings, list(fields), prefix)
+    _check_settings(settings, kind, prefix, list(fields))
     nested = {"weak": ModelConfig, "strong": ModelConfig, "data": DataConfig, "labelling": LabellingConfig,
               "format": QuestionFormat}  # fmt: skip
     missing = [

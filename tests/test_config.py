@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from ensemw2s.config import build_config, load_config
+from ensemw2s.models import load_model
 from tests.test_experiment import settings
 
 
@@ -55,8 +56,9 @@ def test_the_quick_section_overrides_and_replaces_sources_whole(tmp_path: Path) 
     assert small.data.easy == quick["data"]["easy"]
     assert small.boosting["num_rounds"] == 1
     assert small.boosting["learning_rate"] == values["boosting"]["learning_rate"]
-    with pytest.raises(ValueError, match="has no section `quick`"):
-        load_config(write(tmp_path, values), quick=True)
+    for nothing in (values, values | {"quick": ["boosting"]}):
+        with pytest.raises(ValueError, match="has no section `quick`"):
+            load_config(write(tmp_path, nothing), quick=True)
 
 
 @pytest.mark.parametrize(
@@ -75,12 +77,47 @@ def test_the_quick_section_overrides_and_replaces_sources_whole(tmp_path: Path) 
         ("student.min_confidence=0.5", "at most 0, got 0.5"),
         ("threads=0", "threads must be a whole number, at least 1"),
         ("weak=5", "weak must be a mapping"),
+        ("boosting.num_rounds=two", r"boosting\.num_rounds must be int, got 'two'"),
+        ("boosting.num_rounds=", r"boosting\.num_rounds must be int, got None"),
+        ("boosting.num_rounds=true", r"boosting\.num_rounds must be int, got True"),
+        ("boosting.learning_rate=fast", r"boosting\.learning_rate must be float, got 'fast'"),
+        ("boosting.prior=0", r"prior must be .* number in \(0, 1\), got 0"),
+        ("boosting=null", r"boosting must be dict.*, got None"),
+        ("student.num_train_epochs=[1]", r"student\.num_train_epochs must be float, got \[1\]"),
+        ("lora=8", r"lora must be dict.* got 8"),
+        ("lora.r=abc", r"lora\.r must be int, got 'abc'"),
+        ("seed=1.5", r"seed must be int, got 1\.5"),
+        ("name.first=x", "name must be str, got {'first': 'x'}"),
+        ("name=''", "name must not be empty"),
+        ("data.sizes=9", r"data\.sizes must be dict.* got 9"),
+        ("data.format.use_chat_template=maybe", r"data\.format\.use_chat_template must be bool, got 'maybe'"),
+        ("labelling.batch_size=0", r"labelling\.batch_size must be at least 1, got 0"),
+        ("labelling.max_new_tokens=0", r"labelling\.max_new_tokens must be at least 1, got 0"),
+        # The number 0 would read as "keep all".
+        ("weak.keep_layers=0", r"weak\.keep_layers must be str \| None, got 0"),
+        ("strong.dtype=flot32", "dtype must be .* got 'flot32'"),
+        ("seed=[", r"cannot read the override 'seed=\[': its value is not valid YAML"),
         ("seed", "cannot read the override 'seed': expected key=value"),
     ],
 )
 def test_a_bad_override_is_named(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(write(tmp_path, settings(tmp_path)), [override])
+
+
+def test_whole_numbers_do_where_any_number_does_and_null_where_it_may(tmp_path: Path) -> None:
+    overrides = ["boosting.learning_rate=1", "student.max_grad_norm=2", "data.format.max_length=null", "threads=null"]
+    config = load_config(write(tmp_path, settings(tmp_path)), overrides)
+    assert config.boosting_config(tmp_path).learning_rate == 1
+    assert config.data.format.max_length is None
+
+
+def test_layers_and_dtype_reach_the_model(tmp_path: Path) -> None:
+    path = write(tmp_path, settings(tmp_path))
+    config = load_config(path, ["weak.keep_layers='0'", "weak.dtype=bfloat16"])
+    assert config.weak.init_kwargs == {"dtype": "bfloat16", "keep_layers": "0"}
+    assert load_model(config.weak.source, **config.weak.init_kwargs).config.num_hidden_layers == 1
+    assert config.strong.init_kwargs == {"dtype": "float32"}
 
 
 def test_missing_keys_and_broken_files_are_named(tmp_path: Path) -> None:
