@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import platform
 import shutil
 import time
@@ -31,7 +30,7 @@ from ensemw2s.data import (
     tokenize_questions,
 )
 from ensemw2s.ensemble import TokenEnsemble
-from ensemw2s.evaluate import accuracy, performance_gap_recovered, token_error
+from ensemw2s.evaluate import accuracy, exact_match, performance_gap_recovered, token_error
 from ensemw2s.files import read_complete_lines, read_json, write_json, write_json_lines
 from ensemw2s.models import load_model, load_tokenizer
 from ensemw2s.report import write_report
@@ -145,7 +144,7 @@ class Experiment:
                 description=f"{teacher}: answering hard questions",
                 **dataclasses.asdict(self.config.labelling),
             )
-            right = float(np.mean([given == true for given, true in zip(answers["answer"], truth, strict=True)]))
+            right = float(exact_match(answers["answer"], truth).mean())
             self.say(f"{teacher} answered {len(answers)} hard questions, {right:.1%} of them right")
             records.append({
                 "kind": "labels", "teacher": teacher, "accuracy": right, "n": len(answers),
@@ -340,7 +339,7 @@ class Experiment:
         return self.folder / ("single_expert" if arm == "single_expert" else f"students/{arm}")
 
     def _questions(self, split: str) -> Dataset:
-        return Dataset.from_list([json.loads(line) for line in self._data_file(split).read_text("utf-8").splitlines()])
+        return Dataset.from_list(read_complete_lines(self._data_file(split)))
 
     def _examples(self, split: str, tokenizer: Any) -> Dataset:
         return tokenize_questions(self._questions(split), tokenizer, self.config.data.format, split)

@@ -168,6 +168,17 @@ def test_the_table_shows_every_arm(finished: Path) -> None:
         assert words.lower() in text.lower()
 
 
+def test_a_question_with_a_line_separator_in_it_stays_one_question(tmp_path: Path) -> None:
+    config = build_config(settings(tmp_path))
+    easy = questions(60).map(lambda row: {"prompt": row["prompt"] + "\u2028x"})
+    easy.to_json(tmp_path / "easy.jsonl")
+    experiment = Experiment(config)
+    experiment.run(("data",))
+    prompts = experiment._questions("train")["prompt"]
+    assert len(prompts) == 24
+    assert all(prompt.endswith("\u2028x") for prompt in prompts)
+
+
 # Bad input
 
 
