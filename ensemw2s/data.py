@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 
@@ -469,6 +470,12 @@ def _check_prompt(prompt: Sequence[int], limit: int | None, row: str) -> None:
             f"{row}: the prompt has {len(prompt)} tokens and leaves no room for an answer within the {limit} allowed: "
             "leave the row out, or raise max_length (up to the model's context)"
         )
+
+
+def answer_lengths(examples: Dataset) -> np.ndarray:
+    """Return int64 [N], the answer tokens (end token included) of each row of `tokenize_questions`."""
+    rows = zip(examples["input_ids"], examples["prompt_length"], strict=True)
+    return np.array([len(ids) - start for ids, start in rows], dtype=np.int64)
 
 
 class AnswerCollator:

@@ -262,7 +262,7 @@ def label_questions(
 def _label_batch(  # type: ignore[no-untyped-def]
     ensemble, questions, prompts, batch, processing_class, max_new_tokens, sampling, seed
 ) -> Iterator[dict[str, Any]]:
-    device = next(ensemble.parameters()).device
+    device = ensemble.device
     end = processing_class.eos_token_id
     inputs = PromptCollator(end)([{"input_ids": prompts[i]["input_ids"]} for i in batch])
     seeds = torch.tensor([seed + i for i in batch], dtype=torch.int64, device=device)

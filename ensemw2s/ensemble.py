@@ -27,9 +27,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ensemw2s import ops
 from ensemw2s.decoding import fused_sample, label_questions
-from ensemw2s.experts import MODEL_WEIGHTS, AdapterExperts, Experts, ModelExperts, require_weights
+from ensemw2s.experts import AdapterExperts, Experts, ModelExperts, require_weights
 from ensemw2s.files import new_folder, read_json, write_json
-from ensemw2s.models import load_model
+from ensemw2s.models import MODEL_WEIGHTS, load_model
 from ensemw2s.training import only_positions
 
 if TYPE_CHECKING:
@@ -157,11 +157,6 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
     def num_experts(self) -> int:
         """Return T."""
         return len(self.experts)
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the experts' weights."""
-        return next(self.parameters()).device
 
     def mixture_weights(self, device: torch.device | None = None) -> torch.Tensor:
         """Return the expert weights as float32 [T] on `device`, not normalised."""

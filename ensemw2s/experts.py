@@ -14,7 +14,6 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-MODEL_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 class Experts(nn.Module, ABC):

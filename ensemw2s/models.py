@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 
 from ensemw2s.files import new_folder
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+MODEL_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 # What configurations call the number of positions that a model was made for.
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _LAYER_RANGE = re.compile(r"^(\d+)(?:-(\d+))?$")
@@ -79,6 +79,17 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     limits = [config[key] for key in _CONTEXT_KEYS if config.get(key)]
     tokenizer.model_max_length = min([tokenizer.model_max_length, *limits])
     return tokenizer
+
+
+def source_of(model: str | os.PathLike[str] | PreTrainedModel) -> str | os.PathLike[str]:
+    """Return the source itself, or where a model was loaded from; raises ValueError if that was nowhere."""
+    source = model.config._name_or_path if isinstance(model, PreTrainedModel) else model
+    if not source:
+        raise ValueError(
+            "processing_class is missing, and the model was not loaded from a folder or the hub where its tokenizer "
+            "could be found: pass the tokenizer"
+        )
+    return source
 
 
 def thin_layers(model: PreTrainedModel, keep_layers: str) -> PreTrainedModel:
@@ -149,9 +160,9 @@ def _resolve(source: str | os.PathLike[str]) -> str:
         return str(scratch_folder(name))
     folder = Path(source).expanduser()
     if folder.is_dir():
-        if not any((folder / weights).is_file() for weights in _WEIGHTS):
+        if not any((folder / weights).is_file() for weights in MODEL_WEIGHTS):
             raise FileNotFoundError(
-                f"{folder} holds no model weights (expected {' or '.join(_WEIGHTS)}): give a folder written by "
+                f"{folder} holds no model weights (expected {' or '.join(MODEL_WEIGHTS)}): give a folder written by "
                 "save_pretrained; pickled weights (.bin, .pt) are not read"
             )
     elif separator or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:

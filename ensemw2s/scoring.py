@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ensemw2s import ops
-from ensemw2s.data import AnswerCollator
+from ensemw2s.data import AnswerCollator, answer_lengths
 from ensemw2s.ensemble import TokenEnsemble
 from ensemw2s.training import next_token_mask, only_positions
 
@@ -140,10 +140,7 @@ def _device(model: torch.nn.Module) -> torch.device:
 
 @torch.no_grad()
 def _score(log_probs, examples, device, pad_token_id, batch_size, description):  # type: ignore[no-untyped-def]
-    lengths = np.array(
-        [len(ids) - start for ids, start in zip(examples["input_ids"], examples["prompt_length"], strict=True)],
-        dtype=np.int64,
-    )
+    lengths = answer_lengths(examples)
     if lengths.min(initial=1) < 1 or not len(lengths):
         raise ValueError(f"{len(lengths)} examples to score: expected at least one, each with answer tokens")
     starts = np.concatenate([[0], np.cumsum(lengths)])

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ensemw2s.data import QuestionFormat, check_questions, tokenize_questions
 from ensemw2s.experts import ADAPTER_WEIGHTS
 from ensemw2s.files import new_folder, write_json
-from ensemw2s.models import load_model, load_tokenizer
+from ensemw2s.models import load_model, load_tokenizer, source_of
 from ensemw2s.training import AnswerTrainingArguments, TrainingCost, fine_tune, on_device
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class StudentTrainer:
             self.model: Any = model
         else:
             self.model = on_device(load_model(model, **(model_init_kwargs or {})), args)
-        self.processing_class = processing_class or load_tokenizer(_source(model))
+        self.processing_class = processing_class or load_tokenizer(source_of(model))
         self._examples = tokenize_questions(
             self.train_dataset, self.processing_class, question_format or QuestionFormat(), "train_dataset"
         )
@@ -118,16 +118,6 @@ class StudentTrainer:
             self.model.save_pretrained(aside)
             self.processing_class.save_pretrained(aside)
             write_json(aside / "cost.json", asdict(self.cost))
-
-
-def _source(model: str | PreTrainedModel) -> str:
-    source = model.config._name_or_path if isinstance(model, PreTrainedModel) else model
-    if not source:
-        raise ValueError(
-            "processing_class is missing, and the model was not loaded from a folder or the hub where its tokenizer "
-            "could be found: pass the tokenizer"
-        )
-    return source
 
 
 def load_trained(folder: str | Path, source: str | None = None, **model_init_kwargs: Any) -> Any:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ensemw2s import boosting
-from ensemw2s.data import QuestionFormat, check_disjoint, check_questions, tokenize_questions
+from ensemw2s.data import QuestionFormat, answer_lengths, check_disjoint, check_questions, tokenize_questions
 from ensemw2s.ensemble import COMBINE, TokenEnsemble
 from ensemw2s.files import new_folder, read_array, read_json, write_array, write_json
-from ensemw2s.models import load_model, load_tokenizer
+from ensemw2s.models import load_model, load_tokenizer, source_of
 from ensemw2s.scoring import AnswerScores, score_mixtures
 from ensemw2s.training import AnswerTrainingArguments, fine_tune, on_device
 
@@ -165,7 +165,7 @@ class BoostingTrainer:
         self.question_format = question_format or QuestionFormat()
         self.model_init_kwargs = dict(model_init_kwargs or {})
         self.on_round = on_round or (lambda record: None)
-        self.processing_class = processing_class or self._load_tokenizer()
+        self.processing_class = processing_class or load_tokenizer(source_of(self.models[0]))
         self.folder = Path(str(args.output_dir))
         self.train_questions = check_questions(train_dataset, "train_dataset")
         self.eval_questions = None if eval_dataset is None else check_questions(eval_dataset, "eval_dataset")
@@ -173,7 +173,7 @@ class BoostingTrainer:
             check_disjoint({"train_dataset": self.train_questions, "eval_dataset": self.eval_questions})
         self._train = self._tokenize(self.train_questions, "train_dataset")
         self._eval = None if self.eval_questions is None else self._tokenize(self.eval_questions, "eval_dataset")
-        self._lengths = np.array([len(r["input_ids"]) - r["prompt_length"] for r in self._train], dtype=np.int64)
+        self._lengths = answer_lengths(self._train)
         self._units = boosting.unit_index(self._lengths, args.unit, args.window)
         self.num_units = int(self._units[-1]) + 1
 
@@ -246,15 +246,14 @@ class BoostingTrainer:
         folder = self._attempt_folder(number, attempt)
         weights = self._weights(number)
         self._train_expert(number, attempt, weights)
-        error, clamped = boosting.clamp_error(
-            boosting.weighted_error(weights, self._wrong_units(folder)), self.num_units
-        )
+        wrong = self._wrong_units(folder)
+        error, clamped = boosting.clamp_error(boosting.weighted_error(weights, wrong), self.num_units)
         # Bagging has equal votes and no update: an error under uniform weights decides nothing.
         expert_weight = 1.0 if prior_error is None else boosting.expert_weight(error, prior_error)
         accepted = expert_weight > 0
         following = weights
         if accepted and prior_error is not None:
-            following = boosting.update_weights(weights, self._wrong_units(folder), expert_weight, self.args.shrinkage)
+            following = boosting.update_weights(weights, wrong, expert_weight, self.args.shrinkage)
         if accepted:
             write_array(self._round_folder(number + 1) / "weights.npy", following)
         scaled = np.quantile(following * self.num_units, WEIGHT_QUANTILES)
@@ -418,12 +417,6 @@ class BoostingTrainer:
         if isinstance(model, PreTrainedModel):
             return copy.deepcopy(model)
         return on_device(load_model(model, **self.model_init_kwargs), self.args)
-
-    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
-        first = self.models[0]
-        if isinstance(first, PreTrainedModel):
-            return AutoTokenizer.from_pretrained(first.config._name_or_path)
-        return load_tokenizer(first)
 
     def _ensemble(self, folders: list[Path], expert_weights: list[float]) -> TokenEnsemble:
         combine = self.args.combine

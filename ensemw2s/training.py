@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ensemw2s.data import AnswerCollator
+from ensemw2s.data import AnswerCollator, answer_lengths
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -248,11 +248,11 @@ def fine_tune(
 
 def _with_token_weights(examples: Dataset, token_weights: Sequence[np.ndarray]) -> Dataset:
     rows = [np.asarray(row, dtype=np.float32) for row in token_weights]
-    lengths = [len(ids) - start for ids, start in zip(examples["input_ids"], examples["prompt_length"], strict=True)]
+    lengths = answer_lengths(examples)
     if [row.shape for row in rows] != [(length,) for length in lengths]:
         raise ValueError(
             f"token_weights has {len(rows)} rows with {sum(row.size for row in rows)} values for {len(lengths)} "
-            f"examples with {sum(lengths)} answer tokens: give each example one weight per answer token, in order"
+            f"examples with {lengths.sum()} answer tokens: give each example one weight per answer token, in order"
         )
     values = np.concatenate(rows)
     if not (np.isfinite(values).all() and (values >= 0).all() and values.any()):

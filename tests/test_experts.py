@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ensemw2s.experts import ADAPTER_WEIGHTS, MODEL_WEIGHTS, AdapterExperts, ModelExperts, require_weights
+from ensemw2s.experts import ADAPTER_WEIGHTS, AdapterExperts, ModelExperts, require_weights
+from ensemw2s.models import MODEL_WEIGHTS
 from tests.tiny import END, VOCAB, gpt2, llama, saved_adapters
 
 IDS = torch.randint(0, VOCAB, (3, 8), generator=torch.Generator().manual_seed(0))
@@ -188,6 +189,8 @@ def test_an_adapter_folder_without_safetensors_weights_is_refused(tmp_path: Path
 
 @pytest.mark.parametrize("name", MODEL_WEIGHTS)
 def test_either_file_of_weights_will_do(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FileNotFoundError, match="expert 1"):
+        require_weights(tmp_path, MODEL_WEIGHTS, "expert 1")
     (tmp_path / name).write_text("weights")
     require_weights(tmp_path, MODEL_WEIGHTS, "expert 1")
 

@@ -275,6 +275,11 @@ def test_a_question_in_both_datasets_is_refused(model: Path, tmp_path: Path) -> 
         )
 
 
+def test_a_model_from_nowhere_needs_its_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="processing_class is missing, and the model was not loaded from a folder"):
+        BoostingTrainer(llama(0), BoostingConfig(output_dir=str(tmp_path)), questions(3), question_format=FORMAT)
+
+
 def test_the_number_of_models_must_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model lists 2 models for 3 rounds"):
         trainer([llama(0), llama(1)], tmp_path)

@@ -117,19 +117,6 @@ def _on_cpu(
     return in_chunks(hidden, head, row_weights, need_hidden, need_head, losses)
 
 
-def _fake(
-    hidden: Tensor,
-    head: Tensor,
-    expert_hiddens: list[Tensor],
-    expert_heads: list[Tensor],
-    weights: Tensor,
-    row_weights: Tensor,
-    need_hidden: bool,
-    need_head: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fake_in_chunks(hidden, head, need_hidden, need_head)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.num_experts = len(inputs[2])
     save_linear_gradients(ctx, inputs[1], inputs[5], output)
@@ -146,7 +133,7 @@ backend.declare(
     "linear_mixture_kl",
     "(Tensor hidden, Tensor head, Tensor[] expert_hiddens, Tensor[] expert_heads, Tensor weights, "
     "Tensor row_weights, bool need_hidden, bool need_head) -> (Tensor, Tensor, Tensor, Tensor)",
-    _fake,
+    fake_in_chunks,
 )
 backend.implement_on_cpu("linear_mixture_kl", _on_cpu)
 torch.library.register_autograd("ensemw2s::linear_mixture_kl", _backward, setup_context=_setup_context)

@@ -80,10 +80,9 @@ def without_rows(hidden: Tensor, row_weights: Tensor) -> Tensor:
     return hidden.masked_fill((row_weights == 0)[..., None], 0.0)
 
 
-def fake_in_chunks(
-    hidden: Tensor, head: Tensor, need_hidden: bool, need_head: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Empty outputs of ``in_chunks``."""
+def fake_in_chunks(hidden: Tensor, head: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Empty outputs of ``in_chunks``, for every ``linear_*`` op: they end in ``need_hidden`` and ``need_head``."""
+    need_hidden, need_head = inputs[-2:]
     return (
         hidden.new_empty((), dtype=torch.float32),
         hidden.new_empty(hidden.shape[0], dtype=torch.float32),
