@@ -21,6 +21,7 @@ from transformers import (
 from ensemw2s import ops
 from ensemw2s.data import PromptCollator, QuestionFormat, tokenize_prompts
 from ensemw2s.files import append_json_lines, read_complete_lines
+from ensemw2s.models import CACHE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -151,8 +152,8 @@ def fused_sample(
     """
     sampling = Sampling.from_processors(logits_processor, bool(generation_config.do_sample))
     if sampling is None or generation_config.return_dict_in_generate:
-        return model._sample(  # type: ignore[misc]
-            input_ids,  # type: ignore[arg-type]
+        return model._sample(
+            input_ids,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             generation_config=generation_config,
@@ -167,7 +168,7 @@ def fused_sample(
         mask,
         ops.draw_seeds(len(input_ids), input_ids.device),
         sampling,
-        model_kwargs["past_key_values"],
+        model_kwargs[CACHE],
     )
     pad = generation_config._pad_token_tensor
     running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)

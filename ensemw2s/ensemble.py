@@ -29,7 +29,7 @@ from ensemw2s import ops
 from ensemw2s.decoding import fused_sample, label_questions
 from ensemw2s.experts import AdapterExperts, Experts, ModelExperts, require_weights
 from ensemw2s.files import new_folder, read_json, write_json
-from ensemw2s.models import MODEL_WEIGHTS, load_model
+from ensemw2s.models import CACHE, MODEL_WEIGHTS, load_model
 from ensemw2s.training import only_positions
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 COMBINE = ("prob", "logprob", "vote")
 RECORD_FILE = "boosting.json"
+# What transformers passes to every model's forward and an ensemble has no use for.
+_NOT_NEEDED = ("return_dict", "cache_position")
 
 
 class EnsembleConfig(PreTrainedConfig):
@@ -214,7 +216,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         logits = []
         for index in indices:
             if cache is not None:
-                inputs["past_key_values"] = cache.experts[index]
+                inputs[CACHE] = cache.experts[index]
             with self.experts.expert(index) as model:
                 if positions is None:
                     logits.append(model(**inputs).logits)
@@ -228,10 +230,11 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return the mixture's log-probabilities as float32 `.logits` [B, L, V] (or the last `logits_to_keep`).
@@ -240,23 +243,28 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             input_ids: int64 [B, L].
             attention_mask: int64 [B, past + L].
             position_ids: int64 [B, L].
-            past_key_values: an `EnsembleCache`; None or another empty cache starts one if `use_cache` is true.
+            cache: an `EnsembleCache`; None or another empty cache starts one if `use_cache` is true.
             labels: int64 [B, L], -100 where ignored; the loss is the mean negative log-probability of the next label.
             use_cache: return a cache (the default is not to).
             logits_to_keep: 0 for all positions.
-            kwargs: what transformers' generation passes along to every model; not used.
+            past_key_values: what transformers before 5.24 calls `cache`.
+            kwargs: `return_dict` and `cache_position`, which transformers passes along and no ensemble needs.
 
         Raises:
+            TypeError: any other keyword with a value, such as `inputs_embeds`: experts share no embedding.
             ValueError: `labels` with `combine="vote"`, whose log-probabilities are -inf off the vote; or a filled
                 cache that is not an `EnsembleCache`.
         """
         if labels is not None and self.config.combine == "vote":
             raise ValueError('combine="vote" has no loss: its distribution is 0 off the vote; use "prob" or "logprob"')
-        cache = past_key_values
+        unknown = sorted(name for name, value in kwargs.items() if name not in _NOT_NEEDED and value is not None)
+        if unknown:
+            raise TypeError(f"an ensemble's forward does not know {', '.join(unknown)}: leave them out")
+        cache = cache if cache is not None else past_key_values
         if cache is not None and not isinstance(cache, EnsembleCache):
             if cache.get_seq_length():
                 raise ValueError(
-                    f"past_key_values is a filled {type(cache).__name__}: an ensemble needs the EnsembleCache that it "
+                    f"cache is a filled {type(cache).__name__}: an ensemble needs the EnsembleCache that it "
                     "returned, or the one from ensemble.new_cache()"
                 )
             cache = None
@@ -280,12 +288,10 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 labels[:, 1:].flatten().to(log_probs.device),
                 ignore_index=-100,
             )
-        return CausalLMOutputWithPast(loss=loss, logits=log_probs, past_key_values=cache)
+        return CausalLMOutputWithPast(loss=loss, logits=log_probs, **{CACHE: cache})
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
-        self, inputs: torch.Tensor | None = None, *, fused: bool = True, **kwargs: Any
-    ) -> Any:
+    def generate(self, inputs: torch.Tensor | None = None, *, fused: bool = True, **kwargs: Any) -> Any:
         """Generate token ids as any transformers model does.
 
         Plain greedy decoding and sampling with temperature, top-k, top-p and min-p end each step in one fused op
@@ -309,17 +315,17 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 'combine="vote" cannot rank beams: it gives one token all the mass; use "prob" or "logprob"'
             )
         if kwargs.get("use_cache", True):
-            kwargs.setdefault("past_key_values", self.new_cache())
+            kwargs.setdefault(CACHE, self.new_cache())
             if fused and beams == 1 and kwargs.get("assistant_model") is None and not kwargs.get("synced_gpus"):
                 # `generate` hands a custom loop everything but the streamer.
                 kwargs.setdefault("custom_generate", partial(fused_sample, streamer=kwargs.get("streamer")))
-        return super().generate(inputs, **kwargs)  # type: ignore[misc]
+        return super().generate(inputs, **kwargs)
 
     def label(self, questions: Dataset, processing_class: PreTrainedTokenizerBase, **options: Any) -> Dataset:
         """Answer questions; see `decoding.label_questions`."""
         return label_questions(self, questions, processing_class, **options)
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
         *,
@@ -350,7 +356,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             (folder / "README.md").write_text(model_card(self), encoding="utf-8")
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,

@@ -5,15 +5,19 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ensemw2s.files import new_folder
 
+# What this transformers calls the argument and the output that hold a cache: 5.24 renamed both.
+CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values"))
 MODEL_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 # What configurations call the number of positions that a model was made for.
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")

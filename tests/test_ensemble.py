@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ensemw2s import TokenEnsemble
 from ensemw2s.decoding import Sampling, label_questions
+from ensemw2s.models import CACHE
 from tests.tiny import END, FORMAT, PAD, VOCAB, gpt2, llama, questions, saved_adapters, tokenizer
 
 WEIGHTS = [2.5, 1.25, 0.5]
@@ -121,9 +122,9 @@ def test_a_cache_gives_what_a_whole_pass_gives(ensemble: TokenEnsemble) -> None:
     with torch.no_grad():
         whole = ensemble(input_ids=ids).logits
         first = ensemble(input_ids=ids[:, :4], use_cache=True)
-        rest = ensemble(input_ids=ids[:, 4:], past_key_values=first.past_key_values, use_cache=True)
+        rest = ensemble(input_ids=ids[:, 4:], use_cache=True, **{CACHE: first[CACHE]})
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, rtol=0, atol=1e-5)
-    assert rest.past_key_values.get_seq_length() == 9
+    assert rest[CACHE].get_seq_length() == 9
 
 
 def test_beam_search_finds_the_best_pair_of_tokens(ensemble: TokenEnsemble) -> None:
@@ -344,6 +345,20 @@ def test_a_damaged_expert_stops_decoding_by_name(of_models: TokenEnsemble) -> No
 def test_a_foreign_filled_cache_is_refused(of_models: TokenEnsemble) -> None:
     ids = ragged_prompts(1)[0].clamp_min(2)
     with of_models.experts.expert(0) as model, torch.no_grad():
-        foreign = model(ids, use_cache=True).past_key_values
+        foreign = model(ids, use_cache=True)[CACHE]
     with pytest.raises(ValueError, match="filled DynamicCache"):
-        of_models(input_ids=ids, past_key_values=foreign)
+        of_models(input_ids=ids, **{CACHE: foreign})
+
+
+def test_a_keyword_that_forward_would_drop_is_refused(of_models: TokenEnsemble) -> None:
+    # A cache under a name that it does not know would be lost, and the answer wrong without a word.
+    with pytest.raises(TypeError, match="does not know inputs_embeds, kv_cache"):
+        of_models(input_ids=ragged_prompts(1)[0], kv_cache=of_models.new_cache(), inputs_embeds=torch.zeros(1, 2, 32))
+
+
+def test_the_caches_older_name_is_read(of_models: TokenEnsemble) -> None:
+    ids = ragged_prompts(1)[0].clamp_min(2)
+    cache = of_models.new_cache()
+    with torch.no_grad():
+        of_models(input_ids=ids, past_key_values=cache)
+    assert cache.get_seq_length() == ids.shape[1]
