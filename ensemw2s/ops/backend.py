@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,23 +38,68 @@ def _load_library() -> str | None:
 _WHY_MISSING = _load_library()
 
 
-def declare(name: str, schema: str, fake: Callable[..., Any], *, public: bool = True) -> None:
-    """Register ``ensemw2s::name`` with its schema and its fake (shapes and dtypes without data).
+def declare(
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    *,
+    gradient: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+    public: bool = True,
+) -> None:
+    """Register ``ensemw2s::name`` and its Triton twin with schema, fake and gradient.
 
-    A part that only other ops call is not ``public`` and has no backends of its own to choose from.
+    A twin because on a GPU both the CUDA kernel and the Triton one can be asked for.
+
+    Args:
+        name: The op's name, which is also that of its file in ``kernels/``.
+        schema: Arguments and results in torch's schema language.
+        fake: Gives shapes and dtypes without data.
+        gradient: ``backward`` and ``setup_context`` as ``torch.library.register_autograd`` takes them.
+        public: False for a part that only other ops call; it has no backends of its own to choose from.
     """
-    qualified = f"ensemw2s::{name}"
-    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-    torch.library.define(qualified, schema, tags=tags)
-    torch.library.register_fake(qualified, fake)
+    for qualified in (f"ensemw2s::{name}", f"ensemw2s::{_twin(name)}"):
+        tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+        torch.library.define(qualified, schema, tags=tags)
+        torch.library.register_fake(qualified, fake)
+        if gradient:
+            backward, setup_context = gradient
+            torch.library.register_autograd(qualified, backward, setup_context=setup_context)
     if public:
         _DECLARED.append(name)
 
 
-def implement_on_cpu(name: str, function: Callable[..., Any]) -> None:
-    """Register a CPU implementation that is made of compiled ops and matrix products; without the library, nothing."""
+def _twin(name: str) -> str:
+    return f"{name}_triton"
+
+
+def implement_in_triton(name: str) -> None:
+    """Let ``ensemw2s.kernels.<name>.<name>`` run the op on CUDA tensors, and on CPU ones under Triton's interpreter."""
+
+    def run_kernel(*args: Any) -> Any:
+        # Imported on first use: triton takes a second to load, and is not needed without a GPU.
+        return getattr(import_module(f"ensemw2s.kernels.{name}"), name)(*args)
+
+    _implement_twin(name, run_kernel)
+
+
+def implement_in_chunks(name: str, function: Callable[..., Any], row_op: str) -> None:
+    """Make the op out of matrix products and another op of this package, which ``function`` gets before its inputs.
+
+    On the CPU that other op's compiled kernel serves, on CUDA its Triton kernel.
+    """
     if _WHY_MISSING is None:
-        torch.library.impl(f"ensemw2s::{name}", "CPU", function)
+        op = getattr(torch.ops.ensemw2s, row_op).default
+        torch.library.impl(f"ensemw2s::{name}", "CPU", partial(function, op))
+    if _is_registered(_twin(row_op), "cuda"):
+        _implement_twin(name, partial(function, getattr(torch.ops.ensemw2s, _twin(row_op)).default))
+
+
+def _implement_twin(name: str, function: Callable[..., Any]) -> None:
+    if find_spec("triton") is None:
+        return
+    keys = ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET") == "1" else ("CUDA",)
+    for key in keys:
+        torch.library.impl(f"ensemw2s::{_twin(name)}", key, function)
 
 
 @cache
@@ -64,16 +110,13 @@ def _is_registered(op: str, device_type: str) -> bool:
 
 def available_backends(device_type: str = "cpu") -> dict[str, tuple[str, ...]]:
     """For each op, the backends that can run on tensors of a device type, the preferred one first."""
-    backends: dict[str, tuple[str, ...]] = {}
-    for op in _DECLARED:
-        compiled = _compiled_backend(op, device_type)
-        backends[op] = (compiled, "reference") if compiled else ("reference",)
-    return backends
+    return {op: (*_fast_backends(op, device_type), "reference") for op in _DECLARED}
 
 
-def _compiled_backend(op: str, device_type: str) -> str | None:
+def _fast_backends(op: str, device_type: str) -> list[str]:
     compiled = _COMPILED_BACKEND.get(device_type)
-    return compiled if compiled and _is_registered(op, device_type) else None
+    backends = [compiled] if compiled and _is_registered(op, device_type) else []
+    return backends + ["triton"] * _is_registered(_twin(op), device_type)
 
 
 @cache
@@ -89,17 +132,19 @@ def _choose(op: str, impl: str | None, device_type: str, dtype: torch.dtype) -> 
         raise ValueError(f"{source}={requested!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if requested == "reference":
         return "reference"
-    compiled = _compiled_backend(op, device_type) or "reference"
+    fast = _fast_backends(op, device_type)
     if requested == "auto":
-        if compiled == "reference" and device_type == "cpu":
+        # Triton on CPU tensors is its interpreter, which nobody wants unasked.
+        preferred = [name for name in fast if name != "triton" or device_type != "cpu"]
+        if not preferred and device_type == "cpu":
             _warn_once(f"{op} runs in plain torch: {_WHY_MISSING or 'it has no compiled CPU kernel'}")
-        return compiled if dtype in COMPILED_DTYPES else "reference"
-    if requested != compiled:
+        return preferred[0] if preferred and dtype in COMPILED_DTYPES else "reference"
+    if requested not in fast:
         why = _WHY_MISSING if requested == "cpp" and device_type == "cpu" and _WHY_MISSING else "not available"
         raise ValueError(f"impl={requested!r} cannot run {op} on a {device_type} tensor: {why}")
     if dtype not in COMPILED_DTYPES:
         raise TypeError(f"impl={requested!r} takes float32, bfloat16 or float16, got {dtype}; use impl='reference'")
-    return compiled
+    return requested
 
 
 def backend_for(
@@ -125,11 +170,12 @@ def backend_for(
     return _choose(op, impl, torch.device(device).type, dtype)
 
 
-def run_compiled(op: Callable[..., Any], *args: Any) -> Any:
-    """Call a compiled op; what it says of values inside its tensors becomes a ``ValueError``.
+def run(name: str, chosen: str, *args: Any) -> Any:
+    """Call an op on the backend that was chosen; what it says of values inside its tensors becomes a ``ValueError``.
 
     A kernel behind the stable ABI can only raise ``RuntimeError``. Inside ``torch.compile`` it stays one.
     """
+    op = getattr(torch.ops.ensemw2s, _twin(name) if chosen == "triton" else name).default
     if torch.compiler.is_compiling():
         return op(*args)
     try:

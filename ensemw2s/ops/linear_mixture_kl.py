@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,14 +69,15 @@ def linear_mixture_kl(
     rows = hidden.reshape(-1, hidden.shape[-1]) / temperature
     expert_rows = [states.reshape(-1, states.shape[-1]) / temperature for states, _ in teachers]
     heads = [expert_head for _, expert_head in teachers]
-    if backend._choose("linear_mixture_kl", impl, hidden.device.type, hidden.dtype) == "reference":
+    chosen = backend._choose("linear_mixture_kl", impl, hidden.device.type, hidden.dtype)
+    if chosen == "reference":
         check_weight_values(weights)
         experts = [states @ expert_head.T for states, expert_head in zip(expert_rows, heads, strict=True)]
         per_row = per_row.reshape(-1)
         return kl_reference(without_rows(rows, per_row) @ head.T, experts, weights, per_row).sum()
     flags = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, head)]
-    op = torch.ops.ensemw2s.linear_mixture_kl.default
-    return backend.run_compiled(op, rows, head, expert_rows, heads, weights, per_row.reshape(-1), *flags)[0]
+    inputs = (rows, head, expert_rows, heads, weights, per_row.reshape(-1), *flags)
+    return backend.run("linear_mixture_kl", chosen, *inputs)[0]
 
 
 def _checked_teachers(
@@ -99,7 +100,8 @@ def _checked_teachers(
     return [(x.detach(), y.detach()) for x, y in zip(expert_hiddens, expert_heads, strict=True)]
 
 
-def _on_cpu(
+def _in_chunks(
+    row_op: Callable[..., tuple[Tensor, Tensor]],
     hidden: Tensor,
     head: Tensor,
     expert_hiddens: list[Tensor],
@@ -111,8 +113,7 @@ def _on_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def losses(logits: Tensor, rows: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
         experts = [states[rows] @ weight.T for states, weight in zip(expert_hiddens, expert_heads, strict=True)]
-        op = torch.ops.ensemw2s.mixture_kl.default
-        return op(logits, experts, weights, row_weights[rows], with_gradient)
+        return row_op(logits, experts, weights, row_weights[rows], with_gradient)
 
     return in_chunks(hidden, head, row_weights, need_hidden, need_head, losses)
 
@@ -134,6 +135,6 @@ backend.declare(
     "(Tensor hidden, Tensor head, Tensor[] expert_hiddens, Tensor[] expert_heads, Tensor weights, "
     "Tensor row_weights, bool need_hidden, bool need_head) -> (Tensor, Tensor, Tensor, Tensor)",
     fake_in_chunks,
+    gradient=(_backward, _setup_context),
 )
-backend.implement_on_cpu("linear_mixture_kl", _on_cpu)
-torch.library.register_autograd("ensemw2s::linear_mixture_kl", _backward, setup_context=_setup_context)
+backend.implement_in_chunks("linear_mixture_kl", _in_chunks, row_op="mixture_kl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,20 +47,26 @@ def linear_weighted_cross_entropy(
     shape = tuple(hidden.shape[:-1])
     check_integers(labels, shape, hidden, "labels")
     weights = row_weights(token_weights, shape, hidden, labels)
-    if backend._choose("linear_weighted_cross_entropy", impl, hidden.device.type, hidden.dtype) == "reference":
+    chosen = backend._choose("linear_weighted_cross_entropy", impl, hidden.device.type, hidden.dtype)
+    if chosen == "reference":
         return weighted_reference(without_rows(hidden, weights) @ head.T, labels, weights).sum()
     rows = hidden.reshape(-1, hidden.shape[-1])
     flags = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, head)]
-    op = torch.ops.ensemw2s.linear_weighted_cross_entropy.default
-    return backend.run_compiled(op, rows, head, labels.reshape(-1), weights.reshape(-1), *flags)[0]
+    inputs = (rows, head, labels.reshape(-1), weights.reshape(-1), *flags)
+    return backend.run("linear_weighted_cross_entropy", chosen, *inputs)[0]
 
 
-def _on_cpu(
-    hidden: Tensor, head: Tensor, labels: Tensor, row_weights: Tensor, need_hidden: bool, need_head: bool
+def _in_chunks(
+    row_op: Callable[..., tuple[Tensor, Tensor]],
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    row_weights: Tensor,
+    need_hidden: bool,
+    need_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def losses(logits: Tensor, rows: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
-        op = torch.ops.ensemw2s.weighted_cross_entropy.default
-        return op(logits, labels[rows], row_weights[rows], with_gradient)
+        return row_op(logits, labels[rows], row_weights[rows], with_gradient)
 
     return in_chunks(hidden, head, row_weights, need_hidden, need_head, losses)
 
@@ -79,6 +86,6 @@ backend.declare(
     "(Tensor hidden, Tensor head, Tensor labels, Tensor row_weights, bool need_hidden, bool need_head) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fake_in_chunks,
+    gradient=(_backward, _setup_context),
 )
-backend.implement_on_cpu("linear_weighted_cross_entropy", _on_cpu)
-torch.library.register_autograd("ensemw2s::linear_weighted_cross_entropy", _backward, setup_context=_setup_context)
+backend.implement_in_chunks("linear_weighted_cross_entropy", _in_chunks, row_op="weighted_cross_entropy")

@@ -67,12 +67,12 @@ def mixture_kl(
     per_row = row_weights(token_weights, tuple(student.shape[:-1]), student)
     if temperature != 1:
         student, experts = student / temperature, [expert / temperature for expert in experts]
-    if backend._choose("mixture_kl", impl, student.device.type, student.dtype) == "reference":
+    chosen = backend._choose("mixture_kl", impl, student.device.type, student.dtype)
+    if chosen == "reference":
         check_weight_values(weights)
         return reference(student, experts, weights, per_row).sum()
     needs_grad = torch.is_grad_enabled() and (student.requires_grad or per_row.requires_grad)
-    op = torch.ops.ensemw2s.mixture_kl.default
-    return backend.run_compiled(op, student, experts, weights, per_row, needs_grad)[0].sum()
+    return backend.run("mixture_kl", chosen, student, experts, weights, per_row, needs_grad)[0].sum()
 
 
 def check_teachers(student: Tensor, experts: Sequence[Tensor]) -> None:
@@ -118,5 +118,5 @@ backend.declare(
     "mixture_kl",
     "(Tensor student, Tensor[] experts, Tensor weights, Tensor row_weights, bool with_gradient) -> (Tensor, Tensor)",
     _fake,
+    gradient=(_backward, _setup_context),
 )
-torch.library.register_autograd("ensemw2s::mixture_kl", _backward, setup_context=_setup_context)

@@ -66,7 +66,7 @@ def mixture_log_probs(
     if chosen == "reference":
         check_weight_values(weights)
         return reference(experts, weights, combine)
-    return backend.run_compiled(torch.ops.ensemw2s.mixture_log_probs.default, experts, weights, code)
+    return backend.run("mixture_log_probs", chosen, experts, weights, code)
 
 
 def reference(experts: Sequence[Tensor], weights: Tensor, combine: str) -> Tensor:
@@ -154,5 +154,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], Tensor, None]:
     return grad_logits, (stacked - (w * stacked).sum()) / total, None
 
 
-backend.declare("mixture_log_probs", "(Tensor[] logits, Tensor weights, int combine) -> Tensor", _fake)
-torch.library.register_autograd("ensemw2s::mixture_log_probs", _backward, setup_context=_setup_context)
+backend.declare(
+    "mixture_log_probs",
+    "(Tensor[] logits, Tensor weights, int combine) -> Tensor",
+    _fake,
+    gradient=(_backward, _setup_context),
+)

@@ -97,8 +97,8 @@ def mixture_sample(
     if chosen == "reference":
         check_weight_values(weights)
         return reference(experts, weights, *settings, seeds, positions, combine)
-    op = torch.ops.ensemw2s.mixture_sample.default
-    return MixtureSample(*backend.run_compiled(op, experts, weights, *settings, seeds, positions, code))
+    inputs = (experts, weights, *settings, seeds, positions, code)
+    return MixtureSample(*backend.run("mixture_sample", chosen, *inputs))
 
 
 def reference(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ensemw2s.ops import backend
@@ -47,11 +46,11 @@ def mixture_scores(
     weights = expert_weights(weights, len(experts), experts[0]).detach()
     check_integers(labels, tuple(experts[0].shape[:-1]), experts[0], "labels")
     code = combine_code(combine)
-    if backend._choose("mixture_scores", impl, experts[0].device.type, experts[0].dtype) == "reference":
+    chosen = backend._choose("mixture_scores", impl, experts[0].device.type, experts[0].dtype)
+    if chosen == "reference":
         check_weight_values(weights)
         return scores_of(mixture_reference(experts, weights, combine), labels)
-    op = torch.ops.ensemw2s.mixture_scores.default
-    return TokenScores(*backend.run_compiled(op, experts, weights, labels.contiguous(), code))
+    return TokenScores(*backend.run("mixture_scores", chosen, experts, weights, labels.contiguous(), code))
 
 
 def _fake(logits: list[Tensor], weights: Tensor, labels: Tensor, combine: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,9 +49,10 @@ def token_scores(logits: Tensor, labels: Tensor, *, impl: str | None = None) -> 
     """
     logits = check_logits(logits).detach()
     check_integers(labels, tuple(logits.shape[:-1]), logits, "labels")
-    if backend._choose("token_scores", impl, logits.device.type, logits.dtype) == "reference":
+    chosen = backend._choose("token_scores", impl, logits.device.type, logits.dtype)
+    if chosen == "reference":
         return reference(logits, labels)
-    return TokenScores(*backend.run_compiled(torch.ops.ensemw2s.token_scores.default, logits, labels.contiguous()))
+    return TokenScores(*backend.run("token_scores", chosen, logits, labels.contiguous()))
 
 
 def reference(logits: Tensor, labels: Tensor) -> TokenScores:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,11 +77,12 @@ def topk_kl(
     weights = row_weights(token_weights, shape, hidden).reshape(-1)
     ids, teacher = token_ids.reshape(-1, k), log_probs.detach().to(accumulation_dtype(hidden)).reshape(-1, k)
     rows = hidden.reshape(-1, hidden.shape[-1]) / temperature
-    if backend._choose("topk_kl", impl, hidden.device.type, hidden.dtype) == "reference":
+    chosen = backend._choose("topk_kl", impl, hidden.device.type, hidden.dtype)
+    if chosen == "reference":
         return reference(without_rows(rows, weights) @ head.T, ids, teacher, weights).sum()
     flags = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, head)]
-    op = torch.ops.ensemw2s.topk_kl.default
-    return backend.run_compiled(op, rows, head, ids.contiguous(), teacher.contiguous(), weights, *flags)[0]
+    inputs = (rows, head, ids.contiguous(), teacher.contiguous(), weights, *flags)
+    return backend.run("topk_kl", chosen, *inputs)[0]
 
 
 def reference(student: Tensor, token_ids: Tensor, log_probs: Tensor, weights: Tensor) -> Tensor:
@@ -101,7 +103,8 @@ def reference(student: Tensor, token_ids: Tensor, log_probs: Tensor, weights: Te
     return weights * (kept + tail)
 
 
-def _on_cpu(
+def _in_chunks(
+    row_op: Callable[..., tuple[Tensor, Tensor]],
     hidden: Tensor,
     head: Tensor,
     token_ids: Tensor,
@@ -111,8 +114,7 @@ def _on_cpu(
     need_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def losses(logits: Tensor, rows: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
-        op = torch.ops.ensemw2s.topk_kl_rows.default
-        return op(logits, token_ids[rows], log_probs[rows], row_weights[rows], with_gradient)
+        return row_op(logits, token_ids[rows], log_probs[rows], row_weights[rows], with_gradient)
 
     return in_chunks(hidden, head, row_weights, need_hidden, need_head, losses)
 
@@ -141,6 +143,7 @@ backend.declare(
     "(Tensor hidden, Tensor head, Tensor token_ids, Tensor log_probs, Tensor row_weights, bool need_hidden, "
     "bool need_head) -> (Tensor, Tensor, Tensor, Tensor)",
     fake_in_chunks,
+    gradient=(_backward, _setup_context),
 )
 backend.declare(
     "topk_kl_rows",
@@ -148,5 +151,4 @@ backend.declare(
     _fake_rows,
     public=False,
 )
-backend.implement_on_cpu("topk_kl", _on_cpu)
-torch.library.register_autograd("ensemw2s::topk_kl", _backward, setup_context=_setup_context)
+backend.implement_in_chunks("topk_kl", _in_chunks, row_op="topk_kl_rows")

@@ -48,11 +48,11 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, token_weights: Tensor
     shape = tuple(logits.shape[:-1])
     check_integers(labels, shape, logits, "labels")
     weights = row_weights(token_weights, shape, logits, labels)
-    if backend._choose("weighted_cross_entropy", impl, logits.device.type, logits.dtype) == "reference":
+    chosen = backend._choose("weighted_cross_entropy", impl, logits.device.type, logits.dtype)
+    if chosen == "reference":
         return reference(logits, labels, weights).sum()
     needs_grad = torch.is_grad_enabled() and (logits.requires_grad or weights.requires_grad)
-    op = torch.ops.ensemw2s.weighted_cross_entropy.default
-    return backend.run_compiled(op, logits, labels.contiguous(), weights, needs_grad)[0].sum()
+    return backend.run("weighted_cross_entropy", chosen, logits, labels.contiguous(), weights, needs_grad)[0].sum()
 
 
 def reference(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -85,5 +85,5 @@ backend.declare(
     "weighted_cross_entropy",
     "(Tensor logits, Tensor labels, Tensor row_weights, bool with_gradient) -> (Tensor, Tensor)",
     _fake,
+    gradient=(_backward, _setup_context),
 )
-torch.library.register_autograd("ensemw2s::weighted_cross_entropy", _backward, setup_context=_setup_context)
