@@ -34,6 +34,6 @@ PYBIND11_MODULE(_host, m) {
   m.def("instruction_set", &instruction_set_name,
         "avx512, avx2 or default: what the CPU kernels use here (ATEN_CPU_CAPABILITY lowers it).");
   m.def("philox", &ensemw2s::philox, pybind11::arg("seed"), pybind11::arg("position"), pybind11::arg("token"),
-        "First word of Philox4x32-10 for key `seed` and counter (token, position, 0, 0).");
+        "Word token % 4 of Philox4x32-10 for key `seed` and counter (token / 4, position, 0, 0).");
   m.def("gumbel", &ensemw2s::gumbel, pybind11::arg("word"), "Gumbel noise of a Philox word.");
 }

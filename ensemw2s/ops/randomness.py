@@ -27,22 +27,23 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def philox(seeds: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
-    """First 32-bit word of Philox4x32-10 with key ``seed`` and counter ``(token, position, 0, 0)``.
+    """Word ``token % 4`` of Philox4x32-10 with key ``seed`` and counter ``(token // 4, position, 0, 0)``.
 
-    The arguments are int64 and broadcast against each other; of ``positions`` and ``tokens`` the low 32 bits count.
+    One block of four 32-bit words serves four neighbouring tokens. The arguments are int64 and broadcast against each other; of ``positions`` and ``tokens`` the low 32 bits count.
 
     Returns:
         int64 in ``[0, 2**32)``.
     """
     tokens, positions, seeds = torch.broadcast_tensors(tokens & _MASK, positions & _MASK, seeds)
-    c0, c1, c2, c3 = tokens, positions, torch.zeros_like(tokens), torch.zeros_like(tokens)
+    c0, c1, c2, c3 = tokens >> 2, positions, torch.zeros_like(tokens), torch.zeros_like(tokens)
     k0, k1 = seeds & _MASK, (seeds >> 32) & _MASK
     for _ in range(_ROUNDS):
         high0, low0 = _multiply(_MULTIPLIERS[0], c0)
         high1, low1 = _multiply(_MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
-    return c0
+    words = torch.stack([c0, c1, c2, c3], dim=-1)
+    return words.gather(-1, (tokens & 3)[..., None])[..., 0]
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:

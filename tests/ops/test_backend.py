@@ -71,10 +71,10 @@ def test_aten_cpu_capability_lowers_the_instruction_set(capability):
 
 
 def test_philox_known_answer():
-    # Random123's own vectors (kat_vectors, philox4x32 with 10 rounds): first words for counters and keys that this
-    # package's (seed, position, token) form can express.
-    zero = torch.zeros(1, dtype=torch.int64)
-    assert philox(zero, zero, zero).item() == 0x6627E8D5
+    # Random123's own vectors (kat_vectors, philox4x32 with 10 rounds) for counters and keys that this
+    # package's (seed, position, token) form can express. Tokens 0 to 3 are the four words of one block.
+    zero = torch.zeros(4, dtype=torch.int64)
+    assert philox(zero, zero, torch.arange(4)).tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
 @needs_cpp
