@@ -18,5 +18,4 @@
 #include "instruction_set.h"
 #include "parallel.h"
 #include "philox.h"
-#include "selection.h"
 #include "types.h"
