@@ -8,7 +8,7 @@ CONFIG ?= examples/reverse_words.yaml
 BIN   := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo quick test test-slow lint format benchmarks check-wheel clean
+.PHONY: help setup demo quick test test-slow lint format benchmarks check-wheel check-sanitizers clean
 
 help:
 	@echo "make demo        boost, label, teach and measure on a real 135M model (CONFIG=$(CONFIG))"
@@ -16,6 +16,7 @@ help:
 	@echo "make test        the test suite            make test-slow    with the slow tests"
 	@echo "make lint        ruff, mypy, clang-format  make format       rewrite in the house style"
 	@echo "make benchmarks  kernel benchmarks         make check-wheel  build and try wheel and sdist"
+	@echo "make check-sanitizers  the op tests under AddressSanitizer and UBSan (slow)"
 
 setup: $(READY)
 
@@ -56,6 +57,9 @@ benchmarks: $(READY)
 
 check-wheel: $(READY)
 	bash tests/check_wheel.sh $(BIN)/python
+
+check-sanitizers: $(READY)
+	bash tests/check_sanitizers.sh $(BIN)/python
 
 clean:
 	rm -rf build dist *.egg-info ensemw2s/*.so .venv

@@ -76,8 +76,13 @@ class Results:
         buffers: Sequence[Any],
         rounds: int = 7,
     ) -> dict[str, float]:
-        """Time all variants in turns (the first one is "op") and return each one's median time over the op's."""
+        """Time all variants in turns (the first one is "op") and return each one's median time over the op's.
+
+        With several threads the op is timed on one of them as well.
+        """
         turn = cycle(buffers)
+        if torch.get_num_threads() > 1:
+            variants = {**variants, "op, 1 thread": on_one_thread(variants["op"])}
         times: dict[str, list[float]] = {name: [] for name in variants}
 
         def one_round() -> None:
@@ -97,7 +102,7 @@ class Results:
                     **case.__dict__,
                     "impl": name,
                     "dtype": str(case.dtype).removeprefix("torch."),
-                    "threads": torch.get_num_threads(),
+                    "threads": 1 if name == "op, 1 thread" else torch.get_num_threads(),
                     "median_ms": f"{medians[name] * 1e3:.4g}",
                     "p20_ms": f"{quantile(timed[name], 0.2) * 1e3:.4g}",
                     "p80_ms": f"{quantile(timed[name], 0.8) * 1e3:.4g}",
@@ -126,6 +131,20 @@ class Results:
             writer = csv.DictWriter(file, FIELDS)
             writer.writeheader()
             writer.writerows(self.rows)
+
+
+def on_one_thread(variant: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The same on one thread of torch's."""
+
+    def alone(inputs: Any) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            variant(inputs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return alone
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:

@@ -42,13 +42,24 @@ def eager_sample(logits, weights, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0
     return torch.multinomial(scores.softmax(-1), 1)[:, 0]
 
 
-def compare_samplers(benchmark, results, name, dtype, experts, rows, size, rounds=7):
+def flat(experts, rows, size):
+    """Independent normal logits: hardly a token can be ruled out, the worst that a sampler meets."""
+    return [torch.randn(rows, size) for _ in range(experts)]
+
+
+def peaked(experts, rows, size):
+    """Experts that agree by and large and find a few tokens far likelier than the rest, as language models do."""
+    shared = 2.5 * torch.randn(rows, size) + 8 * (torch.rand(rows, size) < 5 / size)
+    return [shared + 0.7 * torch.randn(rows, size) for _ in range(experts)]
+
+
+def compare_samplers(benchmark, results, name, dtype, experts, rows, size, rounds=7, make=flat):
     setting = SETTINGS[name]
     weights = torch.softmax(torch.randn(experts), 0)
     keys = {"seeds": draw_seeds(rows), "positions": torch.zeros(rows, dtype=torch.int64)}
     # Bytes: every logit once; nothing of size V is written.
     bytes_read = experts * rows * size * dtype.itemsize
-    buffers = rotating(lambda: [torch.randn(rows, size).to(dtype) for _ in range(experts)], bytes_read)
+    buffers = rotating(lambda: [x.to(dtype) for x in make(experts, rows, size)], bytes_read)
     variants = {
         "op": lambda logits: mixture_sample(logits, weights, **setting, **keys),
         "eager": lambda logits: eager_sample(logits, weights, **setting),
@@ -57,14 +68,15 @@ def compare_samplers(benchmark, results, name, dtype, experts, rows, size, round
     if results.compiled:
         compiled = torch.compile(eager_sample, dynamic=False)
         variants["compile"] = lambda logits: compiled(logits, weights, **setting)
-    case = Case("mixture_sample", name, dtype, experts, rows, size, bytes_read)
+    case = Case("mixture_sample", f"{name}, {make.__name__}", dtype, experts, rows, size, bytes_read)
     return results.compare(benchmark, case, variants, buffers, rounds)
 
 
 @pytest.mark.parametrize("rows", [8, 64])
+@pytest.mark.parametrize("make", [flat, peaked])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_samplers(benchmark, results, name, rows):
-    compare_samplers(benchmark, results, name, torch.float32, 8, rows, 49152)
+def test_samplers(benchmark, results, name, make, rows):
+    compare_samplers(benchmark, results, name, torch.float32, 8, rows, 49152, make=make)
 
 
 @pytest.mark.parametrize("rows", [8, 64])

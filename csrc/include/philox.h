@@ -17,7 +17,8 @@ constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E
 constexpr uint32_t kPhiloxStep0 = 0x9E3779B9u, kPhiloxStep1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
-// The token's word of key `seed`: one block, of counter (token / 4, position, 0, 0), serves four neighbouring tokens.
+// The token's word of key `seed`: one block, of counter (token / 4, position, 0, 0), serves four neighbouring
+// tokens.
 ENSEMW2S_HOST_DEVICE inline uint32_t philox(uint64_t seed, uint32_t position, uint32_t token) {
   uint32_t c0 = token >> 2, c1 = position, c2 = 0, c3 = 0;
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);

@@ -29,7 +29,8 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 def philox(seeds: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     """Word ``token % 4`` of Philox4x32-10 with key ``seed`` and counter ``(token // 4, position, 0, 0)``.
 
-    One block of four 32-bit words serves four neighbouring tokens. The arguments are int64 and broadcast against each other; of ``positions`` and ``tokens`` the low 32 bits count.
+    One block of four 32-bit words serves four neighbouring tokens. The arguments are int64 and broadcast against each
+    other; of ``positions`` and ``tokens`` the low 32 bits count.
 
     Returns:
         int64 in ``[0, 2**32)``.
