@@ -151,4 +151,5 @@ backend.declare(
     _fake_rows,
     public=False,
 )
+backend.implement_in_triton("topk_kl_rows")
 backend.implement_in_chunks("topk_kl", _in_chunks, row_op="topk_kl_rows")
