@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ensemw2s.kernels.rows import (
     LARGEST,
+    MOST_WARPS,
     as_rows,
     is_usable,
     launch,
@@ -18,6 +19,8 @@ from ensemw2s.kernels.rows import (
     row_offset,
     store_gradient,
 )
+
+_PER_THREAD = 8  # one 16-byte load of 16-bit logits for each model, and no spills with eight
 
 
 def mixture_kl(
@@ -39,11 +42,11 @@ def mixture_kl(
     losses, gradient = new_outputs(student, with_gradient)
     if losses.numel():
         rows = as_rows(student)
-        models = (rows, *[as_rows(expert) for expert in experts])
-        strides = [tuple(model.stride(axis) for model in models) for axis in (0, 1)]
-        arguments = (models[0], models[1:], weights.contiguous(), row_weights.contiguous(), losses, gradient)
+        teachers = tuple(as_rows(expert) for expert in experts)
+        inputs = (rows, teachers, weights.contiguous(), row_weights.contiguous())
+        strides = [tuple(model.stride(axis) for model in (rows, *teachers)) for axis in (0, 1)]
         shape = (rows.shape[2], rows.shape[1], *strides)
-        launch(_rows_kernel, losses.numel(), rows.shape[2], *arguments, *shape, WITH_GRADIENT=with_gradient)
+        launch(_rows_kernel, _PER_THREAD, *inputs, losses, gradient, *shape, WITH_GRADIENT=with_gradient)
     return losses, gradient
 
 
@@ -72,7 +75,7 @@ def _rows_kernel(
         student += row_offset(row, inner, outer_strides[0], inner_strides[0])
         rows = ()
         for t in tl.static_range(len(experts)):
-            rows = rows + (experts[t] + row_offset(row, inner, outer_strides[t + 1], inner_strides[t + 1]),)
+            rows += (experts[t] + row_offset(row, inner, outer_strides[t + 1], inner_strides[t + 1]),)
         _row(student, rows, weights, weight, losses + row, gradient, V, BLOCK, WITH_GRADIENT)
 
 
@@ -119,8 +122,8 @@ def _expert_scales(experts, weights, V, BLOCK: tl.constexpr):
         # With a vocabulary of 0 nothing of an expert that does not count is read.
         top, total = log_sum_exp(experts[t], tl.where(weight > 0, V, 0), BLOCK)
         usable = usable & ((weight == 0) | is_usable(top, total))
-        tops = tops + (top,)
-        scales = scales + (tl.where(weight > 0, weight / total_weight / total, 0.0),)
+        tops += (top,)
+        scales += (tl.where(weight > 0, weight / total_weight / total, 0.0),)
     return tops, scales, usable
 
 
@@ -141,8 +144,8 @@ AHEAD_OF_TIME = [
             "BLOCK": "constexpr",
             "WITH_GRADIENT": "constexpr",
         },
-        {"BLOCK": 8192, "WITH_GRADIENT": with_gradient},
-        16,
+        {"BLOCK": 32 * MOST_WARPS * _PER_THREAD, "WITH_GRADIENT": with_gradient},
+        MOST_WARPS,
     )
     for num_experts, with_gradient in ((1, True), (4, True), (4, False), (8, True))
 ]

@@ -12,8 +12,7 @@ from torch import Tensor
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
-_ELEMENTS_PER_THREAD = 16  # two 16-byte loads of 16-bit logits in flight, and no spills
-_LARGEST_BLOCK = 8192  # 16 warps: two programs fill a multiprocessor, and their rows still fit the second-level cache
+MOST_WARPS = 16  # per row: few enough rows are at work at a time for the cache to keep them until their second read
 
 
 def as_rows(logits: Tensor) -> Tensor:
@@ -32,18 +31,15 @@ def new_outputs(logits: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
     return losses, torch.empty(shape, dtype=torch.float32, device=logits.device)
 
 
-def launch(kernel: Any, rows: int, vocabulary: int, *args: Any, **constants: Any) -> None:
-    """Run one program per row on the current stream of the device of the first argument, which is a tensor."""
-    if rows == 0:
-        return
-    block = min(_LARGEST_BLOCK, max(32, triton.next_power_of_2(vocabulary)))
-    with torch.cuda.device_of(args[0]):
-        kernel[(rows,)](*args, BLOCK=block, num_warps=warps_for(block), **constants)
+def launch(kernel: Any, per_thread: int, rows: Tensor, *args: Any, **constants: Any) -> None:
+    """Run one program per row of ``as_rows``, the kernel's first argument, on the current stream of its device.
 
-
-def warps_for(block: int) -> int:
-    """Warps that share a block of elements."""
-    return max(1, block // (32 * _ELEMENTS_PER_THREAD))
+    Each thread of the program has ``per_thread`` logits in hand at a time.
+    """
+    outer, inner, vocabulary = rows.shape
+    warps = min(MOST_WARPS, max(1, triton.next_power_of_2(vocabulary) // (32 * per_thread)))
+    with torch.cuda.device_of(rows):
+        kernel[(outer * inner,)](rows, *args, BLOCK=32 * warps * per_thread, num_warps=warps, **constants)
 
 
 @triton.jit

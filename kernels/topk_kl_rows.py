@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ensemw2s.kernels.rows import (
     LOWEST,
+    MOST_WARPS,
     add_logits,
     as_rows,
     is_usable,
@@ -21,6 +22,7 @@ from ensemw2s.kernels.rows import (
     store_gradient,
 )
 
+_PER_THREAD = 8  # one 16-byte load of 16-bit logits, and no spills
 _MOST_KEPT_AT_ONCE = 1024  # more kept tokens than this are gone through in blocks
 
 
@@ -46,10 +48,10 @@ def topk_kl_rows(
         k = token_ids.shape[-1]
         # In order, so that the pass over the row meets each kept token once.
         token_ids, order = token_ids.sort(dim=-1)
-        teacher = (token_ids.contiguous(), log_probs.gather(-1, order).contiguous(), row_weights.contiguous())
+        inputs = (rows, token_ids.contiguous(), log_probs.gather(-1, order).contiguous(), row_weights.contiguous())
         shape = (k, rows.shape[2], rows.shape[1], rows.stride(0), rows.stride(1))
         constants = {"KEPT": min(_MOST_KEPT_AT_ONCE, triton.next_power_of_2(k)), "WITH_GRADIENT": with_gradient}
-        launch(_rows_kernel, losses.numel(), rows.shape[2], rows, *teacher, losses, gradient, *shape, **constants)
+        launch(_rows_kernel, _PER_THREAD, *inputs, losses, gradient, *shape, **constants)
     return losses, gradient
 
 
@@ -210,8 +212,8 @@ AHEAD_OF_TIME = [
             "KEPT": "constexpr",
             "WITH_GRADIENT": "constexpr",
         },
-        {"BLOCK": 8192, "KEPT": kept, "WITH_GRADIENT": with_gradient},
-        16,
+        {"BLOCK": 32 * MOST_WARPS * _PER_THREAD, "KEPT": kept, "WITH_GRADIENT": with_gradient},
+        MOST_WARPS,
     )
     for kept, with_gradient in ((64, True), (64, False), (1024, True))
 ]

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ensemw2s.kernels.rows import (
+    MOST_WARPS,
     as_rows,
     is_usable,
     launch,
@@ -17,6 +18,8 @@ from ensemw2s.kernels.rows import (
     row_offset,
     store_gradient,
 )
+
+_PER_THREAD = 16  # two 16-byte loads of 16-bit logits in flight
 
 
 def weighted_cross_entropy(
@@ -36,9 +39,9 @@ def weighted_cross_entropy(
     losses, gradient = new_outputs(logits, with_gradient)
     if losses.numel():
         rows = as_rows(logits)
-        arguments = (rows, labels.contiguous(), row_weights.contiguous(), losses, gradient, rows.shape[2])
-        shape = (rows.shape[1], rows.stride(0), rows.stride(1))
-        launch(_rows_kernel, losses.numel(), rows.shape[2], *arguments, *shape, WITH_GRADIENT=with_gradient)
+        inputs = (rows, labels.contiguous(), row_weights.contiguous())
+        shape = (rows.shape[2], rows.shape[1], rows.stride(0), rows.stride(1))
+        launch(_rows_kernel, _PER_THREAD, *inputs, losses, gradient, *shape, WITH_GRADIENT=with_gradient)
     return losses, gradient
 
 
@@ -100,8 +103,8 @@ AHEAD_OF_TIME = [
             "BLOCK": "constexpr",
             "WITH_GRADIENT": "constexpr",
         },
-        {"BLOCK": 8192, "WITH_GRADIENT": with_gradient},
-        16,
+        {"BLOCK": 32 * MOST_WARPS * _PER_THREAD, "WITH_GRADIENT": with_gradient},
+        MOST_WARPS,
     )
     for with_gradient in (True, False)
 ]
