@@ -20,7 +20,10 @@ from ensemw2s.kernels.rows import (
     store_gradient,
 )
 
-_PER_THREAD = 8  # one 16-byte load of 16-bit logits for each model, and no spills with eight
+
+def _work(num_experts: int) -> tuple[int, int]:
+    """Logits per thread and warps: one 16-byte load of each model, fewer of both where registers would spill."""
+    return (8, MOST_WARPS) if num_experts <= 8 else (4, 8)
 
 
 def mixture_kl(
@@ -46,7 +49,7 @@ def mixture_kl(
         inputs = (rows, teachers, weights.contiguous(), row_weights.contiguous())
         strides = [tuple(model.stride(axis) for model in (rows, *teachers)) for axis in (0, 1)]
         shape = (rows.shape[2], rows.shape[1], *strides)
-        launch(_rows_kernel, _PER_THREAD, *inputs, losses, gradient, *shape, WITH_GRADIENT=with_gradient)
+        launch(_rows_kernel, _work(len(experts)), *inputs, losses, gradient, *shape, WITH_GRADIENT=with_gradient)
     return losses, gradient
 
 
@@ -144,8 +147,9 @@ AHEAD_OF_TIME = [
             "BLOCK": "constexpr",
             "WITH_GRADIENT": "constexpr",
         },
-        {"BLOCK": 32 * MOST_WARPS * _PER_THREAD, "WITH_GRADIENT": with_gradient},
-        MOST_WARPS,
+        {"BLOCK": 32 * warps * per_thread, "WITH_GRADIENT": with_gradient},
+        warps,
     )
-    for num_experts, with_gradient in ((1, True), (4, True), (4, False), (8, True))
+    for num_experts, with_gradient in ((1, True), (4, True), (4, False), (8, True), (16, True))
+    for per_thread, warps in (_work(num_experts),)
 ]

@@ -31,13 +31,14 @@ def new_outputs(logits: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
     return losses, torch.empty(shape, dtype=torch.float32, device=logits.device)
 
 
-def launch(kernel: Any, per_thread: int, rows: Tensor, *args: Any, **constants: Any) -> None:
+def launch(kernel: Any, work: tuple[int, int], rows: Tensor, *args: Any, **constants: Any) -> None:
     """Run one program per row of ``as_rows``, the kernel's first argument, on the current stream of its device.
 
-    Each thread of the program has ``per_thread`` logits in hand at a time.
+    ``work`` is how many logits of a model each thread has in hand at a time, and the most warps of a program.
     """
     outer, inner, vocabulary = rows.shape
-    warps = min(MOST_WARPS, max(1, triton.next_power_of_2(vocabulary) // (32 * per_thread)))
+    per_thread, most_warps = work
+    warps = min(MOST_WARPS, most_warps, max(1, triton.next_power_of_2(vocabulary) // (32 * per_thread)))
     with torch.cuda.device_of(rows):
         kernel[(outer * inner,)](rows, *args, BLOCK=32 * warps * per_thread, num_warps=warps, **constants)
 

@@ -51,7 +51,7 @@ def topk_kl_rows(
         inputs = (rows, token_ids.contiguous(), log_probs.gather(-1, order).contiguous(), row_weights.contiguous())
         shape = (k, rows.shape[2], rows.shape[1], rows.stride(0), rows.stride(1))
         constants = {"KEPT": min(_MOST_KEPT_AT_ONCE, triton.next_power_of_2(k)), "WITH_GRADIENT": with_gradient}
-        launch(_rows_kernel, _PER_THREAD, *inputs, losses, gradient, *shape, **constants)
+        launch(_rows_kernel, (_PER_THREAD, MOST_WARPS), *inputs, losses, gradient, *shape, **constants)
     return losses, gradient
 
 

@@ -41,7 +41,7 @@ def weighted_cross_entropy(
         rows = as_rows(logits)
         inputs = (rows, labels.contiguous(), row_weights.contiguous())
         shape = (rows.shape[2], rows.shape[1], rows.stride(0), rows.stride(1))
-        launch(_rows_kernel, _PER_THREAD, *inputs, losses, gradient, *shape, WITH_GRADIENT=with_gradient)
+        launch(_rows_kernel, (_PER_THREAD, MOST_WARPS), *inputs, losses, gradient, *shape, WITH_GRADIENT=with_gradient)
     return losses, gradient
 
 
