@@ -7,7 +7,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ensemw2s.kernels.rows import (
-    LARGEST,
     MOST_WARPS,
     as_rows,
     is_usable,
@@ -88,7 +87,7 @@ def _row(student, experts, weights, weight, loss, gradient, V, BLOCK: tl.constex
     tops, scales, usable = _expert_scales(experts, weights, V, BLOCK)
     # The student comes second, so that what the next pass begins with was read last.
     top, total = log_sum_exp(student, V, BLOCK)
-    weight = tl.where(usable & is_usable(top, total), weight, float("nan"))
+    weight = tl.where(usable & is_usable(total), weight, float("nan"))
     log_total = tl.log(total)
     terms = tl.zeros([BLOCK], tl.float32)
     # Backwards, because what was read last is likeliest to be in the cache still.
@@ -112,19 +111,16 @@ def _row(student, experts, weights, weight, loss, gradient, V, BLOCK: tl.constex
 def _expert_scales(experts, weights, V, BLOCK: tl.constexpr):
     """For ``p = sum_t exp(z_t - top_t) scale_t``: the tops, the scales ``w_t / sum exp(z_t - top_t)``, and validity."""
     total_weight = 0.0
-    usable = True
     for t in tl.static_range(len(experts)):
-        weight = tl.load(weights + t)
-        total_weight += weight
-        usable = usable & (weight >= 0)
-    usable = usable & (total_weight > 0) & (total_weight <= LARGEST)
+        total_weight += tl.load(weights + t)
+    usable = (total_weight > 0) & (total_weight < float("inf"))
     tops = ()
     scales = ()
     for t in tl.static_range(len(experts)):
         weight = tl.load(weights + t)
-        # With a vocabulary of 0 nothing of an expert that does not count is read.
+        # With a vocabulary of 0 nothing of an expert that does not count is read, and a negative weight is not usable.
         top, total = log_sum_exp(experts[t], tl.where(weight > 0, V, 0), BLOCK)
-        usable = usable & ((weight == 0) | is_usable(top, total))
+        usable = usable & ((weight == 0) | is_usable(total))
         tops += (top,)
         scales += (tl.where(weight > 0, weight / total_weight / total, 0.0),)
     return tops, scales, usable

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-LARGEST = tl.constexpr(3.4028234663852886e38)
 
 MOST_WARPS = 16  # per row: few enough rows are at work at a time for the cache to keep them until their second read
 
@@ -73,7 +72,7 @@ def add_logits(z, top, total):
     """Add one logit per lane to each lane's largest logit and its ``sum exp(z - top)``.
 
     A lane starts with ``LOWEST`` and 0. One exponential serves both cases, the new logit above the old top or below it.
-    NaN and a second +inf make the total NaN, a first +inf stays visible as the top.
+    NaN and a second +inf make the total NaN; ``merge_lanes`` does so for a first +inf, as a top.
     """
     smaller = tl.exp(-tl.abs(z - top))
     above = z > top
@@ -99,9 +98,9 @@ def log_sum_exp(row, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def is_usable(top, total):
-    """Whether a row has a finite logit, no NaN and no +inf, from its ``log_sum_exp``."""
-    return (total > 0) & (total <= LARGEST) & (top <= LARGEST)
+def is_usable(total):
+    """Whether a row has a finite logit, no NaN and no +inf: its total is 0 without the first, NaN with the others."""
+    return total > 0
 
 
 @triton.jit

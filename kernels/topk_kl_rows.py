@@ -105,7 +105,7 @@ def _row(
     rest_share = rest_total * tl.exp(rest_top - top)
     total = rest_share + kept_total * tl.exp(kept_top - top)
     log_total = tl.log(total)
-    weight = tl.where(known & is_usable(top, total), weight, float("nan"))
+    weight = tl.where(known & is_usable(total), weight, float("nan"))
     # Without another token of finite logit there is no rest to compare.
     r = tl.where((rest_total > 0) & (r > 0), r, 0.0)
     log_rest = (rest_top - top) + tl.log(rest_total) - log_total

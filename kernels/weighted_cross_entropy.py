@@ -74,7 +74,7 @@ def _rows_kernel(
 def _row(logits, label, weight, loss, gradient, V, BLOCK: tl.constexpr, WITH_GRADIENT: tl.constexpr):
     top, total = log_sum_exp(logits, V, BLOCK)
     known = (label >= 0) & (label < V)
-    weight = tl.where(known & is_usable(top, total), weight, float("nan"))
+    weight = tl.where(known & is_usable(total), weight, float("nan"))
     z_label = tl.load(logits + label, mask=known, other=0.0).to(tl.float32)
     tl.store(loss, weight * ((top - z_label) + tl.log(total)))
     if WITH_GRADIENT:

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 ops = torch.ops.ensemw2s
 ROWS = 6
 LEFT_OUT = 2
-# One token, one incomplete block, one block and one token more, several blocks (a block has 256 or 512 tokens here).
-SIZES = (1, 33, 257, 1031)
+# One token, an incomplete block, a block and a token, whole blocks, several (a block has 256 or 512 tokens here).
+SIZES = (1, 33, 257, 1024, 1031)
 
 
 @pytest.fixture(autouse=True)
