@@ -19,6 +19,7 @@ from ensemw2s.ops.checks import (
 )
 from ensemw2s.ops.mixture_kl import reference as kl_reference
 from ensemw2s.ops.row_losses import (
+    Rows,
     fake_in_chunks,
     in_chunks,
     save_linear_gradients,
@@ -40,7 +41,8 @@ def linear_mixture_kl(
 ) -> Tensor:
     """``mixture_kl`` of ``hidden @ head.T`` and the experts' like products that never holds ``[tokens, V]``.
 
-    Logits are made for a few megabytes of rows at a time, and only of rows whose weight is not 0.
+    Logits are made for some rows at a time, and on a CPU only of rows whose weight is not 0. A GPU makes those of all
+    rows, since the host would have to wait to learn which count, and leaves the logits of the others unread.
 
     Args:
         hidden: Student's ``[..., d]``, float32, bfloat16, float16 or float64.
@@ -111,7 +113,7 @@ def _in_chunks(
     need_hidden: bool,
     need_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def losses(logits: Tensor, rows: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    def losses(logits: Tensor, rows: Rows, with_gradient: bool) -> tuple[Tensor, Tensor]:
         experts = [states[rows] @ weight.T for states, weight in zip(expert_hiddens, expert_heads, strict=True)]
         return row_op(logits, experts, weights, row_weights[rows], with_gradient)
 

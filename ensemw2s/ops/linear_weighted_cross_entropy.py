@@ -11,6 +11,7 @@ from torch import Tensor
 from ensemw2s.ops import backend
 from ensemw2s.ops.checks import check_head, check_integers, row_weights
 from ensemw2s.ops.row_losses import (
+    Rows,
     fake_in_chunks,
     in_chunks,
     save_linear_gradients,
@@ -25,8 +26,9 @@ def linear_weighted_cross_entropy(
 ) -> Tensor:
     """``weighted_cross_entropy(hidden @ head.T, labels, token_weights)`` that never holds ``[tokens, V]``.
 
-    Logits are made for a few megabytes of rows at a time, and only of rows that count: where the weight is 0 or the
-    label is -100 nothing of the row is computed, forward or backward.
+    Logits are made for some rows at a time, and on a CPU only of rows that count: where the weight is 0 or the label is
+    -100 nothing of the row is computed, forward or backward. A GPU makes the logits of such rows as well, since the
+    host would have to wait to learn which they are, and then leaves them unread.
 
     Args:
         hidden: ``[..., d]``, float32, bfloat16, float16 or float64.
@@ -65,7 +67,7 @@ def _in_chunks(
     need_hidden: bool,
     need_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def losses(logits: Tensor, rows: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    def losses(logits: Tensor, rows: Rows, with_gradient: bool) -> tuple[Tensor, Tensor]:
         return row_op(logits, labels[rows], row_weights[rows], with_gradient)
 
     return in_chunks(hidden, head, row_weights, need_hidden, need_head, losses)

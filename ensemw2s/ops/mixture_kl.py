@@ -120,3 +120,4 @@ backend.declare(
     _fake,
     gradient=(_backward, _setup_context),
 )
+backend.implement_in_triton("mixture_kl")

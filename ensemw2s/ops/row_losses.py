@@ -3,17 +3,24 @@
 The gradient is made beside the loss, while the row is in the cache, and only scaled by what comes from above in the
 backward pass. The ``linear_*`` ops never hold the logits of all rows: ``in_chunks`` makes some, calls such a kernel,
 and adds their share of the gradients of the hidden states and of the head.
+
+On a CPU the rows of weight 0 are left out of the matrix products. On a GPU they are not: which rows those are is known
+to the GPU alone, and asking would make the host wait for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+Rows = Tensor | slice  # some rows: their numbers, int64, or a slice of all
+
 _CHUNK_ELEMENTS = 2**22  # logits alive at a time: 16 MiB of float32
+_GPU_CHUNK_ELEMENTS = 2**27  # 512 MiB of float32; a thousand rows of 128k tokens, enough for matrix products at speed
+_GPU_HEAD_ELEMENTS = 2**24  # of a head's gradient made at a time beside the whole: 64 MiB of float32
 
 
 def fake_row_losses(logits: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
@@ -43,9 +50,9 @@ def in_chunks(
     row_weights: Tensor,
     need_hidden: bool,
     need_head: bool,
-    row_losses: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]],
+    row_losses: Callable[[Tensor, Rows, bool], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Summed losses of rows of ``hidden @ head.T`` with their gradients; rows of weight 0 are left out.
+    """Summed losses of rows of ``hidden @ head.T`` with their gradients; rows of weight 0 add nothing.
 
     Args:
         hidden: ``[N, d]``.
@@ -53,26 +60,56 @@ def in_chunks(
         row_weights: float32 ``[N]``.
         need_hidden: Whether to return the gradient of ``hidden``.
         need_head: Whether to return the gradient of ``head``.
-        row_losses: Called with a chunk's logits ``[n, V]``, its rows int64 ``[n]`` and whether a gradient is needed.
+        row_losses: Called with a chunk's logits ``[n, V]``, which rows they are and whether a gradient is
+            needed.
 
     Returns:
         The sum of the losses (float32), the losses ``[N]``, the gradient of ``hidden`` (its dtype, or empty) and the
         gradient of ``head`` (float32, or empty).
     """
-    losses = torch.zeros(hidden.shape[0], dtype=torch.float32)
+    losses = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.zeros_like(hidden if need_hidden else hidden[:0])
-    grad_head = torch.zeros(head.shape if need_head else (0, head.shape[1]), dtype=torch.float32)
-    for rows in row_weights.nonzero()[:, 0].split(max(1, _CHUNK_ELEMENTS // head.shape[0])):
+    grad_head = torch.zeros(head.shape if need_head else (0, head.shape[1]), dtype=torch.float32, device=head.device)
+    for rows in _row_groups(row_weights, head.shape[0]):
         inputs = hidden[rows]
         losses[rows], gradient = row_losses(inputs @ head.T, rows, need_hidden or need_head)
         gradient = gradient.to(hidden.dtype)
         if need_hidden:
             grad_hidden[rows] = gradient @ head
-        if need_head and hidden.dtype == torch.float32:
-            grad_head.addmm_(gradient.T, inputs)
-        elif need_head:
-            grad_head += gradient.T @ inputs
+        if need_head and isinstance(rows, slice):
+            inputs = without_rows(inputs, row_weights[rows])
+        if need_head:
+            _add_product(grad_head, gradient, inputs)
     return losses.sum(), losses, grad_hidden, grad_head
+
+
+def _row_groups(row_weights: Tensor, vocabulary: int) -> Iterable[Rows]:
+    """Chunks of rows: on a CPU only those that count, elsewhere slices of all, for which nothing is waited."""
+    if row_weights.device.type == "cpu":
+        return row_weights.nonzero()[:, 0].split(max(1, _CHUNK_ELEMENTS // vocabulary))
+    return _slices(row_weights.shape[0], max(1, _GPU_CHUNK_ELEMENTS // vocabulary))
+
+
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(start, start + step) for start in range(0, size, step)]
+
+
+def _add_product(grad_head: Tensor, gradient: Tensor, inputs: Tensor) -> None:
+    """Add ``gradient.T @ inputs`` (``[n, V]`` and ``[n, d]``, of one dtype) to the float32 ``[V, d]`` of a head."""
+    if gradient.dtype == torch.float32:
+        grad_head.addmm_(gradient.T, inputs)
+    elif gradient.device.type == "cpu":
+        grad_head += gradient.T @ inputs
+    else:
+        _add_product_in_parts(grad_head, gradient, inputs)
+
+
+def _add_product_in_parts(grad_head: Tensor, gradient: Tensor, inputs: Tensor) -> None:
+    # A product of all at once would be a second head in float32. Not torch.addmm, whose out_dtype goes with a float32
+    # sum in some releases only. Parts begin at multiples of 64 tokens, where 16-bit matrices are still aligned.
+    tokens = max(1, _GPU_HEAD_ELEMENTS // (64 * grad_head.shape[1])) * 64
+    for part in _slices(grad_head.shape[0], tokens):
+        grad_head[part] += torch.mm(gradient[:, part].T, inputs, out_dtype=torch.float32)
 
 
 def without_rows(hidden: Tensor, row_weights: Tensor) -> Tensor:

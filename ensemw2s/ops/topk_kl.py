@@ -18,6 +18,7 @@ from ensemw2s.ops.checks import (
     row_weights,
 )
 from ensemw2s.ops.row_losses import (
+    Rows,
     fake_in_chunks,
     fake_row_losses,
     in_chunks,
@@ -44,8 +45,9 @@ def topk_kl(
         q_k = q.gather(-1, token_ids); r, R = 1 - p.sum(-1), 1 - q_k.sum(-1)
         (token_weights * ((p * (p / q_k).log()).sum(-1) + r * (r / R).log())).sum()
 
-    The logits ``[tokens, V]`` are never held, and none are made of rows whose weight is 0. A rest ``r`` that is not
-    positive, or a vocabulary without other tokens, adds nothing.
+    The logits ``[tokens, V]`` are never held, and on a CPU none are made of rows whose weight is 0. A GPU makes those
+    of all rows, since the host would have to wait to learn which count, and leaves the logits of the others unread. A
+    rest ``r`` that is not positive, or a vocabulary without other tokens, adds nothing.
 
     Args:
         hidden: Student's ``[..., d]``, float32, bfloat16, float16 or float64.
@@ -113,7 +115,7 @@ def _in_chunks(
     need_hidden: bool,
     need_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def losses(logits: Tensor, rows: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    def losses(logits: Tensor, rows: Rows, with_gradient: bool) -> tuple[Tensor, Tensor]:
         return row_op(logits, token_ids[rows], log_probs[rows], row_weights[rows], with_gradient)
 
     return in_chunks(hidden, head, row_weights, need_hidden, need_head, losses)
@@ -151,4 +153,5 @@ backend.declare(
     _fake_rows,
     public=False,
 )
+backend.implement_in_triton("topk_kl_rows")
 backend.implement_in_chunks("topk_kl", _in_chunks, row_op="topk_kl_rows")

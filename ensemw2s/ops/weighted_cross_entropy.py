@@ -87,3 +87,4 @@ backend.declare(
     _fake,
     gradient=(_backward, _setup_context),
 )
+backend.implement_in_triton("weighted_cross_entropy")

@@ -1,0 +1,219 @@
+"""``topk_kl_rows`` on a GPU: KL from k kept tokens and "any other token", one program per row."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ensemw2s.kernels.rows import (
+    LOWEST,
+    MOST_WARPS,
+    add_logits,
+    as_rows,
+    is_usable,
+    launch,
+    leave_row_out,
+    load_logits,
+    load_logits_again,
+    merge_lanes,
+    new_outputs,
+    row_offset,
+    store_gradient,
+)
+
+_PER_THREAD = 8  # one 16-byte load of 16-bit logits, and no spills
+_MOST_KEPT_AT_ONCE = 1024  # more kept tokens than this are gone through in blocks
+
+
+def topk_kl_rows(
+    student: Tensor, token_ids: Tensor, log_probs: Tensor, row_weights: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Weighted KL of rows over the teacher's k tokens and the rest, and the gradient of each in its logits.
+
+    Args:
+        student: float32, bfloat16 or float16 ``[..., V]``, last stride 1.
+        token_ids: int64 ``[..., k]``, distinct within a row; where the row's weight is not 0, one outside ``[0, V)``
+            makes the row NaN.
+        log_probs: float32 ``[..., k]``, the teacher's.
+        row_weights: float32 ``[...]``; rows of weight 0 are not read.
+        with_gradient: Whether the gradient is needed.
+
+    Returns:
+        float32 ``[...]`` and float32 ``[..., V]`` (``[0]`` without gradient).
+    """
+    losses, gradient = new_outputs(student, with_gradient)
+    if losses.numel():
+        rows = as_rows(student)
+        k = token_ids.shape[-1]
+        # In order, so that the pass over the row meets each kept token once.
+        token_ids, order = token_ids.sort(dim=-1)
+        inputs = (rows, token_ids.contiguous(), log_probs.gather(-1, order).contiguous(), row_weights.contiguous())
+        shape = (k, rows.shape[2], rows.shape[1], rows.stride(0), rows.stride(1))
+        constants = {"KEPT": min(_MOST_KEPT_AT_ONCE, triton.next_power_of_2(k)), "WITH_GRADIENT": with_gradient}
+        launch(_rows_kernel, (_PER_THREAD, MOST_WARPS), *inputs, losses, gradient, *shape, **constants)
+    return losses, gradient
+
+
+@triton.jit(do_not_specialize=["k", "inner"])
+def _rows_kernel(
+    student,
+    token_ids,
+    log_probs,
+    row_weights,
+    losses,
+    gradient,
+    k,
+    V,
+    inner,
+    outer_stride,
+    inner_stride,
+    BLOCK: tl.constexpr,
+    KEPT: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    weight = tl.load(row_weights + row)
+    gradient += row * V
+    if weight == 0:
+        leave_row_out(losses + row, gradient, V, BLOCK, WITH_GRADIENT)
+    else:
+        student += row_offset(row, inner, outer_stride, inner_stride)
+        token_ids += row * k
+        log_probs += row * k
+        _row(student, token_ids, log_probs, weight, losses + row, gradient, k, V, BLOCK, KEPT, WITH_GRADIENT)
+
+
+@triton.jit
+def _row(
+    student,
+    token_ids,
+    log_probs,
+    weight,
+    loss,
+    gradient,
+    k,
+    V,
+    BLOCK: tl.constexpr,
+    KEPT: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
+):
+    """Teacher mass ``p_1 .. p_k`` and the rest ``r``, student mass ``q_1 .. q_k`` and the rest ``R``."""
+    rest_top, rest_total = _log_sum_exp_of_rest(student, token_ids, k, V, BLOCK)
+    kept_top, kept_total, r, known = _scan_kept(student, token_ids, log_probs, k, V, KEPT)
+    top = tl.maximum(rest_top, kept_top)
+    rest_share = rest_total * tl.exp(rest_top - top)
+    total = rest_share + kept_total * tl.exp(kept_top - top)
+    log_total = tl.log(total)
+    weight = tl.where(known & is_usable(total), weight, float("nan"))
+    # Without another token of finite logit there is no rest to compare.
+    r = tl.where((rest_total > 0) & (r > 0), r, 0.0)
+    log_rest = (rest_top - top) + tl.log(rest_total) - log_total
+    terms = _kept_terms(student, token_ids, log_probs, top, log_total, k, V, KEPT)
+    tl.store(loss, weight * (terms + tl.where(r > 0, r * (tl.log(r) - log_rest), 0.0)))
+    if WITH_GRADIENT:
+        # q_v - r q_v / R = exp(z_v - rest_top) * on_rest, which divides by no R that may have vanished.
+        on_rest = tl.exp(rest_top - top) / total - tl.where(r > 0, r / rest_total, 0.0)
+        _write_rest(student, rest_top, weight * on_rest, gradient, V, BLOCK)
+        # Other threads wrote something in the places of the kept tokens.
+        tl.debug_barrier()
+        _write_kept(student, token_ids, log_probs, top, log_total, weight, gradient, k, V, KEPT)
+
+
+@triton.jit
+def _log_sum_exp_of_rest(student, token_ids, k, V, BLOCK: tl.constexpr):
+    """``rows.log_sum_exp`` without the kept tokens: taken off afterwards, they would cost a small rest its digits."""
+    top = tl.full([BLOCK], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    j = 0
+    token = tl.load(token_ids)
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z = load_logits(student, columns, V)
+        while token < tl.minimum(start + BLOCK, V):
+            z = tl.where(columns == token, -float("inf"), z)
+            j += 1
+            token = tl.load(token_ids + j, mask=j < k, other=V)
+        top, total = add_logits(z, top, total)
+    return merge_lanes(top, total)
+
+
+@triton.jit
+def _load_kept(student, token_ids, log_probs, first, k, V, KEPT: tl.constexpr):
+    """Tokens, whether they are tokens, their logits (else -inf), the teacher's log-probabilities, and the mask."""
+    places = first + tl.arange(0, KEPT)
+    mask = places < k
+    tokens = tl.load(token_ids + places, mask=mask, other=0)
+    known = (tokens >= 0) & (tokens < V)
+    z = tl.load(student + tokens, mask=mask & known, other=-float("inf")).to(tl.float32)
+    return tokens, known, z, tl.load(log_probs + places, mask=mask, other=-float("inf")), mask
+
+
+@triton.jit
+def _scan_kept(student, token_ids, log_probs, k, V, KEPT: tl.constexpr):
+    """Log-sum-exp of the student over the kept tokens, the teacher's mass beside them, and whether all are tokens."""
+    tops = tl.full([KEPT], LOWEST, tl.float32)
+    totals = tl.zeros([KEPT], tl.float32)
+    p = tl.zeros([KEPT], tl.float32)
+    unknown = tl.zeros([KEPT], tl.int32)
+    for first in range(0, k, KEPT):
+        _, known, z, log_p, _ = _load_kept(student, token_ids, log_probs, first, k, V, KEPT)
+        tops, totals = add_logits(z, tops, totals)
+        p += tl.exp(log_p)
+        unknown = tl.where(known, unknown, 1)
+    top, total = merge_lanes(tops, totals)
+    return top, total, 1.0 - tl.sum(p, 0), tl.max(unknown, 0) == 0
+
+
+@triton.jit
+def _kept_terms(student, token_ids, log_probs, top, log_total, k, V, KEPT: tl.constexpr):
+    """The kept tokens' ``sum p (log p - log q)``."""
+    terms = tl.zeros([KEPT], tl.float32)
+    for first in range(0, k, KEPT):
+        _, _, z, log_p, _ = _load_kept(student, token_ids, log_probs, first, k, V, KEPT)
+        p = tl.exp(log_p)
+        terms += tl.where(p > 0, p * (log_p - ((z - top) - log_total)), 0.0)
+    return tl.sum(terms, 0)
+
+
+@triton.jit
+def _write_rest(student, rest_top, scale, gradient, V, BLOCK: tl.constexpr):
+    # Backwards, because what was read last is likeliest to be in the cache still.
+    last = (V - 1) // BLOCK * BLOCK
+    for back in range(0, V, BLOCK):
+        columns = last - back + tl.arange(0, BLOCK)
+        z = load_logits_again(student, columns, V)
+        store_gradient(gradient, columns, V, tl.exp(z - rest_top) * scale)
+
+
+@triton.jit
+def _write_kept(student, token_ids, log_probs, top, log_total, weight, gradient, k, V, KEPT: tl.constexpr):
+    for first in range(0, k, KEPT):
+        tokens, known, z, log_p, mask = _load_kept(student, token_ids, log_probs, first, k, V, KEPT)
+        tl.store(gradient + tokens, weight * (tl.exp((z - top) - log_total) - tl.exp(log_p)), mask=mask & known)
+
+
+AHEAD_OF_TIME = [
+    (
+        _rows_kernel,
+        {
+            "student": "*bf16",
+            "token_ids": "*i64",
+            "log_probs": "*fp32",
+            "row_weights": "*fp32",
+            "losses": "*fp32",
+            "gradient": "*fp32",
+            "k": "i32",
+            "V": "i32",
+            "inner": "i32",
+            "outer_stride": "i64",
+            "inner_stride": "i32",
+            "BLOCK": "constexpr",
+            "KEPT": "constexpr",
+            "WITH_GRADIENT": "constexpr",
+        },
+        {"BLOCK": 32 * MOST_WARPS * _PER_THREAD, "KEPT": kept, "WITH_GRADIENT": with_gradient},
+        MOST_WARPS,
+    )
+    for kept, with_gradient in ((64, True), (64, False), (1024, True))
+]
