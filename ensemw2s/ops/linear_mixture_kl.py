@@ -117,7 +117,7 @@ def _in_chunks(
         experts = [states[rows] @ weight.T for states, weight in zip(expert_hiddens, expert_heads, strict=True)]
         return row_op(logits, experts, weights, row_weights[rows], with_gradient)
 
-    return in_chunks(hidden, head, row_weights, need_hidden, need_head, losses)
+    return in_chunks(hidden, head, row_weights, need_hidden, need_head, losses, models=len(expert_heads) + 1)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -284,3 +284,20 @@ class TestBadInput:
     def test_temperature(self, impl, temperature):
         with pytest.raises(ValueError, match=f"temperature={temperature}"):
             mixture_kl(torch.zeros(2, 5), torch.zeros(1, 2, 5), [1.0], torch.ones(2), temperature, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_rest_too_small_for_a_number_has_a_gradient(impl):
+    # The student gives the teacher's one token everything: R = exp(-2000), and q_v / R is a share of the rest.
+    hidden = torch.tensor([[2000.0, 1.0]], requires_grad=True)
+    head = torch.zeros(5, 2)
+    head[2, 0] = 1.0
+    head[:, 1] = torch.tensor([0.0, 1.0, 0.0, 2.0, 0.5])
+    ids, log_probs = torch.tensor([[2]]), torch.tensor([[0.75]]).log()
+    loss = topk_kl(hidden, head, ids, log_probs, torch.ones(1), impl=impl)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    share = torch.softmax(head[[0, 1, 3, 4], 1].double(), 0)
+    # d/dh of sum_v (q_v - p_v) z_v: token 2 gets 1 - 3/4, the others minus 1/4 in their shares.
+    torch.testing.assert_close(gradient[0, 0].double(), torch.tensor(0.25, dtype=torch.float64), rtol=1e-4, atol=0)
+    expected = -0.25 * (share * head[[0, 1, 3, 4], 1]).sum()
+    torch.testing.assert_close(gradient[0, 1].double(), expected, rtol=1e-4, atol=0)
