@@ -9,6 +9,7 @@
 namespace ensemw2s::cuda {
 
 constexpr int kMaxExperts = 64;
+constexpr int64_t kMaxVocabulary = 1 << 21;  // so many masses of at most 2^42 units fit into 64 bits
 
 // T experts' logits [rows, vocabulary]; travels to the kernels by value.
 struct DeviceMixture {
