@@ -1,8 +1,8 @@
-// All that the kernels know of the machine. nvcc compiles these to CUDA's own; with ENSEMW2S_EMULATE an ordinary
-// compiler takes tests/emulation/emulation.h instead, where the threads of a block are fibers.
+// All that the kernels know of the machine. nvcc compiles these to CUDA's own; with ENSEMW2S_EMULATE an
+// ordinary compiler takes tests/emulation/emulation.h instead, where the threads of a block are fibers.
 //
-// Every thread of a block reaches every barrier, and every lane of a warp every shuffle and vote. No kernel waits for
-// another block.
+// Every thread of a block reaches every barrier, and every lane of a warp every shuffle and vote. No kernel
+// waits for another block.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,9 @@ constexpr int kWarp = 32;
 #  include <cuda_runtime.h>
 
 #  define ENSEMW2S_DEVICE __device__ __forceinline__
-#  define ENSEMW2S_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// A kernel whose blocks have so many threads, and of which a multiprocessor shall hold so many blocks at
+// least.
+#  define ENSEMW2S_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 // A variable of this block, without a value at first.
 #  define ENSEMW2S_SHARED(type, name) __shared__ type name
 
@@ -70,7 +72,9 @@ template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, Stream stream,
                    const Arguments&... arguments) {
   if (blocks > 0x7fffffff) return "the logits are too large for one launch";
+  // clang-format off
   kernel<<<unsigned(blocks), unsigned(threads), 0, stream>>>(arguments...);
+  // clang-format on
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -84,8 +88,8 @@ namespace ensemw2s::cuda {
 ENSEMW2S_DEVICE int lane_index() { return thread_index() % kWarp; }
 ENSEMW2S_DEVICE int warp_index() { return thread_index() / kWarp; }
 
-// merge(a, b) over the lanes of a warp in a fixed order; every lane gets the result if merge is symmetric in its bits,
-// else lane 0 has the one to use.
+// merge(a, b) over the lanes of a warp in a fixed order; every lane gets the result if merge is symmetric in
+// its bits, else lane 0 has the one to use.
 template <class V, class Merge>
 ENSEMW2S_DEVICE V reduce_warp(V value, const Merge& merge) {
   for (int mask = kWarp / 2; mask > 0; mask /= 2) value = merge(value, shuffle_xor(value, mask));

@@ -1,5 +1,5 @@
-// The CUDA kernels as functions of the host, on raw pointers into the device's memory. Nothing here waits for the
-// device.
+// The CUDA kernels as functions of the host, on raw pointers into the device's memory. Nothing here waits for
+// the device.
 #pragma once
 
 #include <functional>
@@ -27,8 +27,9 @@ struct DeviceMixture {
 using Allocate = std::function<void*(int64_t)>;
 
 // Both return what went wrong, or null. `stream` is a cudaStream_t.
-const char* mixture_log_probs(const DeviceMixture& mixture, float* log_probs, const Allocate& allocate, void* stream);
-const char* mixture_sample(const DeviceMixture& mixture, const SampleSettings& settings, const SampleOutputs& outputs,
-                           const Allocate& allocate, void* stream);
+const char* mixture_log_probs(const DeviceMixture& mixture, float* log_probs, const Allocate& allocate,
+                              void* stream);
+const char* mixture_sample(const DeviceMixture& mixture, const SampleSettings& settings,
+                           const SampleOutputs& outputs, const Allocate& allocate, void* stream);
 
 }  // namespace ensemw2s::cuda

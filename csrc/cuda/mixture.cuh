@@ -1,9 +1,10 @@
 // The first pass over the logits ("scan") and what one row's block makes of it ("finish").
 //
-// A chunk is kChunk consecutive tokens, one warp's work; lane `l` of it loads 16 bytes at a time and owns the kGroup
-// tokens that it loads, a group. The scan leaves a normaliser for every (row, expert, chunk) and the largest logit of
-// every (row, expert, group): bounds that tell which groups can matter later. Chunks do not depend on the batch or the
-// chip and are merged in a fixed order, and so a row's numbers depend on nothing but the row.
+// A chunk is kChunk consecutive tokens, one warp's work; lane `l` of it loads 16 bytes at a time and owns the
+// kGroup tokens that it loads, a group. The scan leaves a normaliser for every (row, expert, chunk) and the
+// largest logit of every (row, expert, group): bounds that tell which groups can matter later. Chunks do not
+// depend on the batch or the chip and are merged in a fixed order, and so a row's numbers depend on nothing
+// but the row.
 #pragma once
 
 #include <cfloat>
@@ -66,7 +67,7 @@ ENSEMW2S_DEVICE const T* row_of(const DeviceMixture& mixture, int expert, int64_
 template <class T>
 ENSEMW2S_DEVICE int token_of(int group, int i) {
   const int chunk = group / kWarp, lane = group % kWarp;
-  return chunk * kChunk + i / kVector<T> * (kWarp * kVector<T>) + lane * kVector<T> + i % kVector<T>;
+  return chunk * kChunk + i / kVector<T> * (kWarp * kVector<T>)+lane * kVector<T> + i % kVector<T>;
 }
 
 // kVector logits from token `first` on, which is a multiple of kVector; -inf past the end.
@@ -109,13 +110,14 @@ ENSEMW2S_DEVICE void reduce_chunk(const float* values, float* group_max, Partial
 // Sum of the weights in a fixed order; NaN if one of them cannot be a weight.
 ENSEMW2S_DEVICE double total_weight(const DeviceMixture& mixture) {
   double total = 0;
-  for (int t = 0; t < mixture.num_experts; ++t) total += mixture.weights[t] >= 0 ? double(mixture.weights[t]) : NAN;
+  for (int t = 0; t < mixture.num_experts; ++t)
+    total += mixture.weights[t] >= 0 ? double(mixture.weights[t]) : NAN;
   return total;
 }
 
 template <class T>
-ENSEMW2S_DEVICE void scan_expert(const DeviceMixture& mixture, const ScanResults& results, int64_t row, int expert,
-                                 int chunk) {
+ENSEMW2S_DEVICE void scan_expert(const DeviceMixture& mixture, const ScanResults& results, int64_t row,
+                                 int expert, int chunk) {
   const Shape shape = shape_of(mixture);
   const int group = chunk * kWarp + lane_index();
   float logits[kGroup];
@@ -126,7 +128,8 @@ ENSEMW2S_DEVICE void scan_expert(const DeviceMixture& mixture, const ScanResults
 
 // All experts in turn, and the sum of their weighted logits.
 template <class T>
-ENSEMW2S_DEVICE void scan_product(const DeviceMixture& mixture, const ScanResults& results, int64_t row, int chunk) {
+ENSEMW2S_DEVICE void scan_product(const DeviceMixture& mixture, const ScanResults& results, int64_t row,
+                                  int chunk) {
   const Shape shape = shape_of(mixture);
   const int group = chunk * kWarp + lane_index();
   Partial* partials = &results.partials[row * (mixture.num_experts + 1) * shape.chunks + chunk];
@@ -159,13 +162,13 @@ ENSEMW2S_DEVICE void scan_noise(const DeviceMixture& mixture, const SampleSettin
   results.least_words[row * shape_of(mixture).groups + group] = least;
 }
 
-// One warp for every (row, slice, chunk). A slice is an expert (or all of them, for the product), the last one the
-// noise if it is asked for: its arithmetic fills the time in which the other warps wait for memory.
-template <class T>
-ENSEMW2S_KERNEL(kScanThreads)
+// One warp for every (row, slice, chunk). A slice is an expert (or all of them, for the product), the last
+// one the noise if it is asked for: its arithmetic fills the time in which the other warps wait for memory.
+template <class T, bool kProduct>
+ENSEMW2S_KERNEL(kScanThreads, kProduct ? 3 : 8)
 scan_kernel(const DeviceMixture mixture, const SampleSettings settings, const ScanResults results) {
   const int chunks = shape_of(mixture).chunks;
-  const int expert_slices = is_product(mixture) ? 1 : mixture.num_experts;
+  const int expert_slices = kProduct ? 1 : mixture.num_experts;
   const int slices = expert_slices + (results.least_words != nullptr);
   int64_t item = block_index() * kScanWarps + warp_index();
   const int chunk = int(item % chunks);
@@ -175,7 +178,7 @@ scan_kernel(const DeviceMixture mixture, const SampleSettings settings, const Sc
   if (row >= mixture.rows) return;  // a whole warp; no barrier follows
   if (slice == expert_slices)
     scan_noise<T>(mixture, settings, results, row, chunk);
-  else if (is_product(mixture))
+  else if constexpr (kProduct)
     scan_product<T>(mixture, results, row, chunk);
   else
     scan_expert<T>(mixture, results, row, slice, chunk);
@@ -205,7 +208,8 @@ struct RowState {
   bool valid;
 };
 
-// Merges the chunks' normalisers, a warp for each expert. Between this call and the use of `state` a barrier is needed.
+// Merges the chunks' normalisers, a warp for each expert. Between this call and the use of `state` a barrier
+// is needed.
 ENSEMW2S_DEVICE void merge_partials(const DeviceMixture& mixture, const ScanResults& results, int64_t row,
                                     RowState& state) {
   const int chunks = shape_of(mixture).chunks, experts = mixture.num_experts;
@@ -283,7 +287,8 @@ ENSEMW2S_DEVICE double log_votes(const DeviceMixture& mixture, const RowState& s
 
 // The mixture's log-probability where logit(t) is expert t's logit of the token.
 template <class Logit>
-ENSEMW2S_DEVICE float float_log_prob(const DeviceMixture& mixture, const RowState& state, const Logit& logit) {
+ENSEMW2S_DEVICE float float_log_prob(const DeviceMixture& mixture, const RowState& state,
+                                     const Logit& logit) {
   if (is_product(mixture)) {
     float score = 0;
     for (int t = 0; t < mixture.num_experts; ++t)
@@ -296,10 +301,14 @@ ENSEMW2S_DEVICE float float_log_prob(const DeviceMixture& mixture, const RowStat
   return total.value();
 }
 
-// Returns how many blocks the scan takes.
-inline int64_t scan_blocks(const DeviceMixture& mixture, bool with_noise) {
-  const int64_t slices = (is_product(mixture) ? 1 : mixture.num_experts) + with_noise;
-  return (mixture.rows * slices * shape_of(mixture).chunks + kScanWarps - 1) / kScanWarps;
+template <class T>
+const char* launch_scan(const DeviceMixture& mixture, const SampleSettings& settings,
+                        const ScanResults& results, Stream stream) {
+  const int64_t slices = (is_product(mixture) ? 1 : mixture.num_experts) + (results.least_words != nullptr);
+  const int64_t warps = mixture.rows * slices * shape_of(mixture).chunks;
+  const auto kernel = is_product(mixture) ? &scan_kernel<T, true> : &scan_kernel<T, false>;
+  return launch(kernel, (warps + kScanWarps - 1) / kScanWarps, kScanThreads, stream, mixture, settings,
+                results);
 }
 
 inline ScanResults allocate_scan(const DeviceMixture& mixture, bool with_noise, const Allocate& allocate) {
@@ -317,10 +326,13 @@ inline ScanResults allocate_scan(const DeviceMixture& mixture, bool with_noise, 
 }  // namespace ensemw2s::cuda
 
 // Calls f<T>(...) for the element type that a Dtype names.
-#define ENSEMW2S_DISPATCH(dtype, function, ...)                   \
-  switch (dtype) {                                                \
-    case Dtype::kFloat: return function<float>(__VA_ARGS__);      \
-    case Dtype::kBFloat16: return function<BFloat16>(__VA_ARGS__); \
-    case Dtype::kHalf: return function<Half>(__VA_ARGS__);        \
-  }                                                               \
+#define ENSEMW2S_DISPATCH(dtype, function, ...) \
+  switch (dtype) {                              \
+    case Dtype::kFloat:                         \
+      return function<float>(__VA_ARGS__);      \
+    case Dtype::kBFloat16:                      \
+      return function<BFloat16>(__VA_ARGS__);   \
+    case Dtype::kHalf:                          \
+      return function<Half>(__VA_ARGS__);       \
+  }                                             \
   return "unknown dtype"

@@ -1,5 +1,6 @@
-// The CUDA ops on torch tensors: they check, unpack to raw pointers and launch on torch's current stream, without
-// waiting for the device. Values inside tensors are not looked at: a row that they spoil is reported by the kernels.
+// The CUDA ops on torch tensors: they check, unpack to raw pointers and launch on torch's current stream,
+// without waiting for the device. Values inside tensors are not looked at: a row that they spoil is reported
+// by the kernels.
 
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -17,16 +18,19 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
-// The library is linked against neither libtorch_cuda nor any symbol of it, so that it also loads beside a CPU torch.
+// The library is linked against neither libtorch_cuda nor any symbol of it, so that it also loads beside a
+// CPU torch.
 void* current_stream(int32_t device) {
   using GetStream = int32_t (*)(int32_t, void**);
   static const GetStream get_stream = [] {
     void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return torch_cuda ? reinterpret_cast<GetStream>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream")) : nullptr;
+    return torch_cuda ? reinterpret_cast<GetStream>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"))
+                      : nullptr;
   }();
   STD_TORCH_CHECK(get_stream, "ensemw2s: libtorch_cuda.so does not tell its current stream");
   void* stream = nullptr;
-  STD_TORCH_CHECK(get_stream(device, &stream) == 0, "ensemw2s: torch has no current stream of device ", device);
+  STD_TORCH_CHECK(get_stream(device, &stream) == 0, "ensemw2s: torch has no current stream of device ",
+                  device);
   return stream;
 }
 
@@ -46,29 +50,33 @@ bool find_row_stride(const Rows& rows, int64_t& stride) {
 }
 
 bool same_kind(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim() || a.scalar_type() != b.scalar_type() || a.get_device_index() != b.get_device_index())
+  if (a.dim() != b.dim() || a.scalar_type() != b.scalar_type() ||
+      a.get_device_index() != b.get_device_index())
     return false;
   for (int64_t d = 0; d < a.dim(); ++d)
     if (a.size(d) != b.size(d)) return false;
   return true;
 }
 
-// Owns what a DeviceMixture points to, and the scratch memory of its kernels: the caching allocator hands memory out
-// again in the order of the stream, so that it may go before they are done.
+// Owns what a DeviceMixture points to, and the scratch memory of its kernels: the caching allocator hands
+// memory out again in the order of the stream, so that it may go before they are done.
 class MixtureOnDevice {
  public:
-  MixtureOnDevice(std::vector<Tensor> logits, const Tensor& weights, int64_t combine) : logits_(std::move(logits)) {
-    ENSEMW2S_CHECK(!logits_.empty() && logits_.size() <= kMaxExperts, "the CUDA kernels mix 1 to ", kMaxExperts,
-                   " experts, got ", logits_.size(), "; use impl='reference'");
+  MixtureOnDevice(std::vector<Tensor> logits, const Tensor& weights, int64_t combine)
+      : logits_(std::move(logits)) {
+    ENSEMW2S_CHECK(!logits_.empty() && logits_.size() <= kMaxExperts, "the CUDA kernels mix 1 to ",
+                   kMaxExperts, " experts, got ", logits_.size(), "; use impl='reference'");
     ENSEMW2S_CHECK(combine >= 0 && combine <= 2, "combine must be 0, 1 or 2, got ", combine);
     const Tensor& first = logits_[0];
     const int64_t vocabulary = first.dim() > 0 ? first.size(first.dim() - 1) : 0;
-    ENSEMW2S_CHECK(vocabulary >= 1 && vocabulary <= kMaxVocabulary, "the CUDA kernels take vocabularies of 1 to ",
-                   kMaxVocabulary, " tokens, got ", vocabulary);
-    ENSEMW2S_CHECK(weights.dim() == 1 && weights.numel() == int64_t(logits_.size()) &&
-                       weights.scalar_type() == ScalarType::Float && weights.is_contiguous() &&
-                       weights.is_cuda() && weights.get_device_index() == first.get_device_index(),
-                   "weights must be a contiguous float32 [T] on the logits' device with T = ", logits_.size());
+    ENSEMW2S_CHECK(vocabulary >= 1 && vocabulary <= kMaxVocabulary,
+                   "the CUDA kernels take vocabularies of 1 to ", kMaxVocabulary, " tokens, got ",
+                   vocabulary);
+    ENSEMW2S_CHECK(
+        weights.dim() == 1 && weights.numel() == int64_t(logits_.size()) &&
+            weights.scalar_type() == ScalarType::Float && weights.is_contiguous() && weights.is_cuda() &&
+            weights.get_device_index() == first.get_device_index(),
+        "weights must be a contiguous float32 [T] on the logits' device with T = ", logits_.size());
     for (size_t t = 0; t < logits_.size(); ++t) set_expert(t);
     mixture_.num_experts = int(logits_.size());
     mixture_.rows = first.numel() / vocabulary;
@@ -103,8 +111,8 @@ class MixtureOnDevice {
 };
 
 const int64_t* keys_of(const Tensor& tensor, const Tensor& logits, const char* name) {
-  ENSEMW2S_CHECK(tensor.scalar_type() == ScalarType::Long && tensor.dim() == 1 && tensor.size(0) == logits.size(0) &&
-                     tensor.is_contiguous() && tensor.is_cuda() &&
+  ENSEMW2S_CHECK(tensor.scalar_type() == ScalarType::Long && tensor.dim() == 1 &&
+                     tensor.size(0) == logits.size(0) && tensor.is_contiguous() && tensor.is_cuda() &&
                      tensor.get_device_index() == logits.get_device_index(),
                  name, " must be a contiguous int64 [", logits.size(0), "] on the logits' device");
   return static_cast<const int64_t*>(tensor.const_data_ptr());
@@ -126,9 +134,9 @@ Tensor mixture_log_probs_cuda(std::vector<Tensor> logits, Tensor weights, int64_
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_sample_cuda(std::vector<Tensor> logits, Tensor weights,
-                                                               double temperature, int64_t top_k, double top_p,
-                                                               double min_p, Tensor seeds, Tensor positions,
-                                                               int64_t combine) {
+                                                               double temperature, int64_t top_k,
+                                                               double top_p, double min_p, Tensor seeds,
+                                                               Tensor positions, int64_t combine) {
   MixtureOnDevice mixture(logits, weights, combine);
   const DeviceGuard guard(mixture.device());
   const Tensor& first = logits[0];

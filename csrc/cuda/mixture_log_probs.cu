@@ -5,7 +5,7 @@
 namespace ensemw2s::cuda {
 
 template <class T>
-ENSEMW2S_KERNEL(kRowThreads)
+ENSEMW2S_KERNEL(kRowThreads, 1)
 finish_kernel(const DeviceMixture mixture, const ScanResults results, RowState* states) {
   RowState& state = states[block_index()];
   merge_partials(mixture, results, block_index(), state);
@@ -29,8 +29,8 @@ ENSEMW2S_DEVICE void store_floats(float* out, int first, int vocabulary, int cou
 
 // kVector tokens from `first` on.
 template <class T>
-ENSEMW2S_DEVICE void log_probs_of_vector(const DeviceMixture& mixture, const RowState& state, int64_t row, int first,
-                                         float* out) {
+ENSEMW2S_DEVICE void log_probs_of_vector(const DeviceMixture& mixture, const RowState& state, int64_t row,
+                                         int first, float* out) {
   const int experts = mixture.num_experts;
   float logits[kVector<T>];
   if (is_product(mixture)) {
@@ -40,7 +40,8 @@ ENSEMW2S_DEVICE void log_probs_of_vector(const DeviceMixture& mixture, const Row
       load_vector(row_of<T>(mixture, t, row), mixture.vocabulary, first, logits);
       for (int e = 0; e < kVector<T>; ++e) out[e] += float(state.weight[t]) * logits[e];
     }
-    for (int e = 0; e < kVector<T>; ++e) out[e] = (out[e] - state.max[experts]) - float(state.log_sum[experts]);
+    for (int e = 0; e < kVector<T>; ++e)
+      out[e] = (out[e] - state.max[experts]) - float(state.log_sum[experts]);
     return;
   }
   LogSum totals[kVector<T>];
@@ -54,7 +55,7 @@ ENSEMW2S_DEVICE void log_probs_of_vector(const DeviceMixture& mixture, const Row
 
 // One warp for every (row, chunk).
 template <class T>
-ENSEMW2S_KERNEL(kScanThreads)
+ENSEMW2S_KERNEL(kScanThreads, 6)
 write_kernel(const DeviceMixture mixture, const RowState* states, float* log_probs) {
   const int chunks = shape_of(mixture).chunks;
   const int64_t item = block_index() * kScanWarps + warp_index();
@@ -78,20 +79,22 @@ write_kernel(const DeviceMixture mixture, const RowState* states, float* log_pro
 }
 
 template <class T>
-const char* launch_log_probs(const DeviceMixture& mixture, float* log_probs, const Allocate& allocate, Stream stream) {
+const char* launch_log_probs(const DeviceMixture& mixture, float* log_probs, const Allocate& allocate,
+                             Stream stream) {
   const ScanResults results = allocate_scan(mixture, false, allocate);
   RowState* states = static_cast<RowState*>(allocate(mixture.rows * int64_t(sizeof(RowState))));
-  const char* error = launch(&scan_kernel<T>, scan_blocks(mixture, false), kScanThreads, stream, mixture,
-                             SampleSettings{}, results);
+  const char* error = launch_scan<T>(mixture, SampleSettings{}, results, stream);
   if (!error) error = launch(&finish_kernel<T>, mixture.rows, kRowThreads, stream, mixture, results, states);
   const int64_t warps = mixture.rows * shape_of(mixture).chunks;
   const int64_t blocks = (warps + kScanWarps - 1) / kScanWarps;
   return error ? error : launch(&write_kernel<T>, blocks, kScanThreads, stream, mixture, states, log_probs);
 }
 
-const char* mixture_log_probs(const DeviceMixture& mixture, float* log_probs, const Allocate& allocate, void* stream) {
+const char* mixture_log_probs(const DeviceMixture& mixture, float* log_probs, const Allocate& allocate,
+                              void* stream) {
   if (mixture.rows == 0) return nullptr;
-  ENSEMW2S_DISPATCH(mixture.dtype, launch_log_probs, mixture, log_probs, allocate, static_cast<Stream>(stream));
+  ENSEMW2S_DISPATCH(mixture.dtype, launch_log_probs, mixture, log_probs, allocate,
+                    static_cast<Stream>(stream));
 }
 
 }  // namespace ensemw2s::cuda

@@ -1,4 +1,5 @@
-// mixture_sample: scan, then a block per row that draws (the semantics are in ensemw2s/ops/mixture_sample.py).
+// mixture_sample: scan, then a block per row that draws (the semantics are in
+// ensemw2s/ops/mixture_sample.py).
 
 #include "mixture.cuh"
 
@@ -56,8 +57,8 @@ ENSEMW2S_DEVICE Sums added(const Sums& a, const Sums& b) {
   return {{a.of[0] + b.of[0], a.of[1] + b.of[1], a.of[2] + b.of[2]}};
 }
 
-// The largest key such that the items from it upwards weigh at least `target`, found two bits at a time; 0 if all
-// items together weigh less. Weights are integers: their sums do not depend on the order of the items.
+// The largest key such that the items from it upwards weigh at least `target`, found two bits at a time; 0 if
+// all items together weigh less. Weights are integers: their sums do not depend on the order of the items.
 template <class Key, class Weight>
 ENSEMW2S_DEVICE uint32_t select_key(int count, uint64_t target, const Key& key, const Weight& weight) {
   uint32_t found = 0;
@@ -239,13 +240,15 @@ struct RowSampler {
     clear_candidates();
     for (int t = thread_index(); t < mixture.num_experts; t += kRowThreads) {
       bool is_first = state.winner[t] >= 0;
-      for (int earlier = 0; earlier < t; ++earlier) is_first = is_first && state.winner[earlier] != state.winner[t];
+      for (int earlier = 0; earlier < t; ++earlier)
+        is_first = is_first && state.winner[earlier] != state.winner[t];
       if (is_first) add_candidate(state.winner[t], float(log_votes(mixture, state, state.winner[t])));
     }
     barrier();
   }
 
-  // Keeps all possible tokens whose log-probability is at least `floor` (and some that are less than slack() below).
+  // Keeps all possible tokens whose log-probability is at least `floor` (and some that are less than slack()
+  // below).
   ENSEMW2S_DEVICE void collect(float floor) {
     clear_candidates();
     const float limit = fmaxf(floor - slack(floor), kLowest);
@@ -260,8 +263,8 @@ struct RowSampler {
   // Most nuclei hold no token that is exp(9) times less likely than the first.
   static constexpr float kNucleusDepth = 9.0f;
 
-  // Keeps what top-k and top-p may let through; true if the mass of what was left out is known: all tokens together
-  // then weigh 1.
+  // Keeps what top-k and top-p may let through; true if the mass of what was left out is known: all tokens
+  // together then weigh 1.
   ENSEMW2S_DEVICE bool collect_for_filters() {
     if (settings.top_k > 0) {
       collect(top_k_floor());
@@ -270,7 +273,8 @@ struct RowSampler {
     if (settings.temperature == 1) {
       collect(largest_lower - kNucleusDepth);
       const float top = largest_candidate();
-      const double kept = double(total_over(shared.count, [&](int i) { return mass(candidate_log_prob(i), top); }));
+      const double kept =
+          double(total_over(shared.count, [&](int i) { return mass(candidate_log_prob(i), top); }));
       if (kept * exp(double(top)) >= (settings.top_p + 1e-4) * kMassUnit) return true;
     }
     collect(-kInfinity);
@@ -281,12 +285,14 @@ struct RowSampler {
   ENSEMW2S_DEVICE float top_k_floor() const {
     if (settings.top_k > groups) return -kInfinity;
     return from_ascending_bits(select_key(
-        groups, uint64_t(settings.top_k), [&](int g) { return ascending_bits(lower[g]); }, [](int) { return 1; }));
+        groups, uint64_t(settings.top_k), [&](int g) { return ascending_bits(lower[g]); },
+        [](int) { return 1; }));
   }
 
   ENSEMW2S_DEVICE float largest_candidate() const {
     float largest = -kInfinity;
-    for (int i = thread_index(); i < shared.count; i += kRowThreads) largest = fmaxf(largest, candidate_log_prob(i));
+    for (int i = thread_index(); i < shared.count; i += kRowThreads)
+      largest = fmaxf(largest, candidate_log_prob(i));
     return reduce_block<kRowThreads>(largest, [](float a, float b) { return fmaxf(a, b); });
   }
 
@@ -354,7 +360,8 @@ struct RowSampler {
 
   // By a single thread.
   ENSEMW2S_DEVICE void enter(Best& best, int token, float upper_bound, double floor) const {
-    const uint32_t word = philox(uint64_t(settings.seeds[row]), uint32_t(settings.positions[row]), uint32_t(token));
+    const uint32_t word =
+        philox(uint64_t(settings.seeds[row]), uint32_t(settings.positions[row]), uint32_t(token));
     if (best.token >= 0 && highest_score(upper_bound, word) < best.score) return;
     const double value = log_prob(token);
     if (value >= floor && value > -kInfinity)
@@ -374,7 +381,9 @@ struct RowSampler {
   ENSEMW2S_DEVICE int race_all() {
     double floor = -kInfinity;
     if (settings.min_p > 0) floor = log_prob(most_probable()) + settings.temperature * log(settings.min_p);
-    const auto reaches_floor = [&](int g) { return upper[g] > -kInfinity && upper[g] + slack(upper[g]) >= floor; };
+    const auto reaches_floor = [&](int g) {
+      return upper[g] > -kInfinity && upper[g] + slack(upper[g]) >= floor;
+    };
     Best group{0, -1, 0};
     for (int g = thread_index(); g < groups; g += kRowThreads)
       if (reaches_floor(g)) group = better(group, {highest_score(upper[g], least_words[g]), g, 0});
@@ -386,7 +395,8 @@ struct RowSampler {
     best = reduce_block<kRowThreads>(best, better);
     visit_groups(
         [&](int g) {
-          return reaches_floor(g) && (best.token < 0 || highest_score(upper[g], least_words[g]) >= best.score);
+          return reaches_floor(g) &&
+                 (best.token < 0 || highest_score(upper[g], least_words[g]) >= best.score);
         },
         [&](int other, int g) { enter(best, other, upper[g], floor); });
     return reduce_block<kRowThreads>(best, better).token;
@@ -394,7 +404,7 @@ struct RowSampler {
 };
 
 template <class T>
-ENSEMW2S_KERNEL(kRowThreads)
+ENSEMW2S_KERNEL(kRowThreads, 1)
 sample_kernel(const DeviceMixture mixture, const SampleSettings settings, const ScanResults results,
               const SampleScratch scratch, const SampleOutputs outputs) {
   ENSEMW2S_SHARED(RowShared, shared);
@@ -418,8 +428,8 @@ sample_kernel(const DeviceMixture mixture, const SampleSettings settings, const 
 }
 
 template <class T>
-const char* launch_sample(const DeviceMixture& mixture, const SampleSettings& settings, const SampleOutputs& outputs,
-                          const Allocate& allocate, Stream stream) {
+const char* launch_sample(const DeviceMixture& mixture, const SampleSettings& settings,
+                          const SampleOutputs& outputs, const Allocate& allocate, Stream stream) {
   const bool filtered = settings.top_k > 0 || settings.top_p < 1;
   const bool is_vote = mixture.combine == Combine::kVote;
   const bool races_all = settings.temperature != 0 && !filtered && !is_vote;
@@ -434,17 +444,17 @@ const char* launch_sample(const DeviceMixture& mixture, const SampleSettings& se
     scratch.ids = static_cast<int32_t*>(allocate(tokens * int64_t(sizeof(int32_t))));
     scratch.log_probs = static_cast<float*>(allocate(tokens * int64_t(sizeof(float))));
   }
-  const char* error = launch(&scan_kernel<T>, scan_blocks(mixture, races_all), kScanThreads, stream, mixture, settings,
-                             results);
+  const char* error = launch_scan<T>(mixture, settings, results, stream);
   return error ? error
-               : launch(&sample_kernel<T>, mixture.rows, kRowThreads, stream, mixture, settings, results, scratch,
-                        outputs);
+               : launch(&sample_kernel<T>, mixture.rows, kRowThreads, stream, mixture, settings, results,
+                        scratch, outputs);
 }
 
-const char* mixture_sample(const DeviceMixture& mixture, const SampleSettings& settings, const SampleOutputs& outputs,
-                           const Allocate& allocate, void* stream) {
+const char* mixture_sample(const DeviceMixture& mixture, const SampleSettings& settings,
+                           const SampleOutputs& outputs, const Allocate& allocate, void* stream) {
   if (mixture.rows == 0) return nullptr;
-  ENSEMW2S_DISPATCH(mixture.dtype, launch_sample, mixture, settings, outputs, allocate, static_cast<Stream>(stream));
+  ENSEMW2S_DISPATCH(mixture.dtype, launch_sample, mixture, settings, outputs, allocate,
+                    static_cast<Stream>(stream));
 }
 
 }  // namespace ensemw2s::cuda

@@ -36,7 +36,9 @@ ENSEMW2S_HOST_DEVICE inline uint32_t bits_from_float(float value) {
 
 ENSEMW2S_HOST_DEVICE inline float to_float(float value) { return value; }
 
-ENSEMW2S_HOST_DEVICE inline float to_float(BFloat16 value) { return float_from_bits(uint32_t(value.bits) << 16); }
+ENSEMW2S_HOST_DEVICE inline float to_float(BFloat16 value) {
+  return float_from_bits(uint32_t(value.bits) << 16);
+}
 
 ENSEMW2S_HOST_DEVICE inline float to_float(Half value) {
 #if defined(__CUDA_ARCH__)

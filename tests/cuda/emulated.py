@@ -17,10 +17,12 @@ from ensemw2s.ops.checks import COMBINES
 from ensemw2s.ops.mixture_sample import MixtureSample
 
 ROOT = Path(__file__).parents[2]
+KERNELS = ROOT / "csrc" / "cuda"
+EMULATION = ROOT / "tests" / "emulation"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the order of csrc/include/types.h
 # Two warps to a block and few shared candidates: every path is taken at vocabularies that fibers can afford.
 SMALL = ("-DENSEMW2S_SCAN_THREADS=64", "-DENSEMW2S_ROW_THREADS=64", "-DENSEMW2S_SHARED_CANDIDATES=128")
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
+SANITIZE = ("-fsanitize=address", "-fsanitize=bounds", "-fno-sanitize-recover=bounds")
 
 
 def find_compiler() -> str:
@@ -31,23 +33,21 @@ def find_compiler() -> str:
     return compiler
 
 
-def build(folder: Path, *flags: str, sources: Path = ROOT / "csrc" / "cuda") -> Path:
-    """Compile the kernels in ``sources`` and their emulation into a shared library in ``folder``."""
-    library = folder / "emulated.so"
-    emulation = ROOT / "tests" / "emulation"
-    files = [*sorted(sources.glob("mixture_*.cu")), *sorted(emulation.glob("*.cpp"))]
-    files = [file for file in files if file.name != "mixture_cuda_ops.cu"]  # torch's half
-    includes = [f"-I{path}" for path in (sources, ROOT / "csrc" / "include", emulation)]
-    command = [find_compiler(), "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas"]
-    command += ["-DENSEMW2S_EMULATE", *SMALL, *flags, *includes, "-o", str(library), "-x", "c++", *map(str, files)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    assert not run.stderr, run.stderr
-    return library
+def compile_emulation(output: Path, *flags: str, program: bool = False, kernels: Path = KERNELS) -> Path:
+    """Compile the kernels in ``kernels`` and their emulation into a library, or into the program that runs cases."""
+    files = [*sorted(kernels.glob("*.cu")), *sorted(EMULATION.glob("*.cpp"))]
+    left_out = {"mixture_cuda_ops.cu"} | (set() if program else {"run_cases.cpp"})  # the first is torch's half
+    files = [file for file in files if file.name not in left_out]
+    includes = [f"-I{path}" for path in (kernels, ROOT / "csrc" / "include", EMULATION)]
+    command = [find_compiler(), "-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-DENSEMW2S_EMULATE", *SMALL]
+    command += [*(() if program else ("-fPIC", "-shared")), *flags, *includes, "-o", str(output)]
+    run = subprocess.run([*command, "-x", "c++", *map(str, files)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and not run.stderr, run.stderr
+    return output
 
 
 class EmulatedKernels:
-    """``mixture_log_probs`` and ``mixture_sample`` on a library that ``build`` made.
+    """``mixture_log_probs`` and ``mixture_sample`` on a library that ``compile_emulation`` made.
 
     ``order`` is the seed of the order in which the threads of a block take turns.
     """

@@ -41,7 +41,7 @@ struct Machine {
   std::map<const void*, std::unique_ptr<void, FreeLater>> shared;
   const std::function<void()>* body = nullptr;
   ucontext_t scheduler;
-  int threads = 0, current = 0;
+  int threads = 0, current = 0, favoured = 0, rounds_of_favour = 0;
   int64_t block = 0;
   uint64_t random = 1;
 };
@@ -92,6 +92,19 @@ void open_barrier() {
   for (Fiber& fiber : machine.fibers) fiber.state = State::kReady;
 }
 
+// Leaves only the threads of one warp for some rounds, so that it runs far ahead of the others, then of
+// another one.
+void favour_a_warp(std::vector<int>& ready) {
+  if (machine.rounds_of_favour-- == 0) {
+    machine.favoured = int(next_random() % (machine.warps.size() + 1));  // the last one: none
+    machine.rounds_of_favour = int(next_random() % 32);
+  }
+  std::vector<int> chosen;
+  for (int t : ready)
+    if (t / kWarp == machine.favoured) chosen.push_back(t);
+  if (!chosen.empty()) ready = chosen;
+}
+
 void run_block() {
   for (int t = 0; t < machine.threads; ++t) prepare(t);
   std::vector<int> ready;
@@ -107,9 +120,8 @@ void run_block() {
       open_barrier();
       continue;
     }
-    // One thread at random runs far ahead, or all of them take a step in a random order.
+    favour_a_warp(ready);
     for (size_t i = ready.size(); i > 1; --i) std::swap(ready[i - 1], ready[next_random() % i]);
-    if (next_random() % 4 == 0) ready.resize(1);
     for (int t : ready) {
       machine.current = t;
       swapcontext(&machine.scheduler, &machine.fibers[t].context);

@@ -1,14 +1,15 @@
-// What csrc/cuda/device.h promises, without a GPU: blocks run one after the other, the threads of a block as fibers
-// that switch at barriers, shuffles and votes. Which of the threads that can go on goes first is drawn at random from
-// a seed, so that a missing barrier gives wrong numbers under some seed. Shared memory is a heap block of its own for
-// every variable and starts as garbage; built with AddressSanitizer, every access outside of it is reported.
+// What csrc/cuda/device.h promises, without a GPU: blocks run one after the other, the threads of a block as
+// fibers that switch at barriers, shuffles and votes. Which of the threads that can go on goes first is drawn
+// at random from a seed, so that a missing barrier gives wrong numbers under some seed. Shared memory is a
+// heap block of its own for every variable and starts as garbage; built with AddressSanitizer, every access
+// outside of it is reported.
 #pragma once
 
 #include <cmath>
 #include <functional>
 
 #define ENSEMW2S_DEVICE inline
-#define ENSEMW2S_KERNEL(threads) inline void
+#define ENSEMW2S_KERNEL(threads, blocks) inline void
 #define ENSEMW2S_SHARED(type, name) \
   static const char name##_key = 0; \
   type& name = *static_cast<type*>(emulation::shared_memory(&name##_key, sizeof(type)))
@@ -45,7 +46,8 @@ V shuffle_xor(const V& value, int mask) {
 inline uint32_t ballot(bool mine) {
   const char* given = emulation::exchange(&mine, 1);
   uint32_t votes = 0;
-  for (int lane = 0; lane < kWarp; ++lane) votes |= uint32_t(given[lane * emulation::kLargestExchange]) << lane;
+  for (int lane = 0; lane < kWarp; ++lane)
+    votes |= uint32_t(given[lane * emulation::kLargestExchange]) << lane;
   return votes;
 }
 

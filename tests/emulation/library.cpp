@@ -1,4 +1,4 @@
-// The emulated kernels for ctypes.
+#include "library.h"
 
 #include <cstdlib>
 #include <cstring>
@@ -49,25 +49,27 @@ DeviceMixture mixture_of(const void* const* logits, const int64_t* row_strides, 
 
 using namespace ensemw2s::cuda;
 
-extern "C" const char* emulated_log_probs(uint64_t seed, const void* const* logits, const int64_t* row_strides,
-                                          int num_experts, int64_t rows, int vocabulary, const float* weights,
-                                          int combine, int dtype, float* log_probs) {
-  emulation::set_seed(seed);
+extern "C" const char* emulated_log_probs(uint64_t order, const void* const* logits,
+                                          const int64_t* row_strides, int num_experts, int64_t rows,
+                                          int vocabulary, const float* weights, int combine, int dtype,
+                                          float* log_probs) {
+  emulation::set_seed(order);
   ScratchMemory scratch;
   return mixture_log_probs(
       mixture_of(logits, row_strides, num_experts, rows, vocabulary, weights, combine, dtype), log_probs,
       [&](int64_t bytes) { return scratch.allocate(bytes); }, nullptr);
 }
 
-extern "C" const char* emulated_sample(uint64_t seed, const void* const* logits, const int64_t* row_strides,
+extern "C" const char* emulated_sample(uint64_t order, const void* const* logits, const int64_t* row_strides,
                                        int num_experts, int64_t rows, int vocabulary, const float* weights,
-                                       int combine, int dtype, double temperature, int64_t top_k, double top_p,
-                                       double min_p, const int64_t* seeds, const int64_t* positions, int64_t* tokens,
-                                       float* log_probs, float* expert_log_probs, bool* valid) {
-  emulation::set_seed(seed);
+                                       int combine, int dtype, double temperature, int64_t top_k,
+                                       double top_p, double min_p, const int64_t* seeds,
+                                       const int64_t* positions, int64_t* tokens, float* log_probs,
+                                       float* expert_log_probs, bool* valid) {
+  emulation::set_seed(order);
   ScratchMemory scratch;
-  return mixture_sample(mixture_of(logits, row_strides, num_experts, rows, vocabulary, weights, combine, dtype),
-                        {temperature, top_k, top_p, min_p, seeds, positions},
-                        {tokens, log_probs, expert_log_probs, valid},
-                        [&](int64_t bytes) { return scratch.allocate(bytes); }, nullptr);
+  return mixture_sample(
+      mixture_of(logits, row_strides, num_experts, rows, vocabulary, weights, combine, dtype),
+      {temperature, top_k, top_p, min_p, seeds, positions}, {tokens, log_probs, expert_log_probs, valid},
+      [&](int64_t bytes) { return scratch.allocate(bytes); }, nullptr);
 }
