@@ -301,7 +301,8 @@ struct RowSampler {
   // exp((log_prob - top) / temperature) as a whole number of units: sums of 2^21 of them fit, in any order.
   static constexpr double kMassUnit = 0x1p42;
   ENSEMW2S_DEVICE uint64_t mass(float value, float top) const {
-    return uint64_t(double(expf((value - top) * float(1 / settings.temperature))) * kMassUnit);
+    const float inverse = fminf(float(1 / settings.temperature), FLT_MAX);  // 0 * inf would be NaN
+    return uint64_t(double(expf((value - top) * inverse)) * kMassUnit);
   }
 
   // What the filters let through: keys above `key`, and those equal to it up to token `last_tied`.

@@ -185,7 +185,7 @@ def test_extremes(kernels, combine):
     exact = mixture_log_probs(logits.double(), torch.tensor([3.0], dtype=torch.double), combine)
     got = kernels.mixture_log_probs(logits, torch.tensor([3.0]), combine)
     torch.testing.assert_close(got[:2].double(), exact[:2], rtol=1e-6, atol=1e-6)
-    for setting in (*SETTINGS, {"temperature": 1e6}, {"temperature": 1e-6}):
+    for setting in (*SETTINGS, {"temperature": 1e6}, {"temperature": 1e-6}, {"temperature": 1e-40, "top_p": 0.9}):
         drawn = kernels.mixture_sample(logits, torch.tensor([3.0]), combine=combine, **keys, **setting)
         assert bool(drawn.valid.all())
         assert setting == {"temperature": 1e6} or (drawn.tokens[0] == 0 and drawn.tokens[2] == 0)

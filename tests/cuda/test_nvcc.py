@@ -52,6 +52,11 @@ def test_compiles_without_spills(nvcc, source, tmp_path):
         assert "0 bytes spill stores, 0 bytes spill loads" in report, report
 
 
-def test_toolkit_is_the_real_folder(nvcc):
-    home = Path(nvcc).parents[1]
-    assert (home / "nvvm").is_dir() and (home / "include" / "cuda_runtime.h").is_file()
+def test_a_wrapper_script_is_seen_through(nvcc, tmp_path, monkeypatch):
+    wrapper = tmp_path / "nvcc"
+    wrapper.write_text(f'#!/bin/sh\nexec {nvcc} "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert toolkit() == str(Path(nvcc).parents[1])
