@@ -58,9 +58,9 @@ def test_cpu_without_compiler_stops(tmp_path):
     assert run.returncode != 0 and "no C++ compiler was found" in run.stderr
 
 
-def test_cuda_does_not_pretend():
-    run = compiled_modules(ENSEMW2S_BUILD="cuda")
-    assert run.returncode != 0 and "no CUDA kernels" in run.stderr
+def test_cuda_without_toolkit_stops(tmp_path):
+    run = compiled_modules(ENSEMW2S_BUILD="cuda", CUDA_HOME=str(tmp_path), CUDA_PATH="")
+    assert run.returncode != 0 and "no CUDA toolkit was found" in run.stderr and "CUDA_HOME" in run.stderr
 
 
 def test_unknown_mode_is_named():

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "host_device.h"
+
 namespace ensemw2s {
 
 struct BFloat16 {
@@ -20,23 +22,30 @@ enum class Dtype { kFloat, kBFloat16, kHalf };
 // The order of ensemw2s.ops.checks.COMBINES.
 enum class Combine : int64_t { kProb, kLogProb, kVote };
 
-inline float float_from_bits(uint32_t bits) {
+ENSEMW2S_HOST_DEVICE inline float float_from_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-inline uint32_t bits_from_float(float value) {
+ENSEMW2S_HOST_DEVICE inline uint32_t bits_from_float(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-inline float to_float(float value) { return value; }
+ENSEMW2S_HOST_DEVICE inline float to_float(float value) { return value; }
 
-inline float to_float(BFloat16 value) { return float_from_bits(uint32_t(value.bits) << 16); }
+ENSEMW2S_HOST_DEVICE inline float to_float(BFloat16 value) {
+  return float_from_bits(uint32_t(value.bits) << 16);
+}
 
-inline float to_float(Half value) {
+ENSEMW2S_HOST_DEVICE inline float to_float(Half value) {
+#if defined(__CUDA_ARCH__)
+  float converted;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(converted) : "h"(value.bits));
+  return converted;
+#else
   const uint32_t sign = uint32_t(value.bits & 0x8000) << 16;
   const uint32_t magnitude = value.bits & 0x7fff;
   if (magnitude >= 0x7c00) return float_from_bits(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
@@ -45,6 +54,7 @@ inline float to_float(Half value) {
     return sign ? -tiny : tiny;
   }
   return float_from_bits(sign | ((magnitude << 13) + (112u << 23)));
+#endif
 }
 
 // The rows of a tensor [..., V] whose last stride is 1 and whose leading strides are free.

@@ -1,0 +1,461 @@
+// mixture_sample: scan, then a block per row that draws (the semantics are in
+// ensemw2s/ops/mixture_sample.py).
+
+#include "mixture.cuh"
+
+namespace ensemw2s::cuda {
+
+// Candidates that fit into shared memory; more of them spill to scratch memory.
+#if !defined(ENSEMW2S_SHARED_CANDIDATES)
+#  define ENSEMW2S_SHARED_CANDIDATES 2048
+#endif
+constexpr int kSharedCandidates = ENSEMW2S_SHARED_CANDIDATES;
+
+struct SampleScratch {
+  float *upper, *lower;  // [rows, groups]: bounds on the largest log-probability of each group
+  int32_t* ids;          // [rows, vocabulary], null if no filter needs candidates
+  float* log_probs;      // [rows, vocabulary]
+};
+
+struct RowShared {
+  RowState state;
+  int count;
+  int32_t ids[kSharedCandidates];
+  float log_probs[kSharedCandidates];
+};
+
+// Rounding that a bound or a float32 log-probability of this size may have.
+ENSEMW2S_DEVICE float slack(float log_prob) { return 2e-5f + 1e-6f * fabsf(log_prob); }
+
+struct Best {
+  double score;
+  int token;   // -1: none yet
+  int unused;  // whole words
+};
+
+ENSEMW2S_DEVICE Best better(const Best& a, const Best& b) {
+  if (a.token < 0 || b.token < 0) return a.token < 0 ? b : a;
+  if (a.score != b.score) return a.score > b.score ? a : b;
+  return a.token < b.token ? a : b;
+}
+
+// An integer image of a float that keeps the order.
+ENSEMW2S_DEVICE uint32_t ascending_bits(float value) {
+  const uint32_t bits = bits_from_float(value == 0 ? 0.0f : value);
+  return bits ^ (uint32_t(int32_t(bits) >> 31) | 0x80000000u);
+}
+
+ENSEMW2S_DEVICE float from_ascending_bits(uint32_t bits) {
+  return float_from_bits(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
+}
+
+struct Sums {
+  uint64_t of[3];
+};
+
+ENSEMW2S_DEVICE Sums added(const Sums& a, const Sums& b) {
+  return {{a.of[0] + b.of[0], a.of[1] + b.of[1], a.of[2] + b.of[2]}};
+}
+
+// The largest key such that the items from it upwards weigh at least `target`, found two bits at a time; 0 if
+// all items together weigh less. Weights are integers: their sums do not depend on the order of the items.
+template <class Key, class Weight>
+ENSEMW2S_DEVICE uint32_t select_key(int count, uint64_t target, const Key& key, const Weight& weight) {
+  uint32_t found = 0;
+  for (int shift = 30; shift >= 0; shift -= 2) {
+    const uint32_t step = 1u << shift;
+    Sums sums{};
+    for (int i = thread_index(); i < count; i += kRowThreads) {
+      const uint32_t k = key(i);
+      if (k < found + step) continue;
+      const uint64_t w = weight(i);
+      sums.of[0] += w;
+      sums.of[1] += k >= found + 2 * step ? w : 0;
+      sums.of[2] += k >= found + 3 * step ? w : 0;
+    }
+    sums = reduce_block<kRowThreads>(sums, added);
+    found += step * uint32_t((sums.of[0] >= target) + (sums.of[1] >= target) + (sums.of[2] >= target));
+  }
+  return found;
+}
+
+template <class Weight>
+ENSEMW2S_DEVICE uint64_t total_over(int count, const Weight& weight) {
+  uint64_t sum = 0;
+  for (int i = thread_index(); i < count; i += kRowThreads) sum += weight(i);
+  return reduce_block<kRowThreads>(sum, [](uint64_t a, uint64_t b) { return a + b; });
+}
+
+// One row's block. Every member function is called by all threads together unless it says otherwise.
+template <class T>
+struct RowSampler {
+  const DeviceMixture& mixture;
+  const SampleSettings& settings;
+  RowShared& shared;
+  const RowState& state;
+  int64_t row;
+  int groups;
+  const float* group_max;
+  const uint32_t* least_words;
+  float *upper, *lower;
+  int32_t* spilled_ids;
+  float* spilled_log_probs;
+  float largest_lower;
+
+  ENSEMW2S_DEVICE RowSampler(const DeviceMixture& a_mixture, const SampleSettings& a_settings,
+                             const ScanResults& results, const SampleScratch& scratch, RowShared& a_shared,
+                             int64_t a_row)
+      : mixture(a_mixture),
+        settings(a_settings),
+        shared(a_shared),
+        state(a_shared.state),
+        row(a_row),
+        groups(shape_of(a_mixture).groups),
+        group_max(results.group_max + row * groups * (is_product(mixture) ? 1 : mixture.num_experts)),
+        least_words(results.least_words + row * groups),
+        upper(scratch.upper + row * groups),
+        lower(scratch.lower + row * groups),
+        spilled_ids(scratch.ids + row * mixture.vocabulary),
+        spilled_log_probs(scratch.log_probs + row * mixture.vocabulary) {}
+
+  ENSEMW2S_DEVICE bool is_vote() const { return mixture.combine == Combine::kVote; }
+
+  ENSEMW2S_DEVICE int draw() {
+    if (is_vote()) {
+      collect_votes();
+      return settings.temperature == 0 ? most_voted() : filter_and_race(false);
+    }
+    bound_groups();
+    if (settings.temperature == 0) return most_probable();
+    if (settings.top_k == 0 && settings.top_p == 1) return race_all();
+    return filter_and_race(collect_for_filters());
+  }
+
+  // ---- log-probabilities (by single threads) ----
+
+  ENSEMW2S_DEVICE float logit(int t, int token) const { return to_float(row_of<T>(mixture, t, row)[token]); }
+
+  ENSEMW2S_DEVICE float quick_log_prob(int token) const {
+    return float_log_prob(mixture, state, [&](int t) { return logit(t, token); });
+  }
+
+  ENSEMW2S_DEVICE double expert_log_prob(int t, int token) const {
+    return double(logit(t, token)) - state.max[t] - state.log_sum[t];
+  }
+
+  ENSEMW2S_DEVICE double log_prob(int token) const {
+    const int experts = mixture.num_experts;
+    if (is_vote()) return log_votes(mixture, state, token);
+    if (is_product(mixture)) {
+      double score = 0;
+      for (int t = 0; t < experts; ++t)
+        if (state.weight[t] > 0) score += state.weight[t] * logit(t, token);
+      return score - state.max[experts] - state.log_sum[experts];
+    }
+    double sum = 0, largest = -kInfinity;  // the largest term stands for all where the sum underflows
+    for (int t = 0; t < experts; ++t) {
+      if (!(state.weight[t] > 0)) continue;
+      const double term = expert_log_prob(t, token);
+      sum += state.weight[t] * exp(term);
+      largest = fmax(largest, log(state.weight[t]) + term);
+    }
+    return sum > 0 ? log(sum) : largest;
+  }
+
+  // ---- groups ----
+
+  ENSEMW2S_DEVICE void bound_groups() {
+    float largest = -kInfinity;
+    for (int g = thread_index(); g < groups; g += kRowThreads) {
+      if (is_product(mixture)) {
+        const int experts = mixture.num_experts;
+        upper[g] = lower[g] = (group_max[g] - state.max[experts]) - float(state.log_sum[experts]);
+      } else {
+        float term = -kInfinity;
+        for (int t = 0; t < mixture.num_experts; ++t)
+          if (state.weight[t] > 0)
+            term = fmaxf(term, (group_max[int64_t(t) * groups + g] - state.max[t]) + state.shift[t]);
+        lower[g] = term;  // one token of the group has this term
+        upper[g] = float_log_prob(mixture, state, [&](int t) { return group_max[int64_t(t) * groups + g]; });
+      }
+      largest = fmaxf(largest, lower[g]);
+    }
+    // Its barriers also make the bounds known to all threads.
+    largest_lower = reduce_block<kRowThreads>(largest, [](float a, float b) { return fmaxf(a, b); });
+  }
+
+  // visit(token, group) for every token of the groups with is_near(group): a warp looks at a group together.
+  template <class Near, class Visit>
+  ENSEMW2S_DEVICE void visit_groups(const Near& is_near, const Visit& visit) const {
+    for (int start = warp_index() * kWarp; start < groups; start += kRowThreads) {
+      uint32_t near = ballot(is_near(start + lane_index()));
+      for (; near != 0; near &= near - 1) {
+        const int group = start + lowest_bit(near), token = token_of<T>(group, lane_index());
+        if (token < mixture.vocabulary) visit(token, group);
+      }
+    }
+  }
+
+  // ---- greedy ----
+
+  ENSEMW2S_DEVICE int most_probable() {
+    const float limit = largest_lower - slack(largest_lower);
+    Best best{0, -1, 0};
+    visit_groups([&](int g) { return upper[g] >= limit; },
+                 [&](int token, int) {
+                   if (quick_log_prob(token) >= limit) best = better(best, {log_prob(token), token, 0});
+                 });
+    return reduce_block<kRowThreads>(best, better).token;
+  }
+
+  ENSEMW2S_DEVICE int most_voted() {
+    Best best{0, -1, 0};
+    for (int i = thread_index(); i < shared.count; i += kRowThreads)
+      best = better(best, {log_prob(shared.ids[i]), shared.ids[i], 0});
+    return reduce_block<kRowThreads>(best, better).token;
+  }
+
+  // ---- candidates ----
+
+  ENSEMW2S_DEVICE int candidate(int i) const {
+    return i < kSharedCandidates ? shared.ids[i] : spilled_ids[i - kSharedCandidates];
+  }
+  ENSEMW2S_DEVICE float candidate_log_prob(int i) const {
+    return i < kSharedCandidates ? shared.log_probs[i] : spilled_log_probs[i - kSharedCandidates];
+  }
+
+  // By a single thread. The order of the candidates is left to chance: nothing may depend on it.
+  ENSEMW2S_DEVICE void add_candidate(int token, float value) {
+    const int i = atomic_add(&shared.count, 1);
+    (i < kSharedCandidates ? shared.ids[i] : spilled_ids[i - kSharedCandidates]) = token;
+    (i < kSharedCandidates ? shared.log_probs[i] : spilled_log_probs[i - kSharedCandidates]) = value;
+  }
+
+  ENSEMW2S_DEVICE void clear_candidates() {
+    if (thread_index() == 0) shared.count = 0;
+    barrier();
+  }
+
+  ENSEMW2S_DEVICE void collect_votes() {
+    clear_candidates();
+    for (int t = thread_index(); t < mixture.num_experts; t += kRowThreads) {
+      bool is_first = state.winner[t] >= 0;
+      for (int earlier = 0; earlier < t; ++earlier)
+        is_first = is_first && state.winner[earlier] != state.winner[t];
+      if (is_first) add_candidate(state.winner[t], float(log_votes(mixture, state, state.winner[t])));
+    }
+    barrier();
+  }
+
+  // Keeps all possible tokens whose log-probability is at least `floor` (and some that are less than slack()
+  // below).
+  ENSEMW2S_DEVICE void collect(float floor) {
+    clear_candidates();
+    const float limit = fmaxf(floor - slack(floor), kLowest);
+    visit_groups([&](int g) { return upper[g] >= limit - slack(limit); },
+                 [&](int token, int) {
+                   const float value = quick_log_prob(token);
+                   if (value >= limit) add_candidate(token, value);
+                 });
+    barrier();
+  }
+
+  // Most nuclei hold no token that is exp(9) times less likely than the first.
+  static constexpr float kNucleusDepth = 9.0f;
+
+  // Keeps what top-k and top-p may let through; true if the mass of what was left out is known: all tokens
+  // together then weigh 1.
+  ENSEMW2S_DEVICE bool collect_for_filters() {
+    if (settings.top_k > 0) {
+      collect(top_k_floor());
+      return false;
+    }
+    if (settings.temperature == 1) {
+      collect(largest_lower - kNucleusDepth);
+      const float top = largest_candidate();
+      const double kept =
+          double(total_over(shared.count, [&](int i) { return mass(candidate_log_prob(i), top); }));
+      if (kept * exp(double(top)) >= (settings.top_p + 1e-4) * kMassUnit) return true;
+    }
+    collect(-kInfinity);
+    return settings.temperature == 1;
+  }
+
+  // At least top_k tokens reach this: each group holds one that reaches its lower bound.
+  ENSEMW2S_DEVICE float top_k_floor() const {
+    if (settings.top_k > groups) return -kInfinity;
+    return from_ascending_bits(select_key(
+        groups, uint64_t(settings.top_k), [&](int g) { return ascending_bits(lower[g]); },
+        [](int) { return 1; }));
+  }
+
+  ENSEMW2S_DEVICE float largest_candidate() const {
+    float largest = -kInfinity;
+    for (int i = thread_index(); i < shared.count; i += kRowThreads)
+      largest = fmaxf(largest, candidate_log_prob(i));
+    return reduce_block<kRowThreads>(largest, [](float a, float b) { return fmaxf(a, b); });
+  }
+
+  // ---- filters ----
+
+  // exp((log_prob - top) / temperature) as a whole number of units: sums of 2^21 of them fit, in any order.
+  static constexpr double kMassUnit = 0x1p42;
+  ENSEMW2S_DEVICE uint64_t mass(float value, float top) const {
+    const float inverse = fminf(float(1 / settings.temperature), FLT_MAX);  // 0 * inf would be NaN
+    return uint64_t(double(expf((value - top) * inverse)) * kMassUnit);
+  }
+
+  // What the filters let through: keys above `key`, and those equal to it up to token `last_tied`.
+  struct Kept {
+    uint32_t key;
+    int last_tied;
+
+    ENSEMW2S_DEVICE bool holds(uint32_t other, int token) const {
+      return other > key || (other == key && token <= last_tied);
+    }
+  };
+
+  ENSEMW2S_DEVICE int filter_and_race(bool weighs_one) {
+    const int count = shared.count;
+    const float top = largest_candidate();
+    const auto key = [&](int i) { return ascending_bits(candidate_log_prob(i)); };
+    Kept kept{0, mixture.vocabulary};
+    if (settings.top_k > 0 && settings.top_k < count)
+      kept.key = select_key(count, uint64_t(settings.top_k), key, [](int) { return 1; });
+    if (settings.top_p < 1) keep_nucleus(kept, top, weighs_one);
+    if (settings.min_p > 0) {
+      const uint32_t least = ascending_bits(top + float(settings.temperature * log(settings.min_p)));
+      if (least > kept.key) kept = {least, mixture.vocabulary};
+    }
+    return race_candidates(kept);
+  }
+
+  ENSEMW2S_DEVICE void keep_nucleus(Kept& kept, float top, bool weighs_one) const {
+    const int count = shared.count;
+    const uint32_t least = kept.key;
+    const auto key = [&](int i) { return ascending_bits(candidate_log_prob(i)); };
+    const auto weight = [&](int i) { return key(i) >= least ? mass(candidate_log_prob(i), top) : 0; };
+    const uint64_t sum = total_over(count, weight);
+    const double total = weighs_one ? fmax(double(sum), exp(-double(top)) * kMassUnit) : double(sum);
+    const uint64_t target = uint64_t(ceil(settings.top_p * total));
+    if (target > sum) return;
+    const uint32_t edge = select_key(count, target, key, weight);
+    const uint64_t above = total_over(count, [&](int i) { return key(i) > edge ? weight(i) : 0; });
+    const uint64_t tied = total_over(count, [&](int i) { return uint64_t(key(i) == edge); });
+    const uint64_t each = mass(from_ascending_bits(edge), top);
+    const uint64_t admitted = (target - above + each - 1) / each;
+    kept = {edge, mixture.vocabulary};
+    if (admitted < tied)  // the lowest ids first
+      kept.last_tied = int(~select_key(
+          count, admitted, [&](int i) { return ~uint32_t(candidate(i)); },
+          [&](int i) { return uint64_t(key(i) == edge); }));
+  }
+
+  // ---- Gumbel race: argmax over tokens of log_prob / temperature + noise ----
+
+  // As -log(-log(1 - u)) <= -log(u), no token of this log-probability and word can score more.
+  ENSEMW2S_DEVICE double highest_score(float value, uint32_t word) const {
+    const float noise = 22.180710f - logf(float(word) + 0.5f);
+    return (double(value) + slack(value)) / settings.temperature + noise + 1e-4;
+  }
+
+  // By a single thread.
+  ENSEMW2S_DEVICE void enter(Best& best, int token, float upper_bound, double floor) const {
+    const uint32_t word =
+        philox(uint64_t(settings.seeds[row]), uint32_t(settings.positions[row]), uint32_t(token));
+    if (best.token >= 0 && highest_score(upper_bound, word) < best.score) return;
+    const double value = log_prob(token);
+    if (value >= floor && value > -kInfinity)
+      best = better(best, {value / settings.temperature + gumbel(word), token, 0});
+  }
+
+  ENSEMW2S_DEVICE int race_candidates(const Kept& kept) const {
+    Best best{0, -1, 0};
+    for (int i = thread_index(); i < shared.count; i += kRowThreads) {
+      const float value = candidate_log_prob(i);
+      if (kept.holds(ascending_bits(value), candidate(i))) enter(best, candidate(i), value, -kInfinity);
+    }
+    return reduce_block<kRowThreads>(best, better).token;
+  }
+
+  // No filter but min-p, which alone needs nothing but the likeliest token.
+  ENSEMW2S_DEVICE int race_all() {
+    double floor = -kInfinity;
+    if (settings.min_p > 0) floor = log_prob(most_probable()) + settings.temperature * log(settings.min_p);
+    const auto reaches_floor = [&](int g) {
+      return upper[g] > -kInfinity && upper[g] + slack(upper[g]) >= floor;
+    };
+    Best group{0, -1, 0};
+    for (int g = thread_index(); g < groups; g += kRowThreads)
+      if (reaches_floor(g)) group = better(group, {highest_score(upper[g], least_words[g]), g, 0});
+    group = reduce_block<kRowThreads>(group, better);
+    // The group of the highest bound first: few others can beat what it holds.
+    Best best{0, -1, 0};
+    const int token = token_of<T>(group.token, lane_index());
+    if (warp_index() == 0 && token < mixture.vocabulary) enter(best, token, upper[group.token], floor);
+    best = reduce_block<kRowThreads>(best, better);
+    visit_groups(
+        [&](int g) {
+          return reaches_floor(g) &&
+                 (best.token < 0 || highest_score(upper[g], least_words[g]) >= best.score);
+        },
+        [&](int other, int g) { enter(best, other, upper[g], floor); });
+    return reduce_block<kRowThreads>(best, better).token;
+  }
+};
+
+template <class T>
+ENSEMW2S_KERNEL(kRowThreads, 1)
+sample_kernel(const DeviceMixture mixture, const SampleSettings settings, const ScanResults results,
+              const SampleScratch scratch, const SampleOutputs outputs) {
+  ENSEMW2S_SHARED(RowShared, shared);
+  const int64_t row = block_index();
+  merge_partials(mixture, results, row, shared.state);
+  barrier();
+  const bool valid = is_valid(mixture, shared.state);
+  RowSampler<T> sampler(mixture, settings, results, scratch, shared, row);
+  if (valid && mixture.combine == Combine::kVote) {
+    find_winners<T>(mixture, results, row, shared.state);
+    barrier();
+  }
+  const int token = valid ? sampler.draw() : -1;
+  for (int t = thread_index(); t < mixture.num_experts; t += kRowThreads)
+    outputs.expert_log_probs[t * mixture.rows + row] =
+        valid && shared.state.usable[t] ? float(sampler.expert_log_prob(t, token)) : NAN;
+  if (thread_index() != 0) return;
+  outputs.valid[row] = valid;
+  outputs.tokens[row] = token;
+  outputs.log_probs[row] = valid ? float(sampler.log_prob(token)) : NAN;
+}
+
+template <class T>
+const char* launch_sample(const DeviceMixture& mixture, const SampleSettings& settings,
+                          const SampleOutputs& outputs, const Allocate& allocate, Stream stream) {
+  const bool filtered = settings.top_k > 0 || settings.top_p < 1;
+  const bool is_vote = mixture.combine == Combine::kVote;
+  const bool races_all = settings.temperature != 0 && !filtered && !is_vote;
+  const bool has_candidates = settings.temperature != 0 && filtered && !is_vote;
+  const ScanResults results = allocate_scan(mixture, races_all, allocate);
+  SampleScratch scratch{};
+  const int64_t bounds = mixture.rows * shape_of(mixture).groups * int64_t(sizeof(float));
+  scratch.upper = static_cast<float*>(allocate(bounds));
+  scratch.lower = static_cast<float*>(allocate(bounds));
+  if (has_candidates) {
+    const int64_t tokens = mixture.rows * mixture.vocabulary;
+    scratch.ids = static_cast<int32_t*>(allocate(tokens * int64_t(sizeof(int32_t))));
+    scratch.log_probs = static_cast<float*>(allocate(tokens * int64_t(sizeof(float))));
+  }
+  const char* error = launch_scan<T>(mixture, settings, results, stream);
+  return error ? error
+               : launch(&sample_kernel<T>, mixture.rows, kRowThreads, stream, mixture, settings, results,
+                        scratch, outputs);
+}
+
+const char* mixture_sample(const DeviceMixture& mixture, const SampleSettings& settings,
+                           const SampleOutputs& outputs, const Allocate& allocate, void* stream) {
+  if (mixture.rows == 0) return nullptr;
+  ENSEMW2S_DISPATCH(mixture.dtype, launch_sample, mixture, settings, outputs, allocate,
+                    static_cast<Stream>(stream));
+}
+
+}  // namespace ensemw2s::cuda

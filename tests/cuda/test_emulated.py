@@ -1,0 +1,302 @@
+"""The CUDA kernels, run without a GPU: the same sources with the threads of a block as fibers."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ensemw2s.ops import mixture_log_probs, mixture_sample
+from ensemw2s.ops.checks import COMBINES
+from tests.cuda.emulated import DTYPES, KERNELS, SANITIZE, compile_emulation
+from tests.ops.helpers import assert_as_good_as_torch
+from tests.ops.test_mixture_sample import SETTINGS, inputs, is_decided
+
+# 1: one token; 33: past a group, rows that are not aligned; 257: the same for 16-bit types; 1031: past a chunk;
+# 2100: rows aligned for float32, and more candidates than shared memory holds.
+SIZES = (1, 33, 257, 1031, 2100)
+EXPERTS = (1, 2, 5)
+BROKEN_WEIGHTS = ([-1.0, 2.0], [float("nan"), 1.0], [float("inf"), 1.0], [0.0, 0.0])
+
+
+def exact_expert_log_probs(logits, tokens):
+    return torch.stack([x.double().log_softmax(-1).gather(-1, tokens[:, None])[:, 0] for x in logits])
+
+
+def assert_same(a, b):
+    for ours, theirs in zip(a, b, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log_probs_are_as_good_as_plain_torch(kernels, generator, dtype, combine):
+    for experts in EXPERTS:
+        for size in SIZES:
+            logits, weights, _ = inputs(generator, experts, 3, size, dtype)
+            exact = mixture_log_probs([x.double() for x in logits], weights.double(), combine)
+            plain = mixture_log_probs([x.float() for x in logits], weights, combine, impl="reference")
+            assert_as_good_as_torch(kernels.mixture_log_probs(logits, weights, combine), plain, exact, atol=1e-6)
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_draws_are_those_of_float64(kernels, generator, dtype, combine):
+    decided = total = 0
+    for size in SIZES:
+        for experts in EXPERTS:
+            logits, weights, keys = inputs(generator, experts, 2, size, dtype)
+            double = [x.double() for x in logits]
+            log_probs = mixture_log_probs(double, weights.double(), combine)
+            for setting in SETTINGS:
+                got = kernels.mixture_sample(logits, weights, combine=combine, **keys, **setting)
+                exact = mixture_sample(double, weights.double(), combine=combine, **keys, **setting)
+                rows = is_decided(log_probs, **keys, **setting)
+                decided, total = decided + int(rows.sum()), total + len(rows)
+                assert bool(got.valid.all())
+                assert torch.equal(got.tokens[rows], exact.tokens[rows]), (size, experts, setting)
+                picked = log_probs.gather(-1, got.tokens[:, None])[:, 0]
+                torch.testing.assert_close(got.log_probs.double(), picked, atol=2e-6, rtol=1e-6)
+                each = exact_expert_log_probs(logits, got.tokens)
+                torch.testing.assert_close(got.expert_log_probs.double(), each, atol=2e-6, rtol=1e-6)
+    assert decided > 0.9 * total or combine == "vote"
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_threads_may_run_in_any_order(kernels, generator, combine):
+    logits, weights, keys = inputs(generator, 2, 2, 1500)
+    for setting in SETTINGS:
+        results = []
+        for kernels.order in (1, 2, 3):
+            results.append(kernels.mixture_sample(logits, weights, combine=combine, **keys, **setting))
+        assert_same(results[0], results[1])
+        assert_same(results[0], results[2])
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_a_row_does_not_depend_on_its_batch(kernels, generator, combine):
+    logits, weights, keys = inputs(generator, 3, 5, 1100, torch.bfloat16)
+    for setting in SETTINGS:
+        together = kernels.mixture_sample(logits, weights, combine=combine, **keys, **setting)
+        alone = kernels.mixture_sample(
+            [x[3:4] for x in logits], weights, combine=combine, **{k: v[3:4] for k, v in keys.items()}, **setting
+        )
+        assert_same([x[..., 3:4] for x in together], alone)
+
+
+def test_greedy_takes_the_lowest_of_equals(kernels):
+    logits = torch.zeros(2, 3, 1500)
+    logits[:, 0, [1499, 1130, 1131]] = 4.0
+    logits[:, 1, [2, 1]] = 4.0
+    keys = {"seeds": torch.zeros(3, dtype=torch.int64), "positions": torch.zeros(3, dtype=torch.int64)}
+    for combine in COMBINES:
+        got = kernels.mixture_sample(logits, torch.tensor([0.4, 0.6]), temperature=0.0, combine=combine, **keys)
+        assert got.tokens.tolist() == [1130, 1, 0]
+
+
+def test_top_k_keeps_ties_and_top_p_admits_lowest_ids_first(kernels):
+    draws = 60
+    logits = torch.zeros(1, draws, 100)
+    logits[..., [90, 10, 50, 30]] = 5.0
+    keys = {"seeds": torch.arange(draws), "positions": torch.zeros(draws, dtype=torch.int64)}
+    p = float(logits[0, 0].softmax(-1)[10])
+    one = torch.ones(1)
+    assert set(kernels.mixture_sample(logits, one, top_k=2, **keys).tokens.tolist()) == {10, 30, 50, 90}
+    assert set(kernels.mixture_sample(logits, one, top_p=1.5 * p, **keys).tokens.tolist()) == {10, 30}
+    assert set(kernels.mixture_sample(logits, one, top_p=0.5 * p, **keys).tokens.tolist()) == {10}
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_broken_rows_are_reported_and_alone(kernels, generator, combine):
+    logits, weights, keys = inputs(generator, 2, 4, 300)
+    logits[0][1, 299] = float("nan")
+    logits[1][2] = -torch.inf
+    logits[1][3, 0] = torch.inf
+    log_probs = kernels.mixture_log_probs(logits, weights, combine)
+    assert log_probs.isnan().all(-1).tolist() == [False, True, True, True]
+    assert not bool(log_probs[0].isnan().any())
+    for setting in SETTINGS:
+        got = kernels.mixture_sample(logits, weights, combine=combine, **keys, **setting)
+        assert got.valid.tolist() == [True, False, False, False]
+        assert got.tokens[1:].tolist() == [-1, -1, -1]
+        assert bool(got.log_probs[1:].isnan().all()) and bool(got.expert_log_probs[:, 1:].isnan().all())
+        exact = mixture_sample([x[:1] for x in logits], weights, combine=combine, impl="reference",
+                               seeds=keys["seeds"][:1], positions=keys["positions"][:1], **setting)  # fmt: skip
+        torch.testing.assert_close(got.log_probs[:1], exact.log_probs)
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("values", BROKEN_WEIGHTS)
+def test_broken_weights_make_rows_invalid(kernels, generator, combine, values):
+    logits, _, keys = inputs(generator, 2, 2, 100)
+    weights = torch.tensor(values)
+    assert bool(kernels.mixture_log_probs(logits, weights, combine).isnan().all())
+    for setting in SETTINGS:
+        got = kernels.mixture_sample(logits, weights, combine=combine, **keys, **setting)
+        assert not bool(got.valid.any()) and got.tokens.tolist() == [-1, -1]
+        assert bool(got.log_probs.isnan().all()) and bool(got.expert_log_probs.isnan().all())
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_expert_of_weight_zero_has_no_say(kernels, generator, combine):
+    logits, _, keys = inputs(generator, 3, 2, 200)
+    logits[1][:] = float("nan")
+    others = [logits[0], logits[2]]
+    weights, half = torch.tensor([0.5, 0.0, 0.5]), torch.tensor([0.5, 0.5])
+    torch.testing.assert_close(
+        kernels.mixture_log_probs(logits, weights, combine), kernels.mixture_log_probs(others, half, combine)
+    )
+    for setting in SETTINGS:
+        got = kernels.mixture_sample(logits, weights, combine=combine, **keys, **setting)
+        want = kernels.mixture_sample(others, half, combine=combine, **keys, **setting)
+        assert torch.equal(got.tokens, want.tokens) and bool(got.valid.all())
+        assert bool(got.expert_log_probs[1].isnan().all())
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_masked_tokens_are_never_drawn(kernels, generator, combine):
+    logits, weights, keys = inputs(generator, 2, 8, 150)
+    for expert in logits:
+        expert[:, 3:] = -torch.inf
+    assert bool((kernels.mixture_log_probs(logits, weights, combine)[:, 3:] == -torch.inf).all())
+    for setting in (*SETTINGS, {"top_k": 140, "temperature": 100.0}):
+        got = kernels.mixture_sample(logits, weights, combine=combine, **keys, **setting)
+        assert bool((got.tokens < 3).all()), setting
+
+
+def test_experts_without_a_common_token(kernels):
+    logits = torch.full((2, 1, 20), -torch.inf)
+    logits[0, 0, 3] = logits[1, 0, 4] = 0.0
+    keys = {"seeds": torch.zeros(1, dtype=torch.int64), "positions": torch.zeros(1, dtype=torch.int64)}
+    half = torch.tensor([0.5, 0.5])
+    assert not kernels.mixture_sample(logits, half, combine="logprob", **keys).valid.item()
+    assert kernels.mixture_sample(logits, half, combine="prob", **keys).valid.item()
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_extremes(kernels, combine):
+    keys = {"seeds": torch.arange(3), "positions": torch.zeros(3, dtype=torch.int64)}
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [3e38, -3e38, 0.0]])[None]
+    exact = mixture_log_probs(logits.double(), torch.tensor([3.0], dtype=torch.double), combine)
+    got = kernels.mixture_log_probs(logits, torch.tensor([3.0]), combine)
+    torch.testing.assert_close(got[:2].double(), exact[:2], rtol=1e-6, atol=1e-6)
+    for setting in (*SETTINGS, {"temperature": 1e6}, {"temperature": 1e-6}, {"temperature": 1e-40, "top_p": 0.9}):
+        drawn = kernels.mixture_sample(logits, torch.tensor([3.0]), combine=combine, **keys, **setting)
+        assert bool(drawn.valid.all())
+        assert setting == {"temperature": 1e6} or (drawn.tokens[0] == 0 and drawn.tokens[2] == 0)
+
+
+def test_rows_of_any_stride_and_no_rows(kernels, generator):
+    logits, weights, keys = inputs(generator, 2, 3, 130, torch.float16)
+    wide = [torch.full((3, 137), float("nan"), dtype=torch.float16)[:, 1:131].copy_(x) for x in logits]
+    expanded = [x[:1].expand(3, -1) for x in logits]
+    for setting in SETTINGS:
+        want = kernels.mixture_sample(logits, weights, **keys, **setting)
+        assert_same(kernels.mixture_sample(wide, weights, **keys, **setting), want)
+        repeated = kernels.mixture_sample(expanded, weights, **keys, **setting)
+        assert repeated.tokens[0] == want.tokens[0]
+    assert_same([kernels.mixture_log_probs(wide, weights)], [kernels.mixture_log_probs(logits, weights)])
+    empty = torch.zeros(0, dtype=torch.int64)
+    none = kernels.mixture_sample([x[:0] for x in logits], weights, seeds=empty, positions=empty)
+    assert none.tokens.shape == (0,)
+    assert kernels.mixture_log_probs([x[:0] for x in logits], weights).shape == (0, 130)
+
+
+# ---- the emulation finds what it is there for ----
+
+
+def cases():
+    """Every setting on rows that end anywhere, each under an order of the threads of its own."""
+    generator = torch.Generator().manual_seed(3)
+    for size, dtype in ((33, torch.float16), (1031, torch.bfloat16), (1500, torch.float32)):
+        for combine in COMBINES:
+            logits, weights, keys = inputs(generator, 2, 1, size, dtype)
+            for setting in (None, *SETTINGS):
+                yield logits, weights, keys, combine, setting
+
+
+def as_bytes(order, logits, weights, keys, combine, setting):
+    """A case in the form that tests/emulation/run_cases.cpp reads."""
+    chosen = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | (setting or {})
+    rows, size = logits[0].shape
+    whole = (order, setting is not None, len(logits), rows, size, COMBINES.index(combine))
+    whole += (DTYPES.index(logits[0].dtype), chosen["top_k"])
+    header = struct.pack("8q3d", *whole, chosen["temperature"], chosen["top_p"], chosen["min_p"])
+    arrays = [weights, keys["seeds"], keys["positions"], *logits]
+    return header + b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in arrays)
+
+
+def run_cases(program: Path) -> str:
+    """Run all cases in a process of their own; what went wrong, or the empty string."""
+    to_run, results = program.with_suffix(".cases"), program.with_suffix(".results")
+    to_run.write_bytes(b"".join(as_bytes(order, *case) for order, case in enumerate(cases())))
+    run = subprocess.run([program, to_run, results], capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        return f"exit status {run.returncode}: {run.stderr}"
+    found = results.read_bytes()
+    for logits, weights, keys, combine, setting in cases():
+        double = [x.double() for x in logits]
+        log_probs = mixture_log_probs(double, weights.double(), combine)
+        if setting is None:
+            got = torch.frombuffer(bytearray(found[: 4 * log_probs.numel()]), dtype=torch.float32)
+            found = found[4 * log_probs.numel() :]
+            if not torch.allclose(got.double(), log_probs.flatten(), atol=1e-5):
+                return f"wrong log-probabilities: {combine}"
+            continue
+        token = int.from_bytes(found[:8], sys.byteorder, signed=True)
+        found = found[8:]
+        exact = mixture_sample(double, weights.double(), combine=combine, **keys, **setting).tokens.item()
+        if token != exact and bool(is_decided(log_probs, **keys, **setting).all()):
+            return f"wrong token: {combine}, {setting}"
+    return ""
+
+
+def test_no_access_out_of_bounds(tmp_path):
+    assert run_cases(compile_emulation(tmp_path / "cases", *SANITIZE, program=True)) == ""
+
+
+# A fault: the file, what stands there, what takes its place, and whether only a sanitizer can see it.
+FAULTS = {
+    "no barrier before the warps' results are read": ("device.h", "  barrier();\n  V total", "  V total", False),
+    "no barrier before they are written again": ("device.h", "  barrier();  // the slots may be", "  //", False),
+    "one group more than there are": (
+        "mixture_sample.cu",
+        "    for (int g = thread_index(); g < groups; g += kRowThreads) {\n      if (is_product",
+        "    for (int g = thread_index(); g <= groups; g += kRowThreads) {\n      if (is_product",
+        True,
+    ),
+    "a vector that ends one past the row": (
+        "mixture.cuh",
+        "first + kVector<T> <= vocabulary)",
+        "first + kVector<T> <= vocabulary + 1)",
+        True,
+    ),
+    "one shared candidate more than there are": (
+        "mixture_sample.cu",
+        "(i < kSharedCandidates ? shared.ids[i]",
+        "(i <= kSharedCandidates ? shared.ids[i]",
+        True,
+    ),
+}
+QUICK = ("no barrier before they are written again", "one shared candidate more than there are")
+
+
+@pytest.mark.parametrize("fault", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAULTS])
+def test_a_planted_fault_is_found(tmp_path, fault):
+    file, right, wrong, needs_sanitizer = FAULTS[fault]
+    kernels = tmp_path / "cuda"
+    shutil.copytree(KERNELS, kernels)
+    text = (kernels / file).read_text()
+    assert text.count(right) == 1, f"{file} has changed: plant this fault anew"
+    (kernels / file).write_text(text.replace(right, wrong))
+    flags = SANITIZE if needs_sanitizer else ()
+    found = run_cases(compile_emulation(tmp_path / "cases", *flags, program=True, kernels=kernels))
+    # Without a barrier, garbage may be used as an index: a crash tells too.
+    unsynchronised = ("wrong", "emulation:", "exit status -")
+    words = ("heap-buffer-overflow", "out of bounds") if needs_sanitizer else unsynchronised
+    assert any(word in found for word in words), found

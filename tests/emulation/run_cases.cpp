@@ -1,0 +1,81 @@
+// Runs the cases of a file and writes what the kernels give, every array in a heap block of its own: a
+// program for AddressSanitizer, which a Python process is slow under. Usage: run_cases CASES RESULTS A case
+// is eight int64 (order of the threads, sampling or not, experts, rows, vocabulary, combine, dtype, top_k),
+// three doubles (temperature, top_p, min_p), then weights, seeds, positions and each expert's logits.
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <memory>
+#include <vector>
+
+#include "library.h"
+
+namespace {
+
+// Exactly as many bytes as asked for.
+struct Array {
+  explicit Array(int64_t bytes) : size(bytes), data(new char[bytes]) {}
+  template <class V>
+  V* as() {
+    return reinterpret_cast<V*>(data.get());
+  }
+  int64_t size;
+  std::unique_ptr<char[]> data;
+};
+
+Array read(std::istream& file, int64_t bytes) {
+  Array array(bytes);
+  file.read(array.data.get(), bytes);
+  return array;
+}
+
+void write(std::ostream& file, Array& array) { file.write(array.data.get(), array.size); }
+
+struct Header {
+  int64_t order, samples, experts, rows, vocabulary, combine, dtype, top_k;
+  double temperature, top_p, min_p;
+};
+
+const char* run_case(const Header& h, std::istream& cases, std::ostream& results) {
+  Array weights = read(cases, h.experts * 4), seeds = read(cases, h.rows * 8),
+        positions = read(cases, h.rows * 8);
+  std::vector<Array> logits;
+  std::vector<const void*> pointers;
+  const std::vector<int64_t> strides(h.experts, h.vocabulary);
+  for (int64_t t = 0; t < h.experts; ++t) {
+    logits.push_back(read(cases, h.rows * h.vocabulary * (h.dtype == 0 ? 4 : 2)));
+    pointers.push_back(logits.back().as<void>());
+  }
+  if (!h.samples) {
+    Array log_probs(h.rows * h.vocabulary * 4);
+    const char* error =
+        emulated_log_probs(h.order, pointers.data(), strides.data(), h.experts, h.rows, h.vocabulary,
+                           weights.as<float>(), h.combine, h.dtype, log_probs.as<float>());
+    write(results, log_probs);
+    return error;
+  }
+  Array tokens(h.rows * 8), log_probs(h.rows * 4), expert_log_probs(h.experts * h.rows * 4), valid(h.rows);
+  const char* error =
+      emulated_sample(h.order, pointers.data(), strides.data(), h.experts, h.rows, h.vocabulary,
+                      weights.as<float>(), h.combine, h.dtype, h.temperature, h.top_k, h.top_p, h.min_p,
+                      seeds.as<int64_t>(), positions.as<int64_t>(), tokens.as<int64_t>(),
+                      log_probs.as<float>(), expert_log_probs.as<float>(), valid.as<bool>());
+  write(results, tokens);
+  return error;
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  std::ifstream cases(arguments[1], std::ios::binary);
+  std::ofstream results(arguments[2], std::ios::binary);
+  Header header;
+  while (cases.read(reinterpret_cast<char*>(&header), sizeof header)) {
+    const char* error = run_case(header, cases, results);
+    if (!error) continue;
+    std::fprintf(stderr, "%s\n", error);
+    return 1;
+  }
+}
