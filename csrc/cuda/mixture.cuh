@@ -155,9 +155,9 @@ ENSEMW2S_DEVICE void scan_noise(const DeviceMixture& mixture, const SampleSettin
   const uint64_t seed = uint64_t(settings.seeds[row]);
   const uint32_t position = uint32_t(settings.positions[row]);
   uint32_t least = ~0u;
-  for (int i = 0; i < kGroup; ++i) {
-    const uint32_t word = philox(seed, position, uint32_t(token_of<T>(group, i)));
-    least = word < least ? word : least;
+  for (int i = 0; i < kGroup; i += 4) {  // kVector neighbours are a multiple of four
+    const PhiloxWords block = philox_words(seed, position, uint32_t(token_of<T>(group, i)) / 4);
+    for (const uint32_t word : block.word) least = word < least ? word : least;
   }
   results.least_words[row * shape_of(mixture).groups + group] = least;
 }
