@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
 
+# `datasets` is imported where it is used: an ensemble can decode without it.
 if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
@@ -96,6 +96,8 @@ def load_questions(source: Mapping[str, Any] | str | os.PathLike[str]) -> Datase
         FileNotFoundError: the file does not exist.
         ImportError: reasoning_gym is not installed.
     """
+    from datasets import Dataset
+
     source = {"file": source} if isinstance(source, str | os.PathLike) else dict(source)
     kinds = [kind for kind in SOURCE_KINDS if kind in source]
     if len(kinds) != 1:
@@ -166,6 +168,9 @@ def _read_csv(path: Path) -> Dataset:
 
 
 def _read_parquet(path: Path) -> Dataset:
+    import datasets
+    from datasets import Dataset
+
     try:
         return Dataset.from_parquet(str(path))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -182,6 +187,8 @@ def _read_text(path: Path) -> str:
 
 def _table(rows: Sequence[Mapping[str, Any]], path: Path) -> Dataset:
     """Return rows as a dataset with every column that any row has."""
+    from datasets import Dataset
+
     if not rows:
         raise ValueError(f"{path} is empty: expected questions with columns prompt and answer")
     columns = dict.fromkeys(column for row in rows for column in row)
@@ -195,6 +202,8 @@ _READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parq
 
 
 def _from_hub(source: Mapping[str, Any]) -> Dataset:
+    import datasets
+
     _no_more_settings(source, ("hub", "name", "split"))
     try:
         return datasets.load_dataset(source["hub"], source.get("name"), split=source.get("split", "train"))
@@ -206,6 +215,8 @@ def _from_hub(source: Mapping[str, Any]) -> Dataset:
 
 
 def _generated(kind: str, source: Mapping[str, Any], regex: str | None) -> Dataset:
+    from datasets import Dataset
+
     settings = dict(source)
     task, size, seed = settings.pop(kind), settings.pop("size", None), settings.pop("seed", 0)
     if not isinstance(size, int) or size < 1:
@@ -369,6 +380,8 @@ def split_questions(dataset: Dataset, sizes: Mapping[str, int], seed: int = 0) -
     Raises:
         ValueError: a size below 1, or fewer distinct questions than the sizes ask for.
     """
+    from datasets import DatasetDict
+
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"split {name} must have at least 1 question, got {size}")
@@ -408,6 +421,8 @@ def tokenize_questions(
         ValueError: a tokenizer without an end token, an answer of no tokens, a prompt of no tokens, or more tokens
             than `question_format.max_length` (or the tokenizer's `model_max_length`); names the row.
     """
+    from datasets import Dataset
+
     end = _end_token(tokenizer)
     limit = _length_limit(tokenizer, question_format)
     rows = []
@@ -437,6 +452,8 @@ def tokenize_prompts(
         ValueError: a tokenizer without an end token, no column `id` or `prompt`, a prompt of no tokens, or one that
             leaves no room for an answer (see `tokenize_questions`); names the row.
     """
+    from datasets import Dataset
+
     _end_token(tokenizer)
     limit = _length_limit(tokenizer, question_format)
     if "id" not in dataset.column_names or "prompt" not in dataset.column_names:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import (
     LogitsProcessorList,
@@ -24,6 +23,7 @@ from ensemw2s.files import append_json_lines, read_complete_lines
 from ensemw2s.models import CACHE
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
     from ensemw2s.ensemble import EnsembleCache, TokenEnsemble
@@ -256,6 +256,8 @@ def label_questions(
             append_json_lines(output_file, fresh)
         bar.update(len(fresh))
     bar.close()
+    from datasets import Dataset
+
     return Dataset.from_list([rows[row_id] for row_id in prompts["id"]])
 
 

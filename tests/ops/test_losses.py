@@ -301,3 +301,16 @@ def test_a_rest_too_small_for_a_number_has_a_gradient(impl):
     torch.testing.assert_close(gradient[0, 0].double(), torch.tensor(0.25, dtype=torch.float64), rtol=1e-4, atol=0)
     expected = -0.25 * (share * head[[0, 1, 3, 4], 1]).sum()
     torch.testing.assert_close(gradient[0, 1].double(), expected, rtol=1e-4, atol=0)
+
+
+@needs_cpp
+def test_impossible_other_tokens_get_no_gradient():
+    logits = torch.full((2, 40), -torch.inf)
+    logits[:, 3] = 1.0
+    ids, log_probs = torch.full((2, 1), 3), torch.full((2, 1), -0.5)
+    # Memory that was used before, so that what is left unwritten shows.
+    for _ in range(3):
+        torch.full((2, 40), torch.nan)
+        losses, gradient = torch.ops.ensemw2s.topk_kl_rows(logits, ids, log_probs, torch.ones(2), True)
+        assert torch.equal(gradient[:, :3], torch.zeros(2, 3)) and torch.equal(gradient[:, 4:], torch.zeros(2, 36))
+        assert bool(losses.isfinite().all())
