@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,9 +28,26 @@ VOTE = tl.constexpr(2)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 MASKED = tl.constexpr(-100)
 
+# Types by which the mixture kernels can be compiled without a GPU; whatever is not named is float32 scratch.
+_TYPES = {
+    **dict.fromkeys(("inner", "rows", "vocabulary", "tiles", "top_k", "capacity", "segments"), "i32"),
+    **dict.fromkeys(("temperature", "top_p", "log_min_p"), "fp32"),
+    **dict.fromkeys(("labels", "seeds", "positions", "out_tokens"), "*i64"),
+    **dict.fromkeys(("tile_first", "counts", "ids", "token"), "*i32"),
+    **dict.fromkeys(("valid", "out_valid", "out_correct"), "*i1"),
+}
+
+
+def ahead_of_time(kernel: Any, num_warps: int = 4, dtype: str = "bf16", **constexprs: Any) -> tuple[Any, ...]:
+    """(kernel, signature, constexprs, num_warps) of a kernel whose arguments bear this file's names."""
+    experts = constexprs.get("T", 1)
+    types = {**_TYPES, "logits": (f"*{dtype}",) * experts, "outer": ("i64",) * experts, "step": ("i64",) * experts}
+    signature = {n: "constexpr" if n in constexprs else types.get(n, "*fp32") for n in kernel.arg_names}
+    return kernel, signature, constexprs, num_warps
+
 
 class Rows(NamedTuple):
-    """Tensors ``[..., V]`` as rows; row ``i`` of tensor ``t`` starts at ``i // inner * outer[t] + i % inner * step[t]``.
+    """Tensors ``[..., V]`` as rows: row ``i`` of tensor ``t`` is at ``i // inner * outer[t] + i % inner * step[t]``.
 
     Attributes:
         tensors: One or more tensors of one shape, last stride 1.
@@ -161,6 +178,12 @@ def row_offset(row, outer, step, inner):
 
 
 @triton.jit
+def unmasked(label, vocabulary):
+    """Tokens of a row that are read: none beside a masked label."""
+    return tl.where(label != MASKED, vocabulary, 0)
+
+
+@triton.jit
 def weight_total(weights, T: tl.constexpr):
     """Sum of the weights and whether they are usable: none negative or NaN, not all zero, no infinity."""
     total = 0.0
@@ -199,9 +222,10 @@ def scan_kernel(
     row = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     tokens = tile * TILE + tl.arange(0, TILE)
-    inside = tokens < vocabulary
+    end = vocabulary
     if HAS_LABELS:
-        inside = inside & (tl.load(labels + row) != MASKED)
+        end = unmasked(tl.load(labels + row), vocabulary)
+    inside = tokens < end
     if COMBINE == LOGPROB:
         total, _ = weight_total(weights, T)
         product = tl.zeros((TILE,), tl.float32)
@@ -329,3 +353,23 @@ def votes_for(token, row, weights, shift, tile_max, tile_first, top, rows, tiles
         winner = vote_of(t, row, shift, tile_max, tile_first, top, rows, tiles, TILES)
         share += tl.where(winner == token, tl.load(weights + t) / weight_sum, 0.0)
     return tl.log(share)
+
+
+@triton.jit
+def slack(bound):
+    """Rounding that a bound or a log-probability of this size may have."""
+    return 2e-5 + 1e-6 * tl.minimum(tl.abs(bound), 1e30)
+
+
+@triton.jit
+def first_argmax(score, token):
+    """Largest score of a block and its lowest token; -inf and 2147483647 for a block without finite scores."""
+    best = tl.max(score, axis=0)
+    ties = (score == best) & (score > -float("inf"))
+    return best, tl.min(tl.where(ties, token, 2147483647), axis=0)
+
+
+AHEAD_OF_TIME = [
+    ahead_of_time(scan_kernel, T=t, COMBINE=combine, HAS_LABELS=True, TILE=TILE, GROUP=GROUP)
+    for t, combine in ((1, PROB.value), (5, PROB.value), (5, LOGPROB.value), (5, VOTE.value))
+]

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ensemw2s.kernels.mixture import TILE, VOTE, WARPS, log_prob, merge_tiles, scan, vote_of, votes_for
+from ensemw2s.kernels.mixture import TILE, VOTE, WARPS, ahead_of_time, log_prob, merge_tiles, scan, vote_of, votes_for
 
 
 def mixture_log_probs(logits: list[Tensor], weights: Tensor, combine: int) -> Tensor:
@@ -60,3 +60,14 @@ def write_kernel(
         )
     found = tl.where(tl.load(valid + row), found, float("nan"))
     tl.store(out + row * vocabulary + tokens, found, mask=inside)
+
+
+# 128 tiles: a vocabulary of 262,144.
+AHEAD_OF_TIME = [
+    entry
+    for combine in range(3)
+    for entry in (
+        ahead_of_time(merge_kernel, T=5, COMBINE=combine, TILES=128),
+        ahead_of_time(write_kernel, T=5, COMBINE=combine, TILES=128, TILE=TILE),
+    )
+]
