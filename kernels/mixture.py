@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Small enough that one row of a usual vocabulary occupies most multiprocessors, large enough for 16 bytes per thread.
+# Small enough that one row of a usual vocabulary occupies most multiprocessors, and 16 bytes of bfloat16 per thread.
 TILE = 2048
 # Bounds are kept per group: 128 tokens is one token in 64 bytes of bounds, and still names few candidates.
 GROUP = 128
-WARPS = 4
+WARPS = 8
 
 PROB = tl.constexpr(0)
 LOGPROB = tl.constexpr(1)
@@ -38,7 +38,7 @@ _TYPES = {
 }
 
 
-def ahead_of_time(kernel: Any, num_warps: int = 4, dtype: str = "bf16", **constexprs: Any) -> tuple[Any, ...]:
+def ahead_of_time(kernel: Any, num_warps: int = WARPS, dtype: str = "bf16", **constexprs: Any) -> tuple[Any, ...]:
     """(kernel, signature, constexprs, num_warps) of a kernel whose arguments bear this file's names."""
     experts = constexprs.get("T", 1)
     types = {**_TYPES, "logits": (f"*{dtype}",) * experts, "outer": ("i64",) * experts, "step": ("i64",) * experts}

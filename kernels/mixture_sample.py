@@ -409,25 +409,21 @@ def votes_kernel(
     tl.store(valid + row, usable)
     expert = tl.arange(0, EXPERTS)
     winners = tl.full((EXPERTS,), -1, tl.int32)
+    shares = tl.zeros((EXPERTS,), tl.float32)
     for t in range(T):
         winner = vote_of(t, row, shift, tile_max, tile_first, top, rows, tiles, TILES)
+        share = votes_for(winner, row, weights, shift, tile_max, tile_first, top, rows, tiles, T, TILES)
         winners = tl.where(expert == t, winner, winners)
-    total = 0
-    for t in range(T):
-        winner = tl.max(tl.where(expert == t, winners, -1), axis=0)
-        # Its first voter writes it down.
-        if usable & (winner >= 0) & (tl.sum(((winners == winner) & (expert < t)).to(tl.int32), axis=0) == 0):
-            lower = (winners >= 0) & (winners < winner)
-            repeated = tl.zeros((EXPERTS,), tl.int32)
-            for s in range(T):
-                other = tl.max(tl.where(expert == s, winners, -1), axis=0)
-                repeated += ((winners == other) & (expert > s)).to(tl.int32)
-            rank = tl.sum((lower & (repeated == 0)).to(tl.int32), axis=0)
-            share = votes_for(winner, row, weights, shift, tile_max, tile_first, top, rows, tiles, T, TILES)
-            tl.store(ids + row * T + rank, winner)
-            tl.store(log_probs + row * T + rank, share)
-            total += 1
-    tl.store(counts + row, total)
+        shares = tl.where(expert == t, share, shares)
+    # A token's first voter writes it down, after the lower ones.
+    same = winners[:, None] == winners[None, :]
+    earlier = expert[:, None] < expert[None, :]
+    is_first = tl.sum((same & earlier).to(tl.int32), axis=0) == 0
+    counted = (is_first & (winners >= 0)).to(tl.int32)
+    rank = tl.sum((winners[:, None] < winners[None, :]).to(tl.int32) * counted[:, None], axis=0)
+    tl.store(ids + row * T + rank, winners, mask=counted > 0)
+    tl.store(log_probs + row * T + rank, shares, mask=counted > 0)
+    tl.store(counts + row, tl.where(usable, tl.sum(counted, axis=0), 0))
 
 
 @triton.jit
