@@ -46,6 +46,8 @@ MIN_P = tl.constexpr(5)  # candidates: the tokens that min-p may keep
 LARGEST_GUMBEL = tl.constexpr(22.9)
 # Mass that may be left out of a total: far less than what moves the edge of top-p by rounding.
 NEGLIGIBLE = tl.constexpr(1e-6)
+# A plan is small, unless it races a tile: then alone in its row, with as many threads as help. Votes are a handful.
+_PLAN_WARPS, _RACING_PLAN_WARPS, _VOTE_WARPS = 4, 16, 2
 # Candidates at a time: most draws have fewer.
 CHUNK = 1024
 NO_TOKEN = tl.constexpr(2147483647)
@@ -92,6 +94,10 @@ def _mode(temperature: float, top_k: int, top_p: float, min_p: float) -> int:
     return MIN_P.value if min_p > 0 else RACE.value
 
 
+def _plan_warps(mode: int) -> int:
+    return _RACING_PLAN_WARPS if mode == RACE.value else _PLAN_WARPS
+
+
 class _Draw:
     """One call's scratch and launches after the scan."""
 
@@ -132,7 +138,8 @@ class _Draw:
             *scratch.experts, *scratch.partials, scratch.group_max, *self.keys,
             self.valid, self.upper, self.anchor, self.floor, self.temperature, *self.settings,
             rows.count, rows.vocabulary, self.tiles,
-            MODE=self.mode, TILE=TILE, GROUP=GROUP, GROUPS=self.shape["TILES"] * (TILE // GROUP), **self.shape,
+            MODE=self.mode, TILE=TILE, GROUP=GROUP, GROUPS=self.shape["TILES"] * (TILE // GROUP),
+            **self.shape | {"num_warps": _plan_warps(self.mode)},
         )  # fmt: skip
 
     def search(self, outputs: tuple[Tensor, ...]) -> None:
@@ -163,7 +170,7 @@ class _Draw:
         if is_vote:
             votes_kernel[(rows.count,)](
                 *scratch.partials, scratch.tile_first, self.valid, counts, ids, log_probs, rows.count, self.tiles,
-                EXPERTS=triton.next_power_of_2(self.shape["T"]), **self.shape,
+                EXPERTS=triton.next_power_of_2(self.shape["T"]), **self.shape | {"num_warps": _VOTE_WARPS},
             )  # fmt: skip
         else:
             self._plan()
@@ -583,7 +590,9 @@ _TILE = {"TILE": TILE, "GROUP": GROUP}
 _MIXED = (0, LOGPROB.value)
 AHEAD_OF_TIME = [
     *(
-        ahead_of_time(plan_kernel, MODE=mode, GROUPS=128 * TILE // GROUP, COMBINE=combine, **_TILE, **_TILED)
+        ahead_of_time(
+            plan_kernel, _plan_warps(mode), MODE=mode, GROUPS=128 * TILE // GROUP, COMBINE=combine, **_TILE, **_TILED
+        )
         for mode in (GREEDY.value, RACE.value, TOP_K.value, NUCLEUS.value, MIN_P.value)
         for combine in _MIXED
     ),
@@ -597,7 +606,10 @@ AHEAD_OF_TIME = [
         for write in (False, True)
         for combine in _MIXED
     ),
-    ahead_of_time(votes_kernel, EXPERTS=8, COMBINE=VOTE.value, **_TILED),
+    # Triton compiles arguments that are 1 as constants.
+    ahead_of_time(plan_kernel, MODE=TOP_K.value, GROUPS=16, COMBINE=0, T=1, TILES=1, **_TILE, rows=1, tiles=1, top_k=1),
+    ahead_of_time(select_kernel, MODE=TOP_K.value, SEGMENTS=1, CHUNK=CHUNK, COMBINE=0, T=1, TILES=1, rows=1, top_k=1),
+    ahead_of_time(votes_kernel, _VOTE_WARPS, EXPERTS=8, COMBINE=VOTE.value, **_TILED),
     *(ahead_of_time(finish_kernel, COMBINE=combine, **_TILED) for combine in _MIXED),
     *(
         ahead_of_time(select_kernel, MODE=mode, SEGMENTS=128, CHUNK=CHUNK, COMBINE=combine, **_TILED)

@@ -33,8 +33,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def compile_kernel(entry: tuple, capability: int) -> dict:
     kernel, signature, constexprs, num_warps = entry
-    source = ASTSource(fn=getattr(kernel, "fn", kernel) if hasattr(kernel, "configs") else kernel, signature=signature,
-                       constexprs=constexprs)  # fmt: skip
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
     shape = " ".join(f"{name}={value}" for name, value in constexprs.items())
     return {"kernel": kernel.__name__, "shape": shape, "sm": capability, **resources(compiled.asm["cubin"])}

@@ -19,7 +19,6 @@ from tests.ops.test_scores import labels_for
 
 # 1: one token; 33: below a group; 257: two groups and one token; 4099: two tiles and three tokens.
 SIZES = (1, 33, 257, 4099)
-SMALL_SIZES = SIZES[:3]
 EXPERTS = (1, 2, 5)
 NAN = float("nan")
 
@@ -103,7 +102,7 @@ class TestRows:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_log_probs_are_as_good_as_plain_torch(generator, dtype, combine):
     for size in SIZES:
-        for experts in EXPERTS:
+        for experts in EXPERTS if size < 4099 else (2,):
             logits, weights, _ = inputs(generator, experts, 2, size, dtype)
             exact = mixture_log_probs([x.double() for x in logits], weights.double(), combine)
             plain = mixture_log_probs([x.float() for x in logits], weights, combine, impl="reference")
@@ -113,33 +112,31 @@ def test_log_probs_are_as_good_as_plain_torch(generator, dtype, combine):
 
 
 @pytest.mark.parametrize("combine", COMBINES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_draws_are_those_of_float64(generator, dtype, combine):
-    """All settings at the small sizes, and each of them with some dtype and number of experts at two tiles."""
-    decided = total = 0
-    for size in SIZES:
-        for experts in EXPERTS if size < 4099 else (3,):
-            logits, weights, keys = inputs(generator, experts, 2, size, dtype)
-            double = [x.double() for x in logits]
-            log_probs = mixture_log_probs(double, weights.double(), combine)
-            for setting in SETTINGS:
-                got = sample(logits, weights, combine=combine, **keys, **setting)
-                exact = mixture_sample(double, weights.double(), combine=combine, **keys, **setting)
-                rows = is_decided(log_probs, **keys, **setting)
-                decided, total = decided + int(rows.sum()), total + len(rows)
-                assert bool(got.valid.all())
-                assert torch.equal(got.tokens[rows], exact.tokens[rows]), (size, experts, setting)
-                picked = log_probs.gather(-1, got.tokens[:, None])[:, 0]
-                torch.testing.assert_close(got.log_probs.double(), picked, atol=2e-6, rtol=1e-6)
-                each = torch.stack([x.log_softmax(-1).gather(-1, got.tokens[:, None])[:, 0] for x in double])
-                torch.testing.assert_close(got.expert_log_probs.double(), each, atol=2e-6, rtol=1e-6)
-    assert decided > 0.8 * total or combine == "vote"
+@pytest.mark.parametrize(("size", "experts"), [(1, 2), (33, 5), (257, 1), (4099, 2)])
+def test_draws_are_those_of_float64(generator, size, experts, combine):
+    decided = 0
+    for number, setting in enumerate(SETTINGS):
+        # The interpreter is slow: the dtypes take turns.
+        logits, weights, keys = inputs(generator, experts, 2, size, DTYPES[number % 3])
+        double = [x.double() for x in logits]
+        log_probs = mixture_log_probs(double, weights.double(), combine)
+        got = sample(logits, weights, combine=combine, **keys, **setting)
+        exact = mixture_sample(double, weights.double(), combine=combine, **keys, **setting)
+        rows = is_decided(log_probs, **keys, **setting)
+        decided += int(rows.sum())
+        assert bool(got.valid.all())
+        assert torch.equal(got.tokens[rows], exact.tokens[rows]), setting
+        picked = log_probs.gather(-1, got.tokens[:, None])[:, 0]
+        torch.testing.assert_close(got.log_probs.double(), picked, atol=2e-6, rtol=1e-6)
+        each = torch.stack([x.log_softmax(-1).gather(-1, got.tokens[:, None])[:, 0] for x in double])
+        torch.testing.assert_close(got.expert_log_probs.double(), each, atol=2e-6, rtol=1e-6)
+    assert decided >= len(SETTINGS) or combine == "vote"
 
 
 @needs_cpp
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_draws_are_those_of_the_cpu_kernel(generator, setting):
-    logits, weights, keys = inputs(generator, 3, 8, 5000, torch.bfloat16)
+    logits, weights, keys = inputs(generator, 3, 4, 5000, torch.bfloat16)
     log_probs = mixture_log_probs([x.double() for x in logits], weights.double())
     rows = is_decided(log_probs, **keys, **setting)
     got, cpp = (sample(logits, weights, impl, **keys, **setting).tokens for impl in ("triton", "cpp"))
@@ -153,21 +150,20 @@ def peaked(generator, rows, size):
     return logits.scatter_add(1, likely, torch.rand(rows, 12, generator=generator) * 6 + 8)
 
 
-@pytest.mark.parametrize("combine", ["prob", "logprob"])
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+@pytest.mark.parametrize(("temperature", "combine"), [(0.3, "logprob"), (1.0, "prob"), (1.0, "logprob"), (1.7, "prob")])
 def test_the_nucleus_is_found_among_few_candidates(generator, temperature, top_p, combine):
     """Where the candidates are cut down before top-p, the draw is still that of the whole vocabulary."""
-    first = peaked(generator, 6, 6000)
-    logits = [first, first + torch.randn(6, 6000, generator=generator)]
+    first = peaked(generator, 3, 4500)
+    logits = [first, first + torch.randn(3, 4500, generator=generator)]
     setting = {"temperature": temperature, "top_p": top_p}
-    keys = {"seeds": draw_seeds(6, generator=generator), "positions": torch.arange(6)}
+    keys = {"seeds": draw_seeds(3, generator=generator), "positions": torch.arange(3)}
     double = [x.double() for x in logits]
     log_probs = mixture_log_probs(double, [0.6, 0.4], combine)
     got = sample(logits, [0.6, 0.4], combine=combine, **keys, **setting).tokens
     exact = mixture_sample(double, [0.6, 0.4], combine=combine, **keys, **setting).tokens
     # Row by row: one row at the filter's edge must not excuse the others.
-    for row in range(6):
+    for row in range(3):
         own = {name: value[row : row + 1] for name, value in keys.items()}
         if is_decided(log_probs[row : row + 1], **own, **setting):
             assert got[row] == exact[row]
@@ -175,16 +171,14 @@ def test_the_nucleus_is_found_among_few_candidates(generator, temperature, top_p
     assert bool(kept.gather(1, got[:, None]).isfinite().all())
 
 
-@pytest.mark.parametrize("combine", COMBINES)
-@pytest.mark.parametrize("setting", [{}, {"temperature": 0.7, "top_k": 6, "top_p": 0.95}])
-def test_draws_follow_the_distribution(generator, combine, setting):
+@pytest.mark.parametrize("combine", ["prob", "vote"])
+def test_draws_follow_the_distribution(generator, combine):
     logits, weights, _ = inputs(generator, 3, 1, 12, scale=1.0)
-    draws = 600
+    draws = 200
     keys = {"seeds": draw_seeds(draws, generator=generator), "positions": torch.arange(draws) // 7}
-    tokens = sample([x.expand(draws, -1) for x in logits], weights, combine=combine, **keys, **setting).tokens
+    tokens = sample([x.expand(draws, -1) for x in logits], weights, combine=combine, **keys).tokens
     log_probs = mixture_log_probs([x.double() for x in logits], weights.double(), combine)
-    full = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | setting
-    expected = filtered_scores(log_probs, **full).softmax(-1)[0] * draws
+    expected = log_probs.exp()[0] * draws
     counts = torch.bincount(tokens, minlength=12)
     assert counts[expected == 0].sum() == 0
     possible = expected > 0
@@ -195,10 +189,10 @@ def test_draws_follow_the_distribution(generator, combine, setting):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_row_depends_on_nothing_but_itself(generator, setting):
     for combine in COMBINES:
-        logits, weights, keys = inputs(generator, 2, 5, 2500)
+        logits, weights, keys = inputs(generator, 2, 4, 2500)
         whole = sample(logits, weights, combine=combine, **keys, **setting)
-        order = torch.randperm(5, generator=generator)[:3]
-        padded = [torch.cat([x, torch.full((5, 3), 99.0)], 1)[order, :2500] for x in logits]
+        order = torch.randperm(4, generator=generator)[:2]
+        padded = [torch.cat([x, torch.full((4, 3), 99.0)], 1)[order, :2500] for x in logits]
         some = {name: value[order] for name, value in keys.items()}
         for got, expected in zip(sample(padded, weights, combine=combine, **some, **setting), whole, strict=True):
             assert torch.equal(got, expected[..., order])
@@ -214,7 +208,7 @@ class TestSampleEdges:
             assert got.tokens.tolist() == [130, 1, 0]
 
     def test_top_k_keeps_ties_and_top_p_admits_lowest_ids_first(self):
-        draws = 60
+        draws = 24
         logits = torch.zeros(1, draws, 100)
         logits[..., [90, 10, 50, 30]] = 5.0
         keys = {"seeds": torch.arange(draws), "positions": torch.zeros(draws, dtype=torch.int64)}
@@ -224,10 +218,10 @@ class TestSampleEdges:
         assert set(sample(logits, [1.0], top_p=0.5 * p, **keys).tokens.tolist()) == {10}
 
     def test_ties_at_the_edge_of_top_p_span_chunks(self):
-        draws = 40
-        keys = {"seeds": torch.arange(draws), "positions": torch.zeros(draws, dtype=torch.int64)}
-        got = sample(torch.zeros(1, draws, 3000), [1.0], top_p=0.5, **keys).tokens
-        assert bool((got < 1500).all()) and bool((got > 1024).any())
+        keys = {"seeds": torch.arange(5), "positions": torch.zeros(5, dtype=torch.int64)}
+        logits, top_p = torch.zeros(1, 5, 3000), 1500.5 / 3000
+        got = sample(logits, [1.0], top_p=top_p, **keys).tokens
+        assert torch.equal(got, mixture_sample(logits.double(), [1.0], top_p=top_p, **keys).tokens)
 
     @pytest.mark.parametrize("combine", COMBINES)
     def test_broken_rows_are_reported_and_alone(self, combine, generator):
