@@ -171,6 +171,21 @@ def test_the_nucleus_is_found_among_few_candidates(generator, temperature, top_p
     assert bool(kept.gather(1, got[:, None]).isfinite().all())
 
 
+@pytest.mark.parametrize("combine", ["prob", "logprob"])
+@pytest.mark.parametrize("temperature", [0.8, 1.0, 1.25])
+def test_the_tail_counts_in_the_nucleus(temperature, combine):
+    """A third of the mass lies in the tail; without it the nucleus would hold one token instead of two."""
+    probs = torch.full((4500,), 0.33 / 4497, dtype=torch.double)
+    probs[[4400, 7, 2100]] = torch.tensor([0.4, 0.15, 0.12], dtype=torch.double)
+    logits = (probs.log() * temperature).float().expand(2, 12, -1)
+    keys = {"seeds": torch.arange(12), "positions": torch.zeros(12, dtype=torch.int64)}
+    setting = {"temperature": temperature, "top_p": 0.5}
+    tokens = sample(logits, [0.5, 0.5], combine=combine, **keys, **setting).tokens
+    exact = mixture_sample(logits.double(), [0.5, 0.5], combine=combine, **keys, **setting).tokens
+    assert set(tokens.tolist()) == {4400, 7}
+    assert torch.equal(tokens, exact)
+
+
 def test_draws_follow_the_distribution(generator):
     logits, weights, _ = inputs(generator, 2, 1, 8, scale=0.5)
     draws = 150
