@@ -160,3 +160,4 @@ backend.declare(
     _fake,
     gradient=(_backward, _setup_context),
 )
+backend.implement_in_triton("mixture_log_probs")

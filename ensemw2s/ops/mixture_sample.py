@@ -175,3 +175,4 @@ backend.declare(
     "Tensor positions, int combine) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
+backend.implement_in_triton("mixture_sample")

@@ -62,3 +62,4 @@ backend.declare(
     "(Tensor[] logits, Tensor weights, Tensor labels, int combine) -> (Tensor, Tensor, Tensor)",
     _fake,
 )
+backend.implement_in_triton("mixture_scores")

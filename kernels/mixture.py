@@ -1,0 +1,375 @@
+"""What the mixture kernels share: one read of the logits, the normalisers it gives, and log-probabilities from them.
+
+The vocabulary is cut into tiles. One program reads one tile of one row from all experts and leaves its maxima and its
+sum of exponentials; a program per row merges those. So few rows use the whole GPU as many rows do, and a row's
+numbers never depend on the batch it is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Small enough that one row of a usual vocabulary occupies most multiprocessors, and 16 bytes of bfloat16 per thread.
+TILE = 2048
+# Bounds are kept per group: 128 tokens is one token in 64 bytes of bounds, and still names few candidates.
+GROUP = 128
+WARPS = 8
+
+PROB = tl.constexpr(0)
+LOGPROB = tl.constexpr(1)
+VOTE = tl.constexpr(2)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+MASKED = tl.constexpr(-100)
+
+# Types by which the mixture kernels can be compiled without a GPU; whatever is not named is float32 scratch.
+_TYPES = {
+    **dict.fromkeys(("inner", "rows", "vocabulary", "tiles", "top_k", "capacity", "segments"), "i32"),
+    **dict.fromkeys(("temperature", "top_p", "log_min_p"), "fp32"),
+    **dict.fromkeys(("labels", "seeds", "positions", "out_tokens"), "*i64"),
+    **dict.fromkeys(("tile_first", "counts", "ids", "token"), "*i32"),
+    **dict.fromkeys(("valid", "out_valid", "out_correct"), "*i1"),
+}
+
+
+def ahead_of_time(kernel: Any, num_warps: int = WARPS, dtype: str = "bf16", **constexprs: Any) -> tuple[Any, ...]:
+    """(kernel, signature, constexprs, num_warps) of a kernel whose arguments bear this file's names."""
+    experts = constexprs.get("T", 1)
+    types = {**_TYPES, "logits": (f"*{dtype}",) * experts, "outer": ("i64",) * experts, "step": ("i64",) * experts}
+    signature = {n: "constexpr" if n in constexprs else types.get(n, "*fp32") for n in kernel.arg_names}
+    return kernel, signature, constexprs, num_warps
+
+
+class Rows(NamedTuple):
+    """Tensors ``[..., V]`` as rows: row ``i`` of tensor ``t`` is at ``i // inner * outer[t] + i % inner * step[t]``.
+
+    Attributes:
+        tensors: One or more tensors of one shape, last stride 1.
+        outer: Stride between blocks of ``inner`` rows, one per tensor.
+        step: Stride between the rows of a block, one per tensor.
+        inner: Rows per block.
+        count: Rows.
+        vocabulary: V.
+    """
+
+    tensors: tuple[Tensor, ...]
+    outer: tuple[int, ...]
+    step: tuple[int, ...]
+    inner: int
+    count: int
+    vocabulary: int
+
+
+def rows_of(tensors: Sequence[Tensor]) -> Rows:
+    """Rows of tensors ``[..., V]``; copied only where two strides cannot describe their leading axes."""
+    shape = tensors[0].shape[:-1]
+    count = shape.numel()
+    for split in range(len(shape) + 1):
+        strides = [(_joint_stride(x, 0, split), _joint_stride(x, split, len(shape))) for x in tensors]
+        if all(outer is not None and step is not None for outer, step in strides):
+            outer, step = zip(*strides, strict=True)
+            return Rows(tuple(tensors), outer, step, max(shape[split:].numel(), 1), count, tensors[0].shape[-1])
+    return rows_of([x.contiguous() for x in tensors])
+
+
+def _joint_stride(tensor: Tensor, first: int, last: int) -> int | None:
+    """The one stride that walks through the axes first, ..., last - 1 as if they were one; None if there is none."""
+    axes = [(n, s) for n, s in zip(tensor.shape[first:last], tensor.stride()[first:last], strict=True) if n != 1]
+    if any(s != n_next * s_next for (_, s), (n_next, s_next) in pairwise(axes)):
+        return None
+    return axes[-1][1] if axes else 0
+
+
+class Scan(NamedTuple):
+    """Scratch of one read of T experts' logits; ``S`` is T, and one more (the product) for ``"logprob"``.
+
+    Attributes:
+        rows: The experts' rows.
+        weights: float32 ``[T]``.
+        combine: Position in ``COMBINES``.
+        tiles: Tiles per row.
+        tile_max: float32 ``[S, rows, tiles]``, the largest logit, at least float32's lowest.
+        tile_sum: float32 ``[S, rows, tiles]``, the sum of ``exp(logit - tile_max)``; NaN in a tile with NaN or +inf.
+        tile_first: int32 ``[T, rows, tiles]``, for ``"vote"`` the lowest id of the largest logit.
+        group_max: float32 ``[T, rows, groups]``, the largest logit of each group, or ``[1, ...]`` of the product.
+        top: float32 ``[S, rows]``, the largest logit.
+        log_sum: float32 ``[S, rows]``, log of the sum of ``exp(logit - top)``; NaN without finite logits.
+        shift: float32 ``[S, rows]``, ``log(w) - log_sum``, or -inf for an expert of weight 0.
+    """
+
+    rows: Rows
+    weights: Tensor
+    combine: int
+    tiles: int
+    tile_max: Tensor
+    tile_sum: Tensor
+    tile_first: Tensor
+    group_max: Tensor
+    top: Tensor
+    log_sum: Tensor
+    shift: Tensor
+
+    @property
+    def experts(self) -> tuple[object, ...]:
+        """Kernel arguments that name the logits."""
+        return self.rows.tensors, self.rows.outer, self.rows.step, self.rows.inner
+
+    @property
+    def partials(self) -> tuple[Tensor, ...]:
+        """Kernel arguments of ``merge_tiles``."""
+        return self.weights, self.tile_max, self.tile_sum, self.top, self.log_sum, self.shift
+
+    @property
+    def normalisers(self) -> tuple[Tensor, ...]:
+        """Kernel arguments of ``log_prob``."""
+        return self.weights, self.top, self.log_sum, self.shift
+
+
+def scan(logits: Sequence[Tensor], weights: Tensor, combine: int, labels: Tensor | None = None) -> Scan:
+    """Read the logits once. Rows whose label (int64 ``[rows]``) is masked are not read."""
+    rows = rows_of(logits)
+    tiles = triton.cdiv(rows.vocabulary, TILE)
+    experts = len(logits)
+    is_product, is_vote = combine == LOGPROB.value, combine == VOTE.value
+    slots = experts + is_product
+    like = {"dtype": torch.float32, "device": weights.device}
+    out = Scan(
+        rows,
+        weights,
+        combine,
+        tiles,
+        torch.empty((slots, rows.count, tiles), **like),
+        torch.empty((slots, rows.count, tiles), **like),
+        torch.empty((experts, rows.count, tiles) if is_vote else 1, dtype=torch.int32, device=weights.device),
+        torch.empty((1 if is_product else experts, rows.count, tiles * (TILE // GROUP)), **like),
+        *(torch.empty((slots, rows.count), **like) for _ in range(3)),
+    )
+    scan_kernel[(rows.count * tiles,)](
+        *out.experts,
+        weights,
+        weights if labels is None else labels,
+        out.tile_max,
+        out.tile_sum,
+        out.tile_first,
+        out.group_max,
+        rows.count,
+        rows.vocabulary,
+        tiles,
+        T=experts,
+        COMBINE=combine,
+        HAS_LABELS=labels is not None,
+        TILE=TILE,
+        GROUP=GROUP,
+        num_warps=WARPS,
+    )
+    return out
+
+
+@triton.jit
+def row_offset(row, outer, step, inner):
+    """Offset of a row (int64) from the start of its tensor."""
+    return row // inner * outer + row % inner * step
+
+
+@triton.jit
+def unmasked(label, vocabulary):
+    """Tokens of a row that are read: none beside a masked label."""
+    return tl.where(label != MASKED, vocabulary, 0)
+
+
+@triton.jit
+def weight_total(weights, T: tl.constexpr):
+    """Sum of the weights and whether they are usable: none negative or NaN, not all zero, no infinity."""
+    total = 0.0
+    usable = True
+    for t in range(T):
+        weight = tl.load(weights + t)
+        usable = usable & (weight >= 0)
+        total += weight
+    return total, usable & (total > 0) & (total < float("inf"))
+
+
+@triton.jit
+def scan_tile(z, slot, row, tile, tile_max, tile_sum, rows, tiles):
+    """Leave the normaliser of one tile of scores ``z``."""
+    top = tl.maximum(tl.max(z, axis=0), LOWEST)
+    at = (slot * rows + row) * tiles + tile
+    tl.store(tile_max + at, top)
+    tl.store(tile_sum + at, tl.sum(tl.exp(z - top), axis=0))
+    return top
+
+
+@triton.jit
+def scan_groups(z, slot, row, tile, group_max, rows, tiles, TILE: tl.constexpr, GROUP: tl.constexpr):
+    """Leave the maximum of each group of a tile."""
+    GROUPS: tl.constexpr = TILE // GROUP
+    top = tl.max(tl.reshape(z, (GROUPS, GROUP)), axis=1)
+    tl.store(group_max + ((slot * rows + row) * tiles + tile) * GROUPS + tl.arange(0, GROUPS), top)
+
+
+@triton.jit
+def scan_kernel(
+    logits, outer, step, inner, weights, labels, tile_max, tile_sum, tile_first, group_max, rows, vocabulary, tiles,
+    T: tl.constexpr, COMBINE: tl.constexpr, HAS_LABELS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of one row, all experts. Grid: rows * tiles."""
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    tokens = tile * TILE + tl.arange(0, TILE)
+    end = vocabulary
+    if HAS_LABELS:
+        end = unmasked(tl.load(labels + row), vocabulary)
+    inside = tokens < end
+    if COMBINE == LOGPROB:
+        total, _ = weight_total(weights, T)
+        product = tl.zeros((TILE,), tl.float32)
+    for t in tl.static_range(T):
+        start = logits[t] + row_offset(row, outer[t], step[t], inner)
+        z = tl.load(start + tokens, mask=inside, other=-float("inf")).to(tl.float32)
+        top = scan_tile(z, t, row, tile, tile_max, tile_sum, rows, tiles)
+        if COMBINE == LOGPROB:
+            weight = tl.load(weights + t) / total
+            product += tl.where(weight > 0, weight * z, 0.0)
+        else:
+            scan_groups(z, t, row, tile, group_max, rows, tiles, TILE, GROUP)
+        if COMBINE == VOTE:
+            first = tl.min(tl.where(z == top, tokens, vocabulary), axis=0)
+            tl.store(tile_first + (t * rows + row) * tiles + tile, first)
+    if COMBINE == LOGPROB:
+        product = tl.where(inside, product, -float("inf"))
+        scan_tile(product, T, row, tile, tile_max, tile_sum, rows, tiles)
+        scan_groups(product, 0, row, tile, group_max, rows, tiles, TILE, GROUP)
+
+
+@triton.jit
+def merge_tiles(
+    row, weights, tile_max, tile_sum, top, log_sum, shift, rows, tiles,
+    T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Normalisers of one row out of those of its tiles (at most ``TILES``); returns whether the row is valid."""
+    total, valid = weight_total(weights, T)
+    tile = tl.arange(0, TILES)
+    for slot in range(T + (1 if COMBINE == LOGPROB else 0)):
+        weight = total
+        if slot < T:
+            weight = tl.load(weights + slot)
+        at = (slot * rows + row) * tiles + tile
+        largest = tl.load(tile_max + at, mask=tile < tiles, other=LOWEST)
+        sums = tl.load(tile_sum + at, mask=tile < tiles, other=0.0)
+        row_top = tl.max(largest, axis=0)
+        row_sum = tl.sum(sums * tl.exp(largest - row_top), axis=0)
+        usable = (row_sum > 0) & (row_sum < float("inf"))
+        valid = valid & (usable | (weight == 0))
+        row_log_sum = tl.where(usable, tl.log(row_sum), float("nan"))
+        tl.store(top + slot * rows + row, row_top)
+        tl.store(log_sum + slot * rows + row, row_log_sum)
+        row_shift = tl.where(weight > 0, tl.log(weight / total) - row_log_sum, -float("inf"))
+        tl.store(shift + slot * rows + row, row_shift)
+    # The same program reads the normalisers next, in other threads.
+    tl.debug_barrier()
+    return valid
+
+
+@triton.jit
+def add_term(x, largest, total):
+    """``log(exp(largest) * total + exp(x))`` as a largest term and a sum relative to it; starts at LOWEST and 0."""
+    fall = tl.exp(-tl.abs(x - largest))
+    return tl.maximum(x, largest), tl.where(x > largest, total * fall + 1.0, total + fall)
+
+
+@triton.jit
+def log_prob(
+    tokens, inside, row, logits, outer, step, inner, weights, top, log_sum, shift, rows,
+    T: tl.constexpr, COMBINE: tl.constexpr,
+):  # fmt: skip
+    """The mixture's log-probability of some tokens (a block or a scalar) of a row; -inf where not ``inside``."""
+    if COMBINE == LOGPROB:
+        weight_sum, _ = weight_total(weights, T)
+        product = tl.zeros_like(tokens).to(tl.float32)
+        for t in tl.static_range(T):
+            start = logits[t] + row_offset(row, outer[t], step[t], inner)
+            z = tl.load(start + tokens, mask=inside, other=-float("inf")).to(tl.float32)
+            weight = tl.load(weights + t) / weight_sum
+            product += tl.where(weight > 0, weight * z, 0.0)
+        out = (product - tl.load(top + T * rows + row)) - tl.load(log_sum + T * rows + row)
+        return tl.where(inside, out, -float("inf"))
+    largest = tl.zeros_like(tokens).to(tl.float32) + LOWEST
+    total = tl.zeros_like(largest)
+    for t in tl.static_range(T):
+        start = logits[t] + row_offset(row, outer[t], step[t], inner)
+        z = tl.load(start + tokens, mask=inside, other=-float("inf")).to(tl.float32)
+        row_shift = tl.load(shift + t * rows + row)
+        x = (z - tl.load(top + t * rows + row)) + row_shift
+        largest, total = add_term(tl.where(row_shift > -float("inf"), x, -float("inf")), largest, total)
+    return tl.where(total > 0, tl.log(total) + largest, -float("inf"))
+
+
+@triton.jit
+def group_bounds(
+    row, group_max, top, log_sum, shift, rows, groups, T: tl.constexpr, COMBINE: tl.constexpr, GROUPS: tl.constexpr
+):
+    """Upper and lower bounds on the largest log-probability in each group of a row: two float32 ``[GROUPS]``."""
+    group = tl.arange(0, GROUPS)
+    inside = group < groups
+    if COMBINE == LOGPROB:
+        z = tl.load(group_max + row * groups + group, mask=inside, other=-float("inf"))
+        exact = (z - tl.load(top + T * rows + row)) - tl.load(log_sum + T * rows + row)
+        return exact, exact
+    largest = tl.full((GROUPS,), LOWEST, tl.float32)
+    total = tl.zeros((GROUPS,), tl.float32)
+    for t in range(T):
+        z = tl.load(group_max + (t * rows + row) * groups + group, mask=inside, other=-float("inf"))
+        row_shift = tl.load(shift + t * rows + row)
+        x = (z - tl.load(top + t * rows + row)) + row_shift
+        largest, total = add_term(tl.where(row_shift > -float("inf"), x, -float("inf")), largest, total)
+    possible = total > 0
+    return tl.where(possible, tl.log(total) + largest, -float("inf")), tl.where(possible, largest, -float("inf"))
+
+
+@triton.jit
+def vote_of(t, row, shift, tile_max, tile_first, top, rows, tiles, TILES: tl.constexpr):
+    """The lowest id of expert t's largest logit; -1 for an expert of weight 0."""
+    tile = tl.arange(0, TILES)
+    inside = tile < tiles
+    at = (t * rows + row) * tiles + tile
+    largest = tl.load(tile_max + at, mask=inside, other=LOWEST)
+    first = tl.load(tile_first + at, mask=inside, other=2147483647)
+    winner = tl.min(tl.where(largest == tl.load(top + t * rows + row), first, 2147483647), axis=0)
+    return tl.where(tl.load(shift + t * rows + row) > -float("inf"), winner, -1)
+
+
+@triton.jit
+def votes_for(token, row, weights, shift, tile_max, tile_first, top, rows, tiles, T: tl.constexpr, TILES: tl.constexpr):
+    """Log of the share of the weight that votes for a token."""
+    weight_sum, _ = weight_total(weights, T)
+    share = 0.0
+    for t in range(T):
+        winner = vote_of(t, row, shift, tile_max, tile_first, top, rows, tiles, TILES)
+        share += tl.where(winner == token, tl.load(weights + t) / weight_sum, 0.0)
+    return tl.log(share)
+
+
+@triton.jit
+def slack(bound):
+    """Rounding that a bound or a log-probability of this size may have."""
+    return 2e-5 + 1e-6 * tl.minimum(tl.abs(bound), 1e30)
+
+
+@triton.jit
+def first_argmax(score, token):
+    """Largest score of a block and its lowest token; -inf and 2147483647 for a block without finite scores."""
+    best = tl.max(score, axis=0)
+    ties = (score == best) & (score > -float("inf"))
+    return best, tl.min(tl.where(ties, token, 2147483647), axis=0)
+
+
+AHEAD_OF_TIME = [
+    ahead_of_time(scan_kernel, T=t, COMBINE=combine, HAS_LABELS=True, TILE=TILE, GROUP=GROUP)
+    for t, combine in ((1, PROB.value), (5, PROB.value), (5, LOGPROB.value), (5, VOTE.value))
+]

@@ -1,0 +1,628 @@
+"""Triton kernels of ``mixture_sample``: the scan, a plan for each row, a search where it says so, the draw.
+
+The plan bounds every group of tokens from its largest logits. Greedy and plain sampling then search the tiles that may
+hold the winner. With filters, the tokens that may pass them are written down in ascending order, and one program per
+row finds the filters' edges among them by bisection over the bits of the log-probabilities.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ensemw2s.kernels.mixture import (
+    GROUP,
+    LOGPROB,
+    LOWEST,
+    TILE,
+    VOTE,
+    WARPS,
+    Scan,
+    ahead_of_time,
+    first_argmax,
+    group_bounds,
+    log_prob,
+    merge_tiles,
+    row_offset,
+    scan,
+    slack,
+    vote_of,
+    votes_for,
+)
+
+# What a row's plan looks for.
+GREEDY = tl.constexpr(0)  # the likeliest token
+RACE = tl.constexpr(1)  # the winner of the Gumbel race over all tokens
+EVERY = tl.constexpr(2)  # candidates: the tokens of any probability
+TOP_K = tl.constexpr(3)  # candidates: the tokens that top-k may keep
+NUCLEUS = tl.constexpr(4)  # candidates: the tokens that top-p may keep
+MIN_P = tl.constexpr(5)  # candidates: the tokens that min-p may keep
+
+# No Philox word gives more noise than this.
+LARGEST_GUMBEL = tl.constexpr(22.9)
+# Mass that may be left out of a total: far less than what moves the edge of top-p by rounding.
+NEGLIGIBLE = tl.constexpr(1e-6)
+# A plan is small, unless it races a tile: then alone in its row, with as many threads as help. Votes are a handful.
+_PLAN_WARPS, _RACING_PLAN_WARPS, _VOTE_WARPS = 4, 16, 2
+# Candidates at a time: most draws have fewer.
+CHUNK = 1024
+NO_TOKEN = tl.constexpr(2147483647)
+LOWEST_KEY = tl.constexpr(-2147483648)
+
+
+def mixture_sample(
+    logits: list[Tensor],
+    weights: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seeds: Tensor,
+    positions: Tensor,
+    combine: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens int64 ``[B]``, log-probabilities float32 ``[B]`` and ``[T, B]``, valid bool ``[B]`` of T ``[B, V]``."""
+    batch, device = logits[0].shape[0], weights.device
+    outputs = (
+        torch.empty(batch, dtype=torch.int64, device=device),
+        torch.empty(batch, dtype=torch.float32, device=device),
+        torch.empty((len(logits), batch), dtype=torch.float32, device=device),
+        torch.empty(batch, dtype=torch.bool, device=device),
+    )
+    if batch == 0:
+        return outputs
+    with torch.cuda.device_of(weights):
+        draw = _Draw(scan(logits, weights, combine), temperature, top_k, top_p, min_p, seeds, positions)
+        if combine != VOTE.value and draw.mode in (GREEDY.value, RACE.value):
+            draw.search(outputs)
+        else:
+            draw.select(outputs)
+    return outputs
+
+
+def _mode(temperature: float, top_k: int, top_p: float, min_p: float) -> int:
+    if temperature == 0:
+        return GREEDY.value
+    if top_k > 0:
+        return TOP_K.value
+    if top_p < 1:
+        return NUCLEUS.value
+    return MIN_P.value if min_p > 0 else RACE.value
+
+
+def _plan_warps(mode: int) -> int:
+    return _RACING_PLAN_WARPS if mode == RACE.value else _PLAN_WARPS
+
+
+class _Draw:
+    """One call's scratch and launches after the scan."""
+
+    def __init__(
+        self,
+        scratch: Scan,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        seeds: Tensor,
+        positions: Tensor,
+    ) -> None:
+        self.scratch = scratch
+        self.rows, self.tiles = scratch.rows, scratch.tiles
+        self.mode = _mode(temperature, top_k, top_p, min_p)
+        self.keys = seeds.contiguous(), positions.contiguous()
+        # Float32 has no room for 1 / temperature below this, and nothing but the likeliest token a chance.
+        self.temperature = max(temperature, 1e-30)
+        self.settings = min(top_k, self.rows.vocabulary), top_p, math.log(min_p) if min_p > 0 else -math.inf
+        self.shape = {
+            "T": len(self.rows.tensors),
+            "COMBINE": scratch.combine,
+            "TILES": triton.next_power_of_2(self.tiles),
+            "num_warps": WARPS,
+        }
+        per_row = self.rows.count
+        self.valid = self._empty(per_row, dtype=torch.bool)
+        self.upper = self._empty(per_row, self.tiles * (TILE // GROUP))
+        self.anchor, self.floor = self._empty(per_row), self._empty(per_row)
+
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.scratch.weights.device)
+
+    def _plan(self) -> None:
+        scratch, rows = self.scratch, self.rows
+        plan_kernel[(rows.count,)](
+            *scratch.experts, *scratch.partials, scratch.group_max, *self.keys,
+            self.valid, self.upper, self.anchor, self.floor, self.temperature, *self.settings,
+            rows.count, rows.vocabulary, self.tiles,
+            MODE=self.mode, TILE=TILE, GROUP=GROUP, GROUPS=self.shape["TILES"] * (TILE // GROUP),
+            **self.shape | {"num_warps": _plan_warps(self.mode)},
+        )  # fmt: skip
+
+    def search(self, outputs: tuple[Tensor, ...]) -> None:
+        """Greedy and plain sampling: every tile's best token, then the best of them."""
+        self._plan()
+        scratch, rows = self.scratch, self.rows
+        score = self._empty(rows.count, self.tiles)
+        token = self._empty(rows.count, self.tiles, dtype=torch.int32)
+        search_kernel[(rows.count * self.tiles,)](
+            *scratch.experts, *scratch.normalisers, *self.keys, self.upper, self.anchor, self.floor,
+            self.temperature, score, token, rows.count, rows.vocabulary, self.tiles,
+            MODE=self.mode, T=self.shape["T"], COMBINE=scratch.combine, TILE=TILE, GROUP=GROUP, num_warps=WARPS,
+        )  # fmt: skip
+        finish_kernel[(rows.count,)](
+            *scratch.experts, *scratch.normalisers, score, token, self.valid, *outputs,
+            rows.count, rows.vocabulary, self.tiles, **self.shape,
+        )  # fmt: skip
+
+    def select(self, outputs: tuple[Tensor, ...]) -> None:
+        """Filters and votes: the candidates in ascending order, then the draw among them."""
+        scratch, rows = self.scratch, self.rows
+        is_vote = scratch.combine == VOTE.value
+        capacity = self.shape["T"] if is_vote else rows.vocabulary
+        segments = 1 if is_vote else self.tiles
+        counts = self._empty(rows.count, segments, dtype=torch.int32)
+        ids = self._empty(rows.count, capacity, dtype=torch.int32)
+        log_probs = self._empty(rows.count, capacity)
+        if is_vote:
+            votes_kernel[(rows.count,)](
+                *scratch.partials, scratch.tile_first, self.valid, counts, ids, log_probs, rows.count, self.tiles,
+                EXPERTS=triton.next_power_of_2(self.shape["T"]), **self.shape | {"num_warps": _VOTE_WARPS},
+            )  # fmt: skip
+        else:
+            self._plan()
+            for write in (False, True):
+                collect_kernel[(rows.count * self.tiles,)](
+                    *scratch.experts, *scratch.normalisers, self.upper, self.floor, counts, ids, log_probs,
+                    rows.count, rows.vocabulary, self.tiles, WRITE=write, TILE=TILE, GROUP=GROUP, **self.shape,
+                )  # fmt: skip
+        select_kernel[(rows.count,)](
+            *scratch.experts, *scratch.normalisers, scratch.tile_max, scratch.tile_first, *self.keys,
+            counts, ids, log_probs, self.valid, *outputs, self.temperature, *self.settings,
+            rows.count, rows.vocabulary, self.tiles, capacity, segments,
+            MODE=self.mode, SEGMENTS=triton.next_power_of_2(segments), CHUNK=CHUNK, **self.shape,
+        )  # fmt: skip
+
+
+@triton.jit
+def gumbel(word):
+    """Standard Gumbel noise ``-log(-log(1 - u))`` with ``u = (word + 1/2) / 2**32`` of uint32 words, in float32.
+
+    ``-log(1 - u)`` keeps its relative precision: a small ``u`` is used as it is, a large one through ``1 - u``, whose
+    bits are those of the inverted word.
+    """
+    u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    rest = ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    rounded = 1.0 - u
+    # log1p(x) = log(y) x / (y - 1) for y = 1 + x as rounded (Goldberg 1991, theorem 4).
+    small = tl.where(rounded == 1.0, u, tl.log(rounded) * (u / tl.where(rounded == 1.0, 1.0, rounded - 1.0)))
+    return -tl.log(tl.where(u < 0.5, small, -tl.log(rest)))
+
+
+@triton.jit
+def philox_words(seed, position, tokens):
+    """Philox4x32-10 word of each token (uint32); of the int64 position the low 32 bits count."""
+    first, second, third, fourth = tl.philox(seed, tokens >> 2, position.to(tl.int32), 0, 0)
+    low = tl.where((tokens & 1) == 0, first, second)
+    high = tl.where((tokens & 1) == 0, third, fourth)
+    return tl.where((tokens & 2) == 0, low, high)
+
+
+@triton.jit
+def philox_words_in_a_row(seed, position, start, SIZE: tl.constexpr):
+    """``philox_words`` of the tokens ``start``, ``start + 1``, ...; one block of words serves four of them."""
+    counters = start // 4 + tl.arange(0, SIZE // 4)
+    first, second, third, fourth = tl.philox(seed, counters, position.to(tl.int32), 0, 0)
+    return tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))
+
+
+@triton.jit
+def key_of(value):
+    """int32 in the order of float32 values."""
+    bits = value.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def race_tile(
+    row, tile, best, logits, outer, step, inner, weights, top, log_sum, shift, seeds, positions, upper, anchor,
+    temperature, rows, vocabulary, tiles,
+    T: tl.constexpr, COMBINE: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The tile's highest ``(log_prob - anchor) / temperature + noise`` and its token, if it may reach ``best``.
+
+    As ``-log(-log(1 - u)) <= -log(u)``, a token can only win if ``u < exp((upper - anchor) / temperature - best)``,
+    which is a comparison of its Philox word with a number: few tokens' logits are read.
+    """
+    GROUPS: tl.constexpr = TILE // GROUP
+    group = tl.arange(0, GROUPS)
+    bound = tl.load(upper + (row * tiles + tile) * GROUPS + group)
+    lead = (bound + slack(bound) - anchor) / temperature - best + 1e-4
+    score, token = -float("inf"), NO_TOKEN
+    if tl.max(lead, axis=0) > -LARGEST_GUMBEL:
+        tokens = tl.arange(0, TILE)
+        limit = tl.exp(tl.minimum(lead, 0.0)) * 4295396761.6 + 1024.0
+        limits = tl.reshape(tl.broadcast_to(limit[:, None], (GROUPS, GROUP)), (TILE,))
+        tokens += tile * TILE
+        words = philox_words_in_a_row(tl.load(seeds + row), tl.load(positions + row), tile * TILE, TILE)
+        near = (words.to(tl.float32) <= limits) & (tokens < vocabulary)
+        if tl.max(near.to(tl.int32), axis=0) > 0:
+            found = log_prob(
+                tokens, near, row, logits, outer, step, inner, weights, top, log_sum, shift, rows, T, COMBINE
+            )
+            scores = tl.where(
+                near & (found > -float("inf")), (found - anchor) / temperature + gumbel(words), -float("inf")
+            )
+            score, token = first_argmax(scores, tokens)
+    return score, token
+
+
+@triton.jit
+def top_k_floor(lower, top_k):
+    """At least ``top_k`` tokens reach this: each group holds one that reaches its lower bound."""
+    keys = key_of(lower)
+    edge = tl.full((), LOWEST_KEY, tl.int64)
+    for bit in range(32):
+        trial = edge + (tl.full((), 1, tl.int64) << (31 - bit))
+        enough = tl.sum((keys >= trial).to(tl.int32), axis=0) >= top_k
+        edge = tl.where(enough, trial, edge)
+    key = edge.to(tl.int32)
+    value = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return tl.where(key > key_of(tl.full((), LOWEST, tl.float32)), value - slack(value), LOWEST)
+
+
+@triton.jit
+def nucleus_floor(
+    row, anchor, temperature, top_p, weights, tile_max, tile_sum, top, log_sum, shift, rows, tiles,
+    T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A log-probability below which no token can be in the nucleus, and what lies below it can be left out of sums.
+
+    The n tokens of a tile that are below a floor f have together at most the tile's mass and at most ``n exp(f)``. That
+    bounds the sum of ``p ** (1 / temperature)`` over them: below 1 by ``exp(f) ** (1 / temperature - 1)`` times
+    theirs, above 1 by n times the power of the mean (Jensen). All relative to the likeliest token.
+    """
+    tile = tl.arange(0, TILES)
+    mass = tl.zeros((TILES,), tl.float32)
+    for t in range(T):
+        slot = T if COMBINE == LOGPROB else t
+        at = (slot * rows + row) * tiles + tile
+        largest = tl.load(tile_max + at, mask=tile < tiles, other=LOWEST)
+        sums = tl.load(tile_sum + at, mask=tile < tiles, other=0.0)
+        # The product's shift has no weight; it counts once.
+        scale = tl.exp(tl.load(shift + slot * rows + row))
+        if COMBINE == LOGPROB:
+            scale = tl.where(t == 0, scale, 0.0)
+        mass += tl.where(scale > 0, tl.exp(largest - tl.load(top + slot * rows + row)) * sums * scale, 0.0)
+    log_mass = tl.log(mass)
+    log_size = tl.log(TILE * 1.0)
+    inverse = 1.0 / temperature
+    # At temperature 1 the total is known to be 1, whatever is left out.
+    allowed = tl.where(temperature == 1.0, 1.0 - top_p - 1e-4, tl.minimum(NEGLIGIBLE, 0.5 * (1.0 - top_p)))
+    low, high = -100.0, 0.0
+    for _ in range(24):
+        middle = 0.5 * (low + high)
+        below = tl.minimum(log_mass, log_size + middle)
+        cold = middle * (inverse - 1.0) + below - anchor * inverse
+        hot = log_size + (below - log_size - anchor) * inverse
+        left_out = tl.sum(tl.exp(tl.where(temperature <= 1.0, cold, hot)), axis=0)
+        scaled = tl.where(temperature == 1.0, left_out * tl.exp(anchor), left_out)
+        low = tl.where(scaled <= allowed, middle, low)
+        high = tl.where(scaled <= allowed, high, middle)
+    return tl.where(low > -100.0, low, LOWEST)
+
+
+@triton.jit
+def plan_kernel(
+    logits, outer, step, inner, weights, tile_max, tile_sum, top, log_sum, shift, group_max, seeds, positions,
+    valid, upper, anchor, floor, temperature, top_k, top_p, log_min_p, rows, vocabulary, tiles,
+    MODE: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Bounds of one row, and the log-probability (or the race's score) that the search must reach. Grid: rows."""
+    row = tl.program_id(0).to(tl.int64)
+    usable = merge_tiles(row, weights, tile_max, tile_sum, top, log_sum, shift, rows, tiles, T, COMBINE, TILES)
+    groups = tiles * (TILE // GROUP)
+    high, low = group_bounds(row, group_max, top, log_sum, shift, rows, groups, T, COMBINE, GROUPS)
+    group = tl.arange(0, GROUPS)
+    tl.store(upper + row * groups + group, high, mask=group < groups)
+    likeliest = tl.max(low, axis=0)
+    # Experts without a common token leave no bound to stand on.
+    usable = usable & (likeliest > -float("inf"))
+    tl.store(valid + row, usable)
+    tl.store(anchor + row, likeliest)
+    reach = likeliest - slack(likeliest)
+    if MODE == TOP_K:
+        reach = top_k_floor(low, top_k)
+    if MODE == NUCLEUS:
+        reach = nucleus_floor(
+            row, likeliest, temperature, top_p, weights, tile_max, tile_sum, top, log_sum, shift, rows, tiles,
+            T, COMBINE, TILES, TILE,
+        )  # fmt: skip
+    if MODE == MIN_P:
+        reach = tl.maximum(reach + temperature * log_min_p, LOWEST)
+    if MODE == RACE:
+        # The bounds were written by other threads.
+        tl.debug_barrier()
+        _, first = first_argmax(high, group)
+        reach, _ = race_tile(
+            row, tl.where(usable, first // (TILE // GROUP), 0), LOWEST, logits, outer, step, inner,
+            weights, top, log_sum, shift, seeds, positions, upper, likeliest, temperature, rows, vocabulary, tiles,
+            T, COMBINE, TILE, GROUP,
+        )  # fmt: skip
+    tl.store(floor + row, tl.where(usable, reach, float("inf")))
+
+
+@triton.jit
+def search_kernel(
+    logits, outer, step, inner, weights, top, log_sum, shift, seeds, positions, upper, anchor, floor,
+    temperature, score, token, rows, vocabulary, tiles,
+    MODE: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The best token of one tile of one row. Grid: rows * tiles."""
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    reach = tl.load(floor + row)
+    best, winner = -float("inf"), NO_TOKEN
+    if MODE == RACE:
+        if reach < float("inf"):
+            best, winner = race_tile(
+                row, tile, reach, logits, outer, step, inner, weights, top, log_sum, shift, seeds, positions, upper,
+                tl.load(anchor + row), temperature, rows, vocabulary, tiles, T, COMBINE, TILE, GROUP,
+            )  # fmt: skip
+    else:
+        bound = tl.load(upper + (row * tiles + tile) * (TILE // GROUP) + tl.arange(0, TILE // GROUP))
+        if tl.max(bound, axis=0) >= reach:
+            tokens = tile * TILE + tl.arange(0, TILE)
+            found = log_prob(
+                tokens, tokens < vocabulary, row, logits, outer, step, inner, weights, top, log_sum, shift, rows,
+                T, COMBINE,
+            )  # fmt: skip
+            best, winner = first_argmax(found, tokens)
+    tl.store(score + row * tiles + tile, best)
+    tl.store(token + row * tiles + tile, winner)
+
+
+@triton.jit
+def collect_kernel(
+    logits, outer, step, inner, weights, top, log_sum, shift, upper, floor, counts, ids, log_probs,
+    rows, vocabulary, tiles, WRITE: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Count the candidates in one tile of one row, or write them after those before. Grid: rows * tiles."""
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    reach = tl.load(floor + row)
+    bound = tl.load(upper + (row * tiles + tile) * (TILE // GROUP) + tl.arange(0, TILE // GROUP))
+    count = 0
+    if tl.max(bound + slack(bound), axis=0) >= reach:
+        tokens = tile * TILE + tl.arange(0, TILE)
+        found = log_prob(
+            tokens, tokens < vocabulary, row, logits, outer, step, inner, weights, top, log_sum, shift, rows, T, COMBINE
+        )
+        kept = (found >= reach).to(tl.int32)
+        count = tl.sum(kept, axis=0)
+        if WRITE:
+            earlier = tl.arange(0, TILES)
+            before = tl.sum(tl.load(counts + row * tiles + earlier, mask=earlier < tile, other=0), axis=0)
+            at = row * vocabulary + before + tl.cumsum(kept, axis=0) - 1
+            tl.store(ids + at, tokens, mask=kept > 0)
+            tl.store(log_probs + at, found, mask=kept > 0)
+    if not WRITE:
+        tl.store(counts + row * tiles + tile, count)
+
+
+@triton.jit
+def votes_kernel(
+    weights, tile_max, tile_sum, top, log_sum, shift, tile_first, valid, counts, ids, log_probs, rows, tiles,
+    EXPERTS: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """The tokens that some expert votes for, each once, in ascending order. Grid: rows."""
+    row = tl.program_id(0).to(tl.int64)
+    usable = merge_tiles(row, weights, tile_max, tile_sum, top, log_sum, shift, rows, tiles, T, COMBINE, TILES)
+    tl.store(valid + row, usable)
+    expert = tl.arange(0, EXPERTS)
+    winners = tl.full((EXPERTS,), -1, tl.int32)
+    shares = tl.zeros((EXPERTS,), tl.float32)
+    for t in range(T):
+        winner = vote_of(t, row, shift, tile_max, tile_first, top, rows, tiles, TILES)
+        share = votes_for(winner, row, weights, shift, tile_max, tile_first, top, rows, tiles, T, TILES)
+        winners = tl.where(expert == t, winner, winners)
+        shares = tl.where(expert == t, share, shares)
+    # A token's first voter writes it down, after the lower ones.
+    same = winners[:, None] == winners[None, :]
+    earlier = expert[:, None] < expert[None, :]
+    is_first = tl.sum((same & earlier).to(tl.int32), axis=0) == 0
+    counted = (is_first & (winners >= 0)).to(tl.int32)
+    rank = tl.sum((winners[:, None] < winners[None, :]).to(tl.int32) * counted[:, None], axis=0)
+    tl.store(ids + row * T + rank, winners, mask=counted > 0)
+    tl.store(log_probs + row * T + rank, shares, mask=counted > 0)
+    tl.store(counts + row, tl.where(usable, tl.sum(counted, axis=0), 0))
+
+
+@triton.jit
+def weight_from(key, log_probs, count, top, temperature, WEIGHED: tl.constexpr, CHUNK: tl.constexpr):
+    """Number, or relative mass, of the candidates whose key is at least ``key`` (an int64)."""
+    total = 0.0
+    for start in range(0, count, CHUNK):
+        index = start + tl.arange(0, CHUNK)
+        some = tl.load(log_probs + index, mask=index < count, other=-float("inf"))
+        weight = tl.exp((some - top) / temperature) if WEIGHED else tl.full((CHUNK,), 1.0, tl.float32)
+        reached = (index < count) & (key_of(some) >= key)
+        total += tl.sum(tl.where(reached, weight, 0.0), axis=0)
+    return total
+
+
+@triton.jit
+def find_edge(target, least, log_probs, count, top, temperature, WEIGHED: tl.constexpr, CHUNK: tl.constexpr):
+    """Largest key from which the candidates upwards, of those from ``least`` on, weigh ``target``; else the lowest."""
+    edge = tl.full((), LOWEST_KEY, tl.int64)
+    for bit in range(32):
+        trial = edge + (tl.full((), 1, tl.int64) << (31 - bit))
+        weight = weight_from(tl.maximum(trial, least), log_probs, count, top, temperature, WEIGHED, CHUNK)
+        edge = tl.where(weight >= target, trial, edge)
+    return edge
+
+
+@triton.jit
+def largest_of(log_probs, count, CHUNK: tl.constexpr):
+    """Largest log-probability of the candidates."""
+    top = -float("inf")
+    for start in range(0, count, CHUNK):
+        index = start + tl.arange(0, CHUNK)
+        some = tl.load(log_probs + index, mask=index < count, other=-float("inf"))
+        top = tl.maximum(top, tl.max(some, axis=0))
+    return top
+
+
+@triton.jit
+def race_kept(
+    row, least, edge, above, target, top, seeds, positions, ids, log_probs, count, temperature, log_min_p,
+    MODE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Winner among the candidates that the filters keep: keys from ``least`` and above ``edge``; lowest ids at it."""
+    best, winner = -float("inf"), NO_TOKEN
+    ties_before = 0
+    for start in range(0, count, CHUNK):
+        index = start + tl.arange(0, CHUNK)
+        inside = index < count
+        some = tl.load(log_probs + index, mask=inside, other=-float("inf"))
+        tokens = tl.load(ids + index, mask=inside, other=NO_TOKEN)
+        score = some
+        if MODE != GREEDY:
+            keys = key_of(some)
+            tied = (inside & (keys == edge)).to(tl.int32)
+            rank = ties_before + tl.cumsum(tied, axis=0) - tied
+            ties_before += tl.sum(tied, axis=0)
+            mass = tl.exp((some - top) / temperature)
+            admitted = (keys > edge) | ((tied > 0) & (above + rank * mass < target))
+            kept = admitted & (keys >= least) & (some >= top + temperature * log_min_p)
+            words = philox_words(tl.load(seeds + row), tl.load(positions + row), tokens)
+            score = tl.where(inside & kept, (some - top) / temperature + gumbel(words), -float("inf"))
+        chunk_best, chunk_winner = first_argmax(score, tokens)
+        winner = tl.where(chunk_best > best, chunk_winner, winner)
+        best = tl.maximum(best, chunk_best)
+    return winner
+
+
+@triton.jit
+def write_sample(
+    row, token, picked, usable, logits, outer, step, inner, top, log_sum,
+    out_tokens, out_log_probs, out_experts, out_valid, rows, T: tl.constexpr,
+):  # fmt: skip
+    """One row's results; ``picked`` is the token's log-probability."""
+    tl.store(out_tokens + row, tl.where(usable, token, -1).to(tl.int64))
+    tl.store(out_log_probs + row, tl.where(usable, picked, float("nan")))
+    tl.store(out_valid + row, usable)
+    for t in tl.static_range(T):
+        start = logits[t] + row_offset(row, outer[t], step[t], inner)
+        z = tl.load(start + token, mask=usable, other=0.0).to(tl.float32)
+        own = (z - tl.load(top + t * rows + row)) - tl.load(log_sum + t * rows + row)
+        tl.store(out_experts + t * rows + row, tl.where(usable, own, float("nan")))
+
+
+@triton.jit
+def finish_kernel(
+    logits, outer, step, inner, weights, top, log_sum, shift, score, token, valid,
+    out_tokens, out_log_probs, out_experts, out_valid, rows, vocabulary, tiles,
+    T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """The best of one row's tiles. Grid: rows."""
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.arange(0, TILES)
+    inside = tile < tiles
+    scores = tl.load(score + row * tiles + tile, mask=inside, other=-float("inf"))
+    _, winner = first_argmax(scores, tl.load(token + row * tiles + tile, mask=inside, other=NO_TOKEN))
+    usable = tl.load(valid + row) & (winner < vocabulary)
+    one = tl.zeros((1,), tl.int32) + winner
+    found = log_prob(
+        one, one < vocabulary, row, logits, outer, step, inner, weights, top, log_sum, shift, rows, T, COMBINE
+    )
+    write_sample(
+        row, winner, tl.max(found, axis=0), usable, logits, outer, step, inner, top, log_sum,
+        out_tokens, out_log_probs, out_experts, out_valid, rows, T,
+    )  # fmt: skip
+
+
+@triton.jit
+def select_kernel(
+    logits, outer, step, inner, weights, top, log_sum, shift, tile_max, tile_first, seeds, positions,
+    counts, ids, log_probs, valid, out_tokens, out_log_probs, out_experts, out_valid,
+    temperature, top_k, top_p, log_min_p, rows, vocabulary, tiles, capacity, segments,
+    MODE: tl.constexpr, SEGMENTS: tl.constexpr, CHUNK: tl.constexpr,
+    T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Filters and draw among one row's candidates. Grid: rows."""
+    row = tl.program_id(0).to(tl.int64)
+    segment = tl.arange(0, SEGMENTS)
+    count = tl.sum(tl.load(counts + row * segments + segment, mask=segment < segments, other=0), axis=0)
+    ids += row * capacity
+    log_probs += row * capacity
+    largest = largest_of(log_probs, count, CHUNK)
+    least = tl.full((), LOWEST_KEY, tl.int64)
+    edge, above, target = least, 0.0, 0.0
+    if MODE != GREEDY:
+        if (top_k > 0) & (top_k < count):
+            least = find_edge(top_k, least, log_probs, count, largest, temperature, False, CHUNK)
+        if top_p < 1.0:
+            total = weight_from(least, log_probs, count, largest, temperature, True, CHUNK)
+            if MODE == NUCLEUS and COMBINE != VOTE:
+                # Some tokens may be missing from the candidates, but all together weigh 1.
+                total = tl.where(temperature == 1.0, tl.maximum(total, tl.exp(-largest)), total)
+            target = top_p * total
+            edge = find_edge(target, least, log_probs, count, largest, temperature, True, CHUNK)
+            above = weight_from(tl.maximum(edge + 1, least), log_probs, count, largest, temperature, True, CHUNK)
+    winner = race_kept(
+        row, least, edge, above, target, largest, seeds, positions, ids, log_probs, count, temperature, log_min_p,
+        MODE, CHUNK,
+    )  # fmt: skip
+    usable = tl.load(valid + row) & (winner < vocabulary)
+    if COMBINE == VOTE:
+        picked = votes_for(winner, row, weights, shift, tile_max, tile_first, top, rows, tiles, T, TILES)
+    else:
+        one = tl.zeros((1,), tl.int32) + winner
+        found = log_prob(
+            one, one < vocabulary, row, logits, outer, step, inner, weights, top, log_sum, shift, rows, T, COMBINE
+        )
+        picked = tl.max(found, axis=0)
+    write_sample(
+        row, winner, picked, usable, logits, outer, step, inner, top, log_sum,
+        out_tokens, out_log_probs, out_experts, out_valid, rows, T,
+    )  # fmt: skip
+
+
+# 128 tiles: a vocabulary of 262,144.
+_TILED = {"T": 5, "TILES": 128}
+_TILE = {"TILE": TILE, "GROUP": GROUP}
+_MIXED = (0, LOGPROB.value)
+AHEAD_OF_TIME = [
+    *(
+        ahead_of_time(
+            plan_kernel, _plan_warps(mode), MODE=mode, GROUPS=128 * TILE // GROUP, COMBINE=combine, **_TILE, **_TILED
+        )
+        for mode in (GREEDY.value, RACE.value, TOP_K.value, NUCLEUS.value, MIN_P.value)
+        for combine in _MIXED
+    ),
+    *(
+        ahead_of_time(search_kernel, MODE=mode, T=5, COMBINE=combine, **_TILE)
+        for mode in (GREEDY.value, RACE.value)
+        for combine in _MIXED
+    ),
+    *(
+        ahead_of_time(collect_kernel, WRITE=write, COMBINE=combine, **_TILE, **_TILED)
+        for write in (False, True)
+        for combine in _MIXED
+    ),
+    # Triton compiles arguments that are 1 as constants.
+    ahead_of_time(plan_kernel, MODE=TOP_K.value, GROUPS=16, COMBINE=0, T=1, TILES=1, **_TILE, rows=1, tiles=1, top_k=1),
+    ahead_of_time(select_kernel, MODE=TOP_K.value, SEGMENTS=1, CHUNK=CHUNK, COMBINE=0, T=1, TILES=1, rows=1, top_k=1),
+    ahead_of_time(votes_kernel, _VOTE_WARPS, EXPERTS=8, COMBINE=VOTE.value, **_TILED),
+    *(ahead_of_time(finish_kernel, COMBINE=combine, **_TILED) for combine in _MIXED),
+    *(
+        ahead_of_time(select_kernel, MODE=mode, SEGMENTS=128, CHUNK=CHUNK, COMBINE=combine, **_TILED)
+        for mode, combine in ((TOP_K.value, 0), (NUCLEUS.value, LOGPROB.value), (GREEDY.value, VOTE.value))
+    ),
+]
