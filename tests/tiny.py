@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ensemw2s.data import QuestionFormat
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 :"
 PAD, END = 0, 1
@@ -81,6 +84,8 @@ def random_word(generator: torch.Generator, length: int) -> str:
 
 def questions(count: int, seed: int = 4, start: int = 0) -> Dataset:
     """Distinct questions: a random word and a number; the answer is the word's first two letters."""
+    from datasets import Dataset
+
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 9, (count,), generator=generator).tolist()
     words = [random_word(generator, length) for length in lengths]

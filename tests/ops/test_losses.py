@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional
@@ -45,6 +47,15 @@ class Case:
             self.leaves = [random(ROWS, WIDTH), random(size, WIDTH), weights]
         else:
             self.leaves = [2 * random(ROWS, size), weights]
+
+    def on(self, device):
+        """The same case with everything on a device."""
+        moved = copy.copy(self)
+        for name in ("labels", "mix", "ids", "top"):
+            setattr(moved, name, getattr(self, name).to(device))
+        for name in ("experts", "states", "heads", "leaves"):
+            setattr(moved, name, [x.to(device) for x in getattr(self, name)])
+        return moved
 
     def call(self, *leaves, **settings):
         *tensors, weights = leaves
