@@ -37,10 +37,9 @@ from ensemw2s.kernels.mixture import (
 # What a row's plan looks for.
 GREEDY = tl.constexpr(0)  # the likeliest token
 RACE = tl.constexpr(1)  # the winner of the Gumbel race over all tokens
-EVERY = tl.constexpr(2)  # candidates: the tokens of any probability
-TOP_K = tl.constexpr(3)  # candidates: the tokens that top-k may keep
-NUCLEUS = tl.constexpr(4)  # candidates: the tokens that top-p may keep
-MIN_P = tl.constexpr(5)  # candidates: the tokens that min-p may keep
+TOP_K = tl.constexpr(2)  # candidates: the tokens that top-k may keep
+NUCLEUS = tl.constexpr(3)  # candidates: the tokens that top-p may keep
+MIN_P = tl.constexpr(4)  # candidates: the tokens that min-p may keep
 
 # No Philox word gives more noise than this.
 LARGEST_GUMBEL = tl.constexpr(22.9)
