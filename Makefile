@@ -8,7 +8,7 @@ CONFIG ?= examples/reverse_words.yaml
 BIN   := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo quick test test-slow lint format benchmarks check-wheel check-sanitizers clean
+.PHONY: help setup demo quick test test-slow lint format benchmarks check-wheel check-sanitizers gpu-check clean
 
 help:
 	@echo "make demo        boost, label, teach and measure on a real 135M model (CONFIG=$(CONFIG))"
@@ -16,6 +16,7 @@ help:
 	@echo "make test        the test suite            make test-slow    with the slow tests"
 	@echo "make lint        ruff, mypy, clang-format  make format       rewrite in the house style"
 	@echo "make benchmarks  kernel benchmarks         make check-wheel  build and try wheel and sdist"
+	@echo "make gpu-check   build, test and measure on the GPU of this machine, if it has one"
 	@echo "make check-sanitizers  the op tests under AddressSanitizer and UBSan (slow)"
 
 setup: $(READY)
@@ -60,6 +61,10 @@ check-wheel: $(READY)
 
 check-sanitizers: $(READY)
 	bash tests/check_sanitizers.sh $(BIN)/python
+
+# With this machine's own Python and packages: it needs no .venv and no network.
+gpu-check:
+	$(PYTHON) tests/gpu_check.py
 
 clean:
 	rm -rf build dist *.egg-info ensemw2s/*.so .venv

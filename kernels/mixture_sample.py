@@ -48,7 +48,7 @@ NEGLIGIBLE = tl.constexpr(1e-6)
 # A plan is small, unless it races a tile: then alone in its row, with as many threads as help. Votes are a handful.
 _PLAN_WARPS, _RACING_PLAN_WARPS, _VOTE_WARPS = 4, 16, 2
 # Candidates at a time: most draws have fewer.
-CHUNK = 1024
+CHUNK = 512
 NO_TOKEN = tl.constexpr(2147483647)
 LOWEST_KEY = tl.constexpr(-2147483648)
 
