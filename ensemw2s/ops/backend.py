@@ -20,6 +20,7 @@ import torch
 IMPLEMENTATIONS = ("auto", "reference", "cpp", "cuda", "triton")
 COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COMPILED_BACKEND = {"cpu": "cpp", "cuda": "cuda"}  # device type -> the backend registered for it
+OLDEST_CAPABILITY = (8, 0)  # of a GPU: the CUDA kernels are built for it and later ones, and bfloat16 needs it
 _DECLARED: list[str] = []
 
 
@@ -114,9 +115,31 @@ def available_backends(device_type: str = "cpu") -> dict[str, tuple[str, ...]]:
 
 
 def _fast_backends(op: str, device_type: str) -> list[str]:
+    if device_type == "cuda" and _too_old():
+        return []
     compiled = _COMPILED_BACKEND.get(device_type)
     backends = [compiled] if compiled and _is_registered(op, device_type) else []
     return backends + ["triton"] * _is_registered(_twin(op), device_type)
+
+
+@cache
+def _too_old() -> str | None:
+    """Why no kernel of this package runs on the GPU at hand, or None."""
+    if not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability()
+    if capability >= OLDEST_CAPABILITY:
+        return None
+    return "the kernels need a GPU of compute capability {}.{}, this one has {}.{}".format(
+        *OLDEST_CAPABILITY, *capability
+    )
+
+
+def _why_slow(device_type: str) -> str:
+    """Why an op has nothing but plain torch on a device, and how to get more."""
+    if device_type == "cpu":
+        return _WHY_MISSING or "it has no compiled CPU kernel"
+    return _too_old() or "triton is not installed (pip install triton) and no CUDA kernel was built"
 
 
 @cache
@@ -136,8 +159,8 @@ def _choose(op: str, impl: str | None, device_type: str, dtype: torch.dtype) -> 
     if requested == "auto":
         # Triton on CPU tensors is its interpreter, which nobody wants unasked.
         preferred = [name for name in fast if name != "triton" or device_type != "cpu"]
-        if not preferred and device_type == "cpu":
-            _warn_once(f"{op} runs in plain torch: {_WHY_MISSING or 'it has no compiled CPU kernel'}")
+        if not preferred and device_type in _COMPILED_BACKEND:
+            _warn_once(f"{op} runs in plain torch: {_why_slow(device_type)}")
         return preferred[0] if preferred and dtype in COMPILED_DTYPES else "reference"
     if requested not in fast:
         why = _WHY_MISSING if requested == "cpp" and device_type == "cpu" and _WHY_MISSING else "not available"

@@ -32,6 +32,28 @@ def test_missing_library_falls_back_with_one_warning(without_library, recwarn):
     assert messages == ["mixture_log_probs runs in plain torch: it was left out of this test"]
 
 
+def test_without_kernels_for_the_gpu_one_warning_says_how_to_get_them(without_library, recwarn):
+    for _ in range(2):
+        assert backend_for("mixture_sample", "cuda") == "reference"
+    (message,) = [str(w.message) for w in recwarn if "runs in plain torch" in str(w.message)]
+    assert message.startswith("mixture_sample runs in plain torch: triton is not installed (pip install triton)")
+
+
+def test_a_gpu_that_is_too_old_is_named(monkeypatch, recwarn):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    backend._too_old.cache_clear()
+    backend._warn_once.cache_clear()
+    try:
+        assert backend_for("mixture_sample", "cuda") == "reference"
+        assert available_backends("cuda")["token_scores"] == ("reference",)
+        (message,) = [str(w.message) for w in recwarn if "runs in plain torch" in str(w.message)]
+        assert message.endswith("the kernels need a GPU of compute capability 8.0, this one has 7.5")
+    finally:
+        backend._too_old.cache_clear()
+        backend._warn_once.cache_clear()
+
+
 def test_environment_variable_sets_the_default(monkeypatch):
     monkeypatch.setenv("ENSEMW2S_IMPL", "reference")
     assert backend_for("mixture_sample") == "reference"
