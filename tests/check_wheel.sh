@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 import ensemw2s
-import ensemw2s.kernels
+import ensemw2s.kernels.mixture_sample
 from ensemw2s.ops import available_backends, build_info, draw_seeds, mixture_sample
 
 home = Path(ensemw2s.__file__).parent

@@ -142,7 +142,8 @@ def scaled_linear_gradients(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None
     row_weights, losses, grad_hidden, grad_head = ctx.saved_tensors
     return (
         _scaled(grad_hidden, grad_total) if grad_hidden.shape[0] == losses.shape[0] else None,
-        _scaled(grad_head, grad_total).to(ctx.head_dtype) if grad_head.shape[0] else None,
+        # To the head's dtype first: a scaled copy in float32 would be a head more.
+        _scaled(grad_head.to(ctx.head_dtype), grad_total) if grad_head.shape[0] else None,
         torch.where(row_weights != 0, grad_total * losses / row_weights, 0.0),
     )
 
