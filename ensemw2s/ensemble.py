@@ -27,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ensemw2s import ops
 from ensemw2s.decoding import fused_sample, label_questions
-from ensemw2s.experts import AdapterExperts, Experts, ModelExperts, require_weights
+from ensemw2s.experts import AdapterExperts, Experts, ModelExperts, StackedAdapters, require_weights
 from ensemw2s.files import new_folder, read_json, write_json
 from ensemw2s.models import CACHE, MODEL_WEIGHTS, load_model
 from ensemw2s.training import only_positions
@@ -84,11 +84,33 @@ class EnsembleCache(Cache):
 
     Its `layers` are all experts' layers in a row, so what transformers does to a cache (reorder, repeat, select, crop,
     reset) reaches every expert; `experts[t]` is the cache that expert t itself sees, holding the same layer objects.
+    Experts that run as one model have one cache, `experts[0]`, whose rows are stacked, expert after expert.
+
+    Args:
+        configs: one model configuration per cache.
+        stacked: the experts as one model, or None.
     """
 
-    def __init__(self, configs: Iterable[PreTrainedConfig]) -> None:
+    def __init__(self, configs: Iterable[PreTrainedConfig], stacked: StackedAdapters | None = None) -> None:
+        self.stacked = stacked
         self.experts = [DynamicCache(config=config) for config in configs]
         super().__init__(layers=[layer for cache in self.experts for layer in cache.layers])
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Make row i what row `beam_idx[i]` was, for every expert."""
+        super().reorder_cache(self._rows(beam_idx))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices` of every expert."""
+        super().batch_select_indices(self._rows(indices))
+
+    def _rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the stacked rows that belong to some rows of the batch."""
+        if self.stacked is None or not self.get_seq_length():
+            return rows
+        count = self.stacked.count
+        starts = torch.arange(count, device=rows.device) * (self.layers[0].keys.shape[0] // count)
+        return (starts[:, None] + rows).flatten()
 
 
 class TokenEnsemble(PreTrainedModel, GenerationMixin):
@@ -179,8 +201,10 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         return TokenEnsemble(EnsembleConfig.of(experts, expert_weights=expert_weights, **settings), experts)
 
     def new_cache(self) -> EnsembleCache:
-        """Return an empty cache for all experts."""
-        return EnsembleCache(self.experts.expert_config(t) for t in range(self.num_experts))
+        """Return an empty cache for all experts, with the adapters as they are now."""
+        stacked = self.experts.stacked()
+        count = 1 if stacked else self.num_experts
+        return EnsembleCache((self.experts.expert_config(t) for t in range(count)), stacked)
 
     def expert_logits(
         self,
@@ -213,6 +237,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             inputs["position_ids"] = position_ids
         if last_only:
             inputs["logits_to_keep"] = 1
+        if cache is not None and cache.stacked:
+            return _stacked_logits(cache.stacked, cache.experts[0], inputs, list(indices))
         logits = []
         for index in indices:
             if cache is not None:
@@ -416,6 +442,20 @@ def model_card(ensemble: TokenEnsemble) -> str:
         "```python\nfrom ensemw2s import TokenEnsemble\n\n"
         'ensemble = TokenEnsemble.from_pretrained("this-folder")\n```\n'
     )
+
+
+def _stacked_logits(
+    stacked: StackedAdapters, cache: Cache, inputs: dict[str, Any], indices: list[int]
+) -> list[torch.Tensor]:
+    """Run all experts in one forward pass and return the logits of those in `indices`."""
+    repeated = {
+        name: value.repeat(stacked.count, 1) if isinstance(value, torch.Tensor) else value
+        for name, value in inputs.items()
+    }
+    with stacked.model() as model:
+        logits = model(**repeated, **{CACHE: cache}).logits
+    each = logits.unflatten(0, (stacked.count, -1)).unbind(0)
+    return [each[index] for index in indices]
 
 
 def _check(expert_weights: Sequence[float], combine: str, num_experts: int) -> None:

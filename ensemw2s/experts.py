@@ -6,10 +6,15 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+import torch
+from peft import PeftModel, PeftType
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -40,6 +45,10 @@ class Experts(nn.Module, ABC):
     @abstractmethod
     def save_expert(self, index: int, folder: Path) -> None:
         """Write expert `index` to `folder` as safetensors."""
+
+    def stacked(self) -> StackedAdapters | None:
+        """Return all experts as one model for stacked rows, or None where they have to run one after the other."""
+        return None
 
 
 class AdapterExperts(Experts):
@@ -83,6 +92,10 @@ class AdapterExperts(Experts):
             self.base.set_adapter(self.names[index], inference_mode=True)
         yield self.base
 
+    def stacked(self) -> StackedAdapters | None:
+        """Return the adapters as they are now for one forward pass, if all of them are plain LoRA on linear layers."""
+        return StackedAdapters(self.base, self.names) if can_stack(self.base, self.names) else None
+
     def expert_config(self, index: int) -> PreTrainedConfig:
         """Return the base model's configuration, which all experts share."""
         return self.base.config
@@ -115,6 +128,83 @@ class AdapterExperts(Experts):
             if prefix not in name and ".modules_to_save." not in name
         }
         plain.save_pretrained(folder, state_dict=weights)
+
+
+def can_stack(base: nn.Module, names: Sequence[str]) -> bool:
+    """Return whether the adapters differ from the base in nothing but LoRA products added to linear layers."""
+    if len(names) < 2 or not isinstance(base, PeftModel):
+        return False
+    if any(not _is_plain(base.peft_config[name]) for name in names):
+        return False
+    for module in base.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and any(name in module._adapters for name in names):
+            return False
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        if type(module) is not LoraLinear or module.merged or any(name in module.lora_variant for name in names):
+            return False
+        if any(module.lora_B[name].bias is not None for name in names if name in module.lora_B):
+            return False
+    return True
+
+
+def _is_plain(config: Any) -> bool:
+    return config.peft_type == PeftType.LORA and config.bias == "none" and not config.layer_replication
+
+
+class StackedAdapters:
+    """T LoRA adapters on one base model, run as one model on T batches of rows that are stacked, expert after expert.
+
+    The base's weights are read once per pass for all experts; each adapter's product is added to the rows of its
+    expert by one batched product per linear layer. The adapters' weights are copied when this is made.
+
+    Args:
+        base: the model that carries the adapters.
+        names: the T adapters, in the order of their rows.
+    """
+
+    def __init__(self, base: PeftModel, names: Sequence[str]) -> None:
+        self.base = base
+        self.count = len(names)
+        self.forwards: dict[Any, Any] = {
+            module: partial(_stacked_forward, module.base_layer, *_stack(module, names))
+            for module in base.modules()
+            if isinstance(module, LoraLinear)
+        }
+
+    @contextmanager
+    def model(self) -> Iterator[nn.Module]:
+        """Within the block, the yielded model takes stacked rows."""
+        for module, forward in self.forwards.items():
+            module.forward = forward
+        try:
+            yield self.base
+        finally:
+            for module in self.forwards:
+                del module.forward
+
+
+def _stack(module: Any, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `A` [T, in, rank] and `B` [T, rank, out] of a layer, zeros where an adapter leaves it alone."""
+    own = [name for name in names if name in module.lora_A]
+    rank = max((module.r[name] for name in own), default=0)
+    weight = module.lora_A[own[0]].weight if own else module.base_layer.weight
+    first = weight.new_zeros(len(names), module.in_features, rank)
+    second = weight.new_zeros(len(names), rank, module.out_features)
+    for index, name in enumerate(names):
+        if name in own:
+            first[index, :, : module.r[name]] = module.lora_A[name].weight.T
+            second[index, : module.r[name]] = module.lora_B[name].weight.T * module.scaling[name]
+    return first, second
+
+
+def _stacked_forward(base_layer: nn.Module, first: torch.Tensor, second: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return `x W + x_t A_t B_t` for the rows `x_t` of each expert t; x is [T * rows, ..., in]."""
+    result = base_layer(x)
+    if not first.shape[-1]:
+        return result
+    rows = x.reshape(first.shape[0], -1, first.shape[1]).to(first.dtype)
+    return result + torch.bmm(torch.bmm(rows, first), second).view(result.shape).to(result.dtype)
 
 
 class ModelExperts(Experts):

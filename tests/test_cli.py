@@ -82,7 +82,7 @@ def test_a_full_disk_is_told_in_words(
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     values = settings(tmp_path)
     # Many rounds, so that a busy machine cannot finish them before the signal comes.
-    values["boosting"] = values["boosting"] | {"num_rounds": 8}
+    values["boosting"] = values["boosting"] | {"num_rounds": 24}
     config = write(tmp_path, values)
     command = [sys.executable, "-m", "ensemw2s", "run", config]
     running = subprocess.Popen(

@@ -13,7 +13,6 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ensemw2s import data
 from ensemw2s.data import (
     IGNORED,
     AnswerCollator,
@@ -88,7 +87,7 @@ def test_the_hub_is_asked_for_what_was_named_and_trusts_nobody(monkeypatch: pyte
         asked.append((args, kwargs))
         return of(ROWS)
 
-    monkeypatch.setattr(data.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     load_questions({"hub": "someone/questions", "name": "easy", "split": "test"})
     assert asked == [(("someone/questions", "easy"), {"split": "test"})]
 
@@ -97,7 +96,7 @@ def test_a_hub_that_cannot_be_reached_is_an_error_with_a_way_out(monkeypatch: py
     def load_dataset(*args: Any, **kwargs: Any) -> Dataset:
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(data.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(ValueError, match=r"cannot load someone/q .*no route.*name a local file"):
         load_questions({"hub": "someone/q"})
 

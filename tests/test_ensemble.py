@@ -123,7 +123,7 @@ def test_a_cache_gives_what_a_whole_pass_gives(ensemble: TokenEnsemble) -> None:
         whole = ensemble(input_ids=ids).logits
         first = ensemble(input_ids=ids[:, :4], use_cache=True)
         rest = ensemble(input_ids=ids[:, 4:], use_cache=True, **{CACHE: first[CACHE]})
-    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, rtol=0, atol=2e-5)
     assert rest[CACHE].get_seq_length() == 9
 
 

@@ -33,7 +33,7 @@ def of(experts: AdapterExperts | ModelExperts, index: int) -> Tensor:
 def random_adapter(base: PreTrainedModel, folder: Path, **settings: Any) -> Tensor:
     """Save an adapter with random weights for `base` and return its logits; `base` is used up."""
     torch.manual_seed(len(str(folder)))
-    model = get_peft_model(base, LoraConfig(r=3, init_lora_weights=False, **settings))
+    model = get_peft_model(base, LoraConfig(**{"r": 3, "init_lora_weights": False} | settings))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "modules_to_save" in name:
@@ -199,3 +199,67 @@ def test_the_end_token_of_the_shared_configuration_survives(tmp_path: Path) -> N
     experts = AdapterExperts(llama(0), saved_adapters(tmp_path, count=1))
     assert experts.expert_config(0).eos_token_id == END
     assert experts.expert_config(0).vocab_size == VOCAB
+
+
+class TestStacked:
+    """Adapters run as one model give what they give one after the other."""
+
+    @torch.no_grad()
+    def assert_like_one_after_the_other(self, experts: AdapterExperts) -> None:
+        # In float64, where only a mistake makes a difference.
+        experts.double()
+        stacked = experts.stacked()
+        assert stacked is not None
+        with stacked.model() as model:
+            together = model(input_ids=IDS.repeat(len(experts), 1), use_cache=False).logits
+        for index, rows in enumerate(together.unflatten(0, (len(experts), -1))):
+            torch.testing.assert_close(rows, of(experts, index), rtol=1e-10, atol=1e-10)
+
+    def test_equal_adapters(self, tmp_path: Path) -> None:
+        self.assert_like_one_after_the_other(AdapterExperts(llama(0), saved_adapters(tmp_path)))
+
+    def test_adapters_of_other_ranks_scales_and_layers(self, tmp_path: Path) -> None:
+        settings = [
+            {"r": 3, "target_modules": ["q_proj"]},
+            {"r": 7, "target_modules": ["q_proj", "up_proj", "lm_head"], "lora_alpha": 40},
+            {"r": 2, "target_modules": ["o_proj"], "use_rslora": True},
+        ]
+        folders = [tmp_path / f"adapter-{t}" for t in range(3)]
+        for folder, own in zip(folders, settings, strict=True):
+            random_adapter(llama(0), folder, **own)
+        self.assert_like_one_after_the_other(AdapterExperts(llama(0), folders))
+
+    def test_selected_adapters_are_stacked_in_their_order(self, tmp_path: Path) -> None:
+        experts = AdapterExperts(llama(0), saved_adapters(tmp_path))
+        self.assert_like_one_after_the_other(experts.selected([2, 0]))
+
+    def test_the_model_is_left_as_it_was(self, tmp_path: Path) -> None:
+        experts = AdapterExperts(llama(0), saved_adapters(tmp_path))
+        before = of(experts, 1)
+        stacked = experts.stacked()
+        assert stacked is not None
+        with pytest.raises(RuntimeError, match="stop"), stacked.model():
+            raise RuntimeError("stop")
+        assert torch.equal(of(experts, 1), before)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"target_modules": ["q_proj"], "use_dora": True},
+            {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+            {"target_modules": ["q_proj", "embed_tokens"]},
+            {"target_modules": ["q_proj"], "lora_bias": True},
+        ],
+        ids=["dora", "whole-module", "embedding", "bias"],
+    )
+    def test_what_is_more_than_a_product_runs_one_after_the_other(
+        self, tmp_path: Path, settings: dict[str, Any]
+    ) -> None:
+        folders = [tmp_path / "plain", tmp_path / "other"]
+        random_adapter(llama(0), folders[0], target_modules=["q_proj"])
+        random_adapter(llama(0), folders[1], **settings)
+        assert AdapterExperts(llama(0), folders).stacked() is None
+
+    def test_one_adapter_and_whole_models_are_not_stacked(self, tmp_path: Path) -> None:
+        assert AdapterExperts(llama(0), saved_adapters(tmp_path, 1)).stacked() is None
+        assert ModelExperts([llama(0), llama(1)]).stacked() is None
