@@ -127,6 +127,27 @@ def test_a_cache_gives_what_a_whole_pass_gives(ensemble: TokenEnsemble) -> None:
     assert rest[CACHE].get_seq_length() == 9
 
 
+@pytest.mark.parametrize("how", ["select", "reorder", "repeat", "crop"])
+@torch.no_grad()
+def test_rows_of_a_cache_move_for_every_expert(ensemble: TokenEnsemble, how: str) -> None:
+    ids = ragged_prompts(3)[0].clamp_min(2)
+    cache = ensemble(input_ids=ids[:, :6], use_cache=True)[CACHE]
+    rows, seen = torch.tensor([2, 0]), 6
+    if how == "select":
+        cache.batch_select_indices(rows)
+    elif how == "reorder":
+        cache.reorder_cache(rows)
+    elif how == "repeat":
+        rows = torch.tensor([0, 0, 1, 1, 2, 2])
+        cache.batch_repeat_interleave(2)
+    else:
+        rows, seen = torch.arange(3), 4
+        cache.crop(-2)
+    rest = ensemble(input_ids=ids[rows, seen:], use_cache=True, **{CACHE: cache}).logits
+    whole = ensemble(input_ids=ids[rows]).logits[:, seen:]
+    torch.testing.assert_close(rest, whole, rtol=0, atol=2e-5)
+
+
 def test_beam_search_finds_the_best_pair_of_tokens(ensemble: TokenEnsemble) -> None:
     # With as many beams as there are tokens, two steps of beam search are exhaustive.
     ids = ragged_prompts(1)[0].clamp_min(2)
