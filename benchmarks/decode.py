@@ -186,7 +186,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             some = [row for row in rows if row["way"] == way and row["B"] == batch]
             axes.plot([r["T"] for r in some], [float(r["tokens_per_s"]) for r in some], marker="o", label=way)
         axes.set(title=f"batch {batch}", xlabel="experts", ylabel="tokens per second", ylim=(0, None))
-    panels[0][0].legend()
+    panels[0][-1].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
