@@ -180,14 +180,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     batches = sorted({row["B"] for row in rows})
-    figure, panels = pyplot.subplots(1, len(batches), figsize=(5 * len(batches), 3.6), squeeze=False)
+    size = (5 * len(batches), 3.8)
+    figure, panels = pyplot.subplots(1, len(batches), figsize=size, squeeze=False, layout="constrained")
     for axes, batch in zip(panels[0], batches, strict=True):
         for way in dict.fromkeys(row["way"] for row in rows):
             some = [row for row in rows if row["way"] == way and row["B"] == batch]
             axes.plot([r["T"] for r in some], [float(r["tokens_per_s"]) for r in some], marker="o", label=way)
         axes.set(title=f"batch {batch}", xlabel="experts", ylabel="tokens per second", ylim=(0, None))
-    panels[0][-1].legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=130)
 
 
