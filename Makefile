@@ -7,6 +7,7 @@ CONFIG ?= examples/reverse_words.yaml
 
 BIN   := .venv/bin
 READY := .venv/.ready
+CPP_FILES := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulation/*'
 
 .PHONY: help setup demo quick test test-slow lint format benchmarks check-wheel check-sanitizers gpu-check clean
 
@@ -46,12 +47,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulation/*' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files $(CPP_FILES) | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulation/*' | xargs $(BIN)/clang-format -i
+	git ls-files $(CPP_FILES) | xargs $(BIN)/clang-format -i
 
 benchmarks: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only -p no:cacheprovider $(ARGS)

@@ -79,10 +79,9 @@ def in_chunks(
         gradient = gradient.to(hidden.dtype)
         if need_hidden:
             grad_hidden[rows] = gradient @ head
-        if need_head and isinstance(rows, slice):
-            inputs = without_rows(inputs, row_weights[rows])
         if need_head:
-            _add_product(grad_head, gradient, inputs)
+            counted = without_rows(inputs, row_weights[rows]) if isinstance(rows, slice) else inputs
+            _add_product(grad_head, gradient, counted)
     return losses.sum(), losses, grad_hidden, grad_head
 
 

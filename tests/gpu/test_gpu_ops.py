@@ -39,14 +39,6 @@ def on_device(*tensors):
     return [x.to(DEVICE) for x in tensors]
 
 
-@pytest.fixture
-def generator() -> torch.Generator:
-    """Fresh inputs in every run; pytest prints the seed of a test that fails."""
-    seed = torch.seed() % 2**31
-    print(f"inputs from seed {seed}")
-    return torch.Generator().manual_seed(seed)
-
-
 @pytest.mark.parametrize("impl", backends_of("mixture_log_probs"))
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("dtype", DTYPES)
