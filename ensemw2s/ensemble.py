@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    DynamicCache,
     GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ensemw2s import ops
+from ensemw2s.cache import growing_cache
 from ensemw2s.decoding import fused_sample, label_questions
 from ensemw2s.experts import AdapterExperts, Experts, ModelExperts, StackedAdapters, require_weights
 from ensemw2s.files import new_folder, read_json, write_json
@@ -93,7 +94,7 @@ class EnsembleCache(Cache):
 
     def __init__(self, configs: Iterable[PreTrainedConfig], stacked: StackedAdapters | None = None) -> None:
         self.stacked = stacked
-        self.experts = [DynamicCache(config=config) for config in configs]
+        self.experts = [growing_cache(config) for config in configs]
         super().__init__(layers=[layer for cache in self.experts for layer in cache.layers])
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -239,17 +240,13 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             inputs["logits_to_keep"] = 1
         if cache is not None and cache.stacked:
             return _stacked_logits(cache.stacked, cache.experts[0], inputs, list(indices))
-        logits = []
-        for index in indices:
-            if cache is not None:
-                inputs[CACHE] = cache.experts[index]
-            with self.experts.expert(index) as model:
-                if positions is None:
-                    logits.append(model(**inputs).logits)
-                else:
-                    with only_positions(model, positions):
-                        logits.append(model(**inputs).logits)
-        return logits
+
+        def run(model: torch.nn.Module, index: int) -> torch.Tensor:
+            own = {} if cache is None else {CACHE: cache.experts[index]}
+            with nullcontext() if positions is None else only_positions(model, positions):
+                return model(**inputs, **own).logits
+
+        return self.experts.map(run, list(indices))
 
     def forward(
         self,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ensemw2s.experts import ADAPTER_WEIGHTS, AdapterExperts, ModelExperts, require_weights
+from ensemw2s.experts import ADAPTER_WEIGHTS, AdapterExperts, ModelExperts, _linear, require_weights
 from ensemw2s.models import MODEL_WEIGHTS
 from tests.tiny import END, VOCAB, gpt2, llama, saved_adapters
 
@@ -40,6 +43,14 @@ def random_adapter(base: PreTrainedModel, folder: Path, **settings: Any) -> Tens
                 weight.add_(torch.randn_like(weight))
     model.eval().save_pretrained(folder)
     return logits(model)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 # Adapters
@@ -260,6 +271,143 @@ class TestStacked:
         random_adapter(llama(0), folders[1], **settings)
         assert AdapterExperts(llama(0), folders).stacked() is None
 
-    def test_one_adapter_and_whole_models_are_not_stacked(self, tmp_path: Path) -> None:
-        assert AdapterExperts(llama(0), saved_adapters(tmp_path, 1)).stacked() is None
+    def test_one_adapter_is_stacked_too(self, tmp_path: Path) -> None:
+        self.assert_like_one_after_the_other(AdapterExperts(llama(0), saved_adapters(tmp_path, 1)))
+
+    def test_a_base_of_another_kind_of_layer_with_biases(self, tmp_path: Path) -> None:
+        folders = [tmp_path / "a", tmp_path / "b"]
+        for folder in folders:
+            random_adapter(gpt2(0), folder, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+        self.assert_like_one_after_the_other(AdapterExperts(gpt2(0), folders))
+
+    def test_whole_models_and_a_base_without_adapters_are_not_stacked(self) -> None:
         assert ModelExperts([llama(0), llama(1)]).stacked() is None
+        assert AdapterExperts(llama(0)).stacked() is None
+
+    def test_adapters_of_one_shape_are_held_once(self, tmp_path: Path) -> None:
+        experts = AdapterExperts(llama(0), saved_adapters(tmp_path))
+        before = [of(experts, index) for index in range(3)]
+        experts.stacked()
+        weights = [weight for name, weight in experts.base.named_parameters() if "lora_" in name]
+        storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in weights}
+        assert len(storages) == len(weights) // 3
+        assert sum(storages.values()) == sum(weight.numel() * 4 for weight in weights)
+        for some in (experts, experts.selected([1, 2]), experts.selected([2, 0])):
+            some.stacked()
+        assert {weight.untyped_storage().data_ptr() for weight in weights} == storages.keys()
+        assert all(torch.equal(of(experts, index), before[index]) for index in range(3))
+
+    def test_stacked_adapters_can_be_trained_saved_moved_and_joined_by_others(self, tmp_path: Path) -> None:
+        folders = saved_adapters(tmp_path)
+        experts = AdapterExperts(llama(0), folders[:2])
+        with torch.inference_mode():
+            experts.stacked()
+        weight = next(value for name, value in experts.base.named_parameters() if "lora_B.expert_1" in name)
+        weight.requires_grad_()
+        with experts.expert(0) as model:
+            logits_of_one = model(input_ids=IDS).logits
+        logits_of_one.sum().backward()
+        with torch.no_grad():
+            weight -= 0.1 * weight.grad
+        weight.requires_grad_(False)
+        experts.save_expert(0, tmp_path / "trained")
+        assert torch.equal(
+            logits(PeftModel.from_pretrained(llama(0), str(tmp_path / "trained")).eval()), of(experts, 0)
+        )
+        experts.add(folders[2])
+        self.assert_like_one_after_the_other(experts)
+
+    def test_layers_that_someone_has_wrapped_are_left_alone(self, tmp_path: Path) -> None:
+        experts = AdapterExperts(llama(0), saved_adapters(tmp_path))
+        inner = experts.base.get_base_model()
+        calls = []
+        head_forward = inner.lm_head.forward
+        inner.lm_head.forward = lambda x: calls.append("head") or head_forward(x)
+        layer = inner.model.layers[0].self_attn.q_proj
+        layer.base_layer.register_forward_hook(lambda *_: calls.append("hook"))
+        self.assert_like_one_after_the_other(experts)
+        assert calls.count("head") == calls.count("hook") == 4
+        assert "forward" in vars(inner.lm_head)
+        layer.forward = layer.forward
+        assert experts.stacked() is None
+
+
+class TestFewRows:
+    """Products of few rows are made the other way round on several threads."""
+
+    @pytest.mark.parametrize("rows", [1, 2, 8, 64, 65])
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_a_linear_layer_in_float32(self, rows: int, bias: bool, two_threads: None) -> None:
+        layer = nn.Linear(37, 53, bias=bias)
+        x = torch.randn(rows, 1, 37)
+        exact = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
+        result = _linear(layer, x)
+        assert result.shape == (rows, 1, 53)
+        assert (result.double() - exact).abs().max() <= 2 * (layer(x).double() - exact).abs().max() + 1e-6
+
+    def test_it_is_the_other_way_round(self, two_threads: None) -> None:
+        layer = nn.Linear(8, 6)
+        assert _linear(layer, torch.randn(5, 8)).stride() == (1, 5)
+        assert _linear(layer, torch.randn(65, 8)).is_contiguous()
+        assert _linear(layer.double(), torch.randn(5, 8).double()).is_contiguous()
+
+
+class TestSideBySide:
+    """Whole models share out the threads of a CPU."""
+
+    def experts(self) -> ModelExperts:
+        return ModelExperts([llama(0), gpt2(1), llama(2)])
+
+    @torch.no_grad()
+    def test_they_give_what_they_give_one_after_the_other(self, two_threads: None) -> None:
+        experts = self.experts()
+        seen = []
+
+        def run(model: nn.Module, index: int) -> Tensor:
+            seen.append((threading.current_thread().name, torch.get_num_threads()))
+            return logits(model)
+
+        for indices in ([0, 1, 2], [2, 0]):
+            for index, result in zip(indices, experts.map(run, indices), strict=True):
+                torch.testing.assert_close(result, of(experts, index), rtol=1e-5, atol=1e-5)
+        assert all(name.startswith("expert") and threads == 1 for name, threads in seen)
+        assert torch.get_num_threads() == 2
+
+    def test_with_gradients_or_one_thread_they_run_in_turn(self, two_threads: None) -> None:
+        def thread(model: nn.Module, index: int) -> str:
+            return threading.current_thread().name
+
+        main = threading.current_thread().name
+        assert self.experts().map(thread, [0, 1]) == [main, main]
+        with torch.no_grad():
+            assert self.experts().map(thread, [0]) == [main]
+            torch.set_num_threads(1)
+            assert self.experts().map(thread, [0, 1]) == [main, main]
+
+    def test_the_modes_of_the_caller_hold(self, two_threads: None) -> None:
+        def modes(model: nn.Module, index: int) -> tuple[Any, ...]:
+            enabled = torch.is_autocast_enabled("cpu")
+            return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), enabled, torch.get_autocast_dtype("cpu")
+
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.float16):
+            assert set(self.experts().map(modes, [0, 1, 2])) == {(False, True, True, torch.float16)}
+        with torch.no_grad():
+            plain = set(self.experts().map(modes, [0, 1, 2]))
+        assert {mode[:3] for mode in plain} == {(False, False, False)}
+
+    @torch.no_grad()
+    def test_an_error_in_one_of_them_is_raised(self, two_threads: None) -> None:
+        def run(model: nn.Module, index: int) -> None:
+            raise ArithmeticError(f"in expert {index}")
+
+        with pytest.raises(ArithmeticError, match="in expert 0"):
+            self.experts().map(run, [0, 1, 2])
+
+    @torch.no_grad()
+    def test_a_forked_process_has_threads_of_its_own(self, two_threads: None) -> None:
+        experts = self.experts()
+        experts.map(lambda model, index: index, [0, 1])
+        child = os.fork()
+        if not child:
+            os._exit(0 if experts.map(lambda model, index: index, [0, 1]) == [0, 1] else 1)
+        assert os.waitpid(child, 0)[1] == 0

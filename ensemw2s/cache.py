@@ -1,0 +1,67 @@
+"""Key/value caches that grow in place, so that a decoding step does not copy what earlier steps have stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+# Positions kept free at least when a layer's room is made or grown.
+_SPARE = 32
+
+
+class GrowingLayer(DynamicLayer):
+    """A cache layer like transformers' `DynamicLayer` that appends in place.
+
+    `keys` and `values` [B, heads, length, d] are views of tensors with room for more positions. Whatever replaces them
+    (reordered, selected or repeated rows) gets room of its own at the next update; what is cropped is overwritten.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.keys: Any
+        self.values: Any
+        self._rooms: list[torch.Tensor | None] = [None, None]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append states [B, heads, new, d] and return all keys and values so far."""
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            # A backward pass needs what the earlier steps saw as it was.
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._append(0, self.keys, key_states)
+        self.values = self._append(1, self.values, value_states)
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._rooms = [None, None]
+
+    def _append(self, which: int, seen: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        past = seen.shape[-2] if seen.numel() else 0
+        length = past + new.shape[-2]
+        room = self._rooms[which]
+        if room is None or room.shape[-2] < length or not (past == 0 or _begins(room, seen)):
+            room = new.new_empty(*new.shape[:2], length + max(_SPARE, length // 4), new.shape[-1])
+            room[:, :, :past] = seen if past else 0
+            self._rooms[which] = room
+        room[:, :, past:length] = new
+        return room[:, :, :length]
+
+
+def _begins(room: torch.Tensor, seen: torch.Tensor) -> bool:
+    """Return whether `seen` is a view of the first positions of `room`."""
+    return seen.data_ptr() == room.data_ptr() and seen.shape[:2] == room.shape[:2] and seen.stride() == room.stride()
+
+
+def growing_cache(config: PreTrainedConfig) -> DynamicCache:
+    """Return an empty cache for a model; only layers that keep every position are made to grow in place."""
+    cache = DynamicCache(config=config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
