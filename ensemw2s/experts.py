@@ -93,9 +93,9 @@ class AdapterExperts(Experts):
         taken = self.base.peft_config if isinstance(self.base, PeftModel) else {}
         name = next(name for name in map("expert_{}".format, itertools.count(1)) if name not in taken)
         if taken:
-            self.base.load_adapter(str(folder), adapter_name=name)
+            self.base.load_adapter(str(folder), adapter_name=name, low_cpu_mem_usage=True)
         else:
-            self.base = PeftModel.from_pretrained(self.base, str(folder), adapter_name=name)
+            self.base = PeftModel.from_pretrained(self.base, str(folder), adapter_name=name, low_cpu_mem_usage=True)
         self.names.append(name)
         self.base.eval().requires_grad_(False)
 
