@@ -69,11 +69,11 @@ class MixtureDecoder:
 
     Args:
         ensemble: T experts with their weights.
-        input_ids: int64 [B, length], left-padded prompts.
-        attention_mask: int64 [B, length].
+        input_ids: int64 [B, length], left-padded prompts, or the part of them that `cache` does not hold.
+        attention_mask: int64 [B, length of the whole prompts].
         seeds: int64 [B]; row b's draws depend on seeds[b] and the step alone.
         sampling: how tokens are chosen.
-        cache: an empty cache, or one that already holds a prefix of `input_ids`.
+        cache: an empty cache, or one that already holds the beginning of the prompts.
     """
 
     def __init__(
@@ -91,7 +91,8 @@ class MixtureDecoder:
         self.sampling = sampling
         self.cache = ensemble.new_cache() if cache is None else cache
         self.weights = ensemble.mixture_weights(input_ids.device)
-        self.pending = input_ids[:, self.cache.get_seq_length() :]
+        # The prompt may be the whole text, or only what follows the text that the cache holds.
+        self.pending = input_ids[:, self.cache.get_seq_length() - attention_mask.shape[1] :]
         self.position = 0
 
     def step(self) -> Any:
@@ -136,6 +137,31 @@ def require_valid(valid: torch.Tensor, names: list[str]) -> None:
         )
 
 
+def require_tokenizer(ensemble: TokenEnsemble, processing_class: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless every token of `processing_class`, its end token above all, is one that experts know."""
+    size, end = ensemble.config.vocab_size, processing_class.eos_token_id
+    if end is None:
+        raise ValueError("the tokenizer has no end token, so no answer could end: set processing_class.eos_token")
+    largest = max([end, *processing_class.get_vocab().values()])
+    if largest >= size:
+        raise ValueError(
+            f"the tokenizer has token ids up to {largest} (end token {end}), but the experts' vocabulary has {size} "
+            "tokens, numbered from 0: pass the tokenizer that the experts were trained with"
+        )
+
+
+def require_room(ensemble: TokenEnsemble, prompts: Dataset, max_new_tokens: int) -> None:
+    """Raise ValueError, naming the question, if a prompt and its answer do not fit the experts' context together."""
+    window = ensemble.config.max_position_embeddings
+    for row in prompts if window is not None else ():
+        length = len(row["input_ids"])
+        if length + max_new_tokens > window:
+            raise ValueError(
+                f"question {row['id']!r} has {length} tokens, which with max_new_tokens={max_new_tokens} is beyond the "
+                f"{window} that the experts read: leave it out, or lower max_new_tokens"
+            )
+
+
 def fused_sample(
     model: TokenEnsemble,
     input_ids: torch.Tensor,
@@ -161,7 +187,10 @@ def fused_sample(
             **model_kwargs,
         )
     mask = model_kwargs.get("attention_mask")
-    mask = torch.ones_like(input_ids) if mask is None else mask
+    if mask is None:
+        # `generate` drops a mask without padding, and notes how long it was.
+        length = getattr(generation_config, "_mask_length", None) or input_ids.shape[1]
+        mask = input_ids.new_ones(len(input_ids), length)
     decoder = MixtureDecoder(
         model,
         input_ids,
@@ -224,9 +253,12 @@ def label_questions(
 
     Raises:
         FloatingPointError: an expert gives NaN or no finite logit; names the questions.
-        ValueError: `output_file` holds rows of other questions.
+        ValueError: `output_file` holds rows of other questions; the tokenizer is not the experts'; or a prompt and
+            its answer do not fit the experts' context.
     """
+    require_tokenizer(ensemble, processing_class)
     prompts = tokenize_prompts(questions, processing_class, question_format or QuestionFormat(), "questions")
+    require_room(ensemble, prompts, max_new_tokens)
     rows = {row["id"]: row for row in (read_complete_lines(output_file) if output_file else [])}
     strangers = rows.keys() - set(prompts["id"])
     if strangers:
