@@ -165,27 +165,26 @@ def require_room(ensemble: TokenEnsemble, prompts: Dataset, max_new_tokens: int)
 def fused_sample(
     model: TokenEnsemble,
     input_ids: torch.Tensor,
-    logits_processor: LogitsProcessorList,
+    sampling: Sampling,
     stopping_criteria: Any,
     generation_config: Any,
     streamer: Any = None,
     **model_kwargs: Any,
-) -> Any:
+) -> torch.Tensor:
     """Decode in place of transformers' sampling loop, writing no distribution over the vocabulary.
 
-    `generate` calls this with everything prepared. What the fused op cannot do (another logits processor, returned
-    scores) goes to transformers' own loop, which draws from the same distribution.
+    Args:
+        model: the ensemble.
+        input_ids: int64 [B, length].
+        sampling: how tokens are chosen.
+        stopping_criteria: transformers', called with the tokens so far and no scores.
+        generation_config: as transformers' `generate` has prepared it.
+        streamer: is given each step's tokens.
+        model_kwargs: the attention mask, if there is padding, and an `EnsembleCache`.
+
+    Returns:
+        int64 [B, length + steps]; rows that have ended are padded.
     """
-    sampling = Sampling.from_processors(logits_processor, bool(generation_config.do_sample))
-    if sampling is None or generation_config.return_dict_in_generate:
-        return model._sample(
-            input_ids,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            generation_config=generation_config,
-            streamer=streamer,
-            **model_kwargs,
-        )
     mask = model_kwargs.get("attention_mask")
     if mask is None:
         # `generate` drops a mask without padding, and notes how long it was.

@@ -10,7 +10,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +27,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ensemw2s import ops
-from ensemw2s.decoding import fused_sample, label_questions, require_tokenizer
+from ensemw2s.decoding import Sampling, fused_sample, label_questions, require_tokenizer
 from ensemw2s.experts import (
     ADAPTER_WEIGHTS,
     AdapterExperts,
@@ -47,7 +46,8 @@ from ensemw2s.training import only_positions
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
+    from transformers.generation.streamers import BaseStreamer
 
 COMBINE = ("prob", "logprob", "vote")
 RECORD_FILE = "boosting.json"
@@ -57,7 +57,8 @@ _NOT_NEEDED = ("return_dict", "cache_position")
 _HUB_VERSION = ("revision", "force_download")
 _HUB_ACCESS = ("token", "cache_dir", "local_files_only")
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_FUSED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+# Whether the call of `generate` under way may take the fused loop: transformers hands on no argument of ours.
+_fused: ContextVar[bool] = ContextVar("fused", default=True)
 
 
 class EnsembleConfig(PreTrainedConfig):
@@ -418,14 +419,44 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 'combine="vote" cannot rank beams: it gives one token all the mass; use "prob" or "logprob"'
             )
-        if settings.use_cache is not False:
-            if kwargs.get(CACHE) is None:
-                kwargs[CACHE] = self.new_cache()
-            mode = settings.get_generation_mode(kwargs.get("assistant_model"))
-            if fused and mode in _FUSED_MODES and not kwargs.get("synced_gpus"):
-                # `generate` hands a custom loop everything but the streamer.
-                kwargs.setdefault("custom_generate", partial(fused_sample, streamer=kwargs.get("streamer")))
-        return super().generate(inputs, **kwargs)
+        if settings.use_cache is not False and kwargs.get(CACHE) is None:
+            kwargs[CACHE] = self.new_cache()
+        before = _fused.set(fused)
+        try:
+            return super().generate(inputs, **kwargs)
+        finally:
+            _fused.reset(before)
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        tokenizer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Decode greedily or by sampling: what transformers' `generate` calls once everything is prepared.
+
+        What the fused op cannot do (another logits processor, returned scores, no cache) goes to transformers' own
+        loop, which draws from the same distribution. `tokenizer` has done its work in the stopping criteria.
+        """
+        sampling = Sampling.from_processors(logits_processor, bool(generation_config.do_sample))
+        cached = isinstance(model_kwargs.get(CACHE), EnsembleCache)
+        general = synced_gpus or generation_config.return_dict_in_generate or not cached or not _fused.get()
+        if general or sampling is None:
+            return super()._sample(
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+        return fused_sample(self, input_ids, sampling, stopping_criteria, generation_config, streamer, **model_kwargs)
 
     def _settings(self, kwargs: dict[str, Any]) -> GenerationConfig:
         """Return what `generate` will make of its arguments, and take out a `cache_implementation` that is ours."""
@@ -439,7 +470,11 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 f"cache_implementation={settings.cache_implementation!r} does not work with an ensemble, whose cache "
                 "holds one dynamic cache per expert: leave it out"
             )
-        kwargs.pop("cache_implementation", None)
+        if settings.cache_implementation is not None:
+            # The default by its name, which transformers refuses beside the cache that it gets.
+            kwargs.pop("cache_implementation", None)
+            kwargs["generation_config"] = copy.deepcopy(given or self.generation_config)
+            kwargs["generation_config"].cache_implementation = None
         return settings
 
     def label(self, questions: Dataset, processing_class: PreTrainedTokenizerBase, **options: Any) -> Dataset:

@@ -56,12 +56,12 @@ def slow_mixture(ensemble: TokenEnsemble, ids: list[int]) -> torch.Tensor:
     return slow_mixtures(ensemble, ids)[-1]
 
 
-def assert_greedy(ensemble: TokenEnsemble, prompt: list[int], answer: list[int]) -> None:
+def assert_greedy(ensemble: TokenEnsemble, prompt: list[int], answer: list[int], end: int | None = END) -> None:
     """Check an answer against the slow mixtures, token for token, up to the first near-tie of the float64 top two."""
     best = slow_mixtures(ensemble, prompt + answer)[len(prompt) - 1 : -1].topk(2)
     for place, token in enumerate(answer):
         if ensemble.config.combine != "vote" and best.values[place, 0] - best.values[place, 1] < 1e-5:
             return
         assert token == best.indices[place, 0], f"token {place} of the answer"
-        if token == END:
+        if token == end:
             return

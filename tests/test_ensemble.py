@@ -8,14 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import scipy.stats
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
 
@@ -75,43 +70,6 @@ def test_rows_of_a_cache_move_for_every_expert(ensemble: TokenEnsemble, how: str
     torch.testing.assert_close(rest, whole, rtol=0, atol=2e-5)
 
 
-def test_beam_search_finds_the_best_pair_of_tokens(ensemble: TokenEnsemble) -> None:
-    # With as many beams as there are tokens, two steps of beam search are exhaustive.
-    ids = ragged_prompts(1)[0].clamp_min(2)
-    out = ensemble.generate(
-        input_ids=ids, num_beams=VOCAB, max_new_tokens=2, do_sample=False, length_penalty=0.0, early_stopping=False
-    )
-    first = slow_mixture(ensemble, ids[0].tolist())
-    pairs = torch.stack([first[a] + slow_mixture(ensemble, [*ids[0].tolist(), a]) for a in range(VOCAB)])
-    # The end token ends the text: nothing can follow it.
-    pairs[END] = -math.inf
-    best, ended = pairs.max(), first[END]
-    expected = [END] if ended > best else [int(pairs.argmax()) // VOCAB, int(pairs.argmax()) % VOCAB]
-    assert out[0, 9 : 9 + len(expected)].tolist() == expected
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_sampling_follows_the_warped_mixture(of_models: TokenEnsemble, fused: bool) -> None:
-    ids = ragged_prompts(1)[0].clamp_min(2)
-    draws = 6000
-    torch.manual_seed(3)
-    out = of_models.generate(
-        input_ids=ids.repeat(draws, 1), max_new_tokens=1, do_sample=True, temperature=1.3, top_k=12, top_p=0.9,
-        fused=fused,
-    )  # fmt: skip
-    counts = torch.bincount(out[:, -1], minlength=VOCAB).double()
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(1.3), TopKLogitsWarper(12), TopPLogitsWarper(0.9)])
-    expected = warpers(ids, slow_mixture(of_models, ids[0].tolist())[None])[0].softmax(-1) * draws
-    kept = expected > 0
-    assert counts[~kept].sum() == 0
-    # Rare tokens are pooled, so that the chi-square approximation holds.
-    rare = kept & (expected < 5)
-    observed = torch.cat([counts[kept & ~rare], counts[rare].sum()[None]])
-    wanted = torch.cat([expected[kept & ~rare], expected[rare].sum()[None]])
-    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
-    assert scipy.stats.chisquare(observed.numpy(), wanted.numpy()).pvalue > 1e-4
-
-
 def test_torch_manual_seed_reproduces_a_sample(ensemble: TokenEnsemble) -> None:
     ids, mask = ragged_prompts(5)
     texts = []
@@ -139,17 +97,6 @@ def test_a_streamer_sees_every_token(of_adapters: TokenEnsemble) -> None:
     out = of_adapters.generate(input_ids=ids, max_new_tokens=8, do_sample=False, streamer=streamer)
     assert streamer.tokens == out[0].tolist()
     assert streamer.ended
-
-
-def test_num_return_sequences_and_logits_processors_take_the_general_path(of_models: TokenEnsemble) -> None:
-    ids, mask = ragged_prompts(2)
-    torch.manual_seed(0)
-    out = of_models.generate(
-        input_ids=ids, attention_mask=mask, do_sample=True, num_return_sequences=3, max_new_tokens=6,
-        bad_words_ids=[[5]],
-    )  # fmt: skip
-    assert out.shape[0] == 6
-    assert not (out[:, 9:] == 5).any()
 
 
 @pytest.mark.parametrize("kind", ["of_adapters", "of_models"])
