@@ -69,11 +69,11 @@ class MixtureDecoder:
 
     Args:
         ensemble: T experts with their weights.
-        input_ids: int64 [B, length], left-padded prompts.
-        attention_mask: int64 [B, length].
+        input_ids: int64 [B, length], left-padded prompts, or the part of them that `cache` does not hold.
+        attention_mask: int64 [B, length of the whole prompts].
         seeds: int64 [B]; row b's draws depend on seeds[b] and the step alone.
         sampling: how tokens are chosen.
-        cache: an empty cache, or one that already holds a prefix of `input_ids`.
+        cache: an empty cache, or one that already holds the beginning of the prompts.
     """
 
     def __init__(
@@ -91,7 +91,8 @@ class MixtureDecoder:
         self.sampling = sampling
         self.cache = ensemble.new_cache() if cache is None else cache
         self.weights = ensemble.mixture_weights(input_ids.device)
-        self.pending = input_ids[:, self.cache.get_seq_length() :]
+        # The prompt may be the whole text, or only what follows the text that the cache holds.
+        self.pending = input_ids[:, self.cache.get_seq_length() - attention_mask.shape[1] :]
         self.position = 0
 
     def step(self) -> Any:
@@ -136,32 +137,59 @@ def require_valid(valid: torch.Tensor, names: list[str]) -> None:
         )
 
 
+def require_tokenizer(ensemble: TokenEnsemble, processing_class: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless every token of `processing_class`, its end token above all, is one that experts know."""
+    size, end = ensemble.config.vocab_size, processing_class.eos_token_id
+    if end is None:
+        raise ValueError("the tokenizer has no end token, so no answer could end: set processing_class.eos_token")
+    largest = max([end, *processing_class.get_vocab().values()])
+    if largest >= size:
+        raise ValueError(
+            f"the tokenizer has token ids up to {largest} (end token {end}), but the experts' vocabulary has {size} "
+            "tokens, numbered from 0: pass the tokenizer that the experts were trained with"
+        )
+
+
+def require_room(ensemble: TokenEnsemble, prompts: Dataset, max_new_tokens: int) -> None:
+    """Raise ValueError, naming the question, if a prompt and its answer do not fit the experts' context together."""
+    window = ensemble.config.max_position_embeddings
+    for row in prompts if window is not None else ():
+        length = len(row["input_ids"])
+        if length + max_new_tokens > window:
+            raise ValueError(
+                f"question {row['id']!r} has {length} tokens, which with max_new_tokens={max_new_tokens} is beyond the "
+                f"{window} that the experts read: leave it out, or lower max_new_tokens"
+            )
+
+
 def fused_sample(
     model: TokenEnsemble,
     input_ids: torch.Tensor,
-    logits_processor: LogitsProcessorList,
+    sampling: Sampling,
     stopping_criteria: Any,
     generation_config: Any,
     streamer: Any = None,
     **model_kwargs: Any,
-) -> Any:
+) -> torch.Tensor:
     """Decode in place of transformers' sampling loop, writing no distribution over the vocabulary.
 
-    `generate` calls this with everything prepared. What the fused op cannot do (another logits processor, returned
-    scores) goes to transformers' own loop, which draws from the same distribution.
+    Args:
+        model: the ensemble.
+        input_ids: int64 [B, length].
+        sampling: how tokens are chosen.
+        stopping_criteria: transformers', called with the tokens so far and no scores.
+        generation_config: as transformers' `generate` has prepared it.
+        streamer: is given each step's tokens.
+        model_kwargs: the attention mask, if there is padding, and an `EnsembleCache`.
+
+    Returns:
+        int64 [B, length + steps]; rows that have ended are padded.
     """
-    sampling = Sampling.from_processors(logits_processor, bool(generation_config.do_sample))
-    if sampling is None or generation_config.return_dict_in_generate:
-        return model._sample(
-            input_ids,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            generation_config=generation_config,
-            streamer=streamer,
-            **model_kwargs,
-        )
     mask = model_kwargs.get("attention_mask")
-    mask = torch.ones_like(input_ids) if mask is None else mask
+    if mask is None:
+        # `generate` drops a mask without padding, and notes how long it was.
+        length = getattr(generation_config, "_mask_length", None) or input_ids.shape[1]
+        mask = input_ids.new_ones(len(input_ids), length)
     decoder = MixtureDecoder(
         model,
         input_ids,
@@ -224,9 +252,12 @@ def label_questions(
 
     Raises:
         FloatingPointError: an expert gives NaN or no finite logit; names the questions.
-        ValueError: `output_file` holds rows of other questions.
+        ValueError: `output_file` holds rows of other questions; the tokenizer is not the experts'; or a prompt and
+            its answer do not fit the experts' context.
     """
+    require_tokenizer(ensemble, processing_class)
     prompts = tokenize_prompts(questions, processing_class, question_format or QuestionFormat(), "questions")
+    require_room(ensemble, prompts, max_new_tokens)
     rows = {row["id"]: row for row in (read_complete_lines(output_file) if output_file else [])}
     strangers = rows.keys() - set(prompts["id"])
     if strangers:

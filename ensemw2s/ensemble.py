@@ -6,14 +6,18 @@ The next-token distribution is a mixture of the experts' (EnsemW2S, section "wea
 
 from __future__ import annotations
 
+import copy
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,20 +31,35 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ensemw2s import ops
 from ensemw2s.cache import growing_cache
-from ensemw2s.decoding import fused_sample, label_questions
-from ensemw2s.experts import AdapterExperts, Experts, ModelExperts, StackedAdapters, require_weights
+from ensemw2s.decoding import Sampling, fused_sample, label_questions, require_tokenizer
+from ensemw2s.experts import (
+    ADAPTER_WEIGHTS,
+    AdapterExperts,
+    Experts,
+    ModelExperts,
+    StackedAdapters,
+    require_weights,
+)
 from ensemw2s.files import new_folder, read_json, write_json
+from ensemw2s.model_card import model_card
 from ensemw2s.models import CACHE, MODEL_WEIGHTS, load_model
 from ensemw2s.training import only_positions
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
+    from transformers.generation.streamers import BaseStreamer
 
 COMBINE = ("prob", "logprob", "vote")
 RECORD_FILE = "boosting.json"
 # What transformers passes to every model's forward and an ensemble has no use for.
 _NOT_NEEDED = ("return_dict", "cache_position")
+# Which version of a hub repository is meant: a base model lies in another repository, with versions of its own.
+_HUB_VERSION = ("revision", "force_download")
+_HUB_ACCESS = ("token", "cache_dir", "local_files_only")
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Whether the call of `generate` under way may take the fused loop: transformers hands on no argument of ours.
+_fused: ContextVar[bool] = ContextVar("fused", default=True)
 
 
 class EnsembleConfig(PreTrainedConfig):
@@ -72,11 +91,11 @@ class EnsembleConfig(PreTrainedConfig):
 
     @classmethod
     def of(cls, experts: Experts, **settings: Any) -> EnsembleConfig:
-        """Describe `experts`, taking vocabulary size and special tokens from the first one."""
+        """Describe `experts`: vocabulary and special tokens of the first one, the shortest context of all."""
         first = experts.expert_config(0).get_text_config(decoder=True)
         shared: dict[str, Any]
-        names = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
-        shared = {name: getattr(first, name, None) for name in names}
+        shared = {name: getattr(first, name, None) for name in ("vocab_size", *_SPECIAL_TOKENS)}
+        shared["max_position_embeddings"] = min(context_lengths(experts).values(), default=None)
         return cls(kind=experts.kind, is_decoder=True, tie_word_embeddings=False, **shared, **settings)
 
 
@@ -163,8 +182,14 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             combine: how distributions are combined.
             base_reference: keyword arguments of `models.load_model` that load `base` again. With it a saved
                 ensemble refers to its base instead of holding a copy.
+
+        Raises:
+            FileNotFoundError: an adapter's folder lacks its weights or its `adapter_config.json`.
+            ValueError: a damaged adapter, or one that does not fit the base or would change it for all experts.
         """
-        experts = AdapterExperts(base, [Path(folder) for folder in folders])
+        experts = AdapterExperts(base)
+        for folder in folders:
+            add_adapter(experts, folder)
         _check(expert_weights, combine, len(experts))
         settings = {"expert_weights": expert_weights, "combine": combine, "base": base_reference}
         return cls(EnsembleConfig.of(experts, **settings), experts)
@@ -187,6 +212,48 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         """Return the expert weights as float32 [T] on `device`, not normalised."""
         return torch.tensor(self.config.expert_weights, dtype=torch.float32, device=device)
 
+    def add_expert(
+        self, expert: str | os.PathLike[str] | PreTrainedModel, expert_weight: float, **model_init_kwargs: Any
+    ) -> None:
+        """Append one expert, in place. Caches made before know nothing of it.
+
+        Args:
+            expert: for adapters, a folder written by peft for the same base; for whole models, a model or a source
+                of `models.load_model`.
+            expert_weight: a positive float, on the scale of `config.expert_weights`.
+            model_init_kwargs: passed on to `models.load_model` where a source is given.
+
+        Raises:
+            FileNotFoundError, ValueError: as `from_adapters` and `from_models` do; the ensemble stays as it was.
+            TypeError: a model given to an ensemble of adapters, or `model_init_kwargs` that nothing reads.
+        """
+        expert_weights = [*self.config.expert_weights, float(expert_weight)]
+        _check(expert_weights, self.config.combine, self.num_experts + 1)
+        if model_init_kwargs and (isinstance(self.experts, AdapterExperts) or isinstance(expert, PreTrainedModel)):
+            raise TypeError(f"nothing is loaded that {', '.join(model_init_kwargs)} could change: leave it out")
+        if isinstance(self.experts, AdapterExperts):
+            if isinstance(expert, PreTrainedModel):
+                raise TypeError("the experts are adapters on one base: give the folder of an adapter, not a model")
+            add_adapter(self.experts, expert)
+        else:
+            model = expert if isinstance(expert, PreTrainedModel) else load_model(expert, **model_init_kwargs)
+            models: Any = self.experts
+            models.add(model.to(self.device))
+        self.config.expert_weights = expert_weights
+        self.config.max_position_embeddings = min(context_lengths(self.experts).values(), default=None)
+
+    def without(self, index: int) -> TokenEnsemble:
+        """Return the ensemble of all experts but number `index` (from 0; -1 is the last), sharing their weights.
+
+        Raises:
+            IndexError: no such expert.
+            ValueError: it is the only one.
+        """
+        if not -self.num_experts <= index < self.num_experts:
+            raise IndexError(f"there is no expert {index}: {self.num_experts} experts are numbered from 0")
+        kept = [t for t in range(self.num_experts) if t != index % self.num_experts]
+        return self.reweighted([self.config.expert_weights[t] for t in kept], kept)
+
     def __getitem__(self, index: slice) -> TokenEnsemble:
         """Return the ensemble of some experts, sharing their weights: `ensemble[:3]` is the first three."""
         if not isinstance(index, slice):
@@ -199,7 +266,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         experts = self.experts.selected(indices)
         _check(expert_weights, self.config.combine, len(experts))
         settings = {"combine": self.config.combine, "base": self.config.base}
-        return TokenEnsemble(EnsembleConfig.of(experts, expert_weights=expert_weights, **settings), experts)
+        chosen = TokenEnsemble(EnsembleConfig.of(experts, expert_weights=expert_weights, **settings), experts)
+        chosen.generation_config = copy.deepcopy(self.generation_config)
+        return chosen
 
     def new_cache(self) -> EnsembleCache:
         """Return an empty cache for all experts, with the adapters as they are now."""
@@ -228,14 +297,20 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             position_ids: int64 [B, L]; None leaves them to the expert.
             cache: what the experts have seen before; it grows by L.
             last_only: compute logits of the last position only, giving [B, 1, V].
+
+        Raises:
+            ValueError: more tokens than an expert reads, or (on the CPU, where looking costs nothing) ids outside the
+                vocabulary.
         """
+        self._check_input(input_ids, attention_mask, cache)
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "use_cache": cache is not None,
         }
         if position_ids is not None:
-            inputs["position_ids"] = position_ids
+            # One row for all, as transformers gives them, would not fit rows that are stacked.
+            inputs["position_ids"] = position_ids.expand(input_ids.shape[0], -1)
         if last_only:
             inputs["logits_to_keep"] = 1
         if cache is not None and cache.stacked:
@@ -280,7 +355,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         """
         if labels is not None and self.config.combine == "vote":
             raise ValueError('combine="vote" has no loss: its distribution is 0 off the vote; use "prob" or "logprob"')
-        unknown = sorted(name for name, value in kwargs.items() if name not in _NOT_NEEDED and value is not None)
+        # A switch that is off asks for nothing.
+        asked = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+        unknown = sorted(asked.keys() - set(_NOT_NEEDED))
         if unknown:
             raise TypeError(f"an ensemble's forward does not know {', '.join(unknown)}: leave them out")
         cache = cache if cache is not None else past_key_values
@@ -318,7 +395,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         """Generate token ids as any transformers model does.
 
         Plain greedy decoding and sampling with temperature, top-k, top-p and min-p end each step in one fused op
-        (`ops.mixture_sample`); anything else takes transformers' own loops.
+        (`ops.mixture_sample`); anything else takes transformers' own loops. Prompt and answer together are never
+        longer than the shortest context of the experts: generation stops there, with a warning **[choice]**.
 
         Args:
             inputs: int64 [B, length] prompts, or pass `input_ids`; left-padded if their lengths differ.
@@ -326,23 +404,75 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             kwargs: as for `transformers.GenerationMixin.generate`.
 
         Raises:
-            ValueError: beam search with `combine="vote"`, or a prompt longer than an expert's context.
+            ValueError: beam search with `combine="vote"`; a prompt that fills an expert's context; ids outside the
+                vocabulary; a `cache_implementation`; or a cache that leaves no token of the prompt to read.
         """
+        settings = self._settings(kwargs)
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if prompt is not None:
-            self._check_prompt(prompt.shape[1])
-        config = kwargs.get("generation_config") or self.generation_config
-        beams = kwargs.get("num_beams", config.num_beams) or 1
-        if beams > 1 and self.config.combine == "vote":
+            self._check_prompt(prompt, kwargs)
+            kwargs |= self._stop_at_context(prompt, settings, kwargs.get("attention_mask"))
+        if (settings.num_beams or 1) > 1 and self.config.combine == "vote":
             raise ValueError(
                 'combine="vote" cannot rank beams: it gives one token all the mass; use "prob" or "logprob"'
             )
-        if kwargs.get("use_cache", True):
-            kwargs.setdefault(CACHE, self.new_cache())
-            if fused and beams == 1 and kwargs.get("assistant_model") is None and not kwargs.get("synced_gpus"):
-                # `generate` hands a custom loop everything but the streamer.
-                kwargs.setdefault("custom_generate", partial(fused_sample, streamer=kwargs.get("streamer")))
-        return super().generate(inputs, **kwargs)
+        if settings.use_cache is not False and kwargs.get(CACHE) is None:
+            kwargs[CACHE] = self.new_cache()
+        before = _fused.set(fused)
+        try:
+            return super().generate(inputs, **kwargs)
+        finally:
+            _fused.reset(before)
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        tokenizer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Decode greedily or by sampling: what transformers' `generate` calls once everything is prepared.
+
+        What the fused op cannot do (another logits processor, returned scores, no cache) goes to transformers' own
+        loop, which draws from the same distribution. `tokenizer` has done its work in the stopping criteria.
+        """
+        sampling = Sampling.from_processors(logits_processor, bool(generation_config.do_sample))
+        cached = isinstance(model_kwargs.get(CACHE), EnsembleCache)
+        general = synced_gpus or generation_config.return_dict_in_generate or not cached or not _fused.get()
+        if general or sampling is None:
+            return super()._sample(
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+        return fused_sample(self, input_ids, sampling, stopping_criteria, generation_config, streamer, **model_kwargs)
+
+    def _settings(self, kwargs: dict[str, Any]) -> GenerationConfig:
+        """Return what `generate` will make of its arguments, and take out a `cache_implementation` that is ours."""
+        settings = copy.deepcopy(self.generation_config)
+        given = kwargs.get("generation_config")
+        if given is not None:
+            settings.update(**{name: value for name, value in given.to_dict().items() if value is not None})
+        settings.update(**kwargs)
+        if settings.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={settings.cache_implementation!r} does not work with an ensemble, whose cache "
+                "holds one dynamic cache per expert: leave it out"
+            )
+        if settings.cache_implementation is not None:
+            # The default by its name, which transformers refuses beside the cache that it gets.
+            kwargs.pop("cache_implementation", None)
+            kwargs["generation_config"] = copy.deepcopy(given or self.generation_config)
+            kwargs["generation_config"].cache_implementation = None
+        return settings
 
     def label(self, questions: Dataset, processing_class: PreTrainedTokenizerBase, **options: Any) -> Dataset:
         """Answer questions; see `decoding.label_questions`."""
@@ -359,12 +489,15 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
 
         Args:
             save_directory: takes the place of what is there.
-            processing_class: the tokenizer, saved along.
+            processing_class: the experts' tokenizer, saved along.
             record: a JSON-able account of the boosting run, saved as `boosting.json`.
 
         Raises:
             DiskFullError: the disk is full; what was at `save_directory` before is untouched.
+            ValueError: `processing_class` knows tokens that the experts do not.
         """
+        if processing_class is not None:
+            require_tokenizer(self, processing_class)
         with new_folder(save_directory) as folder:
             self.config.save_pretrained(folder)
             self.generation_config.save_pretrained(folder)
@@ -376,7 +509,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 processing_class.save_pretrained(folder)
             if record is not None:
                 write_json(folder / RECORD_FILE, record)
-            (folder / "README.md").write_text(model_card(self), encoding="utf-8")
+            (folder / "README.md").write_text(model_card(self, record), encoding="utf-8")
 
     @classmethod
     def from_pretrained(
@@ -384,6 +517,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         config: EnsembleConfig | None = None,
+        subfolder: str = "",
         **model_init_kwargs: Any,
     ) -> TokenEnsemble:
         """Load a saved ensemble from a folder or the hub.
@@ -391,54 +525,221 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         Args:
             pretrained_model_name_or_path: a folder written by `save_pretrained`, or a hub id.
             config: used in place of the saved one.
-            model_init_kwargs: passed on to each model's `from_pretrained` (`dtype`, `device_map`, ...).
+            subfolder: where in it the ensemble lies.
+            model_init_kwargs: passed on to each model's `from_pretrained` (`dtype`, `device_map`, ...), but for
+                `revision` and `force_download`, which concern the ensemble alone.
 
         Raises:
-            FileNotFoundError: the folder or an expert's weights are missing; names which.
+            FileNotFoundError: the folder, an expert's weights or a part of them are missing; names which.
+            ValueError: weights that are damaged, or a number of expert weights other than that of the experts saved.
         """
-        folder = _local_folder(pretrained_model_name_or_path)
+        hub = {name: model_init_kwargs.pop(name) for name in _HUB_VERSION if name in model_init_kwargs}
+        hub |= {name: model_init_kwargs[name] for name in _HUB_ACCESS if name in model_init_kwargs}
+        folder = _local_folder(pretrained_model_name_or_path, subfolder, hub)
         config = config or EnsembleConfig.from_pretrained(folder)
-        folders = [folder / "experts" / str(t + 1) for t in range(len(config.expert_weights))]
+        folders = _expert_folders(folder, len(config.expert_weights))
         if config.kind == "models":
             for number, path in enumerate(folders, 1):
-                require_weights(path, MODEL_WEIGHTS, f"expert {number} of {len(folders)}")
+                require_whole(path, MODEL_WEIGHTS, f"expert {number} of {len(folders)}")
             experts: Experts = ModelExperts([load_model(path, **model_init_kwargs) for path in folders])
         else:
-            if config.base is None:
-                require_weights(folder / "base", MODEL_WEIGHTS, "the experts' base model")
-            base = dict(config.base or {"source": folder / "base"})
-            experts = AdapterExperts(load_model(base.pop("source"), **base, **model_init_kwargs), folders)
-        return cls(config, experts)
+            base = {"source": folder / "base", **(config.base or {}), **model_init_kwargs}
+            if Path(base["source"]).is_dir() or config.base is None:
+                require_whole(base["source"], MODEL_WEIGHTS, "the experts' base model")
+            experts = AdapterExperts(load_model(base.pop("source"), **base))
+            for path in folders:
+                add_adapter(experts, path)
+        ensemble = cls(config, experts)
+        if (folder / "generation_config.json").is_file():
+            ensemble.generation_config = GenerationConfig.from_pretrained(folder)
+        return ensemble
 
     @staticmethod
     def read_record(save_directory: str | os.PathLike[str]) -> dict[str, Any]:
         """Return the boosting record that was saved with the ensemble."""
         return read_json(Path(save_directory) / RECORD_FILE)
 
-    def _check_prompt(self, length: int) -> None:
-        for index in range(self.num_experts):
-            limit = getattr(self.experts.expert_config(index), "max_position_embeddings", None)
-            if limit is not None and length > limit:
+    def _check_prompt(self, prompt: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
+        """Raise ValueError for a prompt that the experts cannot read, or that leaves nothing to read or to write."""
+        self._check_ids(prompt)
+        mask, cache = kwargs.get("attention_mask"), kwargs.get(CACHE)
+        length, window = _longest(prompt, mask), self.config.max_position_embeddings
+        if window is not None and length >= window:
+            raise ValueError(
+                f"the prompt has {length} tokens but expert {self._narrowest()} reads at most {window}, answer "
+                "included: shorten the prompt"
+            )
+        seen = cache.get_seq_length() if cache is not None else 0
+        total = prompt.shape[1] if mask is None else mask.shape[1]
+        if seen and seen >= total:
+            raise ValueError(
+                f"the cache holds {seen} tokens and the prompt {total}, so none is left to read: pass the whole text "
+                "as input_ids, or its new part with an attention_mask over the whole; or drop the cache's last token "
+                "with cache.crop(-1)"
+            )
+
+    def _stop_at_context(
+        self, prompt: torch.Tensor, settings: GenerationConfig, mask: torch.Tensor | None
+    ) -> dict[str, int]:
+        """Return the length arguments of `generate` that keep to the shortest context of the experts."""
+        window = self.config.max_position_embeddings
+        if window is None:
+            return {}
+        room = window - _longest(prompt, mask)
+        if settings.max_new_tokens is not None:
+            name, value, most = "max_new_tokens", settings.max_new_tokens, room
+        else:
+            name, value, most = "max_length", settings.max_length or 0, prompt.shape[1] + room
+        if value <= most:
+            return {}
+        warnings.warn(
+            f"{name}={value} reaches beyond the {window} tokens that expert {self._narrowest()} reads: generation "
+            f"stops there, after at most {room} new tokens",
+            stacklevel=4,
+        )
+        return {name: most}
+
+    def _check_input(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: EnsembleCache | None
+    ) -> None:
+        if input_ids.device.type == "cpu":
+            self._check_ids(input_ids)
+        window = self.config.max_position_embeddings
+        length = input_ids.shape[1] + (cache.get_seq_length() if cache is not None else 0)
+        # Padding is counted only where it may matter: on a GPU, looking at the mask waits for it.
+        if window is not None and length > window:
+            length = _longest(input_ids, attention_mask) if attention_mask is not None else length
+            if length > window:
                 raise ValueError(
-                    f"the prompt has {length} tokens but expert {index + 1} reads at most {limit}: shorten the prompt"
+                    f"the text has {length} tokens but expert {self._narrowest()} reads at most {window}: shorten it"
+                )
+
+    def _check_ids(self, input_ids: torch.Tensor) -> None:
+        if not input_ids.numel():
+            return
+        low, high = (int(value) for value in input_ids.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"input_ids holds {low if low < 0 else high}, but the experts' vocabulary has "
+                f"{self.config.vocab_size} tokens, numbered from 0: encode the text with the experts' own tokenizer"
+            )
+
+    def _narrowest(self) -> int:
+        """Return the number, from 1, of the expert with the shortest context."""
+        lengths = context_lengths(self.experts)
+        return min(lengths, key=lengths.__getitem__) + 1
+
+
+def context_lengths(experts: Experts) -> dict[int, int]:
+    """Return how many tokens each expert reads, by its number from 0, leaving out those that name no limit."""
+    configs = {t: experts.expert_config(t).get_text_config(decoder=True) for t in range(len(experts))}
+    lengths = {t: getattr(config, "max_position_embeddings", None) for t, config in configs.items()}
+    return {t: length for t, length in lengths.items() if length is not None}
+
+
+def require_whole(folder: str | os.PathLike[str], names: Sequence[str], owner: str) -> None:
+    """Check that a folder's weights are all there and not cut off, from the headers of the files alone.
+
+    Args:
+        folder: written by `save_pretrained`, of transformers or peft.
+        names: the file that holds the weights, or lists the files that do; any of these.
+        owner: whom an error names, e.g. "expert 2 of 3".
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged.
+    """
+    folder = Path(folder)
+    require_weights(folder, names, owner)
+    found = next(folder / name for name in names if (folder / name).is_file())
+    parts = sorted(set(read_json(found)["weight_map"].values())) if found.suffix == ".json" else [found.name]
+    for part in parts:
+        if not (folder / part).is_file():
+            raise FileNotFoundError(
+                f"{owner}: {folder} lacks {part}, one of the {len(parts)} files that {found.name} lists. The folder is "
+                "incomplete: save it again, or copy it whole"
+            )
+        try:
+            with safe_open(folder / part, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"{owner}: {folder / part} is damaged ({error}). Save it again, or copy it whole"
+            ) from error
+
+
+def add_adapter(experts: AdapterExperts, folder: str | os.PathLike[str]) -> None:
+    """Append a saved adapter to `experts`; an error names it and leaves the experts as they were.
+
+    Raises:
+        FileNotFoundError: weights or `adapter_config.json` are missing.
+        ValueError: the weights are damaged, do not fit the base model, or would replace weights that all share.
+    """
+    owner = f"expert {len(experts) + 1}"
+    require_whole(folder, (ADAPTER_WEIGHTS,), owner)
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"{owner}: {folder} has no adapter_config.json. The folder is incomplete: save it again, or copy it whole"
+        )
+    _check_shared(experts.base, Path(folder), owner)
+    known = set(getattr(experts.base, "peft_config", ()))
+    try:
+        experts.add(Path(folder))
+    except (RuntimeError, ValueError) as error:
+        for name in set(getattr(experts.base, "peft_config", ())) - known:
+            experts.base.delete_adapter(name)
+        raise ValueError(
+            f"{owner}: the adapter in {folder} does not fit the base model ({error}): load the base that it was "
+            "trained on"
+        ) from error
+
+
+def _check_shared(base: Any, folder: Path, owner: str) -> None:
+    """Raise ValueError for an adapter that holds weights of the base itself, unless they are the base's own.
+
+    peft saves whole embeddings with an adapter where the vocabulary was resized or the head is adapted, and loads them
+    into the base, where they would replace those of every other expert.
+    """
+    plain = base.get_base_model() if isinstance(base, PeftModel) else base
+    shared = {name.replace(".base_layer.", "."): weight for name, weight in plain.named_parameters()}
+    own = PeftConfig.from_pretrained(str(folder))
+    copied = tuple(getattr(own, "modules_to_save", None) or ())
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as saved:
+        for key in saved.keys():  # noqa: SIM118  (not a dict)
+            name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            weight = shared.get(name)
+            if weight is None or not weight.is_floating_point():
+                continue
+            shape = tuple(saved.get_slice(key).get_shape())
+            if shape != tuple(weight.shape):
+                raise ValueError(
+                    f"{owner}: the adapter in {folder} was trained on another base or a resized vocabulary, its "
+                    f"{name} being {list(shape)} and the base model's {list(weight.shape)}: experts mix token by "
+                    "token, so they must share one base and one tokenizer"
+                )
+            is_copy = any(part in name.split(".") for part in copied)
+            if not is_copy and not torch.equal(saved.get_tensor(key).to(weight), weight):
+                raise ValueError(
+                    f"{owner}: the adapter in {folder} brings its own {name}, which would replace the base model's for "
+                    f'all experts: train it with modules_to_save=["{name.split(".")[-2]}"], or save whole models'
                 )
 
 
-def model_card(ensemble: TokenEnsemble) -> str:
-    """Return a README for a saved ensemble."""
-    weights = ensemble.config.expert_weights
-    rows = "\n".join(f"| {t} | {w:.4f} | {w / sum(weights):.4f} |" for t, w in enumerate(weights, 1))
-    base = (ensemble.config.base or {}).get(
-        "source", "saved in `base/`" if ensemble.config.kind == "adapters" else "none"
-    )
-    return (
-        "---\nlibrary_name: ensemw2s\ntags: [ensemble, weak-to-strong]\n---\n\n"
-        f"# A token-level ensemble of {len(weights)} experts\n\n"
-        f"Made by ensemw2s. Combination: `{ensemble.config.combine}`. Base model: {base}.\n\n"
-        f"| expert | weight | share |\n|---|---|---|\n{rows}\n\n"
-        "```python\nfrom ensemw2s import TokenEnsemble\n\n"
-        'ensemble = TokenEnsemble.from_pretrained("this-folder")\n```\n'
-    )
+def _expert_folders(folder: Path, count: int) -> list[Path]:
+    """Return where `count` experts are saved; raises ValueError if there are more."""
+    saved = sorted(path.name for path in (folder / "experts").glob("*") if path.is_dir())
+    wanted = [str(t + 1) for t in range(count)]
+    if set(saved) > set(wanted):
+        raise ValueError(
+            f"config.json of {folder} has {count} expert_weights but experts/ holds {len(saved)} folders "
+            f"({', '.join(saved)}): give each expert its weight, or delete what does not belong"
+        )
+    return [folder / "experts" / name for name in wanted]
+
+
+def _longest(input_ids: torch.Tensor, mask: torch.Tensor | None) -> int:
+    """Return the number of tokens of the longest row, padding left out."""
+    return input_ids.shape[1] if mask is None else int(mask.sum(1).max())
 
 
 def _stacked_logits(
@@ -473,15 +774,15 @@ def _generation_config(experts: Experts) -> GenerationConfig:
         return GenerationConfig.from_dict(settings.to_dict())
 
 
-def _local_folder(name: str | os.PathLike[str]) -> Path:
-    folder = Path(name)
+def _local_folder(name: str | os.PathLike[str], subfolder: str, hub: Mapping[str, Any]) -> Path:
+    folder = Path(name) / subfolder
     if (folder / "config.json").is_file():
         return folder
     if folder.exists() or str(name).count("/") > 1 or str(name).startswith((".", "/")):
         raise FileNotFoundError(f"{folder} is not a saved ensemble: it has no config.json")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(name)))
+    return Path(snapshot_download(str(name), **hub)) / subfolder
 
 
 AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from ensemw2s import TokenEnsemble
 
 # Read by huggingface_hub when it is imported: a test that reaches for the hub fails at once instead of waiting.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -31,3 +35,23 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh folder for converted and self-made models."""
     monkeypatch.setenv("ENSEMW2S_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def of_adapters(tmp_path: Path) -> TokenEnsemble:
+    # Imported here, since the op tests run where transformers is missing.
+    from tests.reference import adapter_ensemble
+
+    return adapter_ensemble(tmp_path)
+
+
+@pytest.fixture
+def of_models() -> TokenEnsemble:
+    from tests.reference import model_ensemble
+
+    return model_ensemble()
+
+
+@pytest.fixture(params=["of_adapters", "of_models"])
+def ensemble(request: pytest.FixtureRequest) -> TokenEnsemble:
+    return request.getfixturevalue(request.param)

@@ -8,95 +8,17 @@ import shutil
 from pathlib import Path
 
 import pytest
-import scipy.stats
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
 
 from ensemw2s import TokenEnsemble
 from ensemw2s.decoding import Sampling, label_questions
 from ensemw2s.models import CACHE
-from tests.tiny import END, FORMAT, PAD, VOCAB, gpt2, llama, questions, saved_adapters, tokenizer
-
-WEIGHTS = [2.5, 1.25, 0.5]
-
-
-@pytest.fixture
-def of_adapters(tmp_path: Path) -> TokenEnsemble:
-    return TokenEnsemble.from_adapters(llama(0), saved_adapters(tmp_path), WEIGHTS)
-
-
-@pytest.fixture
-def of_models() -> TokenEnsemble:
-    # Two architectures over one vocabulary.
-    return TokenEnsemble.from_models([llama(0), gpt2(1), llama(2)], WEIGHTS)
-
-
-@pytest.fixture(params=["of_adapters", "of_models"])
-def ensemble(request: pytest.FixtureRequest) -> TokenEnsemble:
-    return request.getfixturevalue(request.param)
-
-
-def ragged_prompts(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left-padded random prompts of 1 to 9 tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 10, (count,), generator=generator)
-    ids = torch.randint(2, VOCAB, (count, 9), generator=generator)
-    mask = (torch.arange(9)[None] >= 9 - lengths[:, None]).long()
-    return torch.where(mask.bool(), ids, PAD), mask
-
-
-def slow_mixtures(ensemble: TokenEnsemble, ids: list[int]) -> torch.Tensor:
-    """Float64 log-probabilities [L, V] of what follows each prefix of `ids`: each expert by itself, without a cache."""
-    weights = torch.tensor(ensemble.config.expert_weights, dtype=torch.float64)
-    weights = weights / weights.sum()
-    log_probs = []
-    for t in range(ensemble.num_experts):
-        with ensemble.experts.expert(t) as model, torch.no_grad():
-            logits = model(torch.tensor([ids]), use_cache=False).logits[0].double()
-        log_probs.append(logits.log_softmax(-1))
-    stacked = torch.stack(log_probs)
-    if ensemble.config.combine == "prob":
-        return (weights[:, None, None] * stacked.exp()).sum(0).log()
-    if ensemble.config.combine == "logprob":
-        return (weights[:, None, None] * stacked).sum(0).log_softmax(-1)
-    votes = torch.zeros(len(ids), VOCAB, dtype=torch.float64)
-    for t, row in enumerate(stacked.argmax(-1)):
-        votes[torch.arange(len(ids)), row] += weights[t]
-    return votes.log()
-
-
-def slow_mixture(ensemble: TokenEnsemble, ids: list[int]) -> torch.Tensor:
-    """The last row of `slow_mixtures`."""
-    return slow_mixtures(ensemble, ids)[-1]
-
-
-def assert_greedy(ensemble: TokenEnsemble, prompt: list[int], answer: list[int]) -> None:
-    """Check an answer against the slow mixtures, token for token, up to the first near-tie of the float64 top two."""
-    best = slow_mixtures(ensemble, prompt + answer)[len(prompt) - 1 : -1].topk(2)
-    for place, token in enumerate(answer):
-        if ensemble.config.combine != "vote" and best.values[place, 0] - best.values[place, 1] < 1e-5:
-            return
-        assert token == best.indices[place, 0], f"token {place} of the answer"
-        if token == END:
-            return
-
-
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("combine", ["prob", "logprob", "vote"])
-def test_greedy_text_equals_the_slow_loop_without_caches(ensemble: TokenEnsemble, combine: str, fused: bool) -> None:
-    ensemble.config.combine = combine
-    ids, mask = ragged_prompts(50)
-    out = ensemble.generate(input_ids=ids, attention_mask=mask, max_new_tokens=24, do_sample=False, fused=fused)
-    assert out.shape[1] > 9
-    for row in range(len(ids)):
-        assert_greedy(ensemble, ids[row][mask[row].bool()].tolist(), out[row, 9:].tolist())
+from tests.reference import WEIGHTS, ragged_prompts, slow_mixture
+from tests.tiny import END, FORMAT, VOCAB, llama, questions, tokenizer
 
 
 def test_forward_returns_normalised_float32_log_probabilities(ensemble: TokenEnsemble) -> None:
@@ -148,43 +70,6 @@ def test_rows_of_a_cache_move_for_every_expert(ensemble: TokenEnsemble, how: str
     torch.testing.assert_close(rest, whole, rtol=0, atol=2e-5)
 
 
-def test_beam_search_finds_the_best_pair_of_tokens(ensemble: TokenEnsemble) -> None:
-    # With as many beams as there are tokens, two steps of beam search are exhaustive.
-    ids = ragged_prompts(1)[0].clamp_min(2)
-    out = ensemble.generate(
-        input_ids=ids, num_beams=VOCAB, max_new_tokens=2, do_sample=False, length_penalty=0.0, early_stopping=False
-    )
-    first = slow_mixture(ensemble, ids[0].tolist())
-    pairs = torch.stack([first[a] + slow_mixture(ensemble, [*ids[0].tolist(), a]) for a in range(VOCAB)])
-    # The end token ends the text: nothing can follow it.
-    pairs[END] = -math.inf
-    best, ended = pairs.max(), first[END]
-    expected = [END] if ended > best else [int(pairs.argmax()) // VOCAB, int(pairs.argmax()) % VOCAB]
-    assert out[0, 9 : 9 + len(expected)].tolist() == expected
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_sampling_follows_the_warped_mixture(of_models: TokenEnsemble, fused: bool) -> None:
-    ids = ragged_prompts(1)[0].clamp_min(2)
-    draws = 6000
-    torch.manual_seed(3)
-    out = of_models.generate(
-        input_ids=ids.repeat(draws, 1), max_new_tokens=1, do_sample=True, temperature=1.3, top_k=12, top_p=0.9,
-        fused=fused,
-    )  # fmt: skip
-    counts = torch.bincount(out[:, -1], minlength=VOCAB).double()
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(1.3), TopKLogitsWarper(12), TopPLogitsWarper(0.9)])
-    expected = warpers(ids, slow_mixture(of_models, ids[0].tolist())[None])[0].softmax(-1) * draws
-    kept = expected > 0
-    assert counts[~kept].sum() == 0
-    # Rare tokens are pooled, so that the chi-square approximation holds.
-    rare = kept & (expected < 5)
-    observed = torch.cat([counts[kept & ~rare], counts[rare].sum()[None]])
-    wanted = torch.cat([expected[kept & ~rare], expected[rare].sum()[None]])
-    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
-    assert scipy.stats.chisquare(observed.numpy(), wanted.numpy()).pvalue > 1e-4
-
-
 def test_torch_manual_seed_reproduces_a_sample(ensemble: TokenEnsemble) -> None:
     ids, mask = ragged_prompts(5)
     texts = []
@@ -212,17 +97,6 @@ def test_a_streamer_sees_every_token(of_adapters: TokenEnsemble) -> None:
     out = of_adapters.generate(input_ids=ids, max_new_tokens=8, do_sample=False, streamer=streamer)
     assert streamer.tokens == out[0].tolist()
     assert streamer.ended
-
-
-def test_num_return_sequences_and_logits_processors_take_the_general_path(of_models: TokenEnsemble) -> None:
-    ids, mask = ragged_prompts(2)
-    torch.manual_seed(0)
-    out = of_models.generate(
-        input_ids=ids, attention_mask=mask, do_sample=True, num_return_sequences=3, max_new_tokens=6,
-        bad_words_ids=[[5]],
-    )  # fmt: skip
-    assert out.shape[0] == 6
-    assert not (out[:, 9:] == 5).any()
 
 
 @pytest.mark.parametrize("kind", ["of_adapters", "of_models"])
