@@ -22,7 +22,7 @@ help:
 
 setup: $(READY)
 
-$(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
+$(READY): Makefile pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet "setuptools>=77" packaging "pybind11>=2.13" ninja numpy

@@ -198,7 +198,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
     def from_models(
         cls, models: Sequence[PreTrainedModel], expert_weights: Sequence[float], *, combine: str = "prob"
     ) -> TokenEnsemble:
-        """Build an ensemble from whole models over one vocabulary."""
+        """Build an ensemble from whole models over one vocabulary and in one dtype."""
+        require_one_dtype(models, range(1, len(models) + 1))
         experts = ModelExperts(models)
         _check(expert_weights, combine, len(experts))
         return cls(EnsembleConfig.of(experts, expert_weights=expert_weights, combine=combine), experts)
@@ -236,9 +237,12 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 raise TypeError("the experts are adapters on one base: give the folder of an adapter, not a model")
             add_adapter(self.experts, expert)
         else:
-            model = expert if isinstance(expert, PreTrainedModel) else load_model(expert, **model_init_kwargs)
-            models: Any = self.experts
-            models.add(model.to(self.device))
+            model: Any = expert
+            if not isinstance(expert, PreTrainedModel):
+                model = load_model(expert, **{"dtype": self.dtype, **model_init_kwargs})
+            experts: Any = self.experts
+            require_one_dtype([experts.models[0], model], (1, self.num_experts + 1))
+            experts.add(model.to(self.device))
         self.config.expert_weights = expert_weights
         self.config.max_position_embeddings = min(context_lengths(self.experts).values(), default=None)
 
@@ -541,7 +545,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         if config.kind == "models":
             for number, path in enumerate(folders, 1):
                 require_whole(path, MODEL_WEIGHTS, f"expert {number} of {len(folders)}")
-            experts: Experts = ModelExperts([load_model(path, **model_init_kwargs) for path in folders])
+            models = [load_model(path, **model_init_kwargs) for path in folders]
+            require_one_dtype(models, range(1, len(models) + 1))
+            experts: Experts = ModelExperts(models)
         else:
             base = {"source": folder / "base", **(config.base or {}), **model_init_kwargs}
             if Path(base["source"]).is_dir() or config.base is None:
@@ -637,6 +643,15 @@ def context_lengths(experts: Experts) -> dict[int, int]:
     return {t: length for t, length in lengths.items() if length is not None}
 
 
+def require_one_dtype(models: Sequence[PreTrainedModel], numbers: Sequence[int]) -> None:
+    """Raise ValueError unless all models have the dtype of the first; `numbers` are theirs, for the message."""
+    for model, number in zip(models, numbers, strict=True):
+        if model.dtype != models[0].dtype:
+            raise ValueError(
+                f"expert {number} is in {model.dtype}, expert {numbers[0]} in {models[0].dtype}: load all in one dtype"
+            )
+
+
 def require_whole(folder: str | os.PathLike[str], names: Sequence[str], owner: str) -> None:
     """Check that a folder's weights are all there and not cut off, from the headers of the files alone.
 
@@ -688,8 +703,10 @@ def add_adapter(experts: AdapterExperts, folder: str | os.PathLike[str]) -> None
     except (RuntimeError, ValueError) as error:
         for name in set(getattr(experts.base, "peft_config", ())) - known:
             experts.base.delete_adapter(name)
+        # The first of many lines, and the first parameter that does not fit.
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise ValueError(
-            f"{owner}: the adapter in {folder} does not fit the base model ({error}): load the base that it was "
+            f"{owner}: the adapter in {folder} does not fit the base model ({reason}): load the base that it was "
             "trained on"
         ) from error
 

@@ -6,19 +6,19 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-)
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
 from ensemw2s import TokenEnsemble
 from ensemw2s.decoding import Sampling, label_questions
 from ensemw2s.models import CACHE
 from tests.reference import WEIGHTS, ragged_prompts, slow_mixture
-from tests.tiny import END, FORMAT, VOCAB, llama, questions, tokenizer
+from tests.tiny import END, FORMAT, VOCAB, gpt2, llama, lora, questions, saved_adapters, saved_model, tokenizer
 
 
 def test_forward_returns_normalised_float32_log_probabilities(ensemble: TokenEnsemble) -> None:
@@ -257,3 +257,374 @@ def test_the_caches_older_name_is_read(of_models: TokenEnsemble) -> None:
     with torch.no_grad():
         of_models(input_ids=ids, past_key_values=cache)
     assert cache.get_seq_length() == ids.shape[1]
+
+
+# Adding and leaving out experts
+
+
+def new_expert(ensemble: TokenEnsemble, folder: Path) -> Path | PreTrainedModel:
+    """What `add_expert` takes for this kind of experts: a fourth adapter, or a fourth model."""
+    return saved_adapters(folder, 4)[3] if ensemble.config.kind == "adapters" else llama(7)
+
+
+def assert_slow_mixture(ensemble: TokenEnsemble) -> None:
+    """Check both passes, with a cache (where adapters are stacked) and without."""
+    ids = ragged_prompts(2)[0].clamp_min(2)
+    with torch.no_grad():
+        plain = ensemble(input_ids=ids).logits[:, -1]
+        cached = ensemble(input_ids=ids, use_cache=True).logits[:, -1]
+    for row in range(2):
+        expected = slow_mixture(ensemble, ids[row].tolist())
+        torch.testing.assert_close(plain[row].double(), expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(cached[row].double(), expected, rtol=0, atol=2e-5)
+
+
+def test_an_expert_is_added_saved_and_loaded_again(ensemble: TokenEnsemble, tmp_path: Path) -> None:
+    ids = ragged_prompts(2)[0].clamp_min(2)
+    before, two = ensemble(input_ids=ids).logits, ensemble[:2]
+    # A cache made before must not hide the new expert.
+    ensemble.generate(input_ids=ids, max_new_tokens=2)
+    ensemble.add_expert(new_expert(ensemble, tmp_path / "more"), 3)
+    assert ensemble.num_experts == 4
+    assert ensemble.config.expert_weights == [*WEIGHTS, 3.0]
+    assert_slow_mixture(ensemble)
+    assert (ensemble(input_ids=ids).logits - before).abs().max() > 0.1
+    # Slices made before keep their experts.
+    assert two.num_experts == 2
+    assert_slow_mixture(two)
+    ensemble.save_pretrained(tmp_path / "saved")
+    loaded = TokenEnsemble.from_pretrained(tmp_path / "saved")
+    assert loaded.config.expert_weights == [*WEIGHTS, 3.0]
+    assert torch.equal(loaded(input_ids=ids).logits, ensemble(input_ids=ids).logits)
+    # And one more on what was loaded.
+    loaded.add_expert(new_expert(loaded, tmp_path / "again"), 0.5)
+    assert loaded.num_experts == 5
+    assert_slow_mixture(loaded)
+
+
+@pytest.mark.parametrize("index", [0, 1, -1])
+def test_an_ensemble_without_one_expert(ensemble: TokenEnsemble, index: int, tmp_path: Path) -> None:
+    ids = ragged_prompts(2)[0].clamp_min(2)
+    ensemble.generation_config.max_new_tokens = 3
+    rest = ensemble.without(index)
+    kept = [t for t in range(3) if t != index % 3]
+    assert rest.config.expert_weights == [WEIGHTS[t] for t in kept]
+    assert rest.generation_config.max_new_tokens == 3
+    assert_slow_mixture(rest)
+    expected = slow_mixture(ensemble.reweighted([WEIGHTS[t] for t in kept], kept), ids[0].tolist())
+    torch.testing.assert_close(rest(input_ids=ids).logits[0, -1].double(), expected, rtol=0, atol=2e-5)
+    assert ensemble.num_experts == 3
+    rest.save_pretrained(tmp_path / "saved")
+    loaded = TokenEnsemble.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded(input_ids=ids).logits, rest(input_ids=ids).logits)
+
+
+def test_a_source_is_loaded_in_the_dtype_of_the_others(tmp_path: Path) -> None:
+    source = saved_model(tmp_path / "model", 5)
+    for dtype in (torch.float32, torch.bfloat16):
+        ensemble = TokenEnsemble.from_models([llama(0).to(dtype), gpt2(1).to(dtype)], [1.0, 2.0])
+        ensemble.add_expert(source, 1.0)
+        assert ensemble.experts.models[2].dtype == dtype
+        with pytest.raises(ValueError, match=f"expert 4 is in torch.float64, expert 1 in {dtype}: load all in one"):
+            ensemble.add_expert(source, 1.0, dtype=torch.float64)
+        assert ensemble.num_experts == 3
+    with pytest.raises(ValueError, match=r"expert 2 is in torch\.bfloat16, expert 1 in torch\.float32"):
+        TokenEnsemble.from_models([llama(0), llama(1).to(torch.bfloat16)], [1.0, 1.0])
+
+
+def test_an_expert_with_a_shorter_context_shortens_the_ensembles(of_models: TokenEnsemble) -> None:
+    assert of_models.config.max_position_embeddings == 128
+    of_models.add_expert(llama(4, max_position_embeddings=64), 1.0)
+    assert of_models.config.max_position_embeddings == 64
+    with pytest.raises(ValueError, match="prompt has 64 tokens but expert 4 reads at most 64, answer included"):
+        of_models.generate(input_ids=torch.full((1, 64), 3))
+    assert of_models.without(3).config.max_position_embeddings == 128
+
+
+def test_an_expert_that_cannot_be_added_leaves_the_ensemble_as_it_was(
+    of_adapters: TokenEnsemble, of_models: TokenEnsemble, tmp_path: Path
+) -> None:
+    adapters = sorted(of_adapters.experts.base.peft_config)
+    with pytest.raises(TypeError, match="give the folder of an adapter, not a model"):
+        of_adapters.add_expert(llama(1), 1.0)
+    with pytest.raises(TypeError, match="nothing is loaded that dtype could change"):
+        of_models.add_expert(llama(1), 1.0, dtype=torch.float32)
+    with pytest.raises(ValueError, match="positive and finite, got 0"):
+        of_models.add_expert(llama(1), 0.0)
+    with pytest.raises(ValueError, match="expert 4 has a vocabulary of 99 tokens"):
+        of_models.add_expert(llama(1, vocab_size=99), 1.0)
+    wide = get_peft_model(llama(0, hidden_size=64), lora())
+    wide.save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match=r"expert 4: the adapter in .*wide does not fit the base model.*size mismatch"):
+        of_adapters.add_expert(tmp_path / "wide", 1.0)
+    assert sorted(of_adapters.experts.base.peft_config) == adapters
+    for ensemble in (of_adapters, of_models):
+        assert ensemble.config.expert_weights == WEIGHTS
+        assert_slow_mixture(ensemble)
+
+
+def test_leaving_out_what_is_not_there(of_models: TokenEnsemble) -> None:
+    with pytest.raises(IndexError, match="no expert 3: 3 experts are numbered from 0"):
+        of_models.without(3)
+    with pytest.raises(ValueError, match="at least one expert"):
+        of_models[:1].without(0)
+    with pytest.raises(ValueError, match="at least one expert"):
+        of_models[:0]
+
+
+# Saved folders
+
+
+def test_loading_reads_the_generation_settings_that_were_saved(ensemble: TokenEnsemble, tmp_path: Path) -> None:
+    ensemble.generation_config.max_new_tokens = 3
+    ensemble.save_pretrained(tmp_path / "saved")
+    loaded = TokenEnsemble.from_pretrained(tmp_path / "saved")
+    assert loaded.generate(input_ids=ragged_prompts(1)[0].clamp_min(2)).shape[1] <= 12
+    assert loaded.generation_config.max_new_tokens == 3
+
+
+def test_what_is_passed_takes_the_place_of_the_bases_own_settings(tmp_path: Path) -> None:
+    # As lm-evaluation-harness calls it.
+    source = saved_model(tmp_path / "base")
+    base = {"source": str(source), "dtype": "float32"}
+    folders = saved_adapters(tmp_path)
+    ensemble = TokenEnsemble.from_adapters(llama(0), folders, WEIGHTS, base_reference=base)
+    ensemble.save_pretrained(tmp_path / "outer" / "saved")
+    assert not (tmp_path / "outer" / "saved" / "base").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "outer", subfolder="saved", dtype="bfloat16", revision="main", trust_remote_code=False,
+        gguf_file=None, quantization_config=None, device_map={"": "cpu"},
+    )  # fmt: skip
+    assert loaded.dtype == torch.bfloat16
+
+
+def test_a_hub_id_is_looked_up_in_the_version_asked_for(
+    of_models: TokenEnsemble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_models.save_pretrained(tmp_path / "saved")
+    calls: list[dict[str, Any]] = []
+
+    def download(repo_id: str, **options: Any) -> str:
+        calls.append({"repo_id": repo_id, **options})
+        return str(tmp_path / "saved")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    TokenEnsemble.from_pretrained("someone/ensemble", revision="v2", local_files_only=True)
+    assert calls == [{"repo_id": "someone/ensemble", "revision": "v2", "local_files_only": True}]
+
+
+def shard(folder: Path) -> Path:
+    """Save the model in `folder` again, in several files, and return the second of them."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="10KB")
+    return sorted(folder.glob("model-*.safetensors"))[1]
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def test_an_expert_in_several_files_is_loaded_and_a_missing_one_is_named(
+    of_models: TokenEnsemble, tmp_path: Path
+) -> None:
+    of_models.save_pretrained(tmp_path / "saved")
+    part = shard(tmp_path / "saved" / "experts" / "2")
+    ids = ragged_prompts(2)[0].clamp_min(2)
+    loaded = TokenEnsemble.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded(input_ids=ids).logits, of_models(input_ids=ids).logits)
+    cut(part)
+    with pytest.raises(ValueError, match=rf"expert 2 of 3: .*{part.name} is damaged"):
+        TokenEnsemble.from_pretrained(tmp_path / "saved")
+    part.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"expert 2 of 3: .*experts/2 lacks {part.name}, one of the \d+ files"):
+        TokenEnsemble.from_pretrained(tmp_path / "saved")
+
+
+def test_the_bases_missing_and_damaged_files_are_named(of_adapters: TokenEnsemble, tmp_path: Path) -> None:
+    of_adapters.save_pretrained(tmp_path / "saved")
+    part = shard(tmp_path / "saved" / "base")
+    cut(part)
+    with pytest.raises(ValueError, match=rf"the experts' base model: .*{part.name} is damaged"):
+        TokenEnsemble.from_pretrained(tmp_path / "saved")
+    part.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"the experts' base model: .*lacks {part.name}"):
+        TokenEnsemble.from_pretrained(tmp_path / "saved")
+    shutil.rmtree(tmp_path / "saved" / "base")
+    with pytest.raises(FileNotFoundError, match=r"the experts' base model: .*base holds no weights"):
+        TokenEnsemble.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("kind", ["of_adapters", "of_models"])
+def test_a_damaged_expert_is_named(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    request.getfixturevalue(kind).save_pretrained(tmp_path / "saved")
+    (file,) = (tmp_path / "saved" / "experts" / "3").glob("*.safetensors")
+    cut(file)
+    with pytest.raises(ValueError, match=rf"expert 3.*{file.name} is damaged .*Save it again"):
+        TokenEnsemble.from_pretrained(tmp_path / "saved")
+
+
+def test_an_adapter_without_its_configuration_is_named(of_adapters: TokenEnsemble, tmp_path: Path) -> None:
+    of_adapters.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "experts" / "2" / "adapter_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"expert 2: .*experts/2 has no adapter_config\.json"):
+        TokenEnsemble.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("kind", ["of_adapters", "of_models"])
+def test_weights_that_do_not_match_the_saved_experts(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    request.getfixturevalue(kind).save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"expert_weights": WEIGHTS[:2]}))
+    with pytest.raises(ValueError, match=r"has 2 expert_weights but experts/ holds 3 folders \(1, 2, 3\)"):
+        TokenEnsemble.from_pretrained(tmp_path / "saved")
+    file.write_text(json.dumps(config | {"expert_weights": [*WEIGHTS, 1.0]}))
+    with pytest.raises(FileNotFoundError, match=r"expert 4.*experts/4 holds no weights"):
+        TokenEnsemble.from_pretrained(tmp_path / "saved")
+    file.write_text(json.dumps(config | {"expert_weights": []}))
+    with pytest.raises(ValueError, match=r"has 0 expert_weights but experts/ holds 3 folders"):
+        TokenEnsemble.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("kind", ["of_adapters", "of_models"])
+def test_a_crash_while_saving_leaves_the_old_folder_whole(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensemble = request.getfixturevalue(kind)
+    ensemble.save_pretrained(tmp_path / "saved", processing_class=tokenizer())
+    before = {file: file.read_bytes() for file in (tmp_path / "saved").rglob("*") if file.is_file()}
+    save, other = type(ensemble.experts).save_expert, ensemble.reweighted([1.0, 1.0, 1.0])
+
+    def crash(experts: Any, index: int, folder: Path) -> None:
+        save(experts, index, folder)
+        if index == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(ensemble.experts), "save_expert", crash)
+    with pytest.raises(KeyboardInterrupt):
+        other.save_pretrained(tmp_path / "saved")
+    with pytest.raises(KeyboardInterrupt):
+        other.save_pretrained(tmp_path / "fresh")
+    assert {file: file.read_bytes() for file in (tmp_path / "saved").rglob("*") if file.is_file()} == before
+    assert not (tmp_path / "fresh").exists()
+    assert TokenEnsemble.from_pretrained(tmp_path / "saved").config.expert_weights == WEIGHTS
+
+
+# Adapters that hold more than their own weights
+
+
+def test_an_adapter_of_a_resized_vocabulary_is_named(tmp_path: Path) -> None:
+    folders = saved_adapters(tmp_path)
+    model = llama(0)
+    model.resize_token_embeddings(VOCAB + 5)
+    resized = get_peft_model(model, lora())
+    resized.save_pretrained(folders[1], save_embedding_layers=True)
+    expected = (
+        rf"expert 2: .*resized vocabulary, its \S+weight being \[{VOCAB + 5}, 32\] and the base model's \[{VOCAB}"
+    )
+    with pytest.raises(ValueError, match=expected):
+        TokenEnsemble.from_adapters(llama(0), folders, WEIGHTS)
+
+
+def test_an_adapter_that_would_replace_the_shared_embeddings_is_named(tmp_path: Path) -> None:
+    folders = saved_adapters(tmp_path)
+    model = get_peft_model(llama(0), lora())
+    model.save_pretrained(tmp_path / "same", save_embedding_layers=True)
+    # Those that hold the base's own embeddings change nothing.
+    ensemble = TokenEnsemble.from_adapters(llama(0), [folders[0], tmp_path / "same"], [1.0, 1.0])
+    assert_slow_mixture(ensemble)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3] += 1
+    model.save_pretrained(tmp_path / "other", save_embedding_layers=True)
+    with pytest.raises(ValueError, match=r"expert 2: .*brings its own model\.embed_tokens\.weight.*modules_to_save"):
+        TokenEnsemble.from_adapters(llama(0), [folders[0], tmp_path / "other"], [1.0, 1.0])
+
+
+def test_adapters_with_copies_of_their_own_are_taken(tmp_path: Path) -> None:
+    folders = saved_adapters(tmp_path)
+    config = lora()
+    config.modules_to_save = ["lm_head"]
+    model = get_peft_model(llama(0), config)
+    with torch.no_grad():
+        model.get_output_embeddings().modules_to_save["default"].weight.normal_()
+    model.save_pretrained(tmp_path / "copy")
+    ensemble = TokenEnsemble.from_adapters(llama(0), [folders[0], tmp_path / "copy"], [1.0, 1.0])
+    assert_slow_mixture(ensemble)
+    ids = ragged_prompts(1)[0].clamp_min(2)
+    alone = TokenEnsemble.from_adapters(llama(0), folders[:1], [1.0])
+    assert torch.equal(ensemble[:1](input_ids=ids).logits, alone(input_ids=ids).logits)
+
+
+# Tokens and texts that the experts do not know
+
+
+def larger_tokenizer() -> PreTrainedTokenizerFast:
+    larger = tokenizer()
+    larger.add_tokens(["<one>", "<two>"])
+    return larger
+
+
+def test_a_tokenizer_with_more_tokens_is_refused(of_models: TokenEnsemble, tmp_path: Path) -> None:
+    expected = f"token ids up to {VOCAB + 1} .end token 1., but the experts' vocabulary has {VOCAB} tokens"
+    with pytest.raises(ValueError, match=expected):
+        of_models.label(questions(2), larger_tokenizer(), description=None)
+    with pytest.raises(ValueError, match=expected):
+        of_models.save_pretrained(tmp_path / "saved", processing_class=larger_tokenizer())
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_tokenizer_whose_end_token_the_experts_lack_is_refused(of_models: TokenEnsemble) -> None:
+    other = tokenizer()
+    other.add_special_tokens({"eos_token": "<stop>"})
+    with pytest.raises(ValueError, match=rf"token ids up to {VOCAB} .end token {VOCAB}."):
+        of_models.label(questions(2), other, description=None)
+    other = tokenizer()
+    other.eos_token = None
+    with pytest.raises(ValueError, match=r"no end token, so no answer could end: set processing_class\.eos_token"):
+        of_models.label(questions(2), other, description=None)
+
+
+@pytest.mark.parametrize("token", [VOCAB, -1])
+def test_ids_outside_the_vocabulary_are_named(ensemble: TokenEnsemble, token: int) -> None:
+    ids = torch.tensor([[3, token]])
+    expected = rf"input_ids holds {token}, but the experts' vocabulary has {VOCAB} tokens"
+    with pytest.raises(ValueError, match=expected):
+        ensemble(input_ids=ids)
+    with pytest.raises(ValueError, match=expected):
+        ensemble.generate(input_ids=ids)
+
+
+def test_a_text_beyond_the_context_is_refused(ensemble: TokenEnsemble) -> None:
+    ids = torch.full((1, 129), 3)
+    with pytest.raises(ValueError, match="text has 129 tokens but expert 1 reads at most 128: shorten it"):
+        ensemble(input_ids=ids)
+    with torch.no_grad():
+        out = ensemble(input_ids=ids[:, :128], use_cache=True)
+        assert torch.isfinite(out.logits).all()
+        with pytest.raises(ValueError, match="text has 129 tokens"):
+            ensemble(input_ids=ids[:, :1], **{CACHE: out[CACHE]})
+
+
+def test_a_question_that_leaves_no_room_for_its_answer_is_named(of_models: TokenEnsemble) -> None:
+    data = questions(3)
+    expected = r"question 'q0' has \d+ tokens, which with max_new_tokens=126 is beyond the 128"
+    with pytest.raises(ValueError, match=expected):
+        of_models.label(data, tokenizer(), question_format=FORMAT, max_new_tokens=126, description=None)
+
+
+def test_positions_of_one_row_serve_the_whole_batch(ensemble: TokenEnsemble) -> None:
+    ids = ragged_prompts(3)[0].clamp_min(2)
+    positions = torch.arange(9)[None]
+    with torch.no_grad():
+        given = ensemble(input_ids=ids, position_ids=positions, use_cache=True).logits
+        plain = ensemble(input_ids=ids).logits
+    torch.testing.assert_close(given, plain, rtol=0, atol=2e-5)
+
+
+def test_switches_that_are_off_are_no_unknown_keywords(of_models: TokenEnsemble) -> None:
+    ids = ragged_prompts(1)[0].clamp_min(2)
+    with torch.no_grad():
+        of_models(input_ids=ids, output_attentions=False, output_hidden_states=None)
+        with pytest.raises(TypeError, match="does not know output_attentions"):
+            of_models(input_ids=ids, output_attentions=True)
