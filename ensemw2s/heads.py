@@ -68,13 +68,13 @@ def replaced_head(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Itera
     """
     # Device maps put a forward of their own on the instance.
     before = vars(head).get("forward")
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward
     try:
         yield
     finally:
         del head.forward
         if before is not None:
-            head.forward = before  # type: ignore[method-assign]
+            head.forward = before
 
 
 def linear_of(head: nn.Module) -> nn.Linear | None:
