@@ -45,12 +45,15 @@ class QuestionFormat:
         use_chat_template: pass the filled template through the tokenizer's chat template as the user's message.
         max_length: tokens that prompt and answer may have together; None leaves it to the tokenizer's
             `model_max_length`, which `models.load_tokenizer` sets to the model's context.
+        truncate_prompt: cut prompts that leave too little room for the answer on the left, where the end of the
+            question stays (a template's beginning does not), instead of refusing them [choice].
     """
 
     prompt_template: str = "{prompt}\nAnswer:"
     answer_prefix: str = " "
     use_chat_template: bool = False
     max_length: int | None = None
+    truncate_prompt: bool = False
 
     def __post_init__(self) -> None:
         if "{prompt}" not in self.prompt_template:
@@ -432,22 +435,35 @@ def tokenize_questions(
         answer = question_format.answer_ids(row["answer"], tokenizer)
         if not answer or answer == question_format.answer_ids("", tokenizer):
             raise ValueError(f"{name}, id {row['id']}: the answer {row['answer']!r} has no tokens in this tokenizer")
+        if question_format.truncate_prompt:
+            prompt = _cut_left(prompt, limit, len(answer) + 1)
         _check_prompt(prompt, limit, f"{name}, id {row['id']}")
         length = len(prompt) + len(answer) + 1
         if limit is not None and length > limit:
             raise ValueError(
                 f"{name}, id {row['id']}: prompt and answer have {length} tokens ({len(answer) + 1} of them "
-                f"the answer), more than the {limit} allowed: leave the row out, or raise max_length (up to the "
-                "model's context)"
+                f"the answer), more than the {limit} allowed: leave the row out, raise max_length (up to the "
+                "model's context), or let truncate_prompt=True shorten prompts"
             )
         rows.append({"id": row["id"], "input_ids": [*prompt, *answer, end], "prompt_length": len(prompt)})
     return Dataset.from_list(rows)
 
 
 def tokenize_prompts(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, question_format: QuestionFormat, name: str = "dataset"
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    question_format: QuestionFormat,
+    name: str = "dataset",
+    answer_length: int = 1,
 ) -> Dataset:
     """Turn questions into the token ids of their prompts: columns `id` and `input_ids`.
+
+    Args:
+        dataset: columns `id` and `prompt`.
+        tokenizer: the model's.
+        question_format: how a question becomes tokens.
+        name: of the dataset, for errors.
+        answer_length: tokens to leave room for where prompts are cut (`question_format.truncate_prompt`).
 
     Raises:
         ValueError: a tokenizer without an end token, no column `id` or `prompt`, a prompt of no tokens, or one that
@@ -462,6 +478,8 @@ def tokenize_prompts(
     rows = []
     for row in dataset.select_columns(["id", "prompt"]):
         prompt = question_format.prompt_ids(row["prompt"], tokenizer)
+        if question_format.truncate_prompt:
+            prompt = _cut_left(prompt, limit, answer_length)
         _check_prompt(prompt, limit, f"{name}, id {row['id']}")
         rows.append({"id": row["id"], "input_ids": prompt})
     return Dataset.from_list(rows)
@@ -486,8 +504,13 @@ def _check_prompt(prompt: Sequence[int], limit: int | None, row: str) -> None:
     if limit is not None and len(prompt) >= limit:
         raise ValueError(
             f"{row}: the prompt has {len(prompt)} tokens and leaves no room for an answer within the {limit} allowed: "
-            "leave the row out, or raise max_length (up to the model's context)"
+            "leave the row out, raise max_length (up to the model's context), or pass truncate_prompt=True"
         )
+
+
+def _cut_left(prompt: list[int], limit: int | None, answer_length: int) -> list[int]:
+    """Return the end of `prompt` that leaves room for the answer, and at least one token of it."""
+    return prompt if limit is None else prompt[-max(1, limit - answer_length) :]
 
 
 def answer_lengths(examples: Dataset) -> np.ndarray:

@@ -88,10 +88,10 @@ def score_answers(
             description=description,
         )["ensemble"]
 
-    def log_probs(batch: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        with only_positions(model, mask):
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        return {"model": logits.float().log_softmax(-1)}
+    def scores(batch: dict[str, torch.Tensor], rows: AnswerRows) -> dict[str, TokenScores]:
+        with rows.taken_from(model):
+            logits = model(**_inputs(batch)).logits
+        return {"model": rows.judged(lambda: [logits], lambda each, labels: ops.token_scores(each[0], labels))}
 
     return _score(log_probs, examples, _device(model), pad_token_id, batch_size, description)["model"]
 
