@@ -94,9 +94,10 @@ def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 
 def run(folder: Path, examples: Dataset, weights: Sequence[np.ndarray] | None = None, **settings: Any) -> nn.Module:
-    """Fine-tune a fresh `llama(0)`; `peft_config` and `pad` are taken out of `settings`."""
+    """Fine-tune a fresh `llama(0)`; `model`, `peft_config` and `pad` are taken out of `settings`."""
     options = {"peft_config": settings.pop("peft_config", None), "pad_token_id": settings.pop("pad", PAD)}
-    args, model = arguments(folder, **settings), llama(0)
+    model = MODELS[settings.pop("model", "llama")](0)
+    args = arguments(folder, **settings)
     # Whatever was drawn before the call is of no account.
     torch.seed()
     model, _ = fine_tune(model, examples, args, seed=3, description="test", token_weights=weights, **options)
@@ -187,6 +188,39 @@ def test_one_tokens_weight_changes_the_gradient(
         after = trained_weights(run(tmp_path, examples, changed, **settings))
         moved = max((after[name] - before[name]).abs().max().item() for name in before)
         assert moved > 1e-4, f"row {row}"
+
+
+@pytest.mark.parametrize("model", ["llama", "gemma2"], ids=["hidden-states", "logits"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "peft_config": lora(), "bf16": True},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3, "train_sampling_strategy": "random"},
+    ],
+    ids=["checkpointing", "checkpointing-lora-bf16", "accumulation-random"],
+)
+def test_one_tokens_weight_changes_the_gradient_in_every_mode(
+    tmp_path: Path, model: str, settings: dict[str, Any]
+) -> None:
+    examples, weights = ragged(6, seed=8)
+    settings = {"per_device_train_batch_size": 6, "model": model} | settings
+    before = trained_weights(run(tmp_path, examples, weights, **settings))
+    for row in range(6):
+        changed = [w.copy() for w in weights]
+        changed[row][0] *= 3
+        after = trained_weights(run(tmp_path, examples, changed, **settings))
+        moved = max((after[name] - before[name]).abs().max().item() for name in before)
+        assert moved > 1e-4, f"row {row}"
+
+
+def test_gradient_checkpointing_gives_the_same_step(tmp_path: Path) -> None:
+    examples, weights = ragged(6, seed=8)
+    plain, recomputed = (
+        trained_weights(run(tmp_path, examples, weights, gradient_checkpointing=on)) for on in (False, True)
+    )
+    for name in plain:
+        torch.testing.assert_close(recomputed[name], plain[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
