@@ -256,7 +256,8 @@ def label_questions(
             its answer do not fit the experts' context.
     """
     require_tokenizer(ensemble, processing_class)
-    prompts = tokenize_prompts(questions, processing_class, question_format or QuestionFormat(), "questions")
+    question_format = question_format or QuestionFormat()
+    prompts = tokenize_prompts(questions, processing_class, question_format, "questions", max_new_tokens)
     require_room(ensemble, prompts, max_new_tokens)
     rows = {row["id"]: row for row in (read_complete_lines(output_file) if output_file else [])}
     strangers = rows.keys() - set(prompts["id"])

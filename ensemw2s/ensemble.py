@@ -41,9 +41,9 @@ from ensemw2s.experts import (
     require_weights,
 )
 from ensemw2s.files import new_folder, read_json, write_json
+from ensemw2s.heads import only_positions
 from ensemw2s.model_card import model_card
 from ensemw2s.models import CACHE, MODEL_WEIGHTS, load_model
-from ensemw2s.training import only_positions
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ensemw2s.files import (
     DiskFullError,
@@ -69,6 +70,12 @@ def test_a_full_disk_is_named_and_harms_nothing(tmp_path: Path) -> None:
         full.flush()
     np.testing.assert_array_equal(read_array(path), np.arange(3))
     assert names(tmp_path) == ["weights.npy"]
+
+
+def test_a_full_disk_is_known_from_what_torch_says() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.save({"weight": torch.zeros(10_000)}, "/dev/full")
+    assert is_disk_full(caught.value)
 
 
 def test_numpy_and_safetensors_report_a_full_disk_in_words() -> None:

@@ -18,6 +18,7 @@ from ensemw2s.data import tokenize_questions
 from ensemw2s.files import read_array, read_json, write_json
 from ensemw2s.scoring import score_answers
 from ensemw2s.trainer import closing_identity
+from ensemw2s.training import AnswerTrainer
 from tests.tiny import END, FORMAT, llama, lora, questions, saved_model, tokenizer
 
 FAST: dict[str, Any] = {
@@ -190,6 +191,35 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(model: Path, tmp_path:
         again = run_script(model, folder, 0)
         assert again.returncode == 0, again.stderr
         assert kept(folder) == kept(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("adapters", [True, False], ids=["lora", "whole-models"])
+def test_an_expert_whose_training_was_killed_goes_on_from_its_last_checkpoint(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapters: bool
+) -> None:
+    settings = {"num_rounds": 2, "save_strategy": "steps", "save_steps": 2, "adapters": adapters}
+    steps, stop_at, own = 0, 0, AnswerTrainer.training_step
+
+    def counted(self: AnswerTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == stop_at:
+            raise KeyboardInterrupt
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(AnswerTrainer, "training_step", counted)
+    trainer(model, tmp_path / "whole", **settings).train()
+    whole = steps
+    # In the last step of the second expert, whose last checkpoint is one step old.
+    steps, stop_at = 0, whole
+    with pytest.raises(KeyboardInterrupt):
+        trainer(model, tmp_path / "killed", **settings).train()
+    steps, stop_at = 0, 0
+    # How often checkpoints are written is no other configuration.
+    trainer(model, tmp_path / "killed", **(settings | {"save_steps": 3})).train()
+    assert steps == 2
+    assert kept(tmp_path / "killed") == kept(tmp_path / "whole")
+    assert not list(tmp_path.rglob("checkpoint*"))
 
 
 def test_the_number_of_dataloader_workers_changes_nothing(model: Path, tmp_path: Path) -> None:
