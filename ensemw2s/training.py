@@ -121,12 +121,9 @@ class AnswerTrainer(Trainer):
         Raises:
             FloatingPointError: the loss is NaN or infinite; the weights are still those of the step before.
         """
-        mask = next_token_mask(inputs["labels"])
-        with only_positions(self.accelerator.unwrap_model(model), mask):
-            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        weights = inputs["token_weights"][:, 1:][mask[:, :-1]]
-        loss = weighted_cross_entropy(outputs.logits, inputs["labels"][:, 1:][mask[:, :-1]], weights)
-        total = torch.as_tensor(weights.sum() if num_items_in_batch is None else num_items_in_batch, device=loss.device)
+        loss, outputs = self.summed_loss(model, inputs)
+        total = inputs["token_weights"][:, 1:].sum() if num_items_in_batch is None else num_items_in_batch
+        total = torch.as_tensor(total, device=loss.device)
         # A step in which no answer token was drawn has weight 0 and no gradient; dividing by 1 keeps it so.
         loss = loss / torch.where(total > 0, total, torch.ones_like(total))
         # Gradients are averaged over processes while `total` is the sum over them.
@@ -137,6 +134,14 @@ class AnswerTrainer(Trainer):
                 f"the training loss is {loss.item()} at step {self.state.global_step + 1}. {_remedy(self.args)}"
             )
         return (loss, outputs) if return_outputs else loss
+
+    def summed_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+        """Return `sum_ij w_ij loss_ij` of a micro-batch, and the model's outputs; a subclass may have another loss."""
+        mask = next_token_mask(inputs["labels"])
+        with only_positions(self.accelerator.unwrap_model(model), mask):
+            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        weights = inputs["token_weights"][:, 1:][mask[:, :-1]]
+        return weighted_cross_entropy(outputs.logits, inputs["labels"][:, 1:][mask[:, :-1]], weights), outputs
 
 
 def weighted_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, token_weights: torch.Tensor) -> torch.Tensor:

@@ -77,6 +77,8 @@ def test_the_student_is_fine_tuned_on_the_pseudo_answers_alone(tmp_path: Path, p
 def test_a_student_learns_what_its_teacher_says(tmp_path: Path) -> None:
     teacher = TokenEnsemble.from_models([llama(0)], [1.0])
     labelled = teacher.label(questions(6), tokenizer(), question_format=FORMAT, max_new_tokens=4, description=None)
+    # Whatever it says counts as an answer.
+    labelled = labelled.remove_columns("finished")
     args = config(tmp_path, num_train_epochs=60, per_device_train_batch_size=6, learning_rate=2e-2)
     trained = student(tmp_path, answers=labelled, args=args).train()
     examples = tokenize_questions(usable_answers(labelled), tokenizer(), FORMAT)
@@ -112,8 +114,8 @@ def test_answers_below_the_least_confidence_and_empty_ones_are_left_out(tmp_path
     answers = pseudo_answers()
     assert usable_answers(answers)["id"] == [f"q{i}" for i in range(12) if i % 5 != 4]
     # The bound itself is confident enough.
-    assert usable_answers(answers, -1.5)["id"] == ["q0", "q1", "q2", "q3", "q5", "q6"]
-    assert usable_answers(answers, 0)["id"] == ["q0"]
+    assert usable_answers(answers, min_confidence=-1.5)["id"] == ["q0", "q1", "q2", "q3", "q5", "q6"]
+    assert usable_answers(answers, min_confidence=0)["id"] == ["q0"]
     blank = [{"id": str(i), "prompt": "ab", "answer": text} for i, text in enumerate([" ", None, "b", "\n\t"])]
     assert usable_answers(Dataset.from_list(blank))["id"] == ["2"]
     trainer = student(tmp_path, args=config(tmp_path, min_confidence=-1.5))
@@ -125,15 +127,19 @@ def test_answers_below_the_least_confidence_and_empty_ones_are_left_out(tmp_path
 
 def test_an_answer_of_unknown_confidence_is_not_confident() -> None:
     answers = Dataset.from_dict({"prompt": ["a", "b"], "answer": ["c", "d"], "confidence": [math.nan, -0.1]})
-    assert usable_answers(answers, -1.0)["answer"] == ["d"]
+    assert usable_answers(answers, min_confidence=-1.0)["answer"] == ["d"]
 
 
 @pytest.mark.parametrize(
     ("columns", "min_confidence", "message"),
     [
         ({"prompt": ["a"], "answer": ["b"]}, -1.0, r"min_confidence=-1.0 needs a column `confidence`.*prompt, answer"),
-        ({"prompt": ["a"], "answer": ["b"], "confidence": [-3.0]}, -1.0, r"none of the 1 answers .* below -1.0\)"),
-        ({"prompt": ["a", "c"], "answer": ["", " "]}, None, "none of the 2 answers is left to train on"),
+        (
+            {"prompt": ["a"], "answer": ["b"], "confidence": [-3.0]},
+            -1.0,
+            "none of the 1 answers .*: 0 are empty, 0 were cut off .*, 1 are not confident",
+        ),
+        ({"prompt": ["a", "c"], "answer": ["", " "]}, None, "none of the 2 answers is left to train on: 2 are empty"),
         ({"prompt": ["a"]}, None, "has no column 'answer', only prompt"),
         ({"answer": ["a"]}, None, "has no column 'prompt'"),
         ({"prompt": ["a"], "answer": [7]}, None, "answer is 7, expected text"),
