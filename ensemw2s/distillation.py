@@ -351,7 +351,7 @@ def cache_teacher(
         description=description,
     )
     starts = zip(examples["input_ids"], examples["prompt_length"], strict=True)
-    columns = {
+    columns: dict[str, Any] = {
         "answer_ids": [np.array(ids[start:], dtype=np.int32) for ids, start in starts],
         **top,
         "top_temperature": [float(temperature)] * len(answers),
