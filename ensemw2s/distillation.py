@@ -8,23 +8,23 @@ tokens, so that logits `[tokens, V]` are never held where a model's head is a pl
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ensemw2s import ops
 from ensemw2s.data import IGNORED, AnswerCollator, QuestionFormat, tokenize_questions
 from ensemw2s.files import read_complete_lines
+from ensemw2s.heads import for_product, linear_of, obstacle, output_head, replaced_head
 from ensemw2s.ops.topk_kl import reference as topk_kl_reference
-from ensemw2s.training import AnswerTrainer, next_token_mask, only_positions
+from ensemw2s.training import AnswerTokens, AnswerTrainer, next_token_mask
 
 if TYPE_CHECKING:
     import os
@@ -48,48 +48,27 @@ _CHUNK_ELEMENTS = 2**23
 
 @torch.no_grad()
 def linear_head(model: Any) -> Tensor | None:
-    """Return the weight [V, d] of a causal language model's head, or None if its logits are not `states @ weight.T`.
-
-    A head with a bias or an adapter, and models that scale or cap their logits, are told by one forward pass on one
-    token: only a head whose logits come out bit for bit the same counts.
-    """
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
-        return None
-    was_training = model.training
-    model.eval()
+    """Return the weight [V, d] of a causal language model's head, or None if its logits are not `states @ weight.T`."""
+    head = output_head(model)
     token = torch.zeros((1, 1), dtype=torch.int64, device=model.get_input_embeddings().weight.device)
-    with _head_inputs(head, lambda states: states) as seen:
-        logits = model(input_ids=token, use_cache=False).logits
-    model.train(was_training)
-    expected = functional.linear(seen[0], head.weight)
-    return head.weight if torch.equal(logits, expected.to(logits)) else None
+    if obstacle(head, model, {"input_ids": token, "use_cache": False}) is not None:
+        return None
+    linear: Any = linear_of(head)
+    return linear.weight
 
 
-@contextmanager
-def _head_inputs(head: nn.Module, select: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """Within the block, collect what the head is given; the head itself sees `select` of it."""
+@torch.no_grad()
+def states_at(model: Any, inputs: Mapping[str, Any], positions: Tensor) -> Tensor:
+    """Return the hidden states [n, d] in front of a model's head at `positions` (bool [B, L]); the head is not run."""
     seen: list[Tensor] = []
 
-    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        seen.append(inputs[0])
-        return (select(inputs[0]),)
+    def keep(hidden: Tensor) -> Tensor:
+        seen.append(hidden[positions.to(hidden.device)])
+        return hidden[:0]
 
-    handle = head.register_forward_pre_hook(look)
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def states_at(model: Any, positions: Tensor, run: Callable[[], Any]) -> tuple[Tensor, Any]:
-    """Return the hidden states [n, d] in front of the head at `positions` (bool [B, L]), and what `run()` returned.
-
-    The model's own forward pass runs as it is, wrappers for several processes included; only its head gets no rows.
-    """
-    with _head_inputs(model.get_output_embeddings(), lambda states: states[:0, 0]) as seen:
-        outputs = run()
-    return seen[0][positions.to(seen[0].device)], outputs
+    with replaced_head(output_head(model), keep):
+        model(**inputs, use_cache=False)
+    return seen[0]
 
 
 @dataclass
@@ -194,12 +173,11 @@ class LiveTeacher:
             count = self.stacked.count
             repeated = {name: value.repeat(count, 1) for name, value in inputs.items()}
             with self.stacked.model() as model:
-                run = _forward(model, repeated)
-                return list(states_at(model, positions.repeat(count, 1), run)[0].chunk(count))
+                return list(states_at(model, repeated, positions.repeat(count, 1)).chunk(count))
         states = []
         for index in range(self.ensemble.num_experts):
             with self.ensemble.experts.expert(index) as model:
-                states.append(states_at(model, positions, _forward(model, inputs))[0])
+                states.append(states_at(model, inputs, positions))
         return states
 
     @torch.no_grad()
@@ -211,19 +189,16 @@ class LiveTeacher:
         every = range(self.ensemble.num_experts)
         return self.ensemble.expert_logits(every, input_ids, attention_mask, positions=positions)
 
-    def kl(
-        self, student: Predictions, inputs: Mapping[str, Tensor], positions: Tensor, weights: Tensor, temperature: float
-    ) -> Tensor:
-        """Return `sum_i w_i KL(ensemble_i || student_i)` over the n tokens at `positions`, as a scalar.
+    def kl(self, student: Predictions, answers: AnswerTokens, temperature: float) -> Tensor:
+        """Return `sum_i w_i KL(ensemble_i || student_i)` over n answer tokens, as a scalar.
 
         Args:
-            student: the student's predictions for the same n tokens.
-            inputs: `input_ids` and `attention_mask` int64 [B, L], on the experts' device.
-            positions: bool [B, L] with n true entries.
-            weights: float [n].
+            student: the student's predictions for the tokens.
+            answers: the tokens, their weights, and the texts that they stand in.
             temperature: divides the student's and each expert's logits.
         """
-        texts = inputs["input_ids"], inputs["attention_mask"], positions
+        weights, device = answers.weights, self.ensemble.device
+        texts = (answers.inputs["input_ids"].to(device), answers.inputs["attention_mask"].to(device), answers.mask)
         mixture = self.ensemble.mixture_weights(student.device)
         if self.ensemble.config.combine == "prob" and self.heads and isinstance(student, HiddenPredictions):
             like = student.states
@@ -254,10 +229,6 @@ class LiveTeacher:
             found.append(top_tokens(self.ensemble, logits, count, temperature))
         ids, log_probs = zip(*found, strict=True)
         return torch.cat(ids), torch.cat(log_probs)
-
-
-def _forward(model: Any, inputs: Mapping[str, Tensor]) -> Callable[[], Any]:
-    return lambda: model(**inputs, use_cache=False)
 
 
 def require_probabilities(ensemble: TokenEnsemble) -> None:
@@ -535,42 +506,17 @@ class CacheCollator:
 class StudentAnswerTrainer(AnswerTrainer):
     """`AnswerTrainer` with a loss that is made of the student's predictions at the answer tokens."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Asked before anything wraps the model.
-        self.has_linear_head = linear_head(self.model) is not None
+    def hidden_loss(self, hidden: Tensor, linear: nn.Linear, answers: AnswerTokens) -> Tensor:
+        """Return `sum_i w_i loss_i`; see `AnswerTrainer.hidden_loss`."""
+        return self.prediction_loss(HiddenPredictions(*for_product(hidden, linear)), answers)
 
-    def summed_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """Return `sum_i w_i loss_i` over the answer tokens, and the model's outputs."""
-        mask = next_token_mask(inputs["labels"])
-        plain: Any = self.accelerator.unwrap_model(model)
-        texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        if self.has_linear_head:
-            states, outputs = states_at(plain, mask, _forward(model, texts))
-            head = plain.get_output_embeddings().weight
-            predictions: Predictions = HiddenPredictions(states.to(head), head)
-        else:
-            with only_positions(plain, mask):
-                outputs = _forward(model, texts)()
-            predictions = LogitPredictions(outputs.logits)
-        labels, weights = (
-            inputs[name][:, 1:][mask[:, :-1]].to(predictions.device) for name in ("labels", "token_weights")
-        )
-        return self.prediction_loss(predictions, labels, weights, inputs, mask), outputs
+    def logits_loss(self, logits: Tensor, answers: AnswerTokens) -> Tensor:
+        """Return `sum_i w_i loss_i`; see `AnswerTrainer.logits_loss`."""
+        return self.prediction_loss(LogitPredictions(logits), answers)
 
-    def prediction_loss(
-        self, predictions: Predictions, labels: Tensor, weights: Tensor, inputs: Mapping[str, Tensor], mask: Tensor
-    ) -> Tensor:
-        """Return `sum_i w_i loss_i`.
-
-        Args:
-            predictions: the student's, for n answer tokens.
-            labels: int64 [n].
-            weights: float32 [n].
-            inputs: the batch.
-            mask: bool [B, L], where the n predictions were made.
-        """
-        raise NotImplementedError
+    @abstractmethod
+    def prediction_loss(self, predictions: Predictions, answers: AnswerTokens) -> Tensor:
+        """Return `sum_i w_i loss_i` of the student's predictions for the n answer tokens."""
 
 
 class SoftTrainer(StudentAnswerTrainer):
@@ -604,18 +550,16 @@ class SoftTrainer(StudentAnswerTrainer):
         self.temperature = temperature
         self.soft_weight = soft_weight
 
-    def prediction_loss(
-        self, predictions: Predictions, labels: Tensor, weights: Tensor, inputs: Mapping[str, Tensor], mask: Tensor
-    ) -> Tensor:
+    def prediction_loss(self, predictions: Predictions, answers: AnswerTokens) -> Tensor:
         """Return `sum_i w_i loss_i`; see `StudentAnswerTrainer.prediction_loss`."""
         if self.teacher is None:
-            ids, log_probs = (inputs[name].to(predictions.device) for name in TOP_COLUMNS)
-            soft = predictions.topk_kl(ids, log_probs, weights, self.temperature)
+            ids, log_probs = (answers.inputs[name].to(predictions.device) for name in TOP_COLUMNS)
+            soft = predictions.topk_kl(ids, log_probs, answers.weights, self.temperature)
         else:
-            soft = self.teacher.kl(predictions, inputs, mask, weights, self.temperature)
+            soft = self.teacher.kl(predictions, answers, self.temperature)
         loss = self.soft_weight * self.temperature**2 * soft
         if self.soft_weight < 1:
-            loss = loss + (1 - self.soft_weight) * predictions.cross_entropy(labels, weights)
+            loss = loss + (1 - self.soft_weight) * predictions.cross_entropy(answers.labels, answers.weights)
         return loss
 
 
@@ -638,12 +582,10 @@ class ConfidenceTrainer(StudentAnswerTrainer):
         self.alpha = alpha
         self.warmup = warmup
 
-    def prediction_loss(
-        self, predictions: Predictions, labels: Tensor, weights: Tensor, inputs: Mapping[str, Tensor], mask: Tensor
-    ) -> Tensor:
+    def prediction_loss(self, predictions: Predictions, answers: AnswerTokens) -> Tensor:
         """Return `sum_i w_i loss_i`; see `StudentAnswerTrainer.prediction_loss`."""
         alpha = confidence_alpha(self.state.global_step, self.state.max_steps, self.alpha, self.warmup)
-        return confidence_loss(predictions, labels, weights, alpha)
+        return confidence_loss(predictions, answers, alpha)
 
 
 def confidence_alpha(step: int, max_steps: int, alpha: float, warmup: float) -> float:
@@ -652,15 +594,15 @@ def confidence_alpha(step: int, max_steps: int, alpha: float, warmup: float) -> 
     return alpha if step >= rising else alpha * step / rising
 
 
-def confidence_loss(predictions: Predictions, labels: Tensor, weights: Tensor, alpha: float) -> Tensor:
+def confidence_loss(predictions: Predictions, answers: AnswerTokens, alpha: float) -> Tensor:
     """Return `sum_i w_i ((1-alpha) CE(student_i, label_i) + alpha CE(student_i, argmax student_i))`.
 
     Args:
-        predictions: for n tokens.
-        labels: int64 [n].
-        weights: float [n].
+        predictions: the student's, for n answer tokens.
+        answers: their labels and weights.
         alpha: in [0, 1].
     """
+    labels, weights = answers.labels, answers.weights
     if alpha == 0:
         return predictions.cross_entropy(labels, weights)
     own = predictions.argmax()

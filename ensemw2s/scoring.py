@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from ensemw2s import ops
 from ensemw2s.data import AnswerCollator, answer_lengths
 from ensemw2s.ensemble import TokenEnsemble
-from ensemw2s.training import next_token_mask, only_positions
+from ensemw2s.heads import only_positions
+from ensemw2s.training import next_token_mask
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.nn import functional
+from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ensemw2s import ops
 from ensemw2s.data import AnswerCollator, answer_lengths
+from ensemw2s.heads import linear_loss, linear_of, obstacle, only_positions, output_head, replaced_head
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig
+
+
+_NOT_KNOWN = "not known before the first step"
 
 
 @dataclass
@@ -55,38 +60,39 @@ class TrainingCost:
     flops: float
 
 
-@contextmanager
-def only_positions(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
-    """Within the block, `model(...).logits` holds the rows of `positions` alone.
-
-    The output head is a large share of a small model's work, and most positions are never looked at. Selecting in
-    front of the head, by a hook, leaves the model's own forward pass (and any wrapper for several processes) intact.
-
-    Args:
-        model: a causal language model, wrapped by peft or not.
-        positions: bool [batch, length]; the n true entries are kept, in row-major order.
-
-    Raises:
-        TypeError: the model has no output embeddings to select in front of.
-    """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if head is None:
-        raise TypeError(
-            f"{type(model).__name__} has no output embeddings (`get_output_embeddings()` is None): "
-            "expected a causal language model whose last layer maps hidden states to the vocabulary"
-        )
-    handle = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][positions.to(inputs[0].device)],))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def next_token_mask(labels: torch.Tensor) -> torch.Tensor:
     """Return bool [batch, length]: the positions whose next token has a label other than -100."""
     mask = torch.zeros_like(labels, dtype=torch.bool)
     mask[:, :-1] = labels[:, 1:] != -100
     return mask
+
+
+@dataclass(frozen=True)
+class AnswerTokens:
+    """The n answer tokens of a batch that carry a loss.
+
+    Attributes:
+        mask: bool [B, L], the positions before them, where they are predicted.
+        labels: int64 [n], in row-major order.
+        weights: float32 [n].
+        inputs: the whole batch.
+    """
+
+    mask: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    inputs: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, torch.Tensor]) -> AnswerTokens:
+        """Find them in a batch of `data.AnswerCollator`."""
+        mask = next_token_mask(inputs["labels"])
+        labels, weights = (inputs[name][:, 1:][mask[:, :-1]] for name in ("labels", "token_weights"))
+        return cls(mask, labels, weights, inputs)
+
+    def to(self, device: torch.device) -> AnswerTokens:
+        """Return them on a device; the batch stays where it is."""
+        return AnswerTokens(self.mask.to(device), self.labels.to(device), self.weights.to(device), self.inputs)
 
 
 class AnswerTrainer(Trainer):
@@ -98,6 +104,8 @@ class AnswerTrainer(Trainer):
 
     # `compute_loss` divides by the weight of the whole accumulated step, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
+    # Why the loss needs logits, None if it does not.
+    _obstacle: str | None = _NOT_KNOWN
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -121,8 +129,16 @@ class AnswerTrainer(Trainer):
         Raises:
             FloatingPointError: the loss is NaN or infinite; the weights are still those of the step before.
         """
-        loss, outputs = self.summed_loss(model, inputs)
-        total = inputs["token_weights"][:, 1:].sum() if num_items_in_batch is None else num_items_in_batch
+        answers = AnswerTokens.of(inputs)
+        model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")} | {"use_cache": False}
+        outputs = None
+        if not return_outputs and self._takes_hidden_states(model, model_inputs):
+            loss = self._loss_in_place_of_logits(model, model_inputs, answers)
+        else:
+            with only_positions(self.accelerator.unwrap_model(model), answers.mask):
+                outputs = model(**model_inputs)
+            loss = self.logits_loss(outputs.logits, answers.to(outputs.logits.device))
+        total = answers.weights.sum() if num_items_in_batch is None else num_items_in_batch
         total = torch.as_tensor(total, device=loss.device)
         # A step in which no answer token was drawn has weight 0 and no gradient; dividing by 1 keeps it so.
         loss = loss / torch.where(total > 0, total, torch.ones_like(total))
@@ -135,24 +151,41 @@ class AnswerTrainer(Trainer):
             )
         return (loss, outputs) if return_outputs else loss
 
-    def summed_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-        """Return `sum_ij w_ij loss_ij` of a micro-batch, and the model's outputs; a subclass may have another loss."""
-        mask = next_token_mask(inputs["labels"])
-        with only_positions(self.accelerator.unwrap_model(model), mask):
-            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        weights = inputs["token_weights"][:, 1:][mask[:, :-1]]
-        return weighted_cross_entropy(outputs.logits, inputs["labels"][:, 1:][mask[:, :-1]], weights), outputs
+    def _takes_hidden_states(self, model: torch.nn.Module, inputs: dict[str, Any]) -> bool:
+        """Decide, at the first step, whether this model's loss can be had without its logits."""
+        if self._obstacle is _NOT_KNOWN:
+            plain = self.accelerator.unwrap_model(model)
+            one_token = {key: value[:1, :1] if torch.is_tensor(value) else value for key, value in inputs.items()}
+            self._obstacle = obstacle(output_head(plain), model, one_token)
+            if self._obstacle is not None:
+                name = type(plain.get_base_model() if isinstance(plain, PeftModel) else plain).__name__
+                warnings.warn(
+                    f"{name} is trained through its logits, which takes more time and memory than its hidden states "
+                    f"would: {self._obstacle}",
+                    stacklevel=2,
+                )
+        return self._obstacle is None
 
+    def hidden_loss(self, hidden: torch.Tensor, linear: torch.nn.Linear, answers: AnswerTokens) -> torch.Tensor:
+        """Return `sum_i w_i loss_i` of n answer tokens from the hidden states [n, d] in front of a linear head."""
+        return linear_loss(hidden, linear, answers.labels, answers.weights)
 
-def weighted_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, token_weights: torch.Tensor) -> torch.Tensor:
-    """Return `sum_i w_i CE(logits_i, labels_i)` in float32.
+    def logits_loss(self, logits: torch.Tensor, answers: AnswerTokens) -> torch.Tensor:
+        """Return the same from logits [n, V], for models with another head; a subclass overrides both or neither."""
+        return ops.weighted_cross_entropy(logits, answers.labels, answers.weights)
 
-    Args:
-        logits: [n, V], any float dtype.
-        labels: int64 [n].
-        token_weights: float [n].
-    """
-    return (functional.cross_entropy(logits.float(), labels, reduction="none") * token_weights).sum()
+    def _loss_in_place_of_logits(
+        self, model: torch.nn.Module, inputs: dict[str, Any], answers: AnswerTokens
+    ) -> torch.Tensor:
+        head = output_head(self.accelerator.unwrap_model(model))
+        linear: Any = linear_of(head)
+
+        def summed(hidden: torch.Tensor) -> torch.Tensor:
+            here = answers.to(hidden.device)
+            return self.hidden_loss(hidden[here.mask], linear, here).view(1, 1, 1)
+
+        with replaced_head(head, summed):
+            return model(**inputs).logits.squeeze()
 
 
 def _remedy(args: TrainingArguments) -> str:
