@@ -245,7 +245,8 @@ def label_questions(
             `top_logprobs` is out of range, or the ensemble votes.
     """
     top = None if top_logprobs is None else (top_logprobs, top_temperature)
-    prompts = tokenize_prompts(questions, processing_class, question_format or QuestionFormat(), "questions")
+    question_format = question_format or QuestionFormat()
+    prompts = tokenize_prompts(questions, processing_class, question_format, "questions", max_new_tokens)
     rows = {row["id"]: row for row in (read_labels(output_file) if output_file else [])}
     _check_rows(rows, set(prompts["id"]), top, output_file)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]["input_ids"]), i))

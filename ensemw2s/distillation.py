@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +164,11 @@ class LiveTeacher:
                 self.heads = []
                 break
             self.heads.append(head)
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Yield what its distributions depend on: the experts' weights, and those of the mixture."""
+        yield from self.ensemble.parameters()
+        yield self.ensemble.mixture_weights()
 
     @torch.no_grad()
     def states(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> list[Tensor]:

@@ -12,6 +12,7 @@ import numpy as np
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from ensemw2s.checkpoints import discard_checkpoints
 from ensemw2s.data import QuestionFormat, answer_lengths, check_questions, tokenize_questions
 from ensemw2s.distillation import (
     TOP_COLUMNS,
@@ -288,6 +289,7 @@ class StudentTrainer:
             self.model.save_pretrained(aside)
             self.processing_class.save_pretrained(aside)
             write_json(aside / "cost.json", asdict(self.cost))
+        discard_checkpoints(self.args.output_dir)
 
 
 def load_trained(folder: str | Path, source: str | None = None, **model_init_kwargs: Any) -> Any:

@@ -7,10 +7,12 @@ change: the loss is a weighted sum over answer tokens, and the vocabulary-wide h
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,9 +21,12 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ensemw2s import ops
-from ensemw2s.data import AnswerCollator, answer_lengths
+from ensemw2s.checkpoints import FOLDER, claim_checkpoints, digest, seal_checkpoint, seconds_trained
+from ensemw2s.data import AnswerCollator, LengthBucketSampler, answer_lengths, check_examples
+from ensemw2s.files import DiskFullError, is_disk_full
 from ensemw2s.heads import linear_loss, linear_of, obstacle, only_positions, output_head, replaced_head
 
 if TYPE_CHECKING:
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
+_SHOWN_ROWS = 5
 _NOT_KNOWN = "not known before the first step"
 
 
@@ -40,8 +46,13 @@ class AnswerTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = 32
     logging_steps: float = 10
     report_to: str | list[str] | None = "none"
-    # Whole phases are kept by their own atomic saves; the columns go to our own collator.
+    # Whole phases are kept by their own atomic saves; "steps" keeps checkpoints within one as well. Two, so that one is
+    # there while the next is written.
     save_strategy: str = "no"
+    save_total_limit: int | None = 2
+    # Rows of similar length share a batch, see `data.LengthBucketSampler`; "random" is transformers' default.
+    train_sampling_strategy: str = "group_by_length"
+    # The columns go to our own collator.
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
     # transformers would turn the bars off together with its log messages.
@@ -147,9 +158,63 @@ class AnswerTrainer(Trainer):
         # Checked here because the Trainer keeps such losses out of its running mean and trains on.
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the training loss is {loss.item()} at step {self.state.global_step + 1}. {_remedy(self.args)}"
+                f"the training loss is {loss.item()} at step {self.state.global_step + 1}{self._batch_names(inputs)}. "
+                f"{_remedy(self.args)}"
             )
         return (loss, outputs) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = LengthBucketSampler(lengths, self._train_batch_size, seed)
+        self.add_callback(_EpochOrder(sampler))
+        return sampler
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, or go on from a checkpoint; see `transformers.Trainer.train`."""
+        self._seconds_before = 0.0
+        if isinstance(resume_from_checkpoint, str):
+            self._seconds_before = seconds_trained(Path(resume_from_checkpoint))
+        self._start = time.perf_counter()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @property
+    def seconds(self) -> float:
+        """Return the wall seconds of training so far, those before the checkpoint that it went on from included."""
+        return self._seconds_before + time.perf_counter() - self._start
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write a checkpoint that counts only when it is complete.
+
+        Raises:
+            DiskFullError: the disk is full; the checkpoints before are untouched.
+            FloatingPointError: the last step made weights NaN or infinite; nothing is written.
+        """
+        check_weights(self.model, self.args)
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal_checkpoint(folder, self.seconds)
+        except Exception as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if is_disk_full(error) and not isinstance(error, DiskFullError):
+                raise DiskFullError(folder) from error
+            raise
+
+    def _batch_names(self, inputs: dict[str, Any]) -> str:
+        """Name the first examples of a batch, if it says which they are."""
+        if "row" not in inputs:
+            return ""
+        rows = inputs["row"].tolist()
+        names = self.train_dataset["id"] if "id" in self.train_dataset.column_names else None
+        shown = ", ".join(str(row if names is None else names[row]) for row in rows[:_SHOWN_ROWS])
+        more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
+        return f", in the batch of {'row' if names is None else 'id'} {shown}{more}"
 
     def _takes_hidden_states(self, model: torch.nn.Module, inputs: dict[str, Any]) -> bool:
         """Decide, at the first step, whether this model's loss can be had without its logits."""
@@ -192,9 +257,25 @@ def _remedy(args: TrainingArguments) -> str:
     return f"Lower the learning rate (now {args.learning_rate:g}) or train in float32"
 
 
+def check_weights(model: Any, args: TrainingArguments) -> None:
+    """Raise FloatingPointError unless all trained weights are finite (the last step's update is in no loss)."""
+    if not all(bool(weight.isfinite().all()) for weight in model.parameters() if weight.requires_grad):
+        raise FloatingPointError(f"the last step made weights NaN or infinite. {_remedy(args)}")
+
+
 def on_device(model: Any, args: TrainingArguments) -> Any:
     """Return `model` on the device of `args`; one that was spread over devices when it was loaded stays there."""
     return model if getattr(model, "hf_device_map", None) else model.to(args.device)
+
+
+class _EpochOrder(TrainerCallback):
+    """Tells a sampler which epoch it is: accelerate's loaders do not reach it when several processes resume."""
+
+    def __init__(self, sampler: LengthBucketSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.sampler.set_epoch(int(state.epoch or 0))
 
 
 class PhaseProgress(TrainerCallback):
@@ -232,6 +313,10 @@ def fine_tune(
 ) -> tuple[Any, TrainingCost]:
     """Fine-tune `model` in place (or a new adapter on it) on the answers of `examples`.
 
+    With `args.save_strategy="steps"` checkpoints are kept in `args.output_dir/checkpoints`, and the same call after a
+    crash goes on from the last whole one, to the same bits on one machine. They stay until `discard_checkpoints`, so
+    that the result can be saved first; another training in the same folder deletes them.
+
     Args:
         model: the pre-trained model (a transformers `PreTrainedModel`).
         examples: columns `input_ids` and `prompt_length` (`data.tokenize_questions`).
@@ -248,9 +333,12 @@ def fine_tune(
         The trained model in evaluation mode (a `PeftModel` if `peft_config` is given), and its cost.
 
     Raises:
-        FloatingPointError: the loss or a trained weight became NaN or infinite.
-        ValueError: `token_weights` do not fit the examples, or are negative, not finite, or all 0.
+        DiskFullError: the disk filled up during a checkpoint; the one before is whole, and the same call goes on there.
+        FloatingPointError: the loss or a trained weight became NaN or infinite; names step and examples.
+        ValueError: `examples` miss a column or hold an answer without tokens; `token_weights` do not fit the examples,
+            or are negative, not finite, or all 0.
     """
+    check_examples(examples, description)
     if token_weights is not None:
         examples = _with_token_weights(examples, token_weights)
     set_seed(seed)
@@ -262,26 +350,58 @@ def fine_tune(
     args = copy.copy(args)
     args.seed, args.data_seed = seed, seed
     args.include_num_input_tokens_seen = "non_padding"
+    checkpoint = None
+    if args.save_strategy != "no":
+        args.output_dir = str(Path(str(args.output_dir)) / FOLDER)
+        owner = _run_description(model, examples, args, trainer_class, trainer_options)
+        with args.main_process_first():
+            checkpoint = claim_checkpoints(Path(args.output_dir), owner)
     trainer = trainer_class(
         model=model,
         args=args,
-        train_dataset=examples,
+        # An example's place in the dataset, so that an error can name it.
+        train_dataset=examples.add_column("row", np.arange(len(examples))),
         data_collator=AnswerCollator(pad_token_id),
         callbacks=[] if args.disable_tqdm else [PhaseProgress(description)],
         **trainer_options,
     )
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    start = time.perf_counter()
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        check_weights(model, args)
     except FloatingPointError as error:
         raise FloatingPointError(f"{description}: {error}") from error
-    seconds = time.perf_counter() - start
-    # The last step's update is in no loss.
-    if not all(bool(weight.isfinite().all()) for weight in model.parameters() if weight.requires_grad):
-        raise FloatingPointError(f"{description}: the last step made weights NaN or infinite. {_remedy(args)}")
-    return model.eval(), TrainingCost(seconds, trainer.state.num_input_tokens_seen, float(trainer.state.total_flos))
+    cost = TrainingCost(trainer.seconds, trainer.state.num_input_tokens_seen, float(trainer.state.total_flos))
+    return model.eval(), cost
+
+
+# Arguments that change where a run is kept, how it is shown or when it is saved, but not what it computes.
+PRESENTATION = {
+    "output_dir", "logging_dir", "disable_tqdm", "report_to", "run_name", "log_level", "logging_steps",
+    "logging_strategy", "logging_first_step", "dataloader_num_workers", "dataloader_prefetch_factor",
+    "dataloader_persistent_workers", "save_strategy", "save_steps", "save_total_limit",
+}  # fmt: skip
+
+
+def _run_description(
+    model: Any,
+    examples: Dataset,
+    args: TrainingArguments,
+    trainer_class: type[AnswerTrainer],
+    trainer_options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what a training run's result depends on; its model is the untrained one."""
+    columns = [name for name in examples.column_names if name != "id"]
+    teachers = [option for option in trainer_options.values() if hasattr(option, "parameters")]
+    settings = {name: value for name, value in args.to_dict().items() if name not in PRESENTATION}
+    return {
+        **settings,
+        "trainer": trainer_class.__qualname__,
+        "teachers": [digest(teacher.parameters()) for teacher in teachers],
+        "model": digest(weight for _, weight in sorted(model.named_parameters(), key=lambda item: item[0])),
+        "examples": digest(np.asarray(row[name]) for row in examples.select_columns(columns) for name in columns),
+    }
 
 
 def _with_token_weights(examples: Dataset, token_weights: Sequence[np.ndarray]) -> Dataset:
