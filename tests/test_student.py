@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ensemw2s import TokenEnsemble, distillation
 from ensemw2s.data import AnswerCollator, QuestionFormat, tokenize_questions
+from ensemw2s.distillation import cache_teacher
 from ensemw2s.files import DiskFullError
 from ensemw2s.models import load_model
 from ensemw2s.scoring import score_answers
@@ -404,6 +405,61 @@ def test_a_student_with_another_kind_of_head_learns_the_same(tmp_path: Path, tea
         biased_model.lm_head.bias = nn.Parameter(torch.zeros(VOCAB), requires_grad=False)
         biased = student(tmp_path, biased_model, answers, args=args)
         torch.testing.assert_close(logits(plain.train()), logits(biased.train()), rtol=0, atol=1e-4)
+
+
+class Killed(BaseException):
+    """Not an Exception, like KeyboardInterrupt."""
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["cache", "live"])
+def test_a_killed_soft_student_goes_on_only_with_the_same_teacher(
+    tmp_path: Path, teacher: TokenEnsemble, monkeypatch: pytest.MonkeyPatch, live: bool
+) -> None:
+    other = teacher.reweighted([1.0, 5.0, 1.0])
+    answers = labels_of(teacher, 8, top_logprobs=8)
+    # The same tokens: nothing but their distributions differs.
+    answers_of = {
+        False: answers,
+        True: cache_teacher(other, answers, tokenizer(), top_logprobs=8, question_format=FORMAT),
+    }
+
+    def trained(folder: str, changed: bool = False) -> Tensor:
+        ensemble = (other if changed else teacher) if live else None
+        options: dict[str, Any] = {"variant": "soft", "save_strategy": "steps", "save_steps": 1}
+        data = answers_of[changed and not live]
+        return logits(variant(tmp_path / folder, data, ensemble, **options).train())
+
+    def dying(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if self.state.global_step == 3:
+            raise Killed
+        return own(self, *args, **kwargs)
+
+    whole, changed = trained("whole"), trained("changed", True)
+    own = distillation.SoftTrainer.training_step
+    for folder in ("killed", "taken over"):
+        with monkeypatch.context() as patch:
+            patch.setattr(distillation.SoftTrainer, "training_step", dying)
+            with pytest.raises(Killed):
+                trained(folder)
+    assert torch.equal(trained("killed"), whole)
+    assert torch.equal(trained("taken over", True), changed)
+    assert not torch.equal(whole, changed)
+
+
+@pytest.mark.parametrize("name", ["soft", "live", "confidence"])
+def test_students_train_in_mixed_precision(tmp_path: Path, teacher: TokenEnsemble, name: str) -> None:
+    ensemble, kind = (teacher, "soft") if name == "live" else (None, name)
+    options: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.01, "num_train_epochs": 1, "confidence_warmup": 0.0}
+    answers = labels_of(teacher, 6, top_logprobs=8)
+    before = torch.cat([weight.detach().flatten() for weight in llama(1).parameters()])
+
+    def update(bf16: bool) -> Tensor:
+        trained = variant(tmp_path, answers, ensemble, variant=kind, bf16=bf16, **options).train()
+        return torch.cat([weight.detach().flatten() for weight in trained.parameters()]) - before
+
+    exact, mixed = update(False), update(True)
+    assert not torch.equal(exact, mixed)
+    assert torch.nn.functional.cosine_similarity(exact, mixed, dim=0) > 0.98
 
 
 # What a soft student refuses
