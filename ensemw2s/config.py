@@ -93,7 +93,8 @@ class ExperimentConfig:
         data: questions.
         lora: settings of `peft.LoraConfig` for experts and students; None trains all weights.
         boosting: settings of `BoostingConfig`; they train the weak baseline too.
-        student: settings of `StudentConfig`; they train the ceiling too.
+        student: settings of `StudentConfig`, for the students of both teachers alike; they train the ceiling too, on
+            the truth by cross entropy. With `variant: soft` and `top_logprobs` teachers label with a cache.
         labelling: how pseudo-answers are decoded.
         seed: fixes everything.
         threads: CPU threads to compute with; None leaves it to torch. Sums are rounded differently with another number.
@@ -124,6 +125,13 @@ class ExperimentConfig:
     def student_config(self, folder: str | os.PathLike[str], **settings: Any) -> StudentConfig:
         """Return the student settings for a trainer that works in `folder`."""
         return StudentConfig(**{"output_dir": str(folder), "seed": self.seed, **self.student, **settings})
+
+    def cache_settings(self) -> dict[str, Any]:
+        """Return how teachers label, as arguments of `TokenEnsemble.label`: with the cache that the students read."""
+        student = self.student_config(self.folder)
+        if student.variant != "soft" or student.top_logprobs is None:
+            return {}
+        return {"top_logprobs": student.top_logprobs, "top_temperature": student.temperature}
 
     def peft_config(self) -> LoraConfig | None:
         """Return a fresh LoRA configuration, or None for full weights."""
@@ -190,8 +198,12 @@ def build_config(settings: Mapping[str, Any]) -> ExperimentConfig:
     if config.threads is not None and config.threads < 1:
         raise ValueError(f"threads must be a whole number, at least 1, or null; got {config.threads!r}")
     # Building the arguments checks their values now rather than minutes into a run.
-    config.boosting_config(config.folder)
-    config.student_config(config.folder)
+    boosting = config.boosting_config(config.folder)
+    if config.student_config(config.folder).variant == "soft" and boosting.combine == "vote":
+        raise ValueError(
+            'student.variant=soft needs a teacher with a distribution, and boosting.combine=vote has none: use "prob" '
+            'or "logprob", or student.variant=sft'
+        )
     return config
 
 

@@ -412,11 +412,24 @@ def split_questions(dataset: Dataset, sizes: Mapping[str, int], seed: int = 0) -
 
 
 def tokenize_questions(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, question_format: QuestionFormat, name: str = "dataset"
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    question_format: QuestionFormat,
+    name: str = "dataset",
+    *,
+    answer_ids: Sequence[Sequence[int]] | None = None,
 ) -> Dataset:
     """Turn questions with answers into token ids, the boundary between prompt and answer being a position.
 
     Prompt and answer are tokenised apart and followed by the end token, which is one of the answer's tokens [choice].
+
+    Args:
+        dataset: columns `prompt` and `answer`.
+        tokenizer: must have an end token.
+        question_format: how a question becomes tokens.
+        name: what errors call the dataset.
+        answer_ids: the answers' tokens where they are known already, prefix and end token included, one row each;
+            None tokenises the answers.
 
     Returns:
         `id`, `input_ids` (list of int: prompt, answer, end token) and `prompt_length` (int: where the answer starts).
@@ -430,22 +443,28 @@ def tokenize_questions(
     end = _end_token(tokenizer)
     limit = _length_limit(tokenizer, question_format)
     rows = []
-    for row in check_questions(dataset, name):
+    for index, row in enumerate(check_questions(dataset, name)):
         prompt = question_format.prompt_ids(row["prompt"], tokenizer)
-        answer = question_format.answer_ids(row["answer"], tokenizer)
-        if not answer or answer == question_format.answer_ids("", tokenizer):
+        if answer_ids is None:
+            answer = question_format.answer_ids(row["answer"], tokenizer)
+            empty = not answer or answer == question_format.answer_ids("", tokenizer)
+            answer = [*answer, end]
+        else:
+            answer = list(answer_ids[index])
+            empty = not answer
+        if empty:
             raise ValueError(f"{name}, id {row['id']}: the answer {row['answer']!r} has no tokens in this tokenizer")
         if question_format.truncate_prompt:
-            prompt = _cut_left(prompt, limit, len(answer) + 1)
+            prompt = _cut_left(prompt, limit, len(answer))
         _check_prompt(prompt, limit, f"{name}, id {row['id']}")
-        length = len(prompt) + len(answer) + 1
+        length = len(prompt) + len(answer)
         if limit is not None and length > limit:
             raise ValueError(
-                f"{name}, id {row['id']}: prompt and answer have {length} tokens ({len(answer) + 1} of them "
+                f"{name}, id {row['id']}: prompt and answer have {length} tokens ({len(answer)} of them "
                 f"the answer), more than the {limit} allowed: leave the row out, raise max_length (up to the "
                 "model's context), or let truncate_prompt=True shorten prompts"
             )
-        rows.append({"id": row["id"], "input_ids": [*prompt, *answer, end], "prompt_length": len(prompt)})
+        rows.append({"id": row["id"], "input_ids": [*prompt, *answer], "prompt_length": len(prompt)})
     return Dataset.from_list(rows)
 
 

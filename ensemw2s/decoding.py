@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ from transformers import (
 
 from ensemw2s import ops
 from ensemw2s.data import PromptCollator, QuestionFormat, tokenize_prompts
-from ensemw2s.files import append_json_lines, read_complete_lines
+from ensemw2s.distillation import TOP_COLUMNS, packed_row, read_labels, top_tokens
+from ensemw2s.files import append_json_lines
 from ensemw2s.models import CACHE
 
 if TYPE_CHECKING:
@@ -95,8 +96,8 @@ class MixtureDecoder:
         self.pending = input_ids[:, self.cache.get_seq_length() - attention_mask.shape[1] :]
         self.position = 0
 
-    def step(self) -> Any:
-        """Run the experts on what they have not seen and choose B tokens: `ops.mixture_sample`'s named tuple."""
+    def logits(self) -> list[torch.Tensor]:
+        """Run the experts on what they have not seen and return their T logits [B, V] for the next token."""
         places = (self.attention_mask.cumsum(-1) - 1).clamp_min(0)[:, -self.pending.shape[1] :]
         logits = self.ensemble.expert_logits(
             range(self.ensemble.num_experts),
@@ -106,9 +107,13 @@ class MixtureDecoder:
             cache=self.cache,
             last_only=True,
         )
+        return [row[:, -1] for row in logits]
+
+    def choose(self, logits: list[torch.Tensor]) -> Any:
+        """Choose B tokens from the mixture: `ops.mixture_sample`'s named tuple."""
         positions = torch.full_like(self.seeds, self.position)
         return ops.mixture_sample(
-            [row[:, -1] for row in logits],
+            logits,
             self.weights,
             temperature=self.sampling.temperature,
             top_k=self.sampling.top_k,
@@ -118,6 +123,10 @@ class MixtureDecoder:
             positions=positions,
             combine=self.ensemble.config.combine,
         )
+
+    def step(self) -> Any:
+        """Run the experts and choose B tokens; see `choose`."""
+        return self.choose(self.logits())
 
     def append(self, tokens: torch.Tensor) -> None:
         """Make `tokens` (int64 [B]) the next input of every expert."""
@@ -224,6 +233,8 @@ def label_questions(
     batch_size: int = 32,
     sampling: Sampling | None = None,
     seed: int = 0,
+    top_logprobs: int | None = None,
+    top_temperature: float = 1.0,
     output_file: str | os.PathLike[str] | None = None,
     description: str | None = "labelling",
 ) -> Dataset:
@@ -241,31 +252,34 @@ def label_questions(
         batch_size: questions decoded together.
         sampling: how tokens are chosen; None is greedy.
         seed: question i (in the dataset's order) draws from seed `seed + i`, whatever batch it falls in.
-        output_file: where to keep finished rows.
+        top_logprobs: keep the mixture's k likeliest tokens at every answer token, for a student of
+            `variant="soft"`; None keeps none.
+        top_temperature: divides each expert's logits in what `top_logprobs` keeps; it chooses no token.
+        output_file: where to keep finished rows; `distillation.read_labels` reads it.
         description: the name of the progress bar; None shows none.
 
     Returns:
-        One row per question, in the order of `questions`: `id`, `prompt`, `answer` (text), `num_tokens` (end token
-        included), `finished` (the end token came in time), `confidence` (mean log-probability per token under the
+        One row per question, in the order of `questions`: `id`, `prompt`, `answer` (text), `answer_ids` (list of int32,
+        the chosen tokens, end token included: text may become other tokens again **[choice]**), `num_tokens` (their
+        number), `finished` (the end token came in time), `confidence` (mean log-probability per token under the
         mixture, nats, before temperature and filters), `agreement` (share of (token, expert) pairs in which the
-        expert gives the chosen token more than half of its probability) **[choice]**.
+        expert gives the chosen token more than half of its probability) **[choice]**; with `top_logprobs`, for each
+        answer token also `top_token_ids` (k int32) and `top_log_probs` (k float32, nats, falling; the other tokens
+        have `1 - sum(exp)` together), and `top_temperature`.
 
     Raises:
         FloatingPointError: an expert gives NaN or no finite logit; names the questions.
-        ValueError: `output_file` holds rows of other questions; the tokenizer is not the experts'; or a prompt and
+        ValueError: `output_file` holds rows of other questions, or with another `top_logprobs` or `top_temperature`;
+            `top_logprobs` is out of range, or the ensemble votes; the tokenizer is not the experts'; or a prompt and
             its answer do not fit the experts' context.
     """
     require_tokenizer(ensemble, processing_class)
+    top = None if top_logprobs is None else (top_logprobs, top_temperature)
     question_format = question_format or QuestionFormat()
     prompts = tokenize_prompts(questions, processing_class, question_format, "questions", max_new_tokens)
     require_room(ensemble, prompts, max_new_tokens)
-    rows = {row["id"]: row for row in (read_complete_lines(output_file) if output_file else [])}
-    strangers = rows.keys() - set(prompts["id"])
-    if strangers:
-        raise ValueError(
-            f"{output_file} holds answers to questions that are not in this dataset, e.g. id {min(strangers)!r}: "
-            "it belongs to another run; name another file or delete this one"
-        )
+    rows = {row["id"]: row for row in (read_labels(output_file) if output_file else [])}
+    _check_rows(rows, set(prompts["id"]), top, output_file)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]["input_ids"]), i))
     # Batches are cut before finished rows are left out, so that a continued run meets the same batches.
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -280,12 +294,12 @@ def label_questions(
     )
     for batch in todo:
         fresh = list(
-            _label_batch(ensemble, questions, prompts, batch, processing_class, max_new_tokens, sampling, seed)
+            _label_batch(ensemble, questions, prompts, batch, processing_class, max_new_tokens, sampling, seed, top)
         )
         fresh = [row for row in fresh if row["id"] not in rows]
         rows.update((row["id"], row) for row in fresh)
         if output_file:
-            append_json_lines(output_file, fresh)
+            append_json_lines(output_file, map(packed_row, fresh))
         bar.update(len(fresh))
     bar.close()
     from datasets import Dataset
@@ -293,9 +307,31 @@ def label_questions(
     return Dataset.from_list([rows[row_id] for row_id in prompts["id"]])
 
 
+def _check_rows(
+    rows: Mapping[str, Mapping[str, Any]],
+    ids: set[str],
+    top: tuple[int, float] | None,
+    output_file: str | os.PathLike[str] | None,
+) -> None:
+    """Refuse rows on file that this call would not have written."""
+    strangers = rows.keys() - ids
+    if strangers:
+        raise ValueError(
+            f"{output_file} holds answers to questions that are not in this dataset, e.g. id {min(strangers)!r}: "
+            "it belongs to another run; name another file or delete this one"
+        )
+    for row in rows.values():
+        found = (row["top_log_probs"].shape[1], row["top_temperature"]) if "top_log_probs" in row else None
+        if found != top:
+            raise ValueError(
+                f"{output_file} holds answers with (top_logprobs, top_temperature) = {found}, asked for are {top}: "
+                "name another file or delete this one"
+            )
+
+
 @torch.no_grad()
 def _label_batch(  # type: ignore[no-untyped-def]
-    ensemble, questions, prompts, batch, processing_class, max_new_tokens, sampling, seed
+    ensemble, questions, prompts, batch, processing_class, max_new_tokens, sampling, seed, top
 ) -> Iterator[dict[str, Any]]:
     device = ensemble.device
     end = processing_class.eos_token_id
@@ -309,14 +345,17 @@ def _label_batch(  # type: ignore[no-untyped-def]
         sampling or Sampling(),
     )
     running = torch.ones(len(batch), dtype=torch.bool, device=device)
-    tokens, log_probs, agreement, counted = [], [], [], []
+    tokens, log_probs, agreement, counted, kept = [], [], [], [], []
     for _ in range(max_new_tokens):
-        choice = decoder.step()
+        logits = decoder.logits()
+        choice = decoder.choose(logits)
         require_valid(choice.valid | ~running, [f"question {prompts[i]['id']!r}" for i in batch])
         tokens.append(choice.tokens)
         log_probs.append(choice.log_probs)
         agreement.append((choice.expert_log_probs.exp() > _AGREES).float().mean(0))
         counted.append(running.clone())
+        if top is not None:
+            kept.append(top_tokens(ensemble, logits, *top))
         running &= choice.tokens != end
         if not bool(running.any()):
             break
@@ -326,15 +365,21 @@ def _label_batch(  # type: ignore[no-untyped-def]
     length = mask.sum(1)
     confidence = (torch.stack(log_probs, 1).double() * mask).sum(1) / length
     share = (torch.stack(agreement, 1).double() * mask).sum(1) / length
-    ids = torch.stack(tokens, 1)
+    ids = torch.stack(tokens, 1).int().cpu().numpy()
+    caches = [torch.stack(parts, 1).cpu().numpy() for parts in zip(*kept, strict=True)]
     for row, i in enumerate(batch):
-        answer = [token for token in ids[row, : length[row]].tolist() if token != end]
+        count = int(length[row])
+        answer = [token for token in ids[row, :count].tolist() if token != end]
+        cache = {name: values[row, :count] for name, values in zip(TOP_COLUMNS, caches, strict=True)} if top else {}
         yield {
             "id": prompts[i]["id"],
             "prompt": questions[i]["prompt"],
             "answer": processing_class.decode(answer, skip_special_tokens=True).strip(),
-            "num_tokens": int(length[row]),
+            "answer_ids": ids[row, :count],
+            "num_tokens": count,
             "finished": not bool(running[row]),
             "confidence": float(confidence[row]),
             "agreement": float(share[row]),
+            **cache,
+            **({"top_temperature": float(top[1])} if top else {}),
         }

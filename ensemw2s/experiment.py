@@ -29,6 +29,7 @@ from ensemw2s.data import (
     split_questions,
     tokenize_questions,
 )
+from ensemw2s.distillation import check_same_tokenizer, read_labels
 from ensemw2s.ensemble import TokenEnsemble
 from ensemw2s.evaluate import accuracy, exact_match, performance_gap_recovered, token_error
 from ensemw2s.files import read_complete_lines, read_json, write_json, write_json_lines
@@ -94,6 +95,7 @@ class Experiment:
     # Phases: each returns its records
 
     def _data(self) -> list[dict[str, Any]]:
+        self._check_tokenizers()
         data, sizes = self.config.data, self.config.data.sizes
         easy = load_questions(data.easy)
         hard = exclude_questions(load_questions(data.hard), [easy])
@@ -133,6 +135,7 @@ class Experiment:
     def _label(self) -> list[dict[str, Any]]:
         questions = self._questions("unlabelled")
         truth = questions["answer"]
+        cache = self.config.cache_settings()
         records = []
         for teacher in TEACHERS:
             start = time.perf_counter()
@@ -143,6 +146,7 @@ class Experiment:
                 output_file=self.folder / "labels" / f"{teacher}.jsonl",
                 description=f"{teacher}: answering hard questions",
                 **dataclasses.asdict(self.config.labelling),
+                **cache,
             )
             right = float(exact_match(answers["answer"], truth).mean())
             self.say(f"{teacher} answered {len(answers)} hard questions, {right:.1%} of them right")
@@ -155,9 +159,14 @@ class Experiment:
 
     def _student(self) -> list[dict[str, Any]]:
         questions = self._questions("unlabelled")
+        args = self.config.student_config(self.folder / "students")
         for arm, teacher in STUDENTS.items():
-            answers = questions if teacher is None else self._labels(teacher, questions)
-            self._train(arm, self.config.strong, answers, self.config.student_config(self.folder / "students"))
+            if teacher is None:
+                self._train(arm, self.config.strong, questions, dataclasses.replace(args, **args.on_truth))
+                continue
+            live = args.variant == "soft" and args.top_logprobs is None
+            asked = self._teacher(teacher) if live else None
+            self._train(arm, self.config.strong, self._labels(teacher, questions), args, asked)
         return []
 
     def _evaluate(self) -> list[dict[str, Any]]:
@@ -180,7 +189,14 @@ class Experiment:
 
     # Training and teachers
 
-    def _train(self, arm: str, model: ModelConfig, answers: Dataset, args: StudentConfig) -> None:
+    def _train(
+        self,
+        arm: str,
+        model: ModelConfig,
+        answers: Dataset,
+        args: StudentConfig,
+        teacher: TokenEnsemble | None = None,
+    ) -> None:
         folder = self._model_folder(arm)
         if folder.exists():
             return
@@ -193,6 +209,7 @@ class Experiment:
             question_format=self.config.data.format,
             model_init_kwargs=model.init_kwargs,
             description=f"training {arm}",
+            teacher=teacher,
         )
         trainer.train()
         trainer.save_model(folder)
@@ -219,7 +236,7 @@ class Experiment:
 
     def _labels(self, teacher: str, questions: Dataset) -> Dataset:
         """Return the teacher's answers to `questions`, which `_label` has left on disk."""
-        rows = {row["id"]: row for row in read_complete_lines(self.folder / "labels" / f"{teacher}.jsonl")}
+        rows = {row["id"]: row for row in read_labels(self.folder / "labels" / f"{teacher}.jsonl")}
         return Dataset.from_list([rows[row_id] for row_id in questions["id"]])
 
     # Measuring
@@ -343,6 +360,11 @@ class Experiment:
 
     def _examples(self, split: str, tokenizer: Any) -> Dataset:
         return tokenize_questions(self._questions(split), tokenizer, self.config.data.format, split)
+
+    def _check_tokenizers(self) -> None:
+        """Refuse a student that cannot learn its teachers' distributions, before the hours that its teachers take."""
+        if self.config.student_config(self.folder).variant == "soft":
+            check_same_tokenizer(self._weak_tokenizer(), load_tokenizer(self.config.strong.source))
 
     def _weak_tokenizer(self) -> Any:
         return load_tokenizer(self.config.weak.source)

@@ -147,8 +147,13 @@ def linear_loss(hidden: Tensor, linear: nn.Linear, labels: Tensor, token_weights
         labels: int64 [n].
         token_weights: float [n].
     """
+    hidden, weight = for_product(hidden, linear)
+    labels, token_weights = labels.to(hidden.device), token_weights.to(hidden.device)
+    return ops.linear_weighted_cross_entropy(hidden, weight, labels, token_weights)
+
+
+def for_product(hidden: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Return hidden states [n, d] and the weight [V, d] of a head in one dtype: autocast's, or else the head's."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else linear.weight.dtype
-    return ops.linear_weighted_cross_entropy(
-        hidden.to(dtype), linear.weight.to(dtype), labels.to(hidden.device), token_weights.to(hidden.device)
-    )
+    return hidden.to(dtype), linear.weight.to(dtype)

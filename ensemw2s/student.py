@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ensemw2s.checkpoints import discard_checkpoints
-from ensemw2s.data import QuestionFormat, check_questions, tokenize_questions
+from ensemw2s.data import QuestionFormat, answer_lengths, check_questions, tokenize_questions
+from ensemw2s.distillation import (
+    TOP_COLUMNS,
+    ConfidenceTrainer,
+    LiveTeacher,
+    SoftTrainer,
+    check_cache,
+    check_shared_tokens,
+    require_probabilities,
+    top_columns,
+    with_columns,
+)
 from ensemw2s.experts import ADAPTER_WEIGHTS
 from ensemw2s.files import new_folder, write_json
 from ensemw2s.models import load_model, load_tokenizer, source_of
@@ -22,43 +35,105 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedTokenizerBase
 
+    from ensemw2s.ensemble import TokenEnsemble
+
+
+VARIANTS = ("sft", "soft", "confidence")
+
 
 @dataclass
 class StudentConfig(AnswerTrainingArguments):
     """What `StudentTrainer` does, on top of transformers' `TrainingArguments`.
 
     Attributes:
+        variant: what is learned (method, phase 3): "sft" (the paper's: cross entropy on the pseudo-answers), "soft"
+            (KL from the teacher's distribution at every answer token) or "confidence" (Burns et al. 2023: cross entropy
+            on the pseudo-answers and on the student's own likeliest tokens).
+        temperature: for "soft", divides the logits of student and teachers; the KL is multiplied by its square.
+        soft_weight: for "soft", the share of the KL in the loss, in (0, 1]; the rest is cross entropy.
+        top_logprobs: for "soft", learn from the teacher's k likeliest tokens, kept beforehand; None runs the teacher at
+            every step, or takes all that the dataset's cache keeps.
+        confidence_alpha: for "confidence", the largest share of the student's own tokens in the loss, in [0, 1]. The
+            default is what Burns et al. use but for their largest students, which get 0.75.
+        confidence_warmup: for "confidence", the share of the steps over which that share rises from 0, in [0, 1];
+            Burns et al. say 0.2.
         min_confidence: drop pseudo-answers whose `confidence` (mean log-probability per token, nats, at most 0) is
             lower; None keeps all.
+        keep_fraction: keep this share of the dataset's rows, in (0, 1], the most confident ones; None keeps all.
+            Of all rows, the unusable ones among them, so that two teachers' students see as many answers [choice].
+        keep_unfinished: train on answers that were cut off before their end token, too. They are dropped otherwise
+            [choice]: what is cut off is no answer, and its student would learn to stop or to ramble at a place that
+            `max_new_tokens` chose. Kept ones have no end token.
+
+    Raises:
+        ValueError: a value outside its range; names it.
     """
 
+    variant: str = "sft"
+    temperature: float = 1.0
+    soft_weight: float = 1.0
+    top_logprobs: int | None = None
+    confidence_alpha: float = 0.5
+    confidence_warmup: float = 0.2
     min_confidence: float | None = None
+    keep_fraction: float | None = None
+    keep_unfinished: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.min_confidence is not None and self.min_confidence > 0:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+        if not 0 < self.soft_weight <= 1:
+            raise ValueError(f'soft_weight must be in (0, 1], got {self.soft_weight}; for 0 use variant="sft"')
+        if self.top_logprobs is not None and self.top_logprobs < 1:
+            raise ValueError(f"top_logprobs must be at least 1, or None, got {self.top_logprobs}")
+        for name in ("confidence_alpha", "confidence_warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.min_confidence is not None and not self.min_confidence <= 0:
             raise ValueError(f"min_confidence is a mean log-probability and at most 0, got {self.min_confidence}")
+        if self.keep_fraction is not None and not 0 < self.keep_fraction <= 1:
+            raise ValueError(f"keep_fraction must be in (0, 1], got {self.keep_fraction}")
+
+    @property
+    def on_truth(self) -> dict[str, Any]:
+        """Return the settings with which the same student is taught ground truth, which has no teacher."""
+        return {"variant": "sft", "min_confidence": None, "keep_fraction": None}
 
 
 class StudentTrainer:
-    """Fine-tune a student on answers that a teacher gave (the paper's way: cross entropy on the pseudo-answers).
+    """Fine-tune a student on answers that a teacher gave, in one of the ways of `StudentConfig.variant`.
 
-    Teachers are compared by training the same student on their answers and on nothing else that differs.
+    Teachers are compared by training the same student on their answers, in the same way, and on nothing else that
+    differs.
+
+    "sft" and "confidence" take any tokenizer: answers are tokenised by the student's own. "soft" compares distributions
+    token by token, so student and teacher must share one; it trains on the tokens that the teacher chose (`answer_ids`)
+    where the dataset has them [choice], and on the answers as the tokenizer cuts them otherwise. What the teacher says
+    comes, in this order: with `teacher` and no `top_logprobs`, from running it at every step; from the cache that is in
+    the dataset (`TokenEnsemble.label(..., top_logprobs=k)`, `distillation.cache_teacher`); from a cache that `train`
+    makes by running `teacher` once over the answers.
 
     Args:
         model: source of `models.load_model`, or a model (which is trained in place).
         args: see `StudentConfig`.
-        train_dataset: columns `prompt` and `answer`, as `TokenEnsemble.label` returns them; rows whose answer is
-            empty are left out, and so are those below `args.min_confidence`.
+        train_dataset: columns `prompt` and `answer`, as `TokenEnsemble.label` returns them; see `usable_answers` for
+            the rows that are left out.
         processing_class: the student's tokenizer; None loads the one that `model` was loaded with.
         peft_config: train an adapter with this configuration; None trains all weights.
         question_format: how a question becomes tokens.
         model_init_kwargs: passed on to `models.load_model`.
         description: shown beside the progress bar.
+        teacher: for "soft", the ensemble whose distributions are learned.
 
     Raises:
-        ValueError: no row is left to train on, `min_confidence` without a `confidence` column, or no
-            `processing_class` for a model that was not loaded from anywhere.
+        ValueError: no row is left to train on; a filter by confidence without a `confidence` column; no
+            `processing_class` for a model that was not loaded from anywhere; for "soft", neither teacher nor cache, a
+            teacher that votes or has another vocabulary, a cache of another temperature or with fewer tokens than
+            asked for, or teacher's tokens that the student's tokenizer reads otherwise; a `teacher` for another
+            variant.
     """
 
     def __init__(
@@ -71,30 +146,93 @@ class StudentTrainer:
         question_format: QuestionFormat | None = None,
         model_init_kwargs: Mapping[str, Any] | None = None,
         description: str = "training student",
+        teacher: TokenEnsemble | None = None,
     ) -> None:
         self.args = args
         self.peft_config = peft_config
         self.description = description
-        self.train_dataset = usable_answers(train_dataset, args.min_confidence)
+        self.train_dataset = usable_answers(
+            train_dataset,
+            min_confidence=args.min_confidence,
+            keep_fraction=args.keep_fraction,
+            keep_unfinished=args.keep_unfinished,
+        )
+        self.teacher = teacher
+        self._check_teacher()
         if isinstance(model, PreTrainedModel):
             self.model: Any = model
         else:
             self.model = on_device(load_model(model, **(model_init_kwargs or {})), args)
         self.processing_class = processing_class or load_tokenizer(source_of(model))
-        self._examples = tokenize_questions(
-            self.train_dataset, self.processing_class, question_format or QuestionFormat(), "train_dataset"
-        )
+        if args.variant == "soft":
+            self._check_vocabulary()
+        self._examples = self._tokenized(question_format or QuestionFormat())
         self.cost: TrainingCost | None = None
+
+    @property
+    def _reads_cache(self) -> bool:
+        """Whether the dataset's own cache is what a "soft" student learns from."""
+        cached = "top_log_probs" in self.train_dataset.column_names
+        return cached and (self.teacher is None or self.args.top_logprobs is not None)
+
+    def _check_teacher(self) -> None:
+        if self.args.variant != "soft":
+            if self.teacher is not None:
+                raise ValueError(
+                    f'a teacher is for variant="soft", not for {self.args.variant!r}, which learns from answers alone: '
+                    "leave it out"
+                )
+        elif self._reads_cache:
+            check_cache(self.train_dataset, self.args.temperature, self.args.top_logprobs)
+        elif self.teacher is None:
+            raise ValueError(
+                'variant="soft" needs the teacher\'s distributions: pass teacher=ensemble, or a dataset from '
+                "TokenEnsemble.label(..., top_logprobs=k)"
+            )
+        else:
+            require_probabilities(self.teacher)
+
+    def _check_vocabulary(self) -> None:
+        """Refuse a teacher whose tokens are not the student's."""
+        if "answer_ids" in self.train_dataset.column_names:
+            check_shared_tokens(self.train_dataset, self.processing_class)
+        size = self.model.get_output_embeddings().weight.shape[0]
+        if self.teacher is not None and self.teacher.config.vocab_size != size:
+            raise ValueError(
+                f"the teacher has a vocabulary of {self.teacher.config.vocab_size} tokens, the student one of {size}: "
+                'variant="soft" compares them token by token and needs the same; use variant="sft" with this teacher'
+            )
+
+    def _tokenized(self, question_format: QuestionFormat) -> Dataset:
+        """Return the examples, with the columns that the variant reads."""
+        answers = self.train_dataset
+        soft = self.args.variant == "soft"
+        known = answers["answer_ids"] if soft and "answer_ids" in answers.column_names else None
+        examples = tokenize_questions(
+            answers, self.processing_class, question_format, "train_dataset", answer_ids=known
+        )
+        if soft and self._reads_cache:
+            cache = answers.with_format("arrow")
+            return with_columns(examples, {name: cache[name] for name in TOP_COLUMNS})
+        if known is None and not all(answers["finished"] if "finished" in answers.column_names else ()):
+            # No teacher gave the end token that tokenising adds.
+            ends = zip(answer_lengths(examples), answers["finished"], strict=True)
+            weights = [np.append(np.ones(length - 1), float(finished)) for length, finished in ends]
+            return examples.add_column("token_weights", weights)
+        return examples
 
     def train(self) -> Any:
         """Train and return the student, in evaluation mode; `cost` then says what it took.
 
+        `cost` counts the student's own tokens and operations; a live teacher's work is in the seconds alone.
+
         Raises:
-            FloatingPointError: the loss or a weight became NaN or infinite.
+            FloatingPointError: the loss or a weight became NaN or infinite, or the teacher gives NaN.
             RuntimeError: it is trained already.
         """
         if self.cost is not None:
             raise RuntimeError("this student is trained already: make a new StudentTrainer to train from the start")
+        options = self._loss_options()
         self.model, self.cost = fine_tune(
             self.model,
             self._examples,
@@ -103,8 +241,40 @@ class StudentTrainer:
             seed=self.args.seed,
             description=self.description,
             peft_config=self.peft_config,
+            **options,
         )
         return self.model
+
+    def _loss_options(self) -> dict[str, Any]:
+        """Return the trainer class of the variant, and what it takes."""
+        args = self.args
+        if args.variant == "confidence":
+            return {
+                "trainer_class": ConfidenceTrainer,
+                "alpha": args.confidence_alpha,
+                "warmup": args.confidence_warmup,
+            }
+        if args.variant == "sft":
+            return {}
+        teacher = None if self._reads_cache else LiveTeacher(on_device(self.teacher, args))
+        if teacher is not None and args.top_logprobs is not None:
+            columns = top_columns(
+                teacher,
+                self._examples,
+                pad_token_id=self.processing_class.eos_token_id,
+                top_logprobs=args.top_logprobs,
+                temperature=args.temperature,
+                batch_size=args.per_device_eval_batch_size,
+                description=None if args.disable_tqdm else "keeping the teacher's likeliest tokens",
+            )
+            self._examples, teacher = with_columns(self._examples, columns), None
+        return {
+            "trainer_class": SoftTrainer,
+            "teacher": teacher,
+            "temperature": args.temperature,
+            "soft_weight": args.soft_weight,
+            "top_logprobs": args.top_logprobs,
+        }
 
     def save_model(self, folder: str | Path) -> None:
         """Write the student (its adapter alone, if one was trained), tokenizer and cost, whole or not at all.
@@ -142,31 +312,56 @@ def load_trained(folder: str | Path, source: str | None = None, **model_init_kwa
     return PeftModel.from_pretrained(load_model(source, **model_init_kwargs), str(folder)).eval()
 
 
-def usable_answers(answers: Dataset, min_confidence: float | None = None) -> Dataset:
-    """Return the rows with an answer that is not empty and, if asked for, confident enough.
+def usable_answers(
+    answers: Dataset,
+    *,
+    min_confidence: float | None = None,
+    keep_fraction: float | None = None,
+    keep_unfinished: bool = False,
+) -> Dataset:
+    """Return the rows whose answer is not empty, not cut off, and, if asked for, confident enough.
+
+    Args:
+        answers: a column `answer`; rows count as finished where there is no column `finished`.
+        min_confidence: the least `confidence` (nats, at most 0).
+        keep_fraction: the share of the dataset's rows to keep, the most confident ones; earlier rows before later ones
+            of the same confidence. Fewer are kept if fewer are usable.
+        keep_unfinished: keep answers that were cut off before their end token.
 
     Raises:
         ValueError: nothing is left, an answer is no text, or there is no `answer` column, or no `confidence` column to
             filter by.
     """
-    if "answer" not in answers.column_names:
+    names = answers.column_names
+    if "answer" not in names:
         raise ValueError(
-            f"the dataset to train on has no column 'answer', only {', '.join(answers.column_names) or 'none'}: "
+            f"the dataset to train on has no column 'answer', only {', '.join(names) or 'none'}: "
             "label it with TokenEnsemble.label"
         )
-    if min_confidence is not None and "confidence" not in answers.column_names:
+    filters = {"min_confidence": min_confidence, "keep_fraction": keep_fraction}
+    asked = next((f"{name}={value}" for name, value in filters.items() if value is not None), None)
+    if asked and "confidence" not in names:
         raise ValueError(
-            f"min_confidence={min_confidence} needs a column `confidence`; the dataset has "
-            f"{', '.join(answers.column_names)}. Label it with TokenEnsemble.label, or leave min_confidence out"
+            f"{asked} needs a column `confidence`; the dataset has {', '.join(names)}. "
+            "Label it with TokenEnsemble.label, or leave it out"
         )
-    kept = [
-        i
-        for i, row in enumerate(answers)
-        if str(row["answer"] or "").strip() and (min_confidence is None or row["confidence"] >= min_confidence)
-    ]
+    columns = answers.select_columns([name for name in ("answer", "finished", "confidence") if name in names])
+    rows = dict(enumerate(columns))
+    kept = [i for i, row in rows.items() if str(row["answer"] or "").strip()]
+    empty = len(rows) - len(kept)
+    if not keep_unfinished:
+        kept = [i for i in kept if rows[i].get("finished", True)]
+    cut = len(rows) - empty - len(kept)
+    if min_confidence is not None:
+        kept = [i for i in kept if rows[i]["confidence"] >= min_confidence]
+    if keep_fraction is not None:
+        # An unknown confidence, NaN, is never among the most confident.
+        ranked = sorted((i for i in kept if rows[i]["confidence"] <= 0), key=lambda i: -rows[i]["confidence"])
+        kept = sorted(ranked[: math.ceil(keep_fraction * len(rows))])
     if not kept:
         raise ValueError(
-            f"none of the {len(answers)} answers is left to train on (empty, or confidence below {min_confidence}): "
-            "lower min_confidence, or train the teacher longer"
+            f"none of the {len(answers)} answers is left to train on: {empty} are empty, {cut} were cut off before "
+            f"their end, {len(rows) - empty - cut} are not confident enough. Lower min_confidence, let the teacher "
+            "answer with more max_new_tokens, or train it longer"
         )
     return check_questions(answers.select(kept), "train_dataset")

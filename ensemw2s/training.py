@@ -10,7 +10,7 @@ import copy
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +78,34 @@ def next_token_mask(labels: torch.Tensor) -> torch.Tensor:
     return mask
 
 
+@dataclass(frozen=True)
+class AnswerTokens:
+    """The n answer tokens of a batch that carry a loss.
+
+    Attributes:
+        mask: bool [B, L], the positions before them, where they are predicted.
+        labels: int64 [n], in row-major order.
+        weights: float32 [n].
+        inputs: the whole batch.
+    """
+
+    mask: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    inputs: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, torch.Tensor]) -> AnswerTokens:
+        """Find them in a batch of `data.AnswerCollator`."""
+        mask = next_token_mask(inputs["labels"])
+        labels, weights = (inputs[name][:, 1:][mask[:, :-1]] for name in ("labels", "token_weights"))
+        return cls(mask, labels, weights, inputs)
+
+    def to(self, device: torch.device) -> AnswerTokens:
+        """Return them on a device; the batch stays where it is."""
+        return AnswerTokens(self.mask.to(device), self.labels.to(device), self.weights.to(device), self.inputs)
+
+
 class AnswerTrainer(Trainer):
     """transformers' `Trainer` with a loss over weighted answer tokens.
 
@@ -112,18 +140,17 @@ class AnswerTrainer(Trainer):
         Raises:
             FloatingPointError: the loss is NaN or infinite; the weights are still those of the step before.
         """
-        mask = next_token_mask(inputs["labels"])
-        labels, weights = inputs["labels"][:, 1:][mask[:, :-1]], inputs["token_weights"][:, 1:][mask[:, :-1]]
+        answers = AnswerTokens.of(inputs)
         model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")} | {"use_cache": False}
         outputs = None
         if not return_outputs and self._takes_hidden_states(model, model_inputs):
-            loss = self._loss_in_place_of_logits(model, model_inputs, mask, labels, weights)
+            loss = self._loss_in_place_of_logits(model, model_inputs, answers)
         else:
-            with only_positions(self.accelerator.unwrap_model(model), mask):
+            with only_positions(self.accelerator.unwrap_model(model), answers.mask):
                 outputs = model(**model_inputs)
-            device = outputs.logits.device
-            loss = ops.weighted_cross_entropy(outputs.logits, labels.to(device), weights.to(device))
-        total = torch.as_tensor(weights.sum() if num_items_in_batch is None else num_items_in_batch, device=loss.device)
+            loss = self.logits_loss(outputs.logits, answers.to(outputs.logits.device))
+        total = answers.weights.sum() if num_items_in_batch is None else num_items_in_batch
+        total = torch.as_tensor(total, device=loss.device)
         # A step in which no answer token was drawn has weight 0 and no gradient; dividing by 1 keeps it so.
         loss = loss / torch.where(total > 0, total, torch.ones_like(total))
         # Gradients are averaged over processes while `total` is the sum over them.
@@ -204,19 +231,23 @@ class AnswerTrainer(Trainer):
                 )
         return self._obstacle is None
 
+    def hidden_loss(self, hidden: torch.Tensor, linear: torch.nn.Linear, answers: AnswerTokens) -> torch.Tensor:
+        """Return `sum_i w_i loss_i` of n answer tokens from the hidden states [n, d] in front of a linear head."""
+        return linear_loss(hidden, linear, answers.labels, answers.weights)
+
+    def logits_loss(self, logits: torch.Tensor, answers: AnswerTokens) -> torch.Tensor:
+        """Return the same from logits [n, V], for models with another head; a subclass overrides both or neither."""
+        return ops.weighted_cross_entropy(logits, answers.labels, answers.weights)
+
     def _loss_in_place_of_logits(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        mask: torch.Tensor,
-        labels: torch.Tensor,
-        weights: torch.Tensor,
+        self, model: torch.nn.Module, inputs: dict[str, Any], answers: AnswerTokens
     ) -> torch.Tensor:
         head = output_head(self.accelerator.unwrap_model(model))
         linear: Any = linear_of(head)
 
         def summed(hidden: torch.Tensor) -> torch.Tensor:
-            return linear_loss(hidden[mask.to(hidden.device)], linear, labels, weights).view(1, 1, 1)
+            here = answers.to(hidden.device)
+            return self.hidden_loss(hidden[here.mask], linear, here).view(1, 1, 1)
 
         with replaced_head(head, summed):
             return model(**inputs).logits.squeeze()
@@ -322,7 +353,7 @@ def fine_tune(
     checkpoint = None
     if args.save_strategy != "no":
         args.output_dir = str(Path(str(args.output_dir)) / FOLDER)
-        owner = _run_description(model, examples, args, trainer_class)
+        owner = _run_description(model, examples, args, trainer_class, trainer_options)
         with args.main_process_first():
             checkpoint = claim_checkpoints(Path(args.output_dir), owner)
     trainer = trainer_class(
@@ -354,14 +385,20 @@ PRESENTATION = {
 
 
 def _run_description(
-    model: Any, examples: Dataset, args: TrainingArguments, trainer_class: type[AnswerTrainer]
+    model: Any,
+    examples: Dataset,
+    args: TrainingArguments,
+    trainer_class: type[AnswerTrainer],
+    trainer_options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return what a training run's result depends on; its model is the untrained one."""
-    columns = [name for name in ("input_ids", "prompt_length", "token_weights") if name in examples.column_names]
+    columns = [name for name in examples.column_names if name != "id"]
+    teachers = [option for option in trainer_options.values() if hasattr(option, "parameters")]
     settings = {name: value for name, value in args.to_dict().items() if name not in PRESENTATION}
     return {
         **settings,
         "trainer": trainer_class.__qualname__,
+        "teachers": [digest(teacher.parameters()) for teacher in teachers],
         "model": digest(weight for _, weight in sorted(model.named_parameters(), key=lambda item: item[0])),
         "examples": digest(np.asarray(row[name]) for row in examples.select_columns(columns) for name in columns),
     }

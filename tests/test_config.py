@@ -75,6 +75,8 @@ def test_the_quick_section_overrides_and_replaces_sources_whole(tmp_path: Path) 
         ("boosting.prior=1.5", r"prior must be .* number in \(0, 1\), got 1\.5"),
         ("data.sizes.train=1", r"data\.sizes\.train must be a whole number of questions, at least 2; got 1"),
         ("student.min_confidence=0.5", "at most 0, got 0.5"),
+        ("student.variant=softly", "variant must be one of sft, soft, confidence, got 'softly'"),
+        ("student.top_logprobs=many", r"student\.top_logprobs must be int \| None, got 'many'"),
         ("threads=0", "threads must be a whole number, at least 1"),
         ("weak=5", "weak must be a mapping"),
         ("boosting.num_rounds=two", r"boosting\.num_rounds must be int, got 'two'"),
@@ -118,6 +120,17 @@ def test_layers_and_dtype_reach_the_model(tmp_path: Path) -> None:
     assert config.weak.init_kwargs == {"dtype": "bfloat16", "keep_layers": "0"}
     assert load_model(config.weak.source, **config.weak.init_kwargs).config.num_hidden_layers == 1
     assert config.strong.init_kwargs == {"dtype": "float32"}
+
+
+def test_soft_students_get_the_cache_that_they_read(tmp_path: Path) -> None:
+    path = write(tmp_path, settings(tmp_path))
+    assert load_config(path).cache_settings() == {}
+    assert load_config(path, ["student.top_logprobs=8"]).cache_settings() == {}
+    assert load_config(path, ["student.variant=soft"]).cache_settings() == {}
+    soft = ["student.variant=soft", "student.top_logprobs=8", "student.temperature=2"]
+    assert load_config(path, soft).cache_settings() == {"top_logprobs": 8, "top_temperature": 2}
+    with pytest.raises(ValueError, match=r"student\.variant=soft needs a teacher with a distribution.*combine=vote"):
+        load_config(path, ["student.variant=soft", "boosting.combine=vote"])
 
 
 def test_missing_keys_and_broken_files_are_named(tmp_path: Path) -> None:

@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from ensemw2s import TokenEnsemble
 from ensemw2s.config import build_config, load_config
 from ensemw2s.data import tokenize_questions
+from ensemw2s.distillation import read_labels
 from ensemw2s.experiment import PHASES, Experiment, round_line
 from ensemw2s.files import read_json
 from ensemw2s.report import results_table
 from ensemw2s.scoring import score_answers
-from tests.tiny import END, FORMAT, questions, saved_model, tokenizer
+from tests.tiny import END, FORMAT, VOCAB, questions, saved_model, tokenizer
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -177,6 +180,61 @@ def test_a_question_with_a_line_separator_in_it_stays_one_question(tmp_path: Pat
     prompts = experiment._questions("train")["prompt"]
     assert len(prompts) == 24
     assert all(prompt.endswith("\u2028x") for prompt in prompts)
+
+
+def of_soft_students(folder: Path, finished: Path, **student: Any) -> Path:
+    """The finished run up to its experts, in a new folder, going on to students of `variant: soft`."""
+    source = finished.parent.parent
+    for name in ("weak", "strong"):
+        shutil.copytree(source / name, folder / name)
+    for name in ("easy.jsonl", "hard.jsonl"):
+        shutil.copy(source / name, folder / name)
+    plain = settings(folder)
+    config = build_config(plain | {"student": plain["student"] | {"variant": "soft", **student}})
+    experiment = Experiment(config)
+    for name in ("data", "single_expert", "ensemble"):
+        shutil.copytree(finished / name, experiment.folder / name)
+    (experiment.folder / "records").mkdir()
+    for name in ("data", "boost"):
+        shutil.copy(finished / "records" / f"{name}.jsonl", experiment.folder / "records")
+    experiment.run(("label", "student"))
+    return experiment.folder
+
+
+def test_both_students_learn_distributions_and_the_ceiling_the_truth(finished: Path, tmp_path: Path) -> None:
+    run = of_soft_students(tmp_path / "cached", finished, top_logprobs=VOCAB, temperature=2.0)
+    live = of_soft_students(tmp_path / "live", finished, temperature=2.0)
+    for teacher in ("single_expert", "ensemble"):
+        rows = read_labels(run / "labels" / f"{teacher}.jsonl")
+        assert {row["top_temperature"] for row in rows} == {2.0}
+        assert {row["top_log_probs"].shape[1] for row in rows} == {VOCAB}
+        assert not any("top_log_probs" in row for row in read_labels(live / "labels" / f"{teacher}.jsonl"))
+    file = "adapter_model.safetensors"
+    assert (run / "students/ceiling" / file).read_bytes() == (finished / "students/ceiling" / file).read_bytes()
+    for arm in ("student_single", "student_ensemble"):
+        hard = load_file(finished / "students" / arm / file)
+        cached, asked = (load_file(folder / "students" / arm / file) for folder in (run, live))
+        for name, weight in hard.items():
+            assert not torch.allclose(cached[name], weight, atol=1e-3)
+        gap = max(float((cached[name] - asked[name]).abs().max()) for name in hard)
+        assert gap < 0.1 * max(float((cached[name] - hard[name]).abs().max()) for name in hard)
+
+
+def test_the_ceiling_has_no_confidence_to_be_filtered_by(finished: Path, tmp_path: Path) -> None:
+    folder = of_soft_students(tmp_path, finished, variant="confidence", keep_fraction=0.5)
+    assert (folder / "students" / "ceiling" / "cost.json").exists()
+    costs = {arm: read_json(folder / "students" / arm / "cost.json")["tokens"] for arm in ("student_single", "ceiling")}
+    assert costs["student_single"] < 0.75 * costs["ceiling"]
+
+
+def test_soft_students_of_another_tokenizer_are_refused_at_once(tmp_path: Path) -> None:
+    plain = settings(tmp_path)
+    other = tokenizer()
+    other.add_tokens(["new"])
+    other.save_pretrained(tmp_path / "strong")
+    experiment = Experiment(build_config(plain | {"student": plain["student"] | {"variant": "soft"}}))
+    with pytest.raises(ValueError, match="one tokenizer for both"):
+        experiment.run(("data",))
 
 
 # Bad input
