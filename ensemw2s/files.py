@@ -166,3 +166,8 @@ def write_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
 def read_array(path: str | os.PathLike[str]) -> np.ndarray:
     """Read an array written by `write_array`; a pickled one is refused."""
     return np.load(path, allow_pickle=False)
+
+
+def map_array(path: str | os.PathLike[str]) -> np.ndarray:
+    """Map an array written by `write_array` into memory, read-only: processes share what they read."""
+    return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ensemw2s import ops
+from ensemw2s import ops, processes
 from ensemw2s.data import AnswerCollator, answer_lengths
 from ensemw2s.ensemble import TokenEnsemble
 from ensemw2s.training import next_token_mask, only_positions
@@ -138,14 +138,52 @@ def _device(model: torch.nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-@torch.no_grad()
 def _score(log_probs, examples, device, pad_token_id, batch_size, description):  # type: ignore[no-untyped-def]
+    """Score all examples, each process its share of the batches.
+
+    Whole batches are shared out: a row meets the same rows (and the same padding) as in one process, so that its
+    logits have the same bits.
+    """
     lengths = answer_lengths(examples)
     if lengths.min(initial=1) < 1 or not len(lengths):
         raise ValueError(f"{len(lengths)} examples to score: expected at least one, each with answer tokens")
-    starts = np.concatenate([[0], np.cumsum(lengths)])
+    order = _by_length(examples)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    rows = np.concatenate([np.empty(0, dtype=np.int64), *processes.share(batches)])
+    bar = description if processes.is_main() else None
+    mine = _score_share(log_probs, examples.select(rows), device, pad_token_id, batch_size, bar) if len(rows) else {}
+    scores = _merge(lengths, processes.gather((rows, mine)))
+    for name, values in scores.items():
+        _check_scores(name, values.token_log_probs, np.cumsum(lengths) - lengths)
+    return scores
+
+
+def _by_length(examples: Dataset) -> np.ndarray:
     # Rows of similar length share a batch, so that little is spent on padding; results go back by position.
-    order = np.argsort([len(ids) for ids in examples["input_ids"]], kind="stable")
+    return np.argsort([len(ids) for ids in examples["input_ids"]], kind="stable")
+
+
+def _merge(lengths: np.ndarray, shares: list[tuple[np.ndarray, dict[str, AnswerScores]]]) -> dict[str, AnswerScores]:
+    """Put every process's scores into dataset order."""
+    starts = np.cumsum(lengths) - lengths
+    merged: dict[str, AnswerScores] = {}
+    for rows, scores in shares:
+        places = np.concatenate([np.empty(0, dtype=np.int64), *(starts[row] + np.arange(lengths[row]) for row in rows)])
+        for name, part in scores.items():
+            if name not in merged:
+                merged[name] = AnswerScores(
+                    lengths, np.empty(lengths.sum(), dtype=bool), np.empty(lengths.sum(), dtype=np.float32)
+                )
+            merged[name].token_wrong[places] = part.token_wrong
+            merged[name].token_log_probs[places] = part.token_log_probs
+    return merged
+
+
+@torch.no_grad()
+def _score_share(log_probs, examples, device, pad_token_id, batch_size, description):  # type: ignore[no-untyped-def]
+    lengths = answer_lengths(examples)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    order = _by_length(examples)
     loader = DataLoader(examples.select(order), batch_size=batch_size, collate_fn=AnswerCollator(pad_token_id))
     wrong: dict[str, np.ndarray] = {}
     gold: dict[str, np.ndarray] = {}
@@ -163,8 +201,6 @@ def _score(log_probs, examples, device, pad_token_id, batch_size, description): 
                 gold[name] = np.empty(starts[-1], dtype=np.float32)
             wrong[name][places] = (values.argmax(-1) != labels).cpu().numpy()
             gold[name][places] = values.gather(-1, labels[:, None])[:, 0].float().cpu().numpy()
-    for name, values in gold.items():
-        _check_scores(name, values, starts)
     return {name: AnswerScores(lengths, wrong[name], gold[name]) for name in wrong}
 
 

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ensemw2s import boosting
+from ensemw2s import boosting, processes
 from ensemw2s.data import QuestionFormat, answer_lengths, check_disjoint, check_questions, tokenize_questions
 from ensemw2s.ensemble import COMBINE, TokenEnsemble
-from ensemw2s.files import new_folder, read_array, read_json, write_array, write_json
+from ensemw2s.files import map_array, new_folder, read_array, read_json, write_array, write_json
 from ensemw2s.models import load_model, load_tokenizer, source_of
 from ensemw2s.scoring import AnswerScores, score_mixtures
-from ensemw2s.training import AnswerTrainingArguments, fine_tune, on_device
+from ensemw2s.training import AnswerTrainingArguments, TrainingCost, fine_tune, on_device
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -126,6 +126,11 @@ class BoostingTrainer:
     is done. `train()` on a folder that a killed run left behind goes on with the first missing phase, and ends with
     the same bits as an uninterrupted run.
 
+    Several processes (`accelerate launch`, `torchrun`) share out every batch: each makes the trainer and calls
+    `train()`, and the main one writes. The batch sizes of `args` are those of one process, as transformers has it.
+    With the same experts, errors, expert weights, token weights and draws have the same bits for any number of
+    processes.
+
     Args:
         model: folder, hub id or other source of `models.load_model`, or a model; or a list with one for each round.
         args: see `BoostingConfig`.
@@ -136,7 +141,7 @@ class BoostingTrainer:
             adapters are merged into them.
         question_format: how a question becomes tokens.
         model_init_kwargs: passed on to `models.load_model` (`dtype`, `keep_layers`, `quantization_config`, ...).
-        on_round: called with each round's record as soon as it is known.
+        on_round: called with each round's record as soon as it is known, on the main process.
 
     Raises:
         ValueError: bad data or settings; a question in both datasets; too few models; an `output_dir` that belongs
@@ -207,7 +212,8 @@ class BoostingTrainer:
         Raises:
             RuntimeError: no expert beat the prior, not even in round 1.
         """
-        self._claim_folder()
+        processes.on_main(self._claim_folder)
+        processes.on_main(self._start_weights)
         prior_error = self._prior_error()
         for number in range(1, self.args.num_rounds + 1):
             if not self._round(number, prior_error):
@@ -233,13 +239,16 @@ class BoostingTrainer:
     def _round(self, number: int, prior_error: float | None) -> bool:
         for attempt in range(1, ATTEMPTS + 1):
             file = self._attempt_folder(number, attempt) / "record.json"
-            if not file.exists():
+            if not processes.on_main(file.exists):
                 record = self._attempt(number, attempt, prior_error)
-                write_json(file, record)
-                self.on_round(record)
-            if read_json(file)["accepted"]:
+                processes.on_main(self._keep_record, file, record)
+            if processes.on_main(read_json, file)["accepted"]:
                 return True
         return False
+
+    def _keep_record(self, file: Path, record: dict[str, Any]) -> None:
+        write_json(file, record)
+        self.on_round(record)
 
     def _attempt(self, number: int, attempt: int, prior_error: float | None) -> dict[str, Any]:
         start = time.perf_counter()
@@ -251,25 +260,33 @@ class BoostingTrainer:
         # Bagging has equal votes and no update: an error under uniform weights decides nothing.
         expert_weight = 1.0 if prior_error is None else boosting.expert_weight(error, prior_error)
         accepted = expert_weight > 0
-        following = weights
-        if accepted and prior_error is not None:
-            following = boosting.update_weights(weights, wrong, expert_weight, self.args.shrinkage)
-        if accepted:
-            write_array(self._round_folder(number + 1) / "weights.npy", following)
-        scaled = np.quantile(following * self.num_units, WEIGHT_QUANTILES)
+        update = expert_weight if accepted and prior_error is not None else None
+        spread = processes.on_main(self._next_weights, number, wrong, update, accepted)
         return {
             "kind": "round", "round": number, "attempt": attempt, "error": error, "prior_error": prior_error,
             "expert_weight": expert_weight, "clamped": clamped, "accepted": accepted,
-            "effective_sample_size": boosting.effective_sample_size(following), "num_units": self.num_units,
+            "num_units": self.num_units, **spread, "num_processes": processes.count(),
             "validation": self._validate(number, folder, expert_weight) if accepted else None,
-            "weight_quantiles": {str(q): float(v) for q, v in zip(WEIGHT_QUANTILES, scaled, strict=True)},
             **{f"train_{name}": value for name, value in read_json(folder / "expert" / "cost.json").items()},
             "seconds": time.perf_counter() - start,
         }  # fmt: skip
 
+    def _next_weights(self, number: int, wrong: np.ndarray, update: float | None, keep: bool) -> dict[str, Any]:
+        """Update the weights by `update` (None leaves them), keep them for the next round, and say how they spread."""
+        following = self._weights(number)
+        if update is not None:
+            following = boosting.update_weights(following, wrong, update, self.args.shrinkage)
+        if keep:
+            write_array(self._round_folder(number + 1) / "weights.npy", following)
+        scaled = np.quantile(following * self.num_units, WEIGHT_QUANTILES)
+        return {
+            "effective_sample_size": boosting.effective_sample_size(following),
+            "weight_quantiles": {str(q): float(v) for q, v in zip(WEIGHT_QUANTILES, scaled, strict=True)},
+        }
+
     def _train_expert(self, number: int, attempt: int, weights: np.ndarray) -> None:
         folder = self._attempt_folder(number, attempt) / "expert"
-        if folder.exists():
+        if processes.on_main(folder.exists):
             return
         draw_seed, training_seed = np.random.SeedSequence(self.args.seed, spawn_key=(number, attempt)).generate_state(2)
         unit_weights = self.args.loss_weights(weights, np.random.default_rng(draw_seed))
@@ -288,6 +305,9 @@ class BoostingTrainer:
         )
         if self.peft_config is not None and not self._adapters:
             trained = trained.merge_and_unload()
+        processes.on_main(self._keep_expert, folder, trained, cost)
+
+    def _keep_expert(self, folder: Path, trained: Any, cost: TrainingCost) -> None:
         with new_folder(folder) as aside:
             trained.save_pretrained(aside)
             write_json(aside / "cost.json", asdict(cost))
@@ -295,13 +315,11 @@ class BoostingTrainer:
     def _wrong_units(self, folder: Path) -> np.ndarray:
         """Return bool [N] for the expert in `folder`: measured from its saved form, and kept."""
         file = folder / "token_wrong.npy"
-        if not file.exists():
+        if not processes.on_main(file.exists):
             expert = self._ensemble([folder / "expert"], [1.0])
-            write_array(
-                file,
-                self._score(expert, self._train, {"expert": [1.0]}, "weighted error")["expert"].token_wrong,
-            )
-        return boosting.unit_wrong(read_array(file), self._units)
+            scores = self._score(expert, self._train, {"expert": [1.0]}, "weighted error")
+            processes.on_main(write_array, file, scores["expert"].token_wrong)
+        return boosting.unit_wrong(map_array(file), self._units)
 
     def _validate(self, number: int, folder: Path, expert_weight: float) -> dict[str, float] | None:
         if self._eval is None:
@@ -326,12 +344,11 @@ class BoostingTrainer:
         return self._round_folder(number) / f"attempt-{attempt}"
 
     def _weights(self, number: int) -> np.ndarray:
+        """Return float64 [N], mapped from the file that the round before wrote."""
         file = self._round_folder(number) / "weights.npy"
         if not file.exists():
-            if number > 1:
-                raise FileNotFoundError(f"{file} is gone (round {number - 1} wrote it): delete {self.folder}")
-            write_array(file, boosting.initial_weights(self.num_units))
-        return read_array(file)
+            raise FileNotFoundError(f"{file} is gone (round {number - 1} wrote it): delete {self.folder}")
+        return map_array(file)
 
     def _accepted(self, before: int | None = None) -> list[tuple[Path, float]]:
         """Return folder and weight of each accepted expert (of the rounds before `before`)."""
@@ -347,11 +364,11 @@ class BoostingTrainer:
         pretrained = None
         if self.args.prior == "pretrained":
             file = self.folder / "pretrained_token_wrong.npy"
-            if not file.exists():
+            if not processes.on_main(file.exists):
                 untrained = TokenEnsemble.from_models([self._load_model(1)], [1.0])
                 scores = self._score(untrained, self._train, {"prior": [1.0]}, "error before training")
-                write_array(file, scores["prior"].token_wrong)
-            wrong = boosting.unit_wrong(read_array(file), self._units)
+                processes.on_main(write_array, file, scores["prior"].token_wrong)
+            wrong = boosting.unit_wrong(map_array(file), self._units)
             error = boosting.weighted_error(boosting.initial_weights(self.num_units), wrong)
             pretrained, _ = boosting.clamp_error(error, self.num_units)
         classes = self.args.num_classes or len(self.processing_class)
@@ -375,6 +392,11 @@ class BoostingTrainer:
             (self.folder / "pretrained_token_wrong.npy").unlink(missing_ok=True)
         write_array(self.folder / "units.npy", self._units)
         write_json(file, mine)
+
+    def _start_weights(self) -> None:
+        first = self._round_folder(1) / "weights.npy"
+        if not first.exists():
+            write_array(first, boosting.initial_weights(self.num_units))
 
     def _fingerprint(self) -> dict[str, Any]:
         args = {name: value for name, value in self.args.to_dict().items() if name not in _PRESENTATION | {"overwrite"}}
