@@ -242,7 +242,7 @@ def label_questions(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     todo = processes.share([batch for batch in batches if any(prompts[i]["id"] not in rows for i in batch)])
     own_file = _own_file(output_file, processes.index())
-    mine = {}
+    mine: dict[str, dict[str, Any]] = {}
     bar = tqdm(
         total=len(rows) + sum(len(batch) for batch in todo),
         initial=len(rows),
@@ -272,9 +272,10 @@ def label_questions(
 
 def _own_file(output_file: str | os.PathLike[str] | None, process: int) -> Path | None:
     """Return where a process keeps its finished rows: the main one in `output_file` itself."""
-    if output_file is None or process == 0:
-        return output_file and Path(output_file)
-    return Path(output_file).with_name(f"{Path(output_file).name}.process-{process}")
+    if output_file is None:
+        return None
+    file = Path(output_file)
+    return file if process == 0 else file.with_name(f"{file.name}.process-{process}")
 
 
 def _other_files(output_file: str | os.PathLike[str]) -> list[Path]:

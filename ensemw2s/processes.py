@@ -89,7 +89,7 @@ def on_main(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Resul
     result, failure = broadcast_object_list(outcome)
     if failure is not None:
         raise MainProcessError(f"the main process failed: {failure}")
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def fair_threads() -> int | None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ensemw2s import boosting, processes
 from ensemw2s.data import QuestionFormat, answer_lengths, check_disjoint, check_questions, tokenize_questions
 from ensemw2s.ensemble import COMBINE, TokenEnsemble
-from ensemw2s.files import map_array, new_folder, read_array, read_json, write_array, write_json
+from ensemw2s.files import map_array, new_array, new_folder, read_array, read_json, write_array, write_json
 from ensemw2s.models import load_model, load_tokenizer, source_of
 from ensemw2s.scoring import AnswerScores, score_mixtures
 from ensemw2s.training import AnswerTrainingArguments, TrainingCost, fine_tune, on_device
@@ -108,14 +108,17 @@ class BoostingConfig(AnswerTrainingArguments):
         boosting.update_weights(two, [True, False], 1.0, self.shrinkage)
         self.loss_weights(two, generator)
 
-    def loss_weights(self, weights: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Return float64 [N], the weight of each unit in one round's loss."""
+    def loss_weights(
+        self, weights: np.ndarray, generator: np.random.Generator, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return float64 [N], the weight of each unit in one round's loss; in `out` if given."""
         return boosting.loss_weights(
             weights,
             sampling=self.sampling,
             uniform_mix=self.uniform_mix,
             deduplicate=self.deduplicate,
             generator=generator,
+            out=out,
         )
 
 
@@ -179,8 +182,7 @@ class BoostingTrainer:
         self._train = self._tokenize(self.train_questions, "train_dataset")
         self._eval = None if self.eval_questions is None else self._tokenize(self.eval_questions, "eval_dataset")
         self._lengths = answer_lengths(self._train)
-        self._units = boosting.unit_index(self._lengths, args.unit, args.window)
-        self.num_units = int(self._units[-1]) + 1
+        self.num_units = int(self._unit_index()[-1]) + 1
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -274,14 +276,17 @@ class BoostingTrainer:
     def _next_weights(self, number: int, wrong: np.ndarray, update: float | None, keep: bool) -> dict[str, Any]:
         """Update the weights by `update` (None leaves them), keep them for the next round, and say how they spread."""
         following = self._weights(number)
-        if update is not None:
-            following = boosting.update_weights(following, wrong, update, self.args.shrinkage)
         if keep:
-            write_array(self._round_folder(number + 1) / "weights.npy", following)
-        scaled = np.quantile(following * self.num_units, WEIGHT_QUANTILES)
+            with new_array(self._round_folder(number + 1) / "weights.npy", self.num_units) as updated:
+                if update is None:
+                    updated[:] = following
+                else:
+                    boosting.update_weights(following, wrong, update, self.args.shrinkage, out=updated)
+            following = self._weights(number + 1)
+        quantiles = boosting.weight_quantiles(following, WEIGHT_QUANTILES)
         return {
             "effective_sample_size": boosting.effective_sample_size(following),
-            "weight_quantiles": {str(q): float(v) for q, v in zip(WEIGHT_QUANTILES, scaled, strict=True)},
+            "weight_quantiles": {str(q): float(v) for q, v in zip(WEIGHT_QUANTILES, quantiles, strict=True)},
         }
 
     def _train_expert(self, number: int, attempt: int, weights: np.ndarray) -> None:
@@ -289,8 +294,9 @@ class BoostingTrainer:
         if processes.on_main(folder.exists):
             return
         draw_seed, training_seed = np.random.SeedSequence(self.args.seed, spawn_key=(number, attempt)).generate_state(2)
-        unit_weights = self.args.loss_weights(weights, np.random.default_rng(draw_seed))
-        token_weights = np.split(unit_weights[self._units], np.cumsum(self._lengths)[:-1])
+        drawn = folder.with_name("loss_weights.npy")
+        processes.on_main(self._keep_loss_weights, drawn, weights, np.random.default_rng(draw_seed))
+        token_weights = self._per_answer(map_array(drawn))
         # A sentence of which no token was drawn has no loss.
         kept = [i for i, row in enumerate(token_weights) if row.any()]
         trained, cost = fine_tune(
@@ -307,7 +313,21 @@ class BoostingTrainer:
             trained = trained.merge_and_unload()
         processes.on_main(self._keep_expert, folder, trained, cost)
 
+    def _keep_loss_weights(self, file: Path, weights: np.ndarray, generator: np.random.Generator) -> None:
+        with new_array(file, self.num_units) as out:
+            self.args.loss_weights(weights, generator, out)
+
+    def _per_answer(self, unit_weights: np.ndarray) -> list[np.ndarray]:
+        """Return each answer's token weights, float32 as the loss takes them: views of one array."""
+        units = map_array(self.folder / "units.npy")
+        tokens = np.empty(units.size, dtype=np.float32)
+        for start in range(0, units.size, boosting.BLOCK):
+            tokens[start : start + boosting.BLOCK] = unit_weights[units[start : start + boosting.BLOCK]]
+        return np.split(tokens, np.cumsum(self._lengths)[:-1])
+
     def _keep_expert(self, folder: Path, trained: Any, cost: TrainingCost) -> None:
+        # Every process has trained: none reads the loss's weights any more, and they can be drawn again.
+        folder.with_name("loss_weights.npy").unlink(missing_ok=True)
         with new_folder(folder) as aside:
             trained.save_pretrained(aside)
             write_json(aside / "cost.json", asdict(cost))
@@ -319,7 +339,7 @@ class BoostingTrainer:
             expert = self._ensemble([folder / "expert"], [1.0])
             scores = self._score(expert, self._train, {"expert": [1.0]}, "weighted error")
             processes.on_main(write_array, file, scores["expert"].token_wrong)
-        return boosting.unit_wrong(map_array(file), self._units)
+        return boosting.unit_wrong(map_array(file), map_array(self.folder / "units.npy"))
 
     def _validate(self, number: int, folder: Path, expert_weight: float) -> dict[str, float] | None:
         if self._eval is None:
@@ -336,6 +356,9 @@ class BoostingTrainer:
         }
 
     # What is kept, and where
+
+    def _unit_index(self) -> np.ndarray:
+        return boosting.unit_index(self._lengths, self.args.unit, self.args.window)
 
     def _round_folder(self, number: int) -> Path:
         return self.folder / "rounds" / str(number)
@@ -368,8 +391,8 @@ class BoostingTrainer:
                 untrained = TokenEnsemble.from_models([self._load_model(1)], [1.0])
                 scores = self._score(untrained, self._train, {"prior": [1.0]}, "error before training")
                 processes.on_main(write_array, file, scores["prior"].token_wrong)
-            wrong = boosting.unit_wrong(map_array(file), self._units)
-            error = boosting.weighted_error(boosting.initial_weights(self.num_units), wrong)
+            wrong = boosting.unit_wrong(map_array(file), map_array(self.folder / "units.npy"))
+            error = boosting.weighted_error(self._weights(1), wrong)
             pretrained, _ = boosting.clamp_error(error, self.num_units)
         classes = self.args.num_classes or len(self.processing_class)
         return boosting.prior_error(self.args.prior, pretrained, classes, self.args.unit)
@@ -390,13 +413,14 @@ class BoostingTrainer:
         if file.exists() and mine != read_json(file):
             shutil.rmtree(self.folder / "rounds", ignore_errors=True)
             (self.folder / "pretrained_token_wrong.npy").unlink(missing_ok=True)
-        write_array(self.folder / "units.npy", self._units)
+        write_array(self.folder / "units.npy", self._unit_index())
         write_json(file, mine)
 
     def _start_weights(self) -> None:
         first = self._round_folder(1) / "weights.npy"
         if not first.exists():
-            write_array(first, boosting.initial_weights(self.num_units))
+            with new_array(first, self.num_units) as weights:
+                boosting.initial_weights(self.num_units, out=weights)
 
     def _fingerprint(self) -> dict[str, Any]:
         args = {name: value for name, value in self.args.to_dict().items() if name not in _PRESENTATION | {"overwrite"}}
