@@ -96,7 +96,8 @@ class ExperimentConfig:
         student: settings of `StudentConfig`; they train the ceiling too.
         labelling: how pseudo-answers are decoded.
         seed: fixes everything.
-        threads: CPU threads to compute with; None leaves it to torch. Sums are rounded differently with another number.
+        threads: CPU threads of each process; None leaves it to torch, or shares the machine's CPUs among several
+            processes. Sums are rounded differently with another number.
         output_dir: where run folders are made.
     """
 
