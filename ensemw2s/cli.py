@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -39,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options.command(options)
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            _complain(
-                "interrupted. What was finished is kept; go on with the same command:\n  ensemw2s "
-                + " ".join(arguments)
-            )
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if not several:
+            _complain(f"interrupted. {_go_on(arguments)}")
+        elif os.environ.get("RANK") == "0":
+            _complain(f"interrupted, or ended by the launcher because another process failed. {_go_on(arguments)}")
         return 130
     except (ValueError, TypeError, FileNotFoundError, RuntimeError, FloatingPointError, ImportError) as error:
         if os.environ.get("ENSEMW2S_DEBUG"):
@@ -123,6 +124,9 @@ def _run(options: argparse.Namespace) -> None:
     _quiet_datasets()
     # A pipe has no width of its own; 80 columns would fold the table.
     console = Console(width=None if sys.stdout.isatty() else 120)
+    if processes.count() > 1:
+        # The launcher ends all processes when one is gone; an interrupt leaves time to say how to go on.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     config = processes.on_main(load_config, options.config, options.overrides, quick=options.quick)
     experiment = Experiment(config, overwrite=options.overwrite, say=_say)
     records = experiment.run(options.phases or PHASES)
@@ -166,6 +170,10 @@ def _say(line: str) -> None:
 
     # Written above a progress bar that may be on the screen.
     tqdm.write(line)
+
+
+def _go_on(arguments: Sequence[str]) -> str:
+    return f"What was finished is kept; go on with the same command:\n  ensemw2s {' '.join(arguments)}"
 
 
 def _explain(error: Exception) -> None:

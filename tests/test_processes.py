@@ -27,8 +27,7 @@ from ensemw2s.files import map_array, read_array, read_complete_lines, read_json
 from ensemw2s.scoring import score_mixtures
 from ensemw2s.training import AnswerTrainer, AnswerTrainingArguments, fine_tune
 from tests.test_experiment import settings
-from tests.test_trainer import trainer
-from tests.tiny import END, FORMAT, llama, questions, saved_adapters, saved_model, tokenizer
+from tests.tiny import END, FORMAT, llama, questions, saved_adapters, tokenizer
 
 # Longer than any of these takes on a busy machine, shorter than a group that hangs.
 LIMIT = 150
@@ -282,8 +281,7 @@ def test_the_same_errors_give_the_same_weights(pair: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from pathlib import Path
-from tests.test_trainer import trainer
+from ensemw2s.cli import main
 from ensemw2s.trainer import BoostingTrainer
 
 # The second process dies while the first is on its way to the weights of round 2.
@@ -295,24 +293,29 @@ def mortal(self, *args):
     return score(self, *args)
 
 BoostingTrainer._score = mortal
-trainer(Path(sys.argv[1]), Path(sys.argv[2]), num_rounds=2, per_device_train_batch_size=4).train()
+raise SystemExit(main(["boost", sys.argv[1]]))
 """
 
 
 def test_a_killed_process_ends_the_run_and_another_number_goes_on(tmp_path: Path) -> None:
-    model = saved_model(tmp_path / "model")
+    values = settings(tmp_path, threads=1)
+    values["boosting"] = values["boosting"] | {"num_train_epochs": 3, "per_device_train_batch_size": 4}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
     (tmp_path / "killed.py").write_text(KILLED)
     start = time.monotonic()
-    run = launch(tmp_path / "killed.py", model, tmp_path / "run")
+    run = launch(tmp_path / "killed.py", config)
     assert run.returncode != 0
     assert time.monotonic() - start < LIMIT / 2
-    assert "SIGKILL" in run.stderr or "exitcode  : -9" in run.stderr
-    expert = tmp_path / "run/rounds/1/attempt-1/expert/adapter_model.safetensors"
+    assert "exitcode: -9" in run.stderr
+    assert f"go on with the same command:\n  ensemw2s boost {config}" in run.stderr or "is kept: run the" in run.stderr
+    folder = tmp_path / "run/small"
+    expert = folder / "boosting/rounds/1/attempt-1/expert/adapter_model.safetensors"
     before = expert.stat().st_mtime_ns
-    assert not (tmp_path / "run/rounds/2/weights.npy").exists()
-    # The experts to come are trained on smaller batches than the others were; what is finished stays.
-    result = trainer(model, tmp_path / "run", num_rounds=2, per_device_train_batch_size=4).train()
-    assert result.num_experts == 2
+    assert not (folder / "boosting/rounds/2").exists() and not (folder / "ensemble").exists()
+    # One process takes half as many rows a step as the two did: the expert to come differs, what is finished stays.
+    assert main(["boost", str(config)]) == 0
+    assert TokenEnsemble.from_pretrained(folder / "ensemble").num_experts == 2
     assert expert.stat().st_mtime_ns == before
 
 
