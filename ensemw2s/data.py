@@ -13,13 +13,14 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils.data import Sampler
 
 # `datasets` is imported where it is used: an ensemble can decode without it.
 if TYPE_CHECKING:
@@ -44,12 +45,15 @@ class QuestionFormat:
         use_chat_template: pass the filled template through the tokenizer's chat template as the user's message.
         max_length: tokens that prompt and answer may have together; None leaves it to the tokenizer's
             `model_max_length`, which `models.load_tokenizer` sets to the model's context.
+        truncate_prompt: cut prompts that leave too little room for the answer on the left, where the end of the
+            question stays (a template's beginning does not), instead of refusing them [choice].
     """
 
     prompt_template: str = "{prompt}\nAnswer:"
     answer_prefix: str = " "
     use_chat_template: bool = False
     max_length: int | None = None
+    truncate_prompt: bool = False
 
     def __post_init__(self) -> None:
         if "{prompt}" not in self.prompt_template:
@@ -431,22 +435,35 @@ def tokenize_questions(
         answer = question_format.answer_ids(row["answer"], tokenizer)
         if not answer or answer == question_format.answer_ids("", tokenizer):
             raise ValueError(f"{name}, id {row['id']}: the answer {row['answer']!r} has no tokens in this tokenizer")
+        if question_format.truncate_prompt:
+            prompt = _cut_left(prompt, limit, len(answer) + 1)
         _check_prompt(prompt, limit, f"{name}, id {row['id']}")
         length = len(prompt) + len(answer) + 1
         if limit is not None and length > limit:
             raise ValueError(
                 f"{name}, id {row['id']}: prompt and answer have {length} tokens ({len(answer) + 1} of them "
-                f"the answer), more than the {limit} allowed: leave the row out, or raise max_length (up to the "
-                "model's context)"
+                f"the answer), more than the {limit} allowed: leave the row out, raise max_length (up to the "
+                "model's context), or let truncate_prompt=True shorten prompts"
             )
         rows.append({"id": row["id"], "input_ids": [*prompt, *answer, end], "prompt_length": len(prompt)})
     return Dataset.from_list(rows)
 
 
 def tokenize_prompts(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, question_format: QuestionFormat, name: str = "dataset"
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    question_format: QuestionFormat,
+    name: str = "dataset",
+    answer_length: int = 1,
 ) -> Dataset:
     """Turn questions into the token ids of their prompts: columns `id` and `input_ids`.
+
+    Args:
+        dataset: columns `id` and `prompt`.
+        tokenizer: the model's.
+        question_format: how a question becomes tokens.
+        name: of the dataset, for errors.
+        answer_length: tokens to leave room for where prompts are cut (`question_format.truncate_prompt`).
 
     Raises:
         ValueError: a tokenizer without an end token, no column `id` or `prompt`, a prompt of no tokens, or one that
@@ -461,6 +478,8 @@ def tokenize_prompts(
     rows = []
     for row in dataset.select_columns(["id", "prompt"]):
         prompt = question_format.prompt_ids(row["prompt"], tokenizer)
+        if question_format.truncate_prompt:
+            prompt = _cut_left(prompt, limit, answer_length)
         _check_prompt(prompt, limit, f"{name}, id {row['id']}")
         rows.append({"id": row["id"], "input_ids": prompt})
     return Dataset.from_list(rows)
@@ -485,14 +504,95 @@ def _check_prompt(prompt: Sequence[int], limit: int | None, row: str) -> None:
     if limit is not None and len(prompt) >= limit:
         raise ValueError(
             f"{row}: the prompt has {len(prompt)} tokens and leaves no room for an answer within the {limit} allowed: "
-            "leave the row out, or raise max_length (up to the model's context)"
+            "leave the row out, raise max_length (up to the model's context), or pass truncate_prompt=True"
         )
+
+
+def _cut_left(prompt: list[int], limit: int | None, answer_length: int) -> list[int]:
+    """Return the end of `prompt` that leaves room for the answer, and at least one token of it."""
+    return prompt if limit is None else prompt[-max(1, limit - answer_length) :]
 
 
 def answer_lengths(examples: Dataset) -> np.ndarray:
     """Return int64 [N], the answer tokens (end token included) of each row of `tokenize_questions`."""
     rows = zip(examples["input_ids"], examples["prompt_length"], strict=True)
     return np.array([len(ids) - start for ids, start in rows], dtype=np.int64)
+
+
+def check_examples(examples: Dataset, name: str) -> None:
+    """Refuse what is not tokenised questions with answers to train on or to score.
+
+    Raises:
+        ValueError: no rows, a column is missing, or an answer or a prompt has no tokens; names the row.
+    """
+    for column in ("input_ids", "prompt_length"):
+        if column not in examples.column_names:
+            raise ValueError(
+                f"{name}: the examples have no column {column!r}, only {', '.join(examples.column_names) or 'none'}: "
+                "make them with data.tokenize_questions"
+            )
+    if len(examples) == 0:
+        raise ValueError(f"{name}: 0 examples, expected at least one")
+    starts = np.asarray(examples["prompt_length"])
+    for what, bad in (("answer", answer_lengths(examples) < 1), ("prompt", starts < 1)):
+        if bad.any():
+            row = int(bad.argmax())
+            label = f"id {examples[row]['id']}" if "id" in examples.column_names else f"row {row}"
+            raise ValueError(
+                f"{name}, {label}: the {what} has no tokens (prompt_length {starts[row]} of "
+                f"{len(examples[row]['input_ids'])} tokens): leave the row out"
+            )
+
+
+class LengthBucketSampler(Sampler[int]):
+    """An order of rows in which neighbours of one batch have similar lengths, for little padding.
+
+    Rows are shuffled, sorted by length within pools of `pool` batches, cut into batches, and the batches are shuffled.
+    Every row comes once per epoch. Batches are less random than rows drawn alone: those of one batch are alike in
+    length. Unlike transformers' `LengthGroupedSampler`, it groups each micro-batch by itself, mixes long and short
+    batches within an accumulated step, and its order depends on seed and epoch alone, so that a run can be resumed.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows per (micro-)batch.
+        seed: another seed gives another order.
+        pool: batches that are sorted together; fewer give more random batches and more padding [choice].
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, pool: int = 50) -> None:
+        self.lengths = np.asarray(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.pool = pool
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of epoch `epoch`, counted from 0."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng([self.seed, self.epoch])
+        order = generator.permutation(len(self.lengths))
+        size = self.pool * self.batch_size
+        batches: list[np.ndarray] = []
+        for start in range(0, len(order), size):
+            batches += self._batches(order[start : start + size], generator)
+        # A loader cuts batches by counting, so the one that is not full has to come last.
+        batches = [batches[i] for i in generator.permutation(len(batches))]
+        batches.sort(key=lambda batch: len(batch) < self.batch_size)
+        yield from np.concatenate(batches).tolist()
+
+    def _batches(self, rows: np.ndarray, generator: np.random.Generator) -> list[np.ndarray]:
+        rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+        full, rest = divmod(len(rows), self.batch_size)
+        sizes = [self.batch_size] * full
+        if rest:
+            # Not always the longest rows.
+            sizes.insert(int(generator.integers(full + 1)), rest)
+        return np.split(rows, np.cumsum(sizes)[:-1])
 
 
 class AnswerCollator:
@@ -509,12 +609,13 @@ class AnswerCollator:
         """Return a batch of B rows of length L.
 
         Args:
-            features: each with `input_ids`, `prompt_length` and optionally `token_weights`, one float per answer token.
+            features: each with `input_ids`, `prompt_length` and optionally `token_weights`, one float per answer
+                token, and `row`, a number to know it by.
 
         Returns:
             `input_ids`, `attention_mask` (int64 [B, L]), `labels` (int64 [B, L], aligned with `input_ids` as
             transformers wants them; -100 on prompt, padding and tokens of weight 0) and `token_weights` (float32
-            [B, L], aligned with `labels`; 1 on answer tokens where none are given).
+            [B, L], aligned with `labels`; 1 on answer tokens where none are given); `row` (int64 [B]) if they have one.
         """
         shape = len(features), max(len(feature["input_ids"]) for feature in features)
         batch = {
@@ -535,6 +636,8 @@ class AnswerCollator:
             batch["attention_mask"][row, :end] = 1
             batch["token_weights"][row, start:end] = weights
             batch["labels"][row, start:end] = torch.where(weights != 0, ids[start:], IGNORED)
+        if "row" in features[0]:
+            batch["row"] = torch.tensor([feature["row"] for feature in features])
         return batch
 
 

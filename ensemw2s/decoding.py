@@ -229,7 +229,8 @@ def label_questions(
         FloatingPointError: an expert gives NaN or no finite logit; names the questions.
         ValueError: `output_file` holds rows of other questions.
     """
-    prompts = tokenize_prompts(questions, processing_class, question_format or QuestionFormat(), "questions")
+    question_format = question_format or QuestionFormat()
+    prompts = tokenize_prompts(questions, processing_class, question_format, "questions", max_new_tokens)
     rows = {row["id"]: row for row in processes.on_main(_finished_rows, output_file)}
     strangers = rows.keys() - set(prompts["id"])
     if strangers:

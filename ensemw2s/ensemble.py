@@ -29,8 +29,8 @@ from ensemw2s import ops
 from ensemw2s.decoding import fused_sample, label_questions
 from ensemw2s.experts import AdapterExperts, Experts, ModelExperts, StackedAdapters, require_weights
 from ensemw2s.files import new_folder, read_json, write_json
+from ensemw2s.heads import only_positions
 from ensemw2s.models import CACHE, MODEL_WEIGHTS, load_model
-from ensemw2s.training import only_positions
 
 if TYPE_CHECKING:
     from datasets import Dataset

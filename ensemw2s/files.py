@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 _FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT}
-# safetensors and NumPy report a short write in words, without an errno.
-_FULL_DISK_WORDS = ("no space left on device", "disk quota exceeded", "os error 28", "requested and")
+# safetensors, NumPy and torch ("unexpected pos 704 vs 598") report a short write in words, without an errno.
+_FULL_DISK_WORDS = ("no space left on device", "disk quota exceeded", "os error 28", "requested and", "unexpected pos")
 
 
 class DiskFullError(OSError):

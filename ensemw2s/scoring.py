@@ -6,22 +6,32 @@ right, so exact match needs no decoding. That holds for a single model and for a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ensemw2s import ops, processes
-from ensemw2s.data import AnswerCollator, answer_lengths
+from ensemw2s.data import AnswerCollator, answer_lengths, check_examples
 from ensemw2s.ensemble import TokenEnsemble
-from ensemw2s.training import next_token_mask, only_positions
+from ensemw2s.heads import gives_the_logits, only_positions, output_head, replaced_head
+from ensemw2s.ops import TokenScores
+from ensemw2s.training import next_token_mask
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+# Logits made at a time, of all experts together: 32 MiB of float32.
+_CHUNK_ELEMENTS = 2**23
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ def score_answers(
 
     Raises:
         FloatingPointError: the model gives NaN; names the row.
-        ValueError: no examples, or one whose answer has no tokens.
+        ValueError: no examples, a missing column, or an answer without tokens; names the row.
     """
     if isinstance(model, TokenEnsemble):
         weights = {"ensemble": list(model.config.expert_weights)}
@@ -87,12 +97,11 @@ def score_answers(
             description=description,
         )["ensemble"]
 
-    def log_probs(batch: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        with only_positions(model, mask):
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        return {"model": logits.float().log_softmax(-1)}
+    def judge(logits: list[Tensor], labels: Tensor) -> dict[str, TokenScores]:
+        return {"model": ops.token_scores(logits[0], labels)}
 
-    return _score(log_probs, examples, _device(model), pad_token_id, batch_size, description)["model"]
+    run = _ModelRun(partial(nullcontext, model))
+    return _score([run], judge, examples, pad_token_id, batch_size, description)["model"]
 
 
 def score_mixtures(
@@ -106,6 +115,8 @@ def score_mixtures(
 ) -> dict[str, AnswerScores]:
     """Score answers under several mixtures of the same experts, each expert being run once.
 
+    LoRA experts on one base run together, as one batch of T x `batch_size` rows.
+
     Args:
         ensemble: the experts, and how they are combined.
         examples: columns `input_ids` and `prompt_length`.
@@ -116,42 +127,97 @@ def score_mixtures(
 
     Raises:
         FloatingPointError: an expert of positive weight gives NaN; names the mixture and the row.
-        ValueError: no mixture, or one without T non-negative and finite weights, not all 0; no examples, or one whose
-            answer has no tokens.
+        ValueError: no mixture, or one without T non-negative and finite weights, not all 0; no examples, a
+            missing column, or an answer without tokens.
     """
     _check_mixtures(mixtures, ensemble.num_experts)
-    rows = {name: torch.tensor(weights, dtype=torch.float32) for name, weights in mixtures.items()}
     # An expert that no mixture uses is not run.
-    used = [t for t in range(ensemble.num_experts) if any(float(weights[t]) > 0 for weights in rows.values())]
+    used = [t for t in range(ensemble.num_experts) if any(weights[t] > 0 for weights in mixtures.values())]
+    rows = {name: torch.tensor([weights[t] for t in used], dtype=torch.float32) for name, weights in mixtures.items()}
 
-    def log_probs(batch: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        logits = ensemble.expert_logits(used, batch["input_ids"], batch["attention_mask"], positions=mask)
+    def judge(logits: list[Tensor], labels: Tensor) -> dict[str, TokenScores]:
+        combine = ensemble.config.combine
         return {
-            name: ops.mixture_log_probs(logits, weights[used].to(logits[0].device), combine=ensemble.config.combine)
+            name: ops.mixture_scores(logits, weights.to(labels.device), labels, combine)
             for name, weights in rows.items()
         }
 
-    return _score(log_probs, examples, _device(ensemble), pad_token_id, batch_size, description)
+    return _score(_expert_runs(ensemble, used), judge, examples, pad_token_id, batch_size, description)
 
 
-def _device(model: torch.nn.Module) -> torch.device:
-    return next(model.parameters()).device
+class _ModelRun:
+    """A model, or adapters stacked on one, run up to the output head; the head then takes some rows at a time.
+
+    Logits of all answer tokens of a batch would take tokens x V numbers: more than everything else together.
+
+    Args:
+        context: gives the model.
+        copies: how many stacked experts the model is; their rows follow one another.
+    """
+
+    def __init__(self, context: Callable[[], AbstractContextManager[Any]], copies: int = 1) -> None:
+        self.context, self.copies = context, copies
+        with context() as model:
+            self.device = next(model.parameters()).device
+            self.head = output_head(model)
+            self.vocabulary = int(model.config.get_text_config().vocab_size)
+            # Whose logits are changed behind the head has to make them in its own forward pass.
+            token = torch.zeros(copies, 1, dtype=torch.int64, device=self.device)
+            self.ends_in_head = gives_the_logits(self.head, model, {"input_ids": token, "use_cache": False})
+
+    def answer_rows(self, batch: Mapping[str, Tensor], mask: Tensor) -> Tensor:
+        """Return, per copy, the hidden states [copies, n, d] at the true entries of `mask`, or else the logits."""
+        inputs: dict[str, Any] = {key: batch[key].repeat(self.copies, 1) for key in ("input_ids", "attention_mask")}
+        kept: list[Tensor] = []
+
+        def keep(hidden: Tensor) -> Tensor:
+            kept.append(hidden.unflatten(0, (self.copies, -1))[:, mask.to(hidden.device)])
+            return hidden[..., :1]
+
+        with self.context() as model:
+            if self.ends_in_head:
+                with replaced_head(self.head, keep):
+                    model(**inputs, use_cache=False)
+                return kept[0]
+            with only_positions(model, mask.repeat(self.copies, 1)):
+                return model(**inputs, use_cache=False).logits.unflatten(0, (self.copies, -1))
+
+    def logits(self, rows: Tensor) -> list[Tensor]:
+        """Return, per copy, the logits [n, V] of what `answer_rows` returned."""
+        if not self.ends_in_head:
+            return list(rows)
+        with self.context():
+            return list(self.head(rows))
 
 
-def _score(log_probs, examples, device, pad_token_id, batch_size, description):  # type: ignore[no-untyped-def]
-    """Score all examples, each process its share of the batches.
+def _expert_runs(ensemble: TokenEnsemble, used: Sequence[int]) -> list[_ModelRun]:
+    """Return one run for LoRA experts on one base, or one per expert."""
+    stacked = ensemble.experts.selected(used).stacked()
+    if stacked is not None:
+        return [_ModelRun(stacked.model, stacked.count)]
+    return [_ModelRun(partial(ensemble.experts.expert, index)) for index in used]
+
+
+def _score(
+    runs: Sequence[_ModelRun],
+    judge: Callable[[list[Tensor], Tensor], dict[str, TokenScores]],
+    examples: Dataset,
+    pad_token_id: int,
+    batch_size: int,
+    description: str | None,
+) -> dict[str, AnswerScores]:
+    """Let `judge` score all answer tokens by all runs' logits, each process its share of the batches.
 
     Whole batches are shared out: a row meets the same rows (and the same padding) as in one process, so that its
     logits have the same bits.
     """
+    check_examples(examples, description or "the answers to score")
     lengths = answer_lengths(examples)
-    if lengths.min(initial=1) < 1 or not len(lengths):
-        raise ValueError(f"{len(lengths)} examples to score: expected at least one, each with answer tokens")
     order = _by_length(examples)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     rows = np.concatenate([np.empty(0, dtype=np.int64), *processes.share(batches)])
     bar = description if processes.is_main() else None
-    mine = _score_share(log_probs, examples.select(rows), device, pad_token_id, batch_size, bar) if len(rows) else {}
+    mine = _score_share(runs, judge, examples.select(rows), pad_token_id, batch_size, bar) if len(rows) else {}
     scores = _merge(lengths, processes.gather((rows, mine)))
     for name, values in scores.items():
         _check_scores(name, values.token_log_probs, np.cumsum(lengths) - lengths)
@@ -180,28 +246,44 @@ def _merge(lengths: np.ndarray, shares: list[tuple[np.ndarray, dict[str, AnswerS
 
 
 @torch.no_grad()
-def _score_share(log_probs, examples, device, pad_token_id, batch_size, description):  # type: ignore[no-untyped-def]
+def _score_share(
+    runs: Sequence[_ModelRun],
+    judge: Callable[[list[Tensor], Tensor], dict[str, TokenScores]],
+    examples: Dataset,
+    pad_token_id: int,
+    batch_size: int,
+    description: str | None,
+) -> dict[str, AnswerScores]:
+    """Score the answer tokens in chunks of bounded size."""
     lengths = answer_lengths(examples)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     order = _by_length(examples)
     loader = DataLoader(examples.select(order), batch_size=batch_size, collate_fn=AnswerCollator(pad_token_id))
-    wrong: dict[str, np.ndarray] = {}
-    gold: dict[str, np.ndarray] = {}
+    wrong: dict[str, np.ndarray] = defaultdict(lambda: np.empty(starts[-1], dtype=bool))
+    gold: dict[str, np.ndarray] = defaultdict(lambda: np.empty(starts[-1], dtype=np.float32))
     done = 0
     for batch in tqdm(loader, desc=description, unit="batch", leave=False, disable=description is None):
-        batch = {key: value.to(device) for key, value in batch.items()}
-        mask = next_token_mask(batch["labels"])
-        labels = batch["labels"][:, 1:][mask[:, :-1]]
         rows = order[done : done + len(batch["labels"])]
         done += len(rows)
         places = np.concatenate([np.arange(starts[row], starts[row + 1]) for row in rows])
-        for name, values in log_probs(batch, mask).items():
-            if name not in wrong:
-                wrong[name] = np.empty(starts[-1], dtype=bool)
-                gold[name] = np.empty(starts[-1], dtype=np.float32)
-            wrong[name][places] = (values.argmax(-1) != labels).cpu().numpy()
-            gold[name][places] = values.gather(-1, labels[:, None])[:, 0].float().cpu().numpy()
+        for part, scores in _in_chunks(runs, judge, {key: value.to(runs[0].device) for key, value in batch.items()}):
+            for name, values in scores.items():
+                wrong[name][places[part]] = ~values.correct.cpu().numpy()
+                gold[name][places[part]] = values.log_probs.float().cpu().numpy()
     return {name: AnswerScores(lengths, wrong[name], gold[name]) for name in wrong}
+
+
+def _in_chunks(
+    runs: Sequence[_ModelRun], judge: Callable[..., dict[str, TokenScores]], batch: Mapping[str, Tensor]
+) -> Iterator[tuple[slice, dict[str, TokenScores]]]:
+    mask = next_token_mask(batch["labels"])
+    labels = batch["labels"][:, 1:][mask[:, :-1]]
+    rows = [run.answer_rows(batch, mask) for run in runs]
+    size = max(1, _CHUNK_ELEMENTS // sum(run.copies * run.vocabulary for run in runs))
+    for start in range(0, len(labels), size):
+        part = slice(start, start + size)
+        logits = [each for run, hidden in zip(runs, rows, strict=True) for each in run.logits(hidden[:, part])]
+        yield part, judge(logits, labels[part].to(logits[0].device))
 
 
 def _check_mixtures(mixtures: Mapping[str, Sequence[float]], num_experts: int) -> None:

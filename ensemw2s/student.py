@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ensemw2s import processes
+from ensemw2s.checkpoints import discard_checkpoints
 from ensemw2s.data import QuestionFormat, check_questions, tokenize_questions
 from ensemw2s.experts import ADAPTER_WEIGHTS
 from ensemw2s.files import new_folder, write_json
@@ -125,6 +126,7 @@ class StudentTrainer:
             self.model.save_pretrained(aside)
             self.processing_class.save_pretrained(aside)
             write_json(aside / "cost.json", asdict(self.cost))
+        discard_checkpoints(self.args.output_dir)
 
 
 def load_trained(folder: str | Path, source: str | None = None, **model_init_kwargs: Any) -> Any:

@@ -18,12 +18,13 @@ import torch
 from transformers import PreTrainedModel
 
 from ensemw2s import boosting, processes
+from ensemw2s.checkpoints import discard_checkpoints
 from ensemw2s.data import QuestionFormat, answer_lengths, check_disjoint, check_questions, tokenize_questions
 from ensemw2s.ensemble import COMBINE, TokenEnsemble
 from ensemw2s.files import map_array, new_array, new_folder, read_array, read_json, write_array, write_json
 from ensemw2s.models import load_model, load_tokenizer, source_of
 from ensemw2s.scoring import AnswerScores, score_mixtures
-from ensemw2s.training import AnswerTrainingArguments, TrainingCost, fine_tune, on_device
+from ensemw2s.training import PRESENTATION, AnswerTrainingArguments, TrainingCost, fine_tune, on_device
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,12 +42,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 WEIGHT_QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 # An expert no better than the prior is trained once more with a fresh seed before boosting stops (invariant 4).
 ATTEMPTS = 2
-# Arguments that change where a run is kept or how it is shown, but not what it computes.
-_PRESENTATION = {
-    "output_dir", "logging_dir", "disable_tqdm", "report_to", "run_name", "log_level", "logging_steps",
-    "logging_strategy", "logging_first_step", "dataloader_num_workers", "dataloader_prefetch_factor",
-    "dataloader_persistent_workers", "num_rounds",
-}  # fmt: skip
+# More rounds go on from the ones there are.
+_PRESENTATION = PRESENTATION | {"num_rounds"}
 
 
 @dataclass
@@ -331,6 +328,7 @@ class BoostingTrainer:
         with new_folder(folder) as aside:
             trained.save_pretrained(aside)
             write_json(aside / "cost.json", asdict(cost))
+        discard_checkpoints(self.args.output_dir)
 
     def _wrong_units(self, folder: Path) -> np.ndarray:
         """Return bool [N] for the expert in `folder`: measured from its saved form, and kept."""

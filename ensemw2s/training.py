@@ -7,25 +7,35 @@ change: the loss is a weighted sum over answer tokens, and the vocabulary-wide h
 from __future__ import annotations
 
 import copy
+import shutil
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.nn import functional
+from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ensemw2s import processes
-from ensemw2s.data import AnswerCollator, answer_lengths
+from ensemw2s import ops, processes
+from ensemw2s.checkpoints import FOLDER, claim_checkpoints, digest, seal_checkpoint, seconds_trained
+from ensemw2s.data import AnswerCollator, LengthBucketSampler, answer_lengths, check_examples
+from ensemw2s.files import DiskFullError, is_disk_full
+from ensemw2s.heads import linear_loss, linear_of, obstacle, only_positions, output_head, replaced_head
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig
+
+
+_SHOWN_ROWS = 5
+_NOT_KNOWN = "not known before the first step"
 
 
 @dataclass
@@ -36,8 +46,13 @@ class AnswerTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = 32
     logging_steps: float = 10
     report_to: str | list[str] | None = "none"
-    # Whole phases are kept by their own atomic saves; the columns go to our own collator.
+    # Whole phases are kept by their own atomic saves; "steps" keeps checkpoints within one as well. Two, so that one is
+    # there while the next is written.
     save_strategy: str = "no"
+    save_total_limit: int | None = 2
+    # Rows of similar length share a batch, see `data.LengthBucketSampler`; "random" is transformers' default.
+    train_sampling_strategy: str = "group_by_length"
+    # The columns go to our own collator.
     remove_unused_columns: bool = False
     # With several processes: every weight that is trained has a part in the loss, so none need be searched for.
     ddp_find_unused_parameters: bool | None = False
@@ -63,33 +78,6 @@ class TrainingCost:
     flops: float
 
 
-@contextmanager
-def only_positions(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
-    """Within the block, `model(...).logits` holds the rows of `positions` alone.
-
-    The output head is a large share of a small model's work, and most positions are never looked at. Selecting in
-    front of the head, by a hook, leaves the model's own forward pass (and any wrapper for several processes) intact.
-
-    Args:
-        model: a causal language model, wrapped by peft or not.
-        positions: bool [batch, length]; the n true entries are kept, in row-major order.
-
-    Raises:
-        TypeError: the model has no output embeddings to select in front of.
-    """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if head is None:
-        raise TypeError(
-            f"{type(model).__name__} has no output embeddings (`get_output_embeddings()` is None): "
-            "expected a causal language model whose last layer maps hidden states to the vocabulary"
-        )
-    handle = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][positions.to(inputs[0].device)],))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def next_token_mask(labels: torch.Tensor) -> torch.Tensor:
     """Return bool [batch, length]: the positions whose next token has a label other than -100."""
     mask = torch.zeros_like(labels, dtype=torch.bool)
@@ -106,6 +94,8 @@ class AnswerTrainer(Trainer):
 
     # `compute_loss` divides by the weight of the whole accumulated step, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
+    # Why the loss needs logits, None if it does not.
+    _obstacle: str | None = _NOT_KNOWN
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -143,10 +133,16 @@ class AnswerTrainer(Trainer):
             FloatingPointError: the loss is NaN or infinite; the weights are still those of the step before.
         """
         mask = next_token_mask(inputs["labels"])
-        with only_positions(self.accelerator.unwrap_model(model), mask):
-            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        weights = inputs["token_weights"][:, 1:][mask[:, :-1]]
-        loss = weighted_cross_entropy(outputs.logits, inputs["labels"][:, 1:][mask[:, :-1]], weights)
+        labels, weights = inputs["labels"][:, 1:][mask[:, :-1]], inputs["token_weights"][:, 1:][mask[:, :-1]]
+        model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")} | {"use_cache": False}
+        outputs = None
+        if not return_outputs and self._takes_hidden_states(model, model_inputs):
+            loss = self._loss_in_place_of_logits(model, model_inputs, mask, labels, weights)
+        else:
+            with only_positions(self.accelerator.unwrap_model(model), mask):
+                outputs = model(**model_inputs)
+            device = outputs.logits.device
+            loss = ops.weighted_cross_entropy(outputs.logits, labels.to(device), weights.to(device))
         total = torch.as_tensor(weights.sum() if num_items_in_batch is None else num_items_in_batch, device=loss.device)
         # A step in which no answer token was drawn has weight 0 and no gradient; dividing by 1 keeps it so.
         loss = loss / torch.where(total > 0, total, torch.ones_like(total))
@@ -155,29 +151,121 @@ class AnswerTrainer(Trainer):
         # Checked here because the Trainer keeps such losses out of its running mean and trains on.
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the training loss is {loss.item()} at step {self.state.global_step + 1}. {_remedy(self.args)}"
+                f"the training loss is {loss.item()} at step {self.state.global_step + 1}{self._batch_names(inputs)}. "
+                f"{_remedy(self.args)}"
             )
         return (loss, outputs) if return_outputs else loss
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        # The batches of all processes together: with half the batch each, two see the rows that one would.
+        sampler = LengthBucketSampler(lengths, self._train_batch_size * self.args.world_size, seed)
+        self.add_callback(_EpochOrder(sampler))
+        return sampler
 
-def weighted_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, token_weights: torch.Tensor) -> torch.Tensor:
-    """Return `sum_i w_i CE(logits_i, labels_i)` in float32.
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, or go on from a checkpoint; see `transformers.Trainer.train`."""
+        self._seconds_before = 0.0
+        if isinstance(resume_from_checkpoint, str):
+            self._seconds_before = seconds_trained(Path(resume_from_checkpoint))
+        self._start = time.perf_counter()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    Args:
-        logits: [n, V], any float dtype.
-        labels: int64 [n].
-        token_weights: float [n].
-    """
-    return (functional.cross_entropy(logits.float(), labels, reduction="none") * token_weights).sum()
+    @property
+    def seconds(self) -> float:
+        """Return the wall seconds of training so far, those before the checkpoint that it went on from included."""
+        return self._seconds_before + time.perf_counter() - self._start
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write a checkpoint that counts only when it is complete.
+
+        Raises:
+            DiskFullError: the disk is full; the checkpoints before are untouched.
+            FloatingPointError: the last step made weights NaN or infinite; nothing is written.
+        """
+        check_weights(self.model, self.args)
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal_checkpoint(folder, self.seconds)
+        except Exception as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if is_disk_full(error) and not isinstance(error, DiskFullError):
+                raise DiskFullError(folder) from error
+            raise
+
+    def _batch_names(self, inputs: dict[str, Any]) -> str:
+        """Name the first examples of a batch, if it says which they are."""
+        if "row" not in inputs:
+            return ""
+        rows = inputs["row"].tolist()
+        names = self.train_dataset["id"] if "id" in self.train_dataset.column_names else None
+        shown = ", ".join(str(row if names is None else names[row]) for row in rows[:_SHOWN_ROWS])
+        more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
+        return f", in the batch of {'row' if names is None else 'id'} {shown}{more}"
+
+    def _takes_hidden_states(self, model: torch.nn.Module, inputs: dict[str, Any]) -> bool:
+        """Decide, at the first step, whether this model's loss can be had without its logits."""
+        if self._obstacle is _NOT_KNOWN:
+            plain = self.accelerator.unwrap_model(model)
+            one_token = {key: value[:1, :1] if torch.is_tensor(value) else value for key, value in inputs.items()}
+            self._obstacle = obstacle(output_head(plain), model, one_token)
+            if self._obstacle is not None:
+                name = type(plain.get_base_model() if isinstance(plain, PeftModel) else plain).__name__
+                warnings.warn(
+                    f"{name} is trained through its logits, which takes more time and memory than its hidden states "
+                    f"would: {self._obstacle}",
+                    stacklevel=2,
+                )
+        return self._obstacle is None
+
+    def _loss_in_place_of_logits(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        mask: torch.Tensor,
+        labels: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        head = output_head(self.accelerator.unwrap_model(model))
+        linear: Any = linear_of(head)
+
+        def summed(hidden: torch.Tensor) -> torch.Tensor:
+            return linear_loss(hidden[mask.to(hidden.device)], linear, labels, weights).view(1, 1, 1)
+
+        with replaced_head(head, summed):
+            return model(**inputs).logits.squeeze()
 
 
 def _remedy(args: TrainingArguments) -> str:
     return f"Lower the learning rate (now {args.learning_rate:g}) or train in float32"
 
 
+def check_weights(model: Any, args: TrainingArguments) -> None:
+    """Raise FloatingPointError unless all trained weights are finite (the last step's update is in no loss)."""
+    if not all(bool(weight.isfinite().all()) for weight in model.parameters() if weight.requires_grad):
+        raise FloatingPointError(f"the last step made weights NaN or infinite. {_remedy(args)}")
+
+
 def on_device(model: Any, args: TrainingArguments) -> Any:
     """Return `model` on the device of `args`; one that was spread over devices when it was loaded stays there."""
     return model if getattr(model, "hf_device_map", None) else model.to(args.device)
+
+
+class _EpochOrder(TrainerCallback):
+    """Tells a sampler which epoch it is: accelerate's loaders do not reach it when several processes resume."""
+
+    def __init__(self, sampler: LengthBucketSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.sampler.set_epoch(int(state.epoch or 0))
 
 
 class PhaseProgress(TrainerCallback):
@@ -216,6 +304,10 @@ def fine_tune(
 ) -> tuple[Any, TrainingCost]:
     """Fine-tune `model` in place (or a new adapter on it) on the answers of `examples`.
 
+    With `args.save_strategy="steps"` checkpoints are kept in `args.output_dir/checkpoints`, and the same call after a
+    crash goes on from the last whole one, to the same bits on one machine. They stay until `discard_checkpoints`, so
+    that the result can be saved first; another training in the same folder deletes them.
+
     Args:
         model: the pre-trained model (a transformers `PreTrainedModel`).
         examples: columns `input_ids` and `prompt_length` (`data.tokenize_questions`).
@@ -232,9 +324,12 @@ def fine_tune(
         The trained model in evaluation mode (a `PeftModel` if `peft_config` is given), and its cost.
 
     Raises:
-        FloatingPointError: the loss or a trained weight became NaN or infinite.
-        ValueError: `token_weights` do not fit the examples, or are negative, not finite, or all 0.
+        DiskFullError: the disk filled up during a checkpoint; the one before is whole, and the same call goes on there.
+        FloatingPointError: the loss or a trained weight became NaN or infinite; names step and examples.
+        ValueError: `examples` miss a column or hold an answer without tokens; `token_weights` do not fit the examples,
+            or are negative, not finite, or all 0.
     """
+    check_examples(examples, description)
     if token_weights is not None:
         examples = _with_token_weights(examples, token_weights)
     set_seed(seed)
@@ -246,26 +341,52 @@ def fine_tune(
     args = copy.copy(args)
     args.seed, args.data_seed = seed, seed
     args.include_num_input_tokens_seen = "non_padding"
+    checkpoint = None
+    if args.save_strategy != "no":
+        args.output_dir = str(Path(str(args.output_dir)) / FOLDER)
+        owner = _run_description(model, examples, args, trainer_class)
+        with args.main_process_first():
+            checkpoint = claim_checkpoints(Path(args.output_dir), owner)
     trainer = trainer_class(
         model=model,
         args=args,
-        train_dataset=examples,
+        # An example's place in the dataset, so that an error can name it.
+        train_dataset=examples.add_column("row", np.arange(len(examples))),
         data_collator=AnswerCollator(pad_token_id),
         callbacks=[] if args.disable_tqdm else [PhaseProgress(description)],
         **trainer_options,
     )
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    start = time.perf_counter()
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        check_weights(model, args)
     except FloatingPointError as error:
         raise FloatingPointError(f"{description}: {error}") from error
-    seconds = time.perf_counter() - start
-    # The last step's update is in no loss.
-    if not all(bool(weight.isfinite().all()) for weight in model.parameters() if weight.requires_grad):
-        raise FloatingPointError(f"{description}: the last step made weights NaN or infinite. {_remedy(args)}")
-    return model.eval(), TrainingCost(seconds, trainer.state.num_input_tokens_seen, float(trainer.state.total_flos))
+    cost = TrainingCost(trainer.seconds, trainer.state.num_input_tokens_seen, float(trainer.state.total_flos))
+    return model.eval(), cost
+
+
+# Arguments that change where a run is kept, how it is shown or when it is saved, but not what it computes.
+PRESENTATION = {
+    "output_dir", "logging_dir", "disable_tqdm", "report_to", "run_name", "log_level", "logging_steps",
+    "logging_strategy", "logging_first_step", "dataloader_num_workers", "dataloader_prefetch_factor",
+    "dataloader_persistent_workers", "save_strategy", "save_steps", "save_total_limit",
+}  # fmt: skip
+
+
+def _run_description(
+    model: Any, examples: Dataset, args: TrainingArguments, trainer_class: type[AnswerTrainer]
+) -> dict[str, Any]:
+    """Return what a training run's result depends on; its model is the untrained one."""
+    columns = [name for name in ("input_ids", "prompt_length", "token_weights") if name in examples.column_names]
+    settings = {name: value for name, value in args.to_dict().items() if name not in PRESENTATION}
+    return {
+        **settings,
+        "trainer": trainer_class.__qualname__,
+        "model": digest(weight for _, weight in sorted(model.named_parameters(), key=lambda item: item[0])),
+        "examples": digest(np.asarray(row[name]) for row in examples.select_columns(columns) for name in columns),
+    }
 
 
 def _with_token_weights(examples: Dataset, token_weights: Sequence[np.ndarray]) -> Dataset:

@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from ensemw2s import TokenEnsemble
 from ensemw2s.experts import AdapterExperts
+from ensemw2s.heads import output_head
 from ensemw2s.scoring import AnswerScores, score_answers, score_mixtures
+from tests.test_heads import THROUGH_LOGITS, build
 from tests.tiny import END, PAD, VOCAB, gpt2, llama, saved_adapters
 
 WEIGHTS = [2.5, 1.25, 0.5]
@@ -116,12 +119,52 @@ def assert_scores(scores: AnswerScores, examples: Dataset, slow: tuple[np.ndarra
     assert scores.token_log_probs.dtype == np.float32
 
 
-@pytest.mark.parametrize("build", [llama, gpt2])
-def test_a_models_scores_equal_the_slow_float64_loop(build: Any) -> None:
-    model = build(5)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "gemma2", "cohere"])
+def test_a_models_scores_equal_the_slow_float64_loop(name: str) -> None:
+    # A plain head, a tied one, one with a bias, and two whose logits are changed behind it.
+    model = {"llama": llama, "gpt2": gpt2}[name](5) if name in ("llama", "gpt2") else build(THROUGH_LOGITS[name][0], 5)
     examples = random_examples(20, seed=0)
     slow = slow_scores([copy.deepcopy(model).double()], [1.0], examples)
     assert_scores(score_answers(model, examples, pad_token_id=PAD, batch_size=6), examples, slow)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["v_proj", "lm_head"], "use_dora": True}],
+    ids=["stacked", "one-after-the-other"],
+)
+def test_adapters_of_the_head_are_scored_each_with_its_own(tmp_path: Path, settings: dict[str, Any]) -> None:
+    for t in range(3):
+        torch.manual_seed(t)
+        adapted = get_peft_model(llama(0), LoraConfig(r=4, init_lora_weights=False, **settings))
+        adapted.save_pretrained(tmp_path / str(t))
+    ensemble = TokenEnsemble.from_adapters(llama(0), [tmp_path / str(t) for t in range(3)], WEIGHTS)
+    assert (ensemble.experts.stacked() is None) == ("use_dora" in settings)
+    examples = greedy_examples(ensemble, 10, seed=13)
+    with experts_in_float64(ensemble) as experts:
+        slow = slow_scores(experts, WEIGHTS, examples)
+    assert_scores(score_answers(ensemble, examples, pad_token_id=PAD, batch_size=5), examples, slow)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_no_more_logits_are_made_at_a_time_than_a_chunk_holds(
+    ensemble: TokenEnsemble, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    examples = random_examples(16, seed=11)
+    whole = score_mixtures(ensemble, examples, MIXTURES, pad_token_id=PAD)
+    made: list[int] = []
+    models = [ensemble.experts.base] if isinstance(ensemble.experts, AdapterExperts) else ensemble.experts.models
+    for model in models:
+        output_head(model).register_forward_hook(
+            lambda module, inputs, output: made.append(output[..., 0].numel() if output.shape[-1] == VOCAB else 0)
+        )
+    monkeypatch.setattr("ensemw2s.scoring._CHUNK_ELEMENTS", rows * 3 * VOCAB)
+    parts = score_mixtures(ensemble, examples, MIXTURES, pad_token_id=PAD)
+    # An adapter's rows of all experts are made together.
+    assert max(made) == rows * (3 if len(models) == 1 else 1)
+    for name in MIXTURES:
+        np.testing.assert_array_equal(parts[name].token_wrong, whole[name].token_wrong)
+        np.testing.assert_allclose(parts[name].token_log_probs, whole[name].token_log_probs, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("combine", ["prob", "logprob", "vote"])
@@ -184,16 +227,25 @@ def test_a_mixture_of_one_expert_is_that_expert(ensemble: TokenEnsemble) -> None
 
 
 def test_each_expert_runs_once_and_unused_ones_never(ensemble: TokenEnsemble) -> None:
-    runs: Counter[int] = Counter()
+    rows: Counter[int] = Counter()
+    count = rows.update
+
+    def counts(t: int) -> Any:
+        return lambda module, inputs, output: count({t: len(output[0])})
+
     if isinstance(ensemble.experts, AdapterExperts):
-        names = ensemble.experts.names
-        ensemble.experts.base.register_forward_hook(lambda m, i, o: runs.update([names.index(m.active_adapter)]))
+        # Both used experts in one pass, and each time with the rows of both.
+        ensemble.experts.base.get_base_model().model.register_forward_hook(counts(0))
+        expected = {0: 2 * 8}
     else:
         for t, model in enumerate(ensemble.experts.models):
-            model.register_forward_hook(lambda m, i, o, t=t: runs.update([t]))
+            model.get_decoder().register_forward_hook(counts(t))
+        expected = {0: 8, 2: 8}
     examples = random_examples(8, seed=5)
+    # One token more per expert or pass, which shows how the model ends.
+    expected = {t: number + (2 if len(expected) == 1 else 1) for t, number in expected.items()}
     score_mixtures(ensemble, examples, {"a": [1, 0, 2], "b": [0, 0, 1], "c": [5, 0, 0]}, pad_token_id=PAD, batch_size=4)
-    assert runs == {0: 2, 2: 2}
+    assert rows == expected
 
 
 @pytest.mark.parametrize("combine", ["prob", "logprob", "vote"])
@@ -251,10 +303,10 @@ def test_mixtures_that_cannot_be_meant_are_refused(tmp_path: Path, mixtures: Any
 
 def test_nothing_to_score_is_an_error() -> None:
     examples = random_examples(3, seed=10)
-    with pytest.raises(ValueError, match="0 examples to score: expected at least one"):
+    with pytest.raises(ValueError, match="the answers to score: 0 examples, expected at least one"):
         score_answers(llama(0), examples.select([]), pad_token_id=PAD)
     empty = Dataset.from_list([{"input_ids": [4, 5], "prompt_length": 1}, {"input_ids": [4, 5], "prompt_length": 2}])
-    with pytest.raises(ValueError, match="each with answer tokens"):
+    with pytest.raises(ValueError, match="the answers to score, row 1: the answer has no tokens"):
         score_answers(llama(0), empty, pad_token_id=PAD)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
-from ensemw2s.data import AnswerCollator, tokenize_questions
+from ensemw2s.data import AnswerCollator, LengthBucketSampler, tokenize_questions
 from ensemw2s.models import load_model
 from ensemw2s.training import AnswerTrainer, AnswerTrainingArguments, fine_tune, next_token_mask, only_positions
 from tests.tiny import END, FORMAT, PAD, VOCAB, gpt2, llama, lora, questions, saved_model, tokenizer
@@ -154,6 +155,8 @@ def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(
     for size, accumulated in [(8, 1), (4, 2), (2, 4), (1, 8)]:
         settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
         settings |= {"num_train_epochs": 2, "learning_rate": 0.01, "peft_config": peft_config}
+        # Buckets of similar length would put other rows into a step for another size of micro-batch.
+        settings |= {"train_sampling_strategy": "random"}
         weights_now = trained_weights(run(tmp_path, examples, weights, **settings))
         steps[size] = torch.cat([weight.flatten() for weight in weights_now.values()])
     start = trained_weights(run(tmp_path, examples, weights, learning_rate=0.0, peft_config=peft_config))
@@ -282,12 +285,26 @@ def test_another_seed_gives_another_order_and_another_adapter(tmp_path: Path) ->
 # Divergence
 
 
-def test_a_nan_loss_stops_at_its_step_and_says_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ids", [False, True], ids=["rows", "ids"])
+def test_a_nan_loss_stops_at_its_step_names_the_examples_and_says_what_to_do(tmp_path: Path, ids: bool) -> None:
     examples, _ = ragged(12, seed=14)
-    message = r"^weak expert 2: the training loss is (nan|inf) at step \d+\. Lower the learning rate \(now 1e\+20\)"
-    args = arguments(tmp_path, learning_rate=1e20, num_train_epochs=3)
-    with pytest.raises(FloatingPointError, match=message):
+    names = [f"q{i}" for i in range(12)] if ids else [str(i) for i in range(12)]
+    if ids:
+        examples = examples.add_column("id", names)
+    args = arguments(tmp_path, learning_rate=1e20, num_train_epochs=3, per_device_train_batch_size=6)
+    message = (
+        rf"^weak expert 2: the training loss is (nan|inf) at step (\d+), in the batch of {'id' if ids else 'row'} "
+        r"(\w+), (\w+), (\w+), (\w+), (\w+) and 1 more\. Lower the learning rate \(now 1e\+20\)"
+    )
+    with pytest.raises(FloatingPointError, match=message) as caught:
         fine_tune(llama(0), examples, args, pad_token_id=PAD, seed=0, description="weak expert 2")
+    found = re.match(message, str(caught.value))
+    step, named = int(found.group(2)), list(found.groups()[2:])
+    # The batch is the one that the order of this seed puts there.
+    sampler = LengthBucketSampler([len(row) for row in examples["input_ids"]], 6, seed=0)
+    sampler.set_epoch((step - 1) // 2)
+    start = (step - 1) % 2 * 6
+    assert named == [names[i] for i in list(sampler)[start : start + 5]]
 
 
 def test_a_nan_weight_is_found_at_the_first_step_and_not_trained_on(tmp_path: Path) -> None:
