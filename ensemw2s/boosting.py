@@ -14,9 +14,13 @@ Sources: EnsemW2S (Agrawal et al., Findings of ACL 2026; arXiv 2410.04571) for t
 weighted draw and the prior term; SAMME (Zhu et al., "Multi-class AdaBoost", Statistics and Its Interface 2,
 2009) for the multi-class expert weight; discrete AdaBoost (Freund and Schapire, 1997) for the two-class
 case. Where the paper is silent, the docstring marks our choice with [choice].
+
+Arrays may be memory-mapped (`np.memmap`), also those given as `out`: they are worked through in blocks, so that
+beside the result little memory is used, however large N is. Only `weight_quantiles` holds all the weights at once.
 """
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -34,18 +38,23 @@ __all__ = [
     "unit_index",
     "unit_wrong",
     "update_weights",
+    "weight_quantiles",
     "weighted_error",
 ]
 
 Unit = Literal["token", "window", "sequence"]
 Sampling = Literal["draw", "reweight", "bagging"]
 DrawMethod = Literal["independent", "systematic"]
+# Gives the weights of the units in a slice.
+_WeightsOf = Callable[[slice], NDArray[np.float64]]
 Prior = Literal["pretrained", "uniform"] | float
 
 SUM_TOLERANCE = 1e-9
-# Draws are made in chunks, so that 1e8 of them need some 100 MB beside the counts and the prefix sum.
-DRAWS_PER_CHUNK = 1 << 22
-# Partial sums of about sqrt(1e8) terms keep the rounding error of a 1e8-term prefix sum near 1e-14.
+# Elements of an array that are worked on at once.
+BLOCK = 1 << 20
+# Draws are made in chunks of 128 MB; each chunk is one pass over the prefix sum, which is nowhere held as a whole.
+DRAWS_PER_CHUNK = 1 << 24
+# Partial sums of about sqrt(1e8) terms keep the rounding error of a 1e8-term prefix sum near 1e-14. Divides BLOCK.
 PREFIX_SUM_BLOCK = 1 << 14
 # Keeps the systematic offset clear of the cell borders, where rounding in the prefix sum would decide.
 SYSTEMATIC_MARGIN = 1e-6
@@ -114,11 +123,16 @@ def unit_wrong(token_wrong: ArrayLike, units: ArrayLike) -> NDArray[np.bool_]:
     """
     unit_numbers = _integer_vector("units", units)
     wrong_tokens = _wrong_mask("token_wrong", token_wrong, unit_numbers.size)
-    steps = np.diff(unit_numbers)
-    if unit_numbers[0] != 0 or np.any((steps != 0) & (steps != 1)):
-        raise ValueError("units must rise from 0 in steps of 0 or 1, as unit_index returns them")
-    wrong = np.zeros(unit_numbers[-1] + 1, dtype=np.bool_)
-    wrong[unit_numbers[wrong_tokens]] = True
+    last = -1
+    for part in _blocks(unit_numbers.size):
+        steps = np.diff(unit_numbers[part], prepend=last)
+        # The first unit is number 0: a step of 1 from -1.
+        if np.any((steps != 0) & (steps != 1)) or (last == -1 and steps[0] != 1):
+            raise ValueError("units must rise from 0 in steps of 0 or 1, as unit_index returns them")
+        last = unit_numbers[part][-1]
+    wrong = np.zeros(last + 1, dtype=np.bool_)
+    for part in _blocks(unit_numbers.size):
+        wrong[unit_numbers[part][wrong_tokens[part]]] = True
     return wrong
 
 
@@ -126,10 +140,12 @@ def unit_wrong(token_wrong: ArrayLike, units: ArrayLike) -> NDArray[np.bool_]:
 # Weights
 
 
-def initial_weights(num_units: int) -> NDArray[np.float64]:
-    """`D_1 = 1/N` for every unit: float64 `[num_units]`. Raises ValueError if `num_units < 1`."""
+def initial_weights(num_units: int, out: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+    """`D_1 = 1/N` for every unit: float64 `[num_units]`, in `out` if given. Raises ValueError if `num_units < 1`."""
     _check_num_units(num_units)
-    return np.full(num_units, 1.0 / num_units)
+    result = _result(out, num_units)
+    result[:] = 1.0 / num_units
+    return result
 
 
 def mix_uniform(weights: ArrayLike, uniform_mix: float) -> NDArray[np.float64]:
@@ -149,11 +165,19 @@ def mix_uniform(weights: ArrayLike, uniform_mix: float) -> NDArray[np.float64]:
         ValueError: weights that are no distribution, or `uniform_mix` outside [0, 1).
     """
     distribution = _distribution(weights)
+    return _mixed(distribution, uniform_mix)(slice(None))
+
+
+def _mixed(distribution: NDArray[np.float64], uniform_mix: float) -> _WeightsOf:
     if not 0.0 <= uniform_mix < 1.0:
         raise ValueError(f"uniform_mix must be in [0, 1), got {uniform_mix}; 0 turns the mixing off")
-    mixed = distribution * (1.0 - uniform_mix)
-    mixed += uniform_mix / distribution.size
-    return mixed
+
+    def weights_of(part: slice) -> NDArray[np.float64]:
+        mixed = distribution[part] * (1.0 - uniform_mix)
+        mixed += uniform_mix / distribution.size
+        return mixed
+
+    return weights_of
 
 
 def effective_sample_size(weights: ArrayLike) -> float:
@@ -163,6 +187,17 @@ def effective_sample_size(weights: ArrayLike) -> float:
     """
     distribution = _distribution(weights)
     return float(1.0 / np.dot(distribution, distribution))
+
+
+def weight_quantiles(weights: ArrayLike, probabilities: Sequence[float]) -> NDArray[np.float64]:
+    """Quantiles of `N * D`, whose mean is 1: float64, one per entry of `probabilities` (numbers in [0, 1]).
+
+    Interpolated linearly between neighbouring weights, as `np.quantile` does by default. One copy of the weights is
+    held in memory. Raises ValueError if the weights (float64 `[N]`) are no distribution.
+    """
+    distribution = np.array(_distribution(weights))
+    quantiles: NDArray[np.float64] = np.quantile(distribution, probabilities, overwrite_input=True)
+    return quantiles * distribution.size
 
 
 def weighted_error(weights: ArrayLike, wrong: ArrayLike) -> float:
@@ -182,7 +217,8 @@ def weighted_error(weights: ArrayLike, wrong: ArrayLike) -> float:
     distribution = _distribution(weights)
     wrong_units = _wrong_mask("wrong", wrong, distribution.size)
     # Indexing before summing keeps NumPy's pairwise summation, which sum(where=...) gives up.
-    return min(1.0, float(distribution[wrong_units].sum()))
+    sums = [float(distribution[part][wrong_units[part]].sum()) for part in _blocks(distribution.size)]
+    return min(1.0, math.fsum(sums))
 
 
 def clamp_error(error: float, num_units: int) -> tuple[float, bool]:
@@ -273,7 +309,11 @@ def expert_weight(error: float, prior_error: float) -> float:
 
 
 def update_weights(
-    weights: ArrayLike, wrong: ArrayLike, expert_weight: float, shrinkage: float = 1.0
+    weights: ArrayLike,
+    wrong: ArrayLike,
+    expert_weight: float,
+    shrinkage: float = 1.0,
+    out: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float64]:
     """Raise the weights of the units that the new expert gets wrong.
 
@@ -287,13 +327,14 @@ def update_weights(
         expert_weight: `a_t` > 0, from `expert_weight`.
         shrinkage: `s` in (0, 1] [choice; the paper has 1]. It acts on the update alone, `a_t` stays what
             it is in the mixture.
+        out: float64 `[N]`, where to put the result; None makes a new array.
 
     Returns:
-        `D_{t+1}`, a new float64 array `[N]` that sums to 1.
+        `D_{t+1}`, float64 `[N]`, summing to 1.
 
     Raises:
-        ValueError: weights that are no distribution, a mask of another length, `expert_weight` not positive
-            and finite, `shrinkage` outside (0, 1].
+        ValueError: weights that are no distribution, a mask or an `out` of another length, `expert_weight` not
+            positive and finite, `shrinkage` outside (0, 1].
         TypeError: `wrong` is not boolean.
     """
     distribution = _distribution(weights)
@@ -306,7 +347,10 @@ def update_weights(
     if not 0.0 < shrinkage <= 1.0:
         raise ValueError(f"shrinkage must be in (0, 1], got {shrinkage}; 1 is the paper's full update")
     # Scaling the right units down is the same update as scaling the wrong ones up, and cannot overflow.
-    updated = np.where(wrong_units, distribution, distribution * math.exp(-shrinkage * expert_weight))
+    factor = math.exp(-shrinkage * expert_weight)
+    updated = _result(out, distribution.size)
+    for part in _blocks(distribution.size):
+        updated[part] = np.where(wrong_units[part], distribution[part], distribution[part] * factor)
     total = updated.sum()
     if total == 0.0:
         raise ValueError(
@@ -347,10 +391,9 @@ def draw_counts(
     _check_choice("method", method, DrawMethod)
     if size < 0:
         raise ValueError(f"size (the number of draws) must be at least 0, got {size}")
-    cumulative = _prefix_sum(distribution)
-    if method == "systematic":
-        return _systematic_counts(cumulative, size, generator)
-    return _independent_counts(cumulative, size, generator)
+    counts = np.zeros(distribution.size, dtype=np.int64)
+    _count_draws(lambda part: distribution[part], size, generator, method, counts)
+    return counts
 
 
 def loss_weights(
@@ -361,6 +404,7 @@ def loss_weights(
     deduplicate: bool = False,
     method: DrawMethod = "independent",
     generator: np.random.Generator | None = None,
+    out: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float64]:
     """The weight of every unit in one round's training loss; all ways sum to N (without `deduplicate`).
 
@@ -374,61 +418,113 @@ def loss_weights(
         deduplicate: count a unit that was drawn several times once [choice: False].
         method: how to draw, see `draw_counts`.
         generator: source of the draws; not needed for `"reweight"`.
+        out: float64 `[N]`, where to put the result; None makes a new array.
 
     Returns:
         float64 `[N]`; index it with `unit_index` for the weights of the tokens.
 
     Raises:
         ValueError: weights that are no distribution, unknown names, `uniform_mix` outside [0, 1), a missing
-            `generator`, `deduplicate` with `"reweight"`.
+            `generator`, `deduplicate` with `"reweight"`, an `out` of another length.
     """
     _check_choice("sampling", sampling, Sampling)
-    mixed = mix_uniform(weights, uniform_mix)
+    _check_choice("method", method, DrawMethod)
+    distribution = _distribution(weights)
+    mixed = _mixed(distribution, uniform_mix)
+    size = distribution.size
     if sampling == "reweight":
         if deduplicate:
             raise ValueError('deduplicate only applies to draws: use sampling="draw" or "bagging", or leave it off')
-        return mixed * mixed.size
+        result = _result(out, size)
+        for part in _blocks(size):
+            result[part] = mixed(part) * size
+        return result
     if generator is None:
         raise ValueError(f"sampling={sampling!r} needs a generator (numpy.random.Generator)")
-    source = mixed if sampling == "draw" else initial_weights(mixed.size)
-    counts = draw_counts(source, mixed.size, generator, method)
-    return (np.minimum(counts, 1) if deduplicate else counts).astype(np.float64)
+    source = mixed if sampling == "draw" else lambda part: np.full(part.stop - part.start, 1.0 / size)
+    result = _result(out, size)
+    result[:] = 0.0
+    _count_draws(source, size, generator, method, result)
+    if deduplicate:
+        np.minimum(result, 1.0, out=result)
+    return result
 
 
-def _prefix_sum(distribution: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Cumulative sums in blocks: non-decreasing, and constant across units of weight zero."""
-    cumulative = np.empty_like(distribution)
+def _prefix_sums(weights_of: _WeightsOf, size: int) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """Cumulative sums, a block at a time: non-decreasing, and constant across units of weight zero."""
     carry = 0.0
-    for start in range(0, distribution.size, PREFIX_SUM_BLOCK):
-        block = cumulative[start : start + PREFIX_SUM_BLOCK]
-        np.cumsum(distribution[start : start + PREFIX_SUM_BLOCK], out=block)
-        block += carry
-        carry = block[-1]
-    return cumulative
+    for part in _blocks(size):
+        weights = weights_of(part)
+        cumulative = np.empty_like(weights)
+        for start in range(0, weights.size, PREFIX_SUM_BLOCK):
+            row = cumulative[start : start + PREFIX_SUM_BLOCK]
+            np.cumsum(weights[start : start + PREFIX_SUM_BLOCK], out=row)
+            row += carry
+            carry = row[-1]
+        yield part, cumulative
 
 
-def _independent_counts(
-    cumulative: NDArray[np.float64], size: int, generator: np.random.Generator
-) -> NDArray[np.int64]:
-    counts = np.zeros(cumulative.size, dtype=np.int64)
-    total = cumulative[-1]
-    for start in range(0, size, DRAWS_PER_CHUNK):
-        uniforms = generator.random(min(DRAWS_PER_CHUNK, size - start))
-        # Neighbouring look-ups share cache lines; on large arrays that is worth far more than the sort costs.
-        uniforms.sort()
+def _count_draws(
+    weights_of: _WeightsOf,
+    draws: int,
+    generator: np.random.Generator,
+    method: DrawMethod,
+    counts: NDArray[np.int64] | NDArray[np.float64],
+) -> None:
+    """Add to `counts` [N] how often each unit comes up."""
+    total = 0.0
+    for _, cumulative in _prefix_sums(weights_of, counts.size):
+        total = cumulative[-1]
+    count = _count_systematic if method == "systematic" else _count_independent
+    count(weights_of, draws, generator, total, counts)
+
+
+def _count_independent(  # type: ignore[no-untyped-def]
+    weights_of: _WeightsOf, draws: int, generator: np.random.Generator, total: float, counts
+) -> None:
+    for start in range(0, draws, DRAWS_PER_CHUNK):
+        points = generator.random(min(DRAWS_PER_CHUNK, draws - start))
+        # Sorted, the points that fall into one block of units stand together.
+        points.sort()
         # With u <= 1 - 2^-53, u * total stays below total in floating point too: no draw lies beyond the last unit.
-        np.add.at(counts, np.searchsorted(cumulative, uniforms * total, side="right"), 1)
-    return counts
+        points *= total
+        done = 0
+        for part, cumulative in _prefix_sums(weights_of, counts.size):
+            end = done + int(np.searchsorted(points[done:], cumulative[-1], side="left"))
+            units = np.searchsorted(cumulative, points[done:end], side="right")
+            counts[part] += np.bincount(units, minlength=cumulative.size)
+            done = end
 
 
-def _systematic_counts(cumulative: NDArray[np.float64], size: int, generator: np.random.Generator) -> NDArray[np.int64]:
+def _count_systematic(  # type: ignore[no-untyped-def]
+    weights_of: _WeightsOf, draws: int, generator: np.random.Generator, total: float, counts
+) -> None:
     offset = generator.uniform(SYSTEMATIC_MARGIN, 1.0 - SYSTEMATIC_MARGIN)
-    # How many of the points offset, offset + 1, ... lie below a unit's upper border (scale: 1 per draw).
-    points_below = np.ceil(cumulative * (size / cumulative[-1]) - offset).astype(np.int64)
-    # The last border is size up to rounding, and rounding must not lose or add a draw.
-    np.clip(points_below, 0, size, out=points_below)
-    counts: NDArray[np.int64] = np.diff(points_below, prepend=0)
-    return counts
+    before = 0
+    for part, cumulative in _prefix_sums(weights_of, counts.size):
+        # How many of the points offset, offset + 1, ... lie below a unit's upper border (scale: 1 per draw).
+        points_below = np.ceil(cumulative * (draws / total) - offset).astype(np.int64)
+        # The last border is the number of draws up to rounding, and rounding must not lose or add a draw.
+        np.clip(points_below, 0, draws, out=points_below)
+        counts[part] += np.diff(points_below, prepend=before)
+        before = points_below[-1]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Blocks
+
+
+def _blocks(size: int) -> Iterator[slice]:
+    for start in range(0, size, BLOCK):
+        yield slice(start, min(start + BLOCK, size))
+
+
+def _result(out: NDArray[np.float64] | None, size: int) -> NDArray[np.float64]:
+    if out is None:
+        return np.empty(size)
+    if out.shape != (size,) or out.dtype != np.float64:
+        raise ValueError(f"out must be float64 of shape ({size},), one entry per unit; got {out.dtype} {out.shape}")
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ EXAMPLES = """examples:
   ensemw2s run examples/reverse_words.yaml boosting.recipe=paper name=as_published
   ensemw2s boost examples/reverse_words.yaml && ensemw2s label run/reverse_words
   ensemw2s report run/reverse_words run/as_published --output both.html
+  accelerate launch --num_processes 2 -m ensemw2s run examples/reverse_words.yaml
 """
 
 
@@ -38,14 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options.command(options)
     except KeyboardInterrupt:
-        _complain(
-            "interrupted. What was finished is kept; go on with the same command:\n  ensemw2s " + " ".join(arguments)
-        )
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if not several:
+            _complain(f"interrupted. {_go_on(arguments)}")
+        elif os.environ.get("RANK") == "0":
+            _complain(f"interrupted, or ended by the launcher because another process failed. {_go_on(arguments)}")
         return 130
     except (ValueError, TypeError, FileNotFoundError, RuntimeError, FloatingPointError, ImportError) as error:
         if os.environ.get("ENSEMW2S_DEBUG"):
             raise
-        _complain(f"error: {error}")
+        _explain(error)
         return 2
     except Exception as error:
         if not is_disk_full(error):
@@ -109,6 +113,7 @@ def _run(options: argparse.Namespace) -> None:
     from rich.console import Console
     from transformers.utils import logging
 
+    from ensemw2s import processes
     from ensemw2s.config import load_config
     from ensemw2s.experiment import PHASES, Experiment
     from ensemw2s.report import results_table
@@ -119,12 +124,17 @@ def _run(options: argparse.Namespace) -> None:
     _quiet_datasets()
     # A pipe has no width of its own; 80 columns would fold the table.
     console = Console(width=None if sys.stdout.isatty() else 120)
-    config = load_config(options.config, options.overrides, quick=options.quick)
+    if processes.count() > 1:
+        # The launcher ends all processes when one is gone; an interrupt leaves time to say how to go on.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    config = processes.on_main(load_config, options.config, options.overrides, quick=options.quick)
     experiment = Experiment(config, overwrite=options.overwrite, say=_say)
     records = experiment.run(options.phases or PHASES)
-    if options.phases is None or "evaluate" in options.phases:
-        console.print(results_table(records))
-    console.print(f"results: {experiment.folder / 'results.jsonl'}")
+    if processes.is_main():
+        if options.phases is None or "evaluate" in options.phases:
+            console.print(results_table(records))
+        console.print(f"results: {experiment.folder / 'results.jsonl'}")
+    processes.end()
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -160,6 +170,25 @@ def _say(line: str) -> None:
 
     # Written above a progress bar that may be on the screen.
     tqdm.write(line)
+
+
+def _go_on(arguments: Sequence[str]) -> str:
+    return f"What was finished is kept; go on with the same command:\n  ensemw2s {' '.join(arguments)}"
+
+
+def _explain(error: Exception) -> None:
+    """Say what went wrong, once: not on a process that failed because the main one did."""
+    from ensemw2s import processes
+
+    place = f"process {processes.index()} of {processes.count()}: " if processes.count() > 1 else ""
+    if processes.is_lost_contact(error):
+        _complain(
+            f"{place}another process is gone or does not answer ({error}). Its own message, if it had time for one, is "
+            "above; the kernel's log tells of a lack of memory. What was finished is kept: run the same command again, "
+            "with any number of processes"
+        )
+    elif not isinstance(error, processes.MainProcessError):
+        _complain(f"{place}error: {error}")
 
 
 def _complain(message: str) -> None:

@@ -97,7 +97,8 @@ class ExperimentConfig:
             the truth by cross entropy. With `variant: soft` and `top_logprobs` teachers label with a cache.
         labelling: how pseudo-answers are decoded.
         seed: fixes everything.
-        threads: CPU threads to compute with; None leaves it to torch. Sums are rounded differently with another number.
+        threads: CPU threads of each process; None leaves it to torch, or shares the machine's CPUs among several
+            processes. Sums are rounded differently with another number.
         output_dir: where run folders are made.
     """
 

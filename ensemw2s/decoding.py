@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +19,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ensemw2s import ops
+from ensemw2s import ops, processes
 from ensemw2s.data import PromptCollator, QuestionFormat, tokenize_prompts
-from ensemw2s.distillation import TOP_COLUMNS, packed_row, read_labels, top_tokens
-from ensemw2s.files import append_json_lines
+from ensemw2s.distillation import TOP_COLUMNS, packed_row, top_tokens, unpacked_row
+from ensemw2s.files import append_json_lines, read_complete_lines, write_json_lines
 from ensemw2s.models import CACHE
 
 if TYPE_CHECKING:
@@ -240,8 +242,9 @@ def label_questions(
 ) -> Dataset:
     """Let the ensemble answer questions; the answers are pseudo-labels for a student (method, phase 3).
 
-    Questions are decoded in batches of similar prompt length. With `output_file`, finished rows are appended to it
-    (JSON lines) as they come, and a later call goes on behind them.
+    Questions are decoded in batches of similar prompt length, which several processes share out. With `output_file`,
+    finished rows are appended to it (JSON lines) as they come, and a later call goes on behind them, whatever its
+    number of processes. Each process but the main one has a file of its own beside it, until all are done.
 
     Args:
         ensemble: T experts with their weights.
@@ -278,30 +281,36 @@ def label_questions(
     question_format = question_format or QuestionFormat()
     prompts = tokenize_prompts(questions, processing_class, question_format, "questions", max_new_tokens)
     require_room(ensemble, prompts, max_new_tokens)
-    rows = {row["id"]: row for row in (read_labels(output_file) if output_file else [])}
+    rows = {row["id"]: unpacked_row(row) for row in processes.on_main(_finished_rows, output_file)}
     _check_rows(rows, set(prompts["id"]), top, output_file)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]["input_ids"]), i))
     # Batches are cut before finished rows are left out, so that a continued run meets the same batches.
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    todo = [batch for batch in batches if any(prompts[i]["id"] not in rows for i in batch)]
+    todo = processes.share([batch for batch in batches if any(prompts[i]["id"] not in rows for i in batch)])
+    own_file = _own_file(output_file, processes.index())
+    mine: dict[str, dict[str, Any]] = {}
     bar = tqdm(
-        total=len(order),
+        total=len(rows) + sum(len(batch) for batch in todo),
         initial=len(rows),
         desc=description,
         unit="question",
         leave=False,
-        disable=description is None,
+        disable=description is None or not processes.is_main(),
     )
     for batch in todo:
         fresh = list(
             _label_batch(ensemble, questions, prompts, batch, processing_class, max_new_tokens, sampling, seed, top)
         )
         fresh = [row for row in fresh if row["id"] not in rows]
-        rows.update((row["id"], row) for row in fresh)
-        if output_file:
-            append_json_lines(output_file, map(packed_row, fresh))
+        mine.update((row["id"], row) for row in fresh)
+        if own_file:
+            append_json_lines(own_file, map(packed_row, fresh))
         bar.update(len(fresh))
     bar.close()
+    for share in processes.gather(mine):
+        rows |= share
+    if output_file and processes.count() > 1:
+        processes.on_main(_join_files, output_file, [packed_row(rows[prompts[i]["id"]]) for i in order])
     from datasets import Dataset
 
     return Dataset.from_list([rows[row_id] for row_id in prompts["id"]])
@@ -327,6 +336,36 @@ def _check_rows(
                 f"{output_file} holds answers with (top_logprobs, top_temperature) = {found}, asked for are {top}: "
                 "name another file or delete this one"
             )
+
+
+def _own_file(output_file: str | os.PathLike[str] | None, process: int) -> Path | None:
+    """Return where a process keeps its finished rows: the main one in `output_file` itself."""
+    if output_file is None:
+        return None
+    file = Path(output_file)
+    return file if process == 0 else file.with_name(f"{file.name}.process-{process}")
+
+
+def _other_files(output_file: str | os.PathLike[str]) -> list[Path]:
+    return sorted(Path(output_file).parent.glob(f"{glob.escape(Path(output_file).name)}.process-*"))
+
+
+def _finished_rows(output_file: str | os.PathLike[str] | None) -> list[dict[str, Any]]:
+    """Read what any process of an earlier call has finished, and leave it in one file."""
+    if output_file is None:
+        return []
+    rows = read_complete_lines(output_file)
+    others = [row for file in _other_files(output_file) for row in read_complete_lines(file)]
+    if others:
+        rows += others
+        _join_files(output_file, rows)
+    return rows
+
+
+def _join_files(output_file: str | os.PathLike[str], rows: list[dict[str, Any]]) -> None:
+    write_json_lines(output_file, {row["id"]: row for row in rows}.values())
+    for file in _other_files(output_file):
+        file.unlink()
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from transformers import set_seed
 
-from ensemw2s import ops
+from ensemw2s import ops, processes
 from ensemw2s.config import SPLITS, ExperimentConfig, ModelConfig
 from ensemw2s.data import (
     check_disjoint,
@@ -49,10 +49,13 @@ RESULTS_FILE = "results.jsonl"
 class Experiment:
     """Run an experiment, phase by phase or as a whole.
 
+    Several processes (`accelerate launch`, `torchrun`) share out training, labelling and scoring; each makes the
+    experiment and runs the same phases, and the main one writes.
+
     Args:
         config: what to do; the run's folder is `config.folder`.
         overwrite: delete a run of another configuration that is in the folder.
-        say: called with each line meant for the reader.
+        say: called with each line meant for the reader, on the main process.
 
     Raises:
         ValueError: the folder holds a run of another configuration; names the differing keys.
@@ -67,8 +70,8 @@ class Experiment:
     ) -> None:
         self.config = config
         self.folder = config.folder
-        self.say = say
-        self._claim_folder(overwrite)
+        self.say = say if processes.is_main() else lambda line: None
+        processes.on_main(self._claim_folder, overwrite)
 
     def run(self, phases: tuple[str, ...] = PHASES) -> list[dict[str, Any]]:
         """Run the named phases in their order and return all records so far.
@@ -76,26 +79,30 @@ class Experiment:
         Raises:
             FileNotFoundError: an earlier phase that is not among `phases` has not been run.
         """
-        if self.config.threads is not None:
-            torch.set_num_threads(self.config.threads)
+        threads = self.config.threads or processes.fair_threads()
+        if threads is not None:
+            torch.set_num_threads(threads)
         for phase in phases:
-            self._require_earlier(phase)
+            processes.on_main(self._require_earlier, phase)
             if phase == "report":
-                self._report()
-            elif not self._records_file(phase).exists():
+                processes.on_main(self._report)
+            elif not processes.on_main(self._records_file(phase).exists):
                 start = time.perf_counter()
                 # Whatever global generator a library uses, a phase that is run alone sees the same one.
                 set_seed(self.config.seed)
                 records = getattr(self, f"_{phase}")()
                 records.append({"kind": "phase", "phase": phase, "seconds": time.perf_counter() - start})
-                write_json_lines(self._records_file(phase), records)
-            self._collect_results()
+                processes.on_main(write_json_lines, self._records_file(phase), records)
+            processes.on_main(self._collect_results)
         return read_complete_lines(self.folder / RESULTS_FILE)
 
     # Phases: each returns its records
 
     def _data(self) -> list[dict[str, Any]]:
         self._check_tokenizers()
+        return processes.on_main(self._write_questions)
+
+    def _write_questions(self) -> list[dict[str, Any]]:
         data, sizes = self.config.data, self.config.data.sizes
         easy = load_questions(data.easy)
         hard = exclude_questions(load_questions(data.hard), [easy])
@@ -123,8 +130,11 @@ class Experiment:
         ensemble = trainer.train()
         if trainer.stop_reason:
             self.say(trainer.stop_reason)
-        ensemble.save_pretrained(
-            self.folder / "ensemble", processing_class=trainer.processing_class, record=trainer.record()
+        processes.on_main(
+            ensemble.save_pretrained,
+            self.folder / "ensemble",
+            processing_class=trainer.processing_class,
+            record=trainer.record(),
         )
         cost = {"kind": "cost", "arm": "ensemble"}
         cost |= {
@@ -198,7 +208,7 @@ class Experiment:
         teacher: TokenEnsemble | None = None,
     ) -> None:
         folder = self._model_folder(arm)
-        if folder.exists():
+        if processes.on_main(folder.exists):
             return
         trainer = StudentTrainer(
             model.source,
@@ -246,12 +256,12 @@ class Experiment:
     ) -> dict[str, dict[str, list[Any]]]:
         """Per arm and split, the wrong bits per answer, computed once and kept."""
         file = self.folder / "scores" / f"{name}.json"
-        if not file.exists():
+        if not processes.on_main(file.exists):
             plain = {
                 arm: {split: _wrong_per_answer(scores) for split, scores in splits.items()}
                 for arm, splits in compute().items()
             }
-            write_json(file, plain)
+            processes.on_main(write_json, file, plain)
         return read_json(file)
 
     def _score_one(
@@ -397,6 +407,7 @@ def environment() -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "device": device,
         "threads": torch.get_num_threads(),
+        "processes": processes.count(),
         "backends": {op: ops.backend_for(op, device) for op in ("mixture_log_probs", "mixture_sample")},
         "build": ops.build_info(),
     }

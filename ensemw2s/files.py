@@ -163,6 +163,27 @@ def write_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
         np.save(file, array, allow_pickle=False)
 
 
+@contextmanager
+def new_array(path: str | os.PathLike[str], size: int, dtype: Any = np.float64) -> Iterator[np.ndarray]:
+    """Give an array [size] that is mapped into memory and takes the place of `path` (as `.npy`) at the block's end.
+
+    Raises:
+        DiskFullError: the disk is full; `path` is as it was before.
+    """
+    with new_file(path) as aside:
+        array = np.lib.format.open_memmap(aside, mode="w+", dtype=dtype, shape=(size,))
+        with aside.open("r+b") as file:
+            # Now, with an error: a full disk that is met while a map is written ends the process without a word.
+            os.posix_fallocate(file.fileno(), 0, aside.stat().st_size)
+        yield array
+        array.flush()
+
+
 def read_array(path: str | os.PathLike[str]) -> np.ndarray:
     """Read an array written by `write_array`; a pickled one is refused."""
     return np.load(path, allow_pickle=False)
+
+
+def map_array(path: str | os.PathLike[str]) -> np.ndarray:
+    """Map an array written by `write_array` into memory, read-only: processes share what they read."""
+    return np.load(path, mmap_mode="r", allow_pickle=False)

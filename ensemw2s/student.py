@@ -12,6 +12,7 @@ import numpy as np
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from ensemw2s import processes
 from ensemw2s.checkpoints import discard_checkpoints
 from ensemw2s.data import QuestionFormat, answer_lengths, check_questions, tokenize_questions
 from ensemw2s.distillation import (
@@ -279,12 +280,18 @@ class StudentTrainer:
     def save_model(self, folder: str | Path) -> None:
         """Write the student (its adapter alone, if one was trained), tokenizer and cost, whole or not at all.
 
+        Of several processes, all must call this and the main one writes.
+
         Raises:
             DiskFullError: the disk is full; what was at `folder` before is untouched.
             RuntimeError: the student is not trained yet.
         """
         if self.cost is None:
             raise RuntimeError("this student is not trained yet: call train() before save_model()")
+        processes.on_main(self._write, folder)
+
+    def _write(self, folder: str | Path) -> None:
+        assert self.cost is not None
         with new_folder(folder) as aside:
             self.model.save_pretrained(aside)
             self.processing_class.save_pretrained(aside)

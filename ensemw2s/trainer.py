@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ensemw2s import boosting
+from ensemw2s import boosting, processes
 from ensemw2s.checkpoints import discard_checkpoints
 from ensemw2s.data import QuestionFormat, answer_lengths, check_disjoint, check_questions, tokenize_questions
 from ensemw2s.ensemble import COMBINE, TokenEnsemble
-from ensemw2s.files import new_folder, read_array, read_json, write_array, write_json
+from ensemw2s.files import map_array, new_array, new_folder, read_array, read_json, write_array, write_json
 from ensemw2s.models import load_model, load_tokenizer, source_of
 from ensemw2s.scoring import AnswerScores, score_mixtures
-from ensemw2s.training import PRESENTATION, AnswerTrainingArguments, fine_tune, on_device
+from ensemw2s.training import PRESENTATION, AnswerTrainingArguments, TrainingCost, fine_tune, on_device
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -105,14 +105,17 @@ class BoostingConfig(AnswerTrainingArguments):
         boosting.update_weights(two, [True, False], 1.0, self.shrinkage)
         self.loss_weights(two, generator)
 
-    def loss_weights(self, weights: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Return float64 [N], the weight of each unit in one round's loss."""
+    def loss_weights(
+        self, weights: np.ndarray, generator: np.random.Generator, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return float64 [N], the weight of each unit in one round's loss; in `out` if given."""
         return boosting.loss_weights(
             weights,
             sampling=self.sampling,
             uniform_mix=self.uniform_mix,
             deduplicate=self.deduplicate,
             generator=generator,
+            out=out,
         )
 
 
@@ -122,6 +125,11 @@ class BoostingTrainer:
     Every phase of every round (token weights, expert, errors, record) is written whole to `args.output_dir` when it
     is done. `train()` on a folder that a killed run left behind goes on with the first missing phase, and ends with
     the same bits as an uninterrupted run.
+
+    Several processes (`accelerate launch`, `torchrun`) share out every batch: each makes the trainer and calls
+    `train()`, and the main one writes. The batch sizes of `args` are those of one process, as transformers has it.
+    With the same experts, errors, expert weights, token weights and draws have the same bits for any number of
+    processes.
 
     Args:
         model: folder, hub id or other source of `models.load_model`, or a model; or a list with one for each round.
@@ -133,7 +141,7 @@ class BoostingTrainer:
             adapters are merged into them.
         question_format: how a question becomes tokens.
         model_init_kwargs: passed on to `models.load_model` (`dtype`, `keep_layers`, `quantization_config`, ...).
-        on_round: called with each round's record as soon as it is known.
+        on_round: called with each round's record as soon as it is known, on the main process.
 
     Raises:
         ValueError: bad data or settings; a question in both datasets; too few models; an `output_dir` that belongs
@@ -171,8 +179,7 @@ class BoostingTrainer:
         self._train = self._tokenize(self.train_questions, "train_dataset")
         self._eval = None if self.eval_questions is None else self._tokenize(self.eval_questions, "eval_dataset")
         self._lengths = answer_lengths(self._train)
-        self._units = boosting.unit_index(self._lengths, args.unit, args.window)
-        self.num_units = int(self._units[-1]) + 1
+        self.num_units = int(self._unit_index()[-1]) + 1
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -204,7 +211,8 @@ class BoostingTrainer:
         Raises:
             RuntimeError: no expert beat the prior, not even in round 1.
         """
-        self._claim_folder()
+        processes.on_main(self._claim_folder)
+        processes.on_main(self._start_weights)
         prior_error = self._prior_error()
         for number in range(1, self.args.num_rounds + 1):
             if not self._round(number, prior_error):
@@ -230,13 +238,16 @@ class BoostingTrainer:
     def _round(self, number: int, prior_error: float | None) -> bool:
         for attempt in range(1, ATTEMPTS + 1):
             file = self._attempt_folder(number, attempt) / "record.json"
-            if not file.exists():
+            if not processes.on_main(file.exists):
                 record = self._attempt(number, attempt, prior_error)
-                write_json(file, record)
-                self.on_round(record)
-            if read_json(file)["accepted"]:
+                processes.on_main(self._keep_record, file, record)
+            if processes.on_main(read_json, file)["accepted"]:
                 return True
         return False
+
+    def _keep_record(self, file: Path, record: dict[str, Any]) -> None:
+        write_json(file, record)
+        self.on_round(record)
 
     def _attempt(self, number: int, attempt: int, prior_error: float | None) -> dict[str, Any]:
         start = time.perf_counter()
@@ -248,29 +259,41 @@ class BoostingTrainer:
         # Bagging has equal votes and no update: an error under uniform weights decides nothing.
         expert_weight = 1.0 if prior_error is None else boosting.expert_weight(error, prior_error)
         accepted = expert_weight > 0
-        following = weights
-        if accepted and prior_error is not None:
-            following = boosting.update_weights(weights, wrong, expert_weight, self.args.shrinkage)
-        if accepted:
-            write_array(self._round_folder(number + 1) / "weights.npy", following)
-        scaled = np.quantile(following * self.num_units, WEIGHT_QUANTILES)
+        update = expert_weight if accepted and prior_error is not None else None
+        spread = processes.on_main(self._next_weights, number, wrong, update, accepted)
         return {
             "kind": "round", "round": number, "attempt": attempt, "error": error, "prior_error": prior_error,
             "expert_weight": expert_weight, "clamped": clamped, "accepted": accepted,
-            "effective_sample_size": boosting.effective_sample_size(following), "num_units": self.num_units,
+            "num_units": self.num_units, **spread, "num_processes": processes.count(),
             "validation": self._validate(number, folder, expert_weight) if accepted else None,
-            "weight_quantiles": {str(q): float(v) for q, v in zip(WEIGHT_QUANTILES, scaled, strict=True)},
             **{f"train_{name}": value for name, value in read_json(folder / "expert" / "cost.json").items()},
             "seconds": time.perf_counter() - start,
         }  # fmt: skip
 
+    def _next_weights(self, number: int, wrong: np.ndarray, update: float | None, keep: bool) -> dict[str, Any]:
+        """Update the weights by `update` (None leaves them), keep them for the next round, and say how they spread."""
+        following = self._weights(number)
+        if keep:
+            with new_array(self._round_folder(number + 1) / "weights.npy", self.num_units) as updated:
+                if update is None:
+                    updated[:] = following
+                else:
+                    boosting.update_weights(following, wrong, update, self.args.shrinkage, out=updated)
+            following = self._weights(number + 1)
+        quantiles = boosting.weight_quantiles(following, WEIGHT_QUANTILES)
+        return {
+            "effective_sample_size": boosting.effective_sample_size(following),
+            "weight_quantiles": {str(q): float(v) for q, v in zip(WEIGHT_QUANTILES, quantiles, strict=True)},
+        }
+
     def _train_expert(self, number: int, attempt: int, weights: np.ndarray) -> None:
         folder = self._attempt_folder(number, attempt) / "expert"
-        if folder.exists():
+        if processes.on_main(folder.exists):
             return
         draw_seed, training_seed = np.random.SeedSequence(self.args.seed, spawn_key=(number, attempt)).generate_state(2)
-        unit_weights = self.args.loss_weights(weights, np.random.default_rng(draw_seed))
-        token_weights = np.split(unit_weights[self._units], np.cumsum(self._lengths)[:-1])
+        drawn = folder.with_name("loss_weights.npy")
+        processes.on_main(self._keep_loss_weights, drawn, weights, np.random.default_rng(draw_seed))
+        token_weights = self._per_answer(map_array(drawn))
         # A sentence of which no token was drawn has no loss.
         kept = [i for i, row in enumerate(token_weights) if row.any()]
         trained, cost = fine_tune(
@@ -285,6 +308,23 @@ class BoostingTrainer:
         )
         if self.peft_config is not None and not self._adapters:
             trained = trained.merge_and_unload()
+        processes.on_main(self._keep_expert, folder, trained, cost)
+
+    def _keep_loss_weights(self, file: Path, weights: np.ndarray, generator: np.random.Generator) -> None:
+        with new_array(file, self.num_units) as out:
+            self.args.loss_weights(weights, generator, out)
+
+    def _per_answer(self, unit_weights: np.ndarray) -> list[np.ndarray]:
+        """Return each answer's token weights, float32 as the loss takes them: views of one array."""
+        units = map_array(self.folder / "units.npy")
+        tokens = np.empty(units.size, dtype=np.float32)
+        for start in range(0, units.size, boosting.BLOCK):
+            tokens[start : start + boosting.BLOCK] = unit_weights[units[start : start + boosting.BLOCK]]
+        return np.split(tokens, np.cumsum(self._lengths)[:-1])
+
+    def _keep_expert(self, folder: Path, trained: Any, cost: TrainingCost) -> None:
+        # Every process has trained: none reads the loss's weights any more, and they can be drawn again.
+        folder.with_name("loss_weights.npy").unlink(missing_ok=True)
         with new_folder(folder) as aside:
             trained.save_pretrained(aside)
             write_json(aside / "cost.json", asdict(cost))
@@ -293,13 +333,11 @@ class BoostingTrainer:
     def _wrong_units(self, folder: Path) -> np.ndarray:
         """Return bool [N] for the expert in `folder`: measured from its saved form, and kept."""
         file = folder / "token_wrong.npy"
-        if not file.exists():
+        if not processes.on_main(file.exists):
             expert = self._ensemble([folder / "expert"], [1.0])
-            write_array(
-                file,
-                self._score(expert, self._train, {"expert": [1.0]}, "weighted error")["expert"].token_wrong,
-            )
-        return boosting.unit_wrong(read_array(file), self._units)
+            scores = self._score(expert, self._train, {"expert": [1.0]}, "weighted error")
+            processes.on_main(write_array, file, scores["expert"].token_wrong)
+        return boosting.unit_wrong(map_array(file), map_array(self.folder / "units.npy"))
 
     def _validate(self, number: int, folder: Path, expert_weight: float) -> dict[str, float] | None:
         if self._eval is None:
@@ -317,6 +355,9 @@ class BoostingTrainer:
 
     # What is kept, and where
 
+    def _unit_index(self) -> np.ndarray:
+        return boosting.unit_index(self._lengths, self.args.unit, self.args.window)
+
     def _round_folder(self, number: int) -> Path:
         return self.folder / "rounds" / str(number)
 
@@ -324,12 +365,11 @@ class BoostingTrainer:
         return self._round_folder(number) / f"attempt-{attempt}"
 
     def _weights(self, number: int) -> np.ndarray:
+        """Return float64 [N], mapped from the file that the round before wrote."""
         file = self._round_folder(number) / "weights.npy"
         if not file.exists():
-            if number > 1:
-                raise FileNotFoundError(f"{file} is gone (round {number - 1} wrote it): delete {self.folder}")
-            write_array(file, boosting.initial_weights(self.num_units))
-        return read_array(file)
+            raise FileNotFoundError(f"{file} is gone (round {number - 1} wrote it): delete {self.folder}")
+        return map_array(file)
 
     def _accepted(self, before: int | None = None) -> list[tuple[Path, float]]:
         """Return folder and weight of each accepted expert (of the rounds before `before`)."""
@@ -345,12 +385,12 @@ class BoostingTrainer:
         pretrained = None
         if self.args.prior == "pretrained":
             file = self.folder / "pretrained_token_wrong.npy"
-            if not file.exists():
+            if not processes.on_main(file.exists):
                 untrained = TokenEnsemble.from_models([self._load_model(1)], [1.0])
                 scores = self._score(untrained, self._train, {"prior": [1.0]}, "error before training")
-                write_array(file, scores["prior"].token_wrong)
-            wrong = boosting.unit_wrong(read_array(file), self._units)
-            error = boosting.weighted_error(boosting.initial_weights(self.num_units), wrong)
+                processes.on_main(write_array, file, scores["prior"].token_wrong)
+            wrong = boosting.unit_wrong(map_array(file), map_array(self.folder / "units.npy"))
+            error = boosting.weighted_error(self._weights(1), wrong)
             pretrained, _ = boosting.clamp_error(error, self.num_units)
         classes = self.args.num_classes or len(self.processing_class)
         return boosting.prior_error(self.args.prior, pretrained, classes, self.args.unit)
@@ -371,8 +411,14 @@ class BoostingTrainer:
         if file.exists() and mine != read_json(file):
             shutil.rmtree(self.folder / "rounds", ignore_errors=True)
             (self.folder / "pretrained_token_wrong.npy").unlink(missing_ok=True)
-        write_array(self.folder / "units.npy", self._units)
+        write_array(self.folder / "units.npy", self._unit_index())
         write_json(file, mine)
+
+    def _start_weights(self) -> None:
+        first = self._round_folder(1) / "weights.npy"
+        if not first.exists():
+            with new_array(first, self.num_units) as weights:
+                boosting.initial_weights(self.num_units, out=weights)
 
     def _fingerprint(self) -> dict[str, Any]:
         args = {name: value for name, value in self.args.to_dict().items() if name not in _PRESENTATION | {"overwrite"}}

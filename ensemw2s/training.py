@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ensemw2s import ops
+from ensemw2s import ops, processes
 from ensemw2s.checkpoints import FOLDER, claim_checkpoints, digest, seal_checkpoint, seconds_trained
 from ensemw2s.data import AnswerCollator, LengthBucketSampler, answer_lengths, check_examples
 from ensemw2s.files import DiskFullError, is_disk_full
@@ -54,9 +54,16 @@ class AnswerTrainingArguments(TrainingArguments):
     train_sampling_strategy: str = "group_by_length"
     # The columns go to our own collator.
     remove_unused_columns: bool = False
+    # With several processes: every weight that is trained has a part in the loss, so none need be searched for.
+    ddp_find_unused_parameters: bool | None = False
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
     # transformers would turn the bars off together with its log messages.
     disable_tqdm: bool | None = False
+
+    def __post_init__(self) -> None:
+        # Before transformers asks for a device: it would overlook several processes without a GPU.
+        processes.start()
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -123,10 +130,23 @@ class AnswerTrainer(Trainer):
     ) -> tuple[list[Any], torch.Tensor]:
         """Collect one step's micro-batches and the total token weight in them, over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and self.accelerator.gradient_state.end_of_dataloader:
+            self._silence_repeated_rows(batches[-1]["token_weights"])
         total = torch.zeros((), dtype=torch.float64)
         for batch in batches:
             total += batch["token_weights"][:, 1:].sum(dtype=torch.float64).cpu()
         return batches, self.accelerator.gather(total.float().to(device)).sum()
+
+    def _silence_repeated_rows(self, token_weights: torch.Tensor) -> None:
+        """Give weight 0 to the rows with which accelerate fills up the last batches of an epoch.
+
+        Several processes take a batch each, all of one size; where the rows run out, those of the epoch's beginning
+        come again, and would count twice.
+        """
+        rows, count = len(token_weights), self.accelerator.num_processes
+        fresh = len(self.train_dataset) % (rows * count)
+        if count > 1 and fresh and not self.args.dataloader_drop_last:
+            token_weights[max(0, fresh - rows * self.accelerator.process_index) :] = 0
 
     def compute_loss(
         self,
@@ -169,7 +189,8 @@ class AnswerTrainer(Trainer):
         rows = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(ids) for ids in rows["input_ids"]]
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = LengthBucketSampler(lengths, self._train_batch_size, seed)
+        # The batches of all processes together: with half the batch each, two see the rows that one would.
+        sampler = LengthBucketSampler(lengths, self._train_batch_size * self.args.world_size, seed)
         self.add_callback(_EpochOrder(sampler))
         return sampler
 
@@ -285,7 +306,8 @@ class PhaseProgress(TrainerCallback):
         self.description = description
 
     def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]  # noqa: D102
-        self.bar = tqdm(total=state.max_steps, desc=self.description, unit="step", leave=False)
+        hidden = not state.is_world_process_zero
+        self.bar = tqdm(total=state.max_steps, desc=self.description, unit="step", leave=False, disable=hidden)
 
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]  # noqa: D102
         self.bar.update(state.global_step - self.bar.n)

@@ -3,6 +3,8 @@
 import math
 import subprocess
 import sys
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from sklearn.ensemble import AdaBoostClassifier
 from sklearn.tree import DecisionTreeClassifier
 
 from ensemw2s import boosting
+from ensemw2s.files import map_array, new_array
 
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.integers(2, 300)
@@ -155,6 +158,118 @@ def test_weights_stay_a_distribution_over_many_rounds(seed, size, shrinkage):
 def test_a_large_expert_weight_does_not_overflow():
     updated = boosting.update_weights([0.5, 0.5], [True, False], 800.0)
     np.testing.assert_array_equal(updated, [1.0, 0.0])
+
+
+@given(seeds, st.sampled_from(["independent", "systematic"]), st.floats(0, 0.9))
+@settings(max_examples=20)
+def test_blocks_change_no_bit(seed, method, mix):
+    # More units than two blocks of 64, the last one cut short; the whole fits one block of the ordinary size.
+    size = 2 * 64 + 17
+    generator = np.random.default_rng(seed)
+    weights, wrong = random_weights(generator, size), generator.random(size) < 0.4
+    units = np.repeat(np.arange(size), 2)
+
+    def everything():
+        drawn = [
+            boosting.loss_weights(
+                weights, sampling=name, uniform_mix=mix, method=method, generator=np.random.default_rng(seed)
+            )
+            for name in ("draw", "reweight", "bagging")
+        ]
+        updated = boosting.update_weights(weights, wrong, 1.3, 0.7)
+        counts = boosting.draw_counts(weights, 3 * size, np.random.default_rng(seed), method)
+        return [*drawn, updated, counts, boosting.unit_wrong(np.repeat(wrong, 2), units)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        # The rows of the prefix sum are the same in both, since their borders decide its rounding.
+        patch.setattr(boosting, "PREFIX_SUM_BLOCK", 16)
+        whole = everything()
+        error = boosting.weighted_error(weights, wrong)
+        patch.setattr(boosting, "BLOCK", 64)
+        for one, other in zip(everything(), whole, strict=True):
+            np.testing.assert_array_equal(one, other)
+            assert one.dtype == other.dtype
+        assert boosting.weighted_error(weights, wrong) == pytest.approx(error, abs=1e-15)
+
+
+def test_draws_invert_the_cumulative_distribution_across_blocks(monkeypatch):
+    monkeypatch.setattr(boosting, "PREFIX_SUM_BLOCK", 8)
+    monkeypatch.setattr(boosting, "BLOCK", 16)
+    # Exact in binary, so that the reference's cumulative sums are the same numbers.
+    generator = np.random.default_rng(5)
+    weights = np.bincount(generator.integers(0, 90, 1024), minlength=100) / 1024
+    expected = np.zeros(100, dtype=np.int64)
+    for uniform in np.random.default_rng(6).random(500):
+        expected[np.flatnonzero(np.cumsum(weights) > uniform)[0]] += 1
+    counts = boosting.draw_counts(weights, 500, np.random.default_rng(6))
+    np.testing.assert_array_equal(counts, expected)
+
+
+@given(seeds, sizes)
+def test_quantiles_of_the_scaled_weights(seed, size):
+    weights = random_weights(np.random.default_rng(seed), size)
+    before = weights.copy()
+    quantiles = boosting.weight_quantiles(weights, [0, 0.3, 0.5, 1])
+    np.testing.assert_allclose(quantiles, np.quantile(weights * size, [0, 0.3, 0.5, 1]), rtol=1e-14)
+    np.testing.assert_array_equal(weights, before)
+
+
+def test_results_go_where_they_are_asked_to(tmp_path):
+    weights = boosting.initial_weights(5)
+    with new_array(tmp_path / "weights.npy", 5) as out:
+        assert boosting.update_weights(weights, [True, False, False, False, True], 1.0, out=out) is out
+    expected = boosting.update_weights(weights, [True, False, False, False, True], 1.0)
+    np.testing.assert_array_equal(map_array(tmp_path / "weights.npy"), expected)
+    np.testing.assert_array_equal(boosting.loss_weights(expected, sampling="reweight", out=weights), expected * 5)
+    for bad in (np.empty(4), np.empty(5, dtype=np.float32)):
+        with pytest.raises(ValueError, match=r"out must be float64 of shape \(5,\), one entry per unit; got float"):
+            boosting.initial_weights(5, out=bad)
+
+
+def round_of_boosting(folder: Path, size: int) -> None:
+    """One round on arrays that live on the disk, as `BoostingTrainer` keeps them."""
+    generator = np.random.default_rng(0)
+    with new_array(folder / "weights.npy", size) as weights:
+        boosting.initial_weights(size, out=weights)
+    with new_array(folder / "wrong.npy", size, bool) as wrong:
+        for start in range(0, size, 1 << 20):
+            wrong[start : start + (1 << 20)] = generator.random(len(wrong[start : start + (1 << 20)])) < 0.3
+    with new_array(folder / "units.npy", size, np.int64) as units:
+        for start in range(0, size, 1 << 20):
+            units[start : start + (1 << 20)] = np.arange(start, min(start + (1 << 20), size))
+    weights, wrong = map_array(folder / "weights.npy"), map_array(folder / "wrong.npy")
+    wrong = boosting.unit_wrong(wrong, map_array(folder / "units.npy"))
+    error = boosting.weighted_error(weights, wrong)
+    with new_array(folder / "next.npy", size) as out:
+        boosting.update_weights(weights, wrong, boosting.expert_weight(error, 0.8), out=out)
+    weights = map_array(folder / "next.npy")
+    assert boosting.weighted_error(weights, wrong) == pytest.approx(0.8, abs=1e-12)
+    assert boosting.effective_sample_size(weights) < size
+    for how in ({"sampling": "draw", "uniform_mix": 0.5}, {"sampling": "reweight"}, {"sampling": "bagging"}):
+        with new_array(folder / "loss.npy", size) as out:
+            boosting.loss_weights(weights, generator=generator, out=out, **how)
+        assert map_array(folder / "loss.npy").sum() == pytest.approx(size, rel=1e-9)
+
+
+def test_arrays_on_the_disk_are_not_read_into_memory(tmp_path, monkeypatch):
+    size = 4_000_000
+    monkeypatch.setattr(boosting, "DRAWS_PER_CHUNK", 1 << 18)
+    tracemalloc.start()
+    round_of_boosting(tmp_path, size)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # A few blocks of 8 MB, and the wrong bits; every float64 copy of the weights would be 32 MB.
+    assert peak < 50e6
+
+
+@pytest.mark.slow
+def test_a_round_of_a_hundred_million_units_needs_little_memory(tmp_path):
+    tracemalloc.start()
+    round_of_boosting(tmp_path, 100_000_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # 128 MB of draws and 100 MB of wrong bits, against 800 MB for each float64 copy of the weights.
+    assert peak < 400e6
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ensemw2s import experiment
+from ensemw2s import experiment, processes
 from ensemw2s.cli import main
 from tests.test_experiment import settings
 
@@ -77,6 +77,30 @@ def test_a_full_disk_is_told_in_words(
     monkeypatch.setattr(experiment.Experiment, "run", fail)
     assert main(["run", write(tmp_path, settings(tmp_path))]) == 2
     assert "free some space and run the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (processes.MainProcessError("the main process failed: ValueError: x"), ""),
+        (FloatingPointError("NaN in row 3"), "process 1 of 2: error: NaN in row 3\n"),
+        (RuntimeError("pair.cc:547] Connection closed by peer"), "process 1 of 2: another process is gone or does not"),
+    ],
+)
+def test_one_of_several_processes_says_what_the_main_one_does_not(
+    error: Exception, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object) -> None:
+        # Only now is this the second of two: before, it would wait for the first.
+        monkeypatch.setattr(processes, "count", lambda: 2)
+        monkeypatch.setattr(processes, "index", lambda: 1)
+        raise error
+
+    monkeypatch.setattr(experiment.Experiment, "run", fail)
+    assert main(["run", write(tmp_path, settings(tmp_path))]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith(said) and bool(text) == bool(said)
+    assert ("run the same command again, with any number of processes" in text) == ("peer" in str(error))
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from ensemw2s.files import (
     DiskFullError,
     is_disk_full,
+    map_array,
+    new_array,
     new_file,
     new_folder,
     read_array,
@@ -117,3 +120,30 @@ def test_no_pickle_is_read(tmp_path: Path) -> None:
     np.save(tmp_path / "bad.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="allow_pickle=False"):
         read_array(tmp_path / "bad.npy")
+
+
+def test_a_new_array_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal(1000)
+    with new_array(tmp_path / "a.npy", 1000) as array:
+        array[:] = values
+        assert not (tmp_path / "a.npy").exists()
+    mapped = map_array(tmp_path / "a.npy")
+    np.testing.assert_array_equal(mapped, values)
+    assert isinstance(mapped, np.memmap) and not mapped.flags.writeable
+    with pytest.raises(KeyError), new_array(tmp_path / "a.npy", 3) as array:
+        raise KeyError("stop")
+    np.testing.assert_array_equal(read_array(tmp_path / "a.npy"), values)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
+
+
+def test_a_disk_too_small_for_a_new_array_is_told_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, offset: int, length: int) -> None:
+        assert length >= 8000
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DiskFullError, match=r"a\.npy"), new_array(tmp_path / "a.npy", 1000):
+        raise AssertionError("the block must not run")
+    assert not list(tmp_path.iterdir())
