@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from ensemw2s import ops
+from ensemw2s.choices import choose_answers, tokenize_choices
 from ensemw2s.data import PromptCollator, QuestionFormat, tokenize_prompts
 from ensemw2s.files import append_json_lines, read_complete_lines
 from ensemw2s.models import CACHE
@@ -201,12 +202,13 @@ def label_questions(
 ) -> Dataset:
     """Let the ensemble answer questions; the answers are pseudo-labels for a student (method, phase 3).
 
-    Questions are decoded in batches of similar prompt length. With `output_file`, finished rows are appended to it
+    Questions are decoded in batches of similar prompt length; those with a column `choices` are answered by likelihood
+    (`ensemw2s.choices`) with one of their choices. With `output_file`, finished rows are appended to it
     (JSON lines) as they come, and a later call goes on behind them.
 
     Args:
         ensemble: T experts with their weights.
-        questions: columns `prompt` and `id`; any `answer` is ignored.
+        questions: columns `prompt`, `id` and optionally `choices`; any `answer` is ignored.
         processing_class: the experts' tokenizer.
         question_format: how a question becomes tokens; None is the default format.
         max_new_tokens: the longest pseudo-answer, its end token included.
@@ -220,13 +222,29 @@ def label_questions(
         One row per question, in the order of `questions`: `id`, `prompt`, `answer` (text), `num_tokens` (end token
         included), `finished` (the end token came in time), `confidence` (mean log-probability per token under the
         mixture, nats, before temperature and filters), `agreement` (share of (token, expert) pairs in which the
-        expert gives the chosen token more than half of its probability) **[choice]**.
+        expert gives the chosen token more than half of its probability) **[choice]**. With choices there is a column
+        `choices` too, `confidence` is the log (nats) of the answer's share of the choices' probability, so
+        `exp(confidence)` is their softmax, and `agreement` the share of experts that would choose the same.
 
     Raises:
         FloatingPointError: an expert gives NaN or no finite logit; names the questions.
-        ValueError: `output_file` holds rows of other questions.
+        ValueError: `output_file` holds rows of other questions; `sampling` for questions with choices; or answers
+            that would have no end, because the format has no end token and there are no choices.
     """
-    prompts = tokenize_prompts(questions, processing_class, question_format or QuestionFormat(), "questions")
+    question_format = question_format or QuestionFormat()
+    prompts = tokenize_prompts(questions, processing_class, question_format, "questions")
+    choices = None
+    if "choices" in questions.column_names:
+        if sampling not in (None, Sampling()):
+            raise ValueError(
+                f"questions with choices are answered by likelihood, not by {sampling}: leave sampling out"
+            )
+        choices = tokenize_choices(questions, processing_class, question_format)
+    elif not question_format.end_token:
+        raise ValueError(
+            "the format has end_token=False, so that decoded answers would have no end: use end_token=True, or give "
+            "the questions a column `choices`"
+        )
     rows = {row["id"]: row for row in (read_complete_lines(output_file) if output_file else [])}
     strangers = rows.keys() - set(prompts["id"])
     if strangers:
@@ -247,9 +265,11 @@ def label_questions(
         disable=description is None,
     )
     for batch in todo:
-        fresh = list(
-            _label_batch(ensemble, questions, prompts, batch, processing_class, max_new_tokens, sampling, seed)
-        )
+        if choices is None:
+            made = _label_batch(ensemble, questions, prompts, batch, processing_class, max_new_tokens, sampling, seed)
+        else:
+            made = choose_answers(ensemble, questions, choices, batch, processing_class)
+        fresh = list(made)
         fresh = [row for row in fresh if row["id"] not in rows]
         rows.update((row["id"], row) for row in fresh)
         if output_file:

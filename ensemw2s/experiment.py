@@ -21,6 +21,7 @@ from datasets import Dataset
 from transformers import set_seed
 
 from ensemw2s import ops
+from ensemw2s.choices import ChoiceScores, score_choice_mixtures, score_choices
 from ensemw2s.config import SPLITS, ExperimentConfig, ModelConfig
 from ensemw2s.data import (
     check_disjoint,
@@ -161,7 +162,7 @@ class Experiment:
         return []
 
     def _evaluate(self) -> list[dict[str, Any]]:
-        scores: dict[str, dict[str, list[Any]]] = {}
+        scores: dict[str, dict[str, dict[str, Any]]] = {}
         for arm, model in (("zero_shot_weak", self.config.weak), ("zero_shot_strong", self.config.strong)):
             scores |= self._scores(arm, partial(self._score_one, arm, model, _untrained))
         for arm in ("single_expert", *STUDENTS):
@@ -225,52 +226,59 @@ class Experiment:
     # Measuring
 
     def _scores(
-        self, name: str, compute: Callable[[], dict[str, dict[str, AnswerScores]]]
-    ) -> dict[str, dict[str, list[Any]]]:
-        """Per arm and split, the wrong bits per answer, computed once and kept."""
+        self, name: str, compute: Callable[[], dict[str, dict[str, dict[str, Any]]]]
+    ) -> dict[str, dict[str, Any]]:
+        """Per arm and split what `_outcomes` returns, computed once and kept."""
         file = self.folder / "scores" / f"{name}.json"
         if not file.exists():
-            plain = {
-                arm: {split: _wrong_per_answer(scores) for split, scores in splits.items()}
-                for arm, splits in compute().items()
-            }
-            write_json(file, plain)
+            write_json(file, compute())
         return read_json(file)
 
     def _score_one(
         self, arm: str, config: ModelConfig, load: Callable[[ModelConfig], torch.nn.Module]
-    ) -> dict[str, dict[str, AnswerScores]]:
+    ) -> dict[str, dict[str, dict[str, Any]]]:
         model, tokenizer = load(config), load_tokenizer(config.source)
-        scores = {
-            split: score_answers(
-                model, self._examples(name, tokenizer), pad_token_id=tokenizer.eos_token_id,
-                description=f"{arm}: {split}",
+        outcomes = {}
+        for split, name in TEST_SPLITS.items():
+            shown: dict[str, Any] = {"description": f"{arm}: {split}"}
+            answers = score_answers(
+                model, self._examples(name, tokenizer), pad_token_id=tokenizer.eos_token_id, **shown
             )
-            for split, name in TEST_SPLITS.items()
-        }  # fmt: skip
-        return {arm: scores}
+            choices, questions = None, self._questions(name)
+            if "choices" in questions.column_names:
+                choices = score_choices(model, questions, tokenizer, question_format=self.config.data.format, **shown)
+            outcomes[split] = _outcomes(answers, choices)
+        return {arm: outcomes}
 
-    def _score_mixtures(self) -> dict[str, dict[str, AnswerScores]]:
+    def _score_mixtures(self) -> dict[str, dict[str, dict[str, Any]]]:
         ensemble = self._teacher("ensemble")
         count = ensemble.num_experts
         mixtures = {f"expert_{t + 1}": np.eye(count)[t].tolist() for t in range(count)}
         mixtures |= {"uniform_average": [1.0] * count, "ensemble": ensemble.config.expert_weights}
         tokenizer = self._weak_tokenizer()
-        by_split = {
-            split: score_mixtures(
-                ensemble, self._examples(name, tokenizer), mixtures, pad_token_id=tokenizer.eos_token_id,
-                description=f"experts and ensemble: {split}",
+        outcomes: dict[str, dict[str, Any]] = {arm: {} for arm in mixtures}
+        for split, name in TEST_SPLITS.items():
+            shown: dict[str, Any] = {"description": f"experts and ensemble: {split}"}
+            answers = score_mixtures(
+                ensemble, self._examples(name, tokenizer), mixtures, pad_token_id=tokenizer.eos_token_id, **shown
             )
-            for split, name in TEST_SPLITS.items()
-        }  # fmt: skip
-        return {arm: {split: by_split[split][arm] for split in TEST_SPLITS} for arm in mixtures}
+            choices, questions = None, self._questions(name)
+            if "choices" in questions.column_names:
+                choices = score_choice_mixtures(
+                    ensemble, questions, tokenizer, mixtures, question_format=self.config.data.format, **shown
+                )
+            for arm in mixtures:
+                outcomes[arm][split] = _outcomes(answers[arm], None if choices is None else choices[arm])
+        return outcomes
 
-    def _arm_records(self, arm: str, splits: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    def _arm_records(self, arm: str, splits: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
-        for split, wrong in splits.items():
+        for split, outcome in splits.items():
             shared = {"arm": arm, "split": split, "seed": self.config.seed}
-            correct = [int(not any(bits)) for bits in wrong]
+            wrong, correct = outcome["token_wrong"], outcome["correct"]
             estimates = {"accuracy": accuracy(np.array(correct, dtype=bool)), "token_error": token_error(wrong)}
+            if outcome["by_likelihood"]:
+                estimates["exact_match"] = accuracy(np.array([not any(bits) for bits in wrong]))
             for metric, estimate in estimates.items():
                 records.append({
                     "kind": "arm", **shared, "metric": metric, **estimate._asdict(), "n": len(correct),
@@ -279,13 +287,12 @@ class Experiment:
             records.append({"kind": "answers", **shared, "correct": correct, "ids": list(ids)})
         return records
 
-    def _recovered(self, scores: Mapping[str, Mapping[str, list[Any]]]) -> list[dict[str, Any]]:
+    def _recovered(self, scores: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         records = []
         for arm in STUDENTS:
             for split in ("id", "ood"):
                 weak, student, ceiling = (
-                    np.array([not any(bits) for bits in scores[name][split]])
-                    for name in ("single_expert", arm, "ceiling")
+                    np.array(scores[name][split]["correct"], dtype=bool) for name in ("single_expert", arm, "ceiling")
                 )
                 gap = performance_gap_recovered(weak, student, ceiling, seed=self.config.seed)
                 records.append({
@@ -384,9 +391,19 @@ def _untrained(model: ModelConfig) -> torch.nn.Module:
     return load_model(model.source, **model.init_kwargs)
 
 
-def _wrong_per_answer(scores: AnswerScores) -> list[list[int]]:
-    pieces = np.split(scores.token_wrong.astype(int), np.cumsum(scores.lengths)[:-1])
-    return [piece.tolist() for piece in pieces]
+def _outcomes(answers: AnswerScores, choices: ChoiceScores | None) -> dict[str, Any]:
+    """Return what is kept of one arm on one split, as plain JSON.
+
+    `token_wrong` (0 or 1 per answer token, a list per question) and `correct` (0 or 1 per question): whether the
+    likeliest choice is right where there are choices (`by_likelihood`), else whether every token is.
+    """
+    pieces = np.split(answers.token_wrong.astype(int), np.cumsum(answers.lengths)[:-1])
+    correct = answers.correct if choices is None else np.asarray(choices.correct)
+    return {
+        "token_wrong": [piece.tolist() for piece in pieces],
+        "correct": correct.astype(int).tolist(),
+        "by_likelihood": choices is not None,
+    }
 
 
 def _table_order(scores: Mapping[str, Any]) -> list[str]:

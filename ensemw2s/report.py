@@ -241,6 +241,8 @@ def _result_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
     columns = {
         "ID, %": lambda arm: _accuracy_text(records, arm, "id"),
         "OOD, %": lambda arm: _accuracy_text(records, arm, "ood"),
+        "Exact ID, %": lambda arm: _accuracy_text(records, arm, "id", "exact_match"),
+        "Exact OOD, %": lambda arm: _accuracy_text(records, arm, "ood", "exact_match"),
         "PGR ID": lambda arm: _pgr_text(_find(records, "pgr", arm=arm, split="id")),
         "PGR OOD": lambda arm: _pgr_text(_find(records, "pgr", arm=arm, split="ood")),
         "Train s": lambda arm: _cost_text(records, arm, "train_seconds", 1),
@@ -296,8 +298,8 @@ def _rich_table(title: str, content: Rows, never_wrapped: int) -> Table:
     return table
 
 
-def _accuracy_text(records: Sequence[Mapping[str, Any]], arm: str, split: str) -> str:
-    record = _find(records, "arm", arm=arm, split=split, metric="accuracy")
+def _accuracy_text(records: Sequence[Mapping[str, Any]], arm: str, split: str, metric: str = "accuracy") -> str:
+    record = _find(records, "arm", arm=arm, split=split, metric=metric)
     return "" if record is None else f"{100 * record['value']:.1f} ± {100 * record['standard_error']:.1f}"
 
 
