@@ -2,8 +2,8 @@
 
 The answer is the choice `c` of the highest log-probability `sum_j log p(c_j | prompt, c_<j)` over the tokens of `c`,
 its end token included where the format has one. For an ensemble with `combine="prob"` or `"logprob"`, `p` is the
-mixture's next-token distribution (method, phase 2). With `combine="vote"` each expert votes for the choice that it finds
-likeliest itself and the votes are weighted, which on one-token choices is SAMME's weighted vote [choice].
+mixture's next-token distribution (method, phase 2). With `combine="vote"` each expert votes for the choice that it
+finds likeliest and the votes are weighted, which on one-token choices is SAMME's weighted vote [choice].
 
 The prompt is run once per question; its choices go on from the cache.
 """
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from ensemw2s import ops
+from ensemw2s.cost import count
 from ensemw2s.data import PromptCollator, QuestionFormat, answer_with_end, check_choices, check_length
 from ensemw2s.models import CACHE
 
@@ -349,4 +350,6 @@ class _Alone:
     ) -> list[torch.Tensor]:
         kept = 1 if last_only else 0
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache, "use_cache": True}
-        return [self.model(input_ids=input_ids, logits_to_keep=kept, **inputs).logits]
+        logits = self.model(input_ids=input_ids, logits_to_keep=kept, **inputs).logits
+        count(self.model, input_ids, attention_mask, logits.shape[:-1].numel())
+        return [logits]

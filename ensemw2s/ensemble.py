@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ensemw2s import ops
+from ensemw2s.cost import count
 from ensemw2s.decoding import fused_sample, label_questions
 from ensemw2s.experts import AdapterExperts, Experts, ModelExperts, StackedAdapters, require_weights
 from ensemw2s.files import new_folder, read_json, write_json
@@ -249,6 +250,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 else:
                     with only_positions(model, positions):
                         logits.append(model(**inputs).logits)
+                count(model, input_ids, attention_mask, logits[-1].shape[:-1].numel())
         return logits
 
     def forward(
@@ -454,6 +456,7 @@ def _stacked_logits(
     }
     with stacked.model() as model:
         logits = model(**repeated, **{CACHE: cache}).logits
+    count(model, repeated["input_ids"], repeated["attention_mask"], logits.shape[:-1].numel())
     each = logits.unflatten(0, (stacked.count, -1)).unbind(0)
     return [each[index] for index in indices]
 

@@ -122,7 +122,12 @@ REQUIRED_FIELDS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 OPTIONAL_FIELDS: dict[str, dict[str, str]] = {
     "round": {"attempt": COUNT, "clamped": BOOLEAN},
-    "cost": {"train_seconds": NUMBER_OR_NULL, "train_flops": NUMBER_OR_NULL, "inference_seconds": NUMBER_OR_NULL},
+    "cost": {
+        "train_seconds": NUMBER_OR_NULL,
+        "train_flops": NUMBER_OR_NULL,
+        "inference_seconds": NUMBER_OR_NULL,
+        "inference_flops": NUMBER_OR_NULL,
+    },
     "labels": {"confidence": NUMBER_OR_NULL, "agreement": SHARE_OR_NULL},
 }
 # The fields that say which figure a record gives; of other kinds a run may hold several alike.
@@ -228,7 +233,7 @@ Rows = tuple[list[str], list[list[str]]]
 
 
 def results_table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """Return every measured arm with its accuracies ± standard error, PGR with 95% interval, and training cost."""
+    """Return every measured arm with its accuracies ± standard error, PGR with 95% interval, and costs."""
     return _rich_table("Results", _result_rows(records), never_wrapped=3)
 
 
@@ -248,6 +253,7 @@ def _result_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
         "Train s": lambda arm: _cost_text(records, arm, "train_seconds", 1),
         "Train TFLOP": lambda arm: _cost_text(records, arm, "train_flops", 1e12),
         "Infer s": lambda arm: _cost_text(records, arm, "inference_seconds", 1),
+        "Infer TFLOP": lambda arm: _cost_text(records, arm, "inference_flops", 1e12),
     }
     rows = [[_arm_name(arm), *(cell(arm) for cell in columns.values())] for arm in _arms(records)]
     return _without_empty_columns(["Arm", *columns], rows)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ensemw2s import ops
+from ensemw2s.cost import count
 from ensemw2s.data import AnswerCollator, answer_lengths
 from ensemw2s.ensemble import TokenEnsemble
 from ensemw2s.training import next_token_mask, only_positions
@@ -90,6 +91,7 @@ def score_answers(
     def log_probs(batch: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
         with only_positions(model, mask):
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        count(model, batch["input_ids"], batch["attention_mask"], logits.shape[0])
         return {"model": logits.float().log_softmax(-1)}
 
     return _score(log_probs, examples, _device(model), pad_token_id, batch_size, description)["model"]

@@ -7,6 +7,7 @@ change: the loss is a weighted sum over answer tokens, and the vocabulary-wide h
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ensemw2s.cost import count, metered
 from ensemw2s.data import AnswerCollator, answer_lengths
 
 if TYPE_CHECKING:
@@ -47,12 +49,13 @@ class AnswerTrainingArguments(TrainingArguments):
 class TrainingCost:
     """What one fine-tuning run took: wall seconds, tokens seen (padding aside), and floating-point operations.
 
-    `tokens` and `flops` are transformers' own counts over all processes, the latter 6 x parameters x padded tokens.
+    Both counts are over all processes: `tokens` is transformers' own, `flops` is counted as `ensemw2s.cost` says (None
+    where it cannot be).
     """
 
     seconds: float
     tokens: int
-    flops: float
+    flops: float | None
 
 
 @contextmanager
@@ -122,8 +125,12 @@ class AnswerTrainer(Trainer):
             FloatingPointError: the loss is NaN or infinite; the weights are still those of the step before.
         """
         mask = next_token_mask(inputs["labels"])
-        with only_positions(self.accelerator.unwrap_model(model), mask):
+        unwrapped = self.accelerator.unwrap_model(model)
+        with only_positions(unwrapped, mask):
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        if model.training:
+            head = outputs.logits.shape[0]
+            count(unwrapped, inputs["input_ids"], inputs["attention_mask"], head, training=True)
         weights = inputs["token_weights"][:, 1:][mask[:, :-1]]
         loss = weighted_cross_entropy(outputs.logits, inputs["labels"][:, 1:][mask[:, :-1]], weights)
         total = torch.as_tensor(weights.sum() if num_items_in_batch is None else num_items_in_batch, device=loss.device)
@@ -236,14 +243,20 @@ def fine_tune(
         trainer.remove_callback(callback)
     start = time.perf_counter()
     try:
-        trainer.train()
+        with metered() as meter:
+            trainer.train()
     except FloatingPointError as error:
         raise FloatingPointError(f"{description}: {error}") from error
     seconds = time.perf_counter() - start
     # The last step's update is in no loss.
     if not all(bool(weight.isfinite().all()) for weight in model.parameters() if weight.requires_grad):
         raise FloatingPointError(f"{description}: the last step made weights NaN or infinite. {_remedy(args)}")
-    return model.eval(), TrainingCost(seconds, trainer.state.num_input_tokens_seen, float(trainer.state.total_flos))
+    flops = float(
+        trainer.accelerator.gather(torch.tensor([meter.flops], dtype=torch.float64, device=args.device)).sum()
+    )
+    return model.eval(), TrainingCost(
+        seconds, trainer.state.num_input_tokens_seen, None if math.isnan(flops) else flops
+    )
 
 
 def _with_token_weights(examples: Dataset, token_weights: Sequence[np.ndarray]) -> Dataset:
