@@ -168,7 +168,7 @@ def score_choice_mixtures(
     end = tokenizer.eos_token_id
     found: dict[str, list[Any]] = {name: [None] * len(rows) for name in mixtures}
     bar = tqdm(total=len(rows), desc=description, unit="question", leave=False, disable=description is None)
-    for batch in _batches(rows, batch_size):
+    for batch in batches_of_choices(rows, batch_size):
         scores = _score_batch(ensemble, [rows[i] for i in batch], mixtures, end, length_normalised)
         for name, values in scores.items():
             for i, value in zip(batch, values, strict=True):
@@ -220,7 +220,7 @@ def _chosen(log_probs: list[np.ndarray], choices: Sequence[list[str]], answers: 
     return ChoiceScores(log_probs, picks, np.array([a == b for a, b in zip(texts, answers, strict=True)]))
 
 
-def _batches(rows: Sequence[_Question], batch_size: int) -> Iterator[list[int]]:
+def batches_of_choices(rows: Sequence[_Question], batch_size: int) -> Iterator[list[int]]:
     """Yield indices in batches of at most `batch_size` choices, prompts of similar length together."""
     batch: list[int] = []
     size = 0
