@@ -329,7 +329,10 @@ class _Planner:
 
     def _evaluate(self, plain: _Speed, strong: _Speed, mixed: _Speed) -> PhaseEstimate:
         rounds = self.boosting.num_rounds
-        weak, other = self._test_work(self.config.weak), self._test_work(self.config.strong)
+        # Every arm turns the test questions into tokens, as this does.
+        with measured() as preparing:
+            weak = self._test_work(self.config.weak)
+        other = self._test_work(self.config.strong)
         parts = [
             (_Task.of(weak, self.weak.infers_plain), plain, self.weak.load),
             (_Task.of(weak, self.weak.infers), plain, self.weak.load_trained),
@@ -338,7 +341,7 @@ class _Planner:
             *[(_Task.of(other, self.strong.infers), strong, self.strong.load_trained)] * len(STUDENTS),
         ]
         task = sum((part for part, _, _ in parts), _Task())
-        seconds = sum(speed.seconds(part) + load for part, speed, load in parts)
+        seconds = sum(speed.seconds(part) + load + preparing["seconds"] for part, speed, load in parts)
         memory = max(speed.memory for _, speed, _ in parts)
         return PhaseEstimate("evaluate", task.tokens, task.flops, seconds, memory, _SMALL_FILES)
 
@@ -438,9 +441,10 @@ class _Planner:
 
     def _decode(self, count: int) -> tuple[_Task, float]:
         """Time one batch of prompts and a few tokens of their answers; return all labelling's work and seconds."""
-        tokenizer, settings = load_tokenizer(self.config.weak.source), self.config.labelling
-        questions = self.trial._questions("unlabelled")
-        ids = tokenize_prompts(questions, tokenizer, self.format)["input_ids"]
+        settings = self.config.labelling
+        with measured() as preparing:
+            tokenizer = load_tokenizer(self.config.weak.source)
+            ids = tokenize_prompts(self.trial._questions("unlabelled"), tokenizer, self.format)["input_ids"]
         prompts = [len(prompt) for prompt in ids]
         _, answers = self._lengths("unlabelled", self.config.weak)
         reading, writing, steps = decoding_work(prompts, answers, settings.batch_size, settings.max_new_tokens)
@@ -458,16 +462,18 @@ class _Planner:
             with torch.no_grad(), measured() as written:
                 decoder.append(decoder.step().tokens)
             times.append(written["seconds"])
-        seconds = self._load_experts(count) + steps * float(np.median(times))
+        seconds = preparing["seconds"] + self._load_experts(count) + steps * float(np.median(times))
         read_all = _Task.of(reading, self.weak.infers, count)
         seconds += read["seconds"] / read["flops"] * read_all.flops
         return read_all + _Task.of(writing, self.weak.infers, count), seconds
 
     def _choose(self, count: int) -> tuple[_Task, float]:
         """Time one batch of choices; return all labelling's work and seconds."""
-        tokenizer, size = load_tokenizer(self.config.weak.source), self.config.labelling.batch_size
-        questions = self.trial._questions("unlabelled")
-        rows = tokenize_choices(questions, tokenizer, self.format)
+        size = self.config.labelling.batch_size
+        with measured() as preparing:
+            tokenizer = load_tokenizer(self.config.weak.source)
+            questions = self.trial._questions("unlabelled")
+            rows = tokenize_choices(questions, tokenizer, self.format)
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt), i))
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         task = _Task.of(choosing_work(rows, batches), self.weak.infers, count)
@@ -477,7 +483,8 @@ class _Planner:
             score_choice_mixtures(
                 ensemble, batch, tokenizer, {"all": [1.0] * count}, question_format=self.format, batch_size=10**9
             )
-        return task, self._load_experts(count) + spent["seconds"] / spent["flops"] * task.flops
+        answering = spent["seconds"] / spent["flops"] * task.flops
+        return task, preparing["seconds"] + self._load_experts(count) + answering
 
     def _folder(self, model: ModelConfig) -> Path:
         return self.trial.folder / "measured" / ("weak" if model is self.config.weak else "strong")
