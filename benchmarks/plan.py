@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--cpu-time", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     if options.cpu_time:
         time.perf_counter = time.process_time
