@@ -28,15 +28,15 @@ _SAMPLED_VALUES = 4096
 logger = logging.getLogger(__name__)
 
 
-def seal_checkpoint(folder: Path, seconds: float) -> None:
-    """Declare that `folder` is complete after `seconds` of training."""
+def seal_checkpoint(folder: Path, spent: Mapping[str, float]) -> None:
+    """Declare that `folder` is complete; `spent` says what training has taken until then."""
     files = {str(file.relative_to(folder)): file.stat().st_size for file in _files(folder)}
-    write_json(folder / _SEAL, {"seconds": seconds, "files": files})
+    write_json(folder / _SEAL, {"spent": spent, "files": files})
 
 
-def seconds_trained(folder: Path) -> float:
-    """Return how long the run had trained when it wrote the checkpoint `folder`."""
-    return float(read_json(folder / _SEAL)["seconds"])
+def spent_until(folder: Path) -> dict[str, float]:
+    """Return what training had taken when it wrote the checkpoint `folder`."""
+    return dict(read_json(folder / _SEAL)["spent"])
 
 
 def claim_checkpoints(folder: Path, owner: Mapping[str, Any]) -> Path | None:

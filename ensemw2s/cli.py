@@ -10,10 +10,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ensemw2s import __version__
 from ensemw2s.files import is_disk_full
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PHASE_HELP = {
     "boost": "train the weak baseline and the boosted experts, and save their ensemble",
@@ -22,6 +25,7 @@ PHASE_HELP = {
     "evaluate": "measure every arm on easy (ID) and hard (OOD) test questions",
 }
 EXAMPLES = """examples:
+  ensemw2s plan examples/reverse_words.yaml
   ensemw2s run examples/reverse_words.yaml
   ensemw2s run examples/reverse_words.yaml --quick
   ensemw2s run examples/reverse_words.yaml boosting.recipe=paper name=as_published
@@ -87,7 +91,17 @@ def _parser() -> argparse.ArgumentParser:
         one = commands.add_parser(phase, help=text, description=f"{text[0].upper()}{text[1:]}.")
         one.set_defaults(command=_run, phases=("data", phase) if phase == "boost" else (phase,))
         _add_experiment_arguments(one)
+        _add_overwrite(one)
     _add_experiment_arguments(run)
+    _add_overwrite(run)
+
+    plan = commands.add_parser(
+        "plan", help="estimate what a run will take, phase by phase: tokens, FLOPs, seconds, memory, disk",
+        description="Estimate what a run will take on this machine, which is measured for up to a minute. Models that "
+        "are not here yet are fetched or made; nothing is written to the run's folder.",
+    )  # fmt: skip
+    plan.set_defaults(command=_plan)
+    _add_experiment_arguments(plan)
 
     report = commands.add_parser("report", help="write the HTML report of one or several runs")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
@@ -106,24 +120,20 @@ def _add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="the small version that the file's section `quick` describes"
     )
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="delete a run of another configuration in the way")
 
 
 def _run(options: argparse.Namespace) -> None:
-    from rich.console import Console
-    from transformers.utils import logging
-
     from ensemw2s import processes
     from ensemw2s.config import load_config
     from ensemw2s.experiment import PHASES, Experiment
     from ensemw2s.report import results_table
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    _quiet_datasets()
-    # A pipe has no width of its own; 80 columns would fold the table.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    _quiet_libraries()
+    console = _console()
     if processes.count() > 1:
         # The launcher ends all processes when one is gone; an interrupt leaves time to say how to go on.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -135,6 +145,21 @@ def _run(options: argparse.Namespace) -> None:
             console.print(results_table(records))
         console.print(f"results: {experiment.folder / 'results.jsonl'}")
     processes.end()
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from ensemw2s.config import load_config
+    from ensemw2s.plan import plan, plan_table
+
+    _quiet_libraries()
+    _console().print(plan_table(plan(load_config(options.config, options.overrides, quick=options.quick))))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # A pipe has no width of its own; 80 columns would fold the table.
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -159,9 +184,13 @@ def _env(options: argparse.Namespace) -> None:
             print(f"{f'{name} {key}'.strip():<32} {item}")
 
 
-def _quiet_datasets() -> None:
+def _quiet_libraries() -> None:
     import datasets
+    from transformers.utils import logging
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
 

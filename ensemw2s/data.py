@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from ensemw2s.known_datasets import binary_question, from_schema
+
 # `datasets` is imported where it is used: an ensemble can decode without it.
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 SOURCE_KINDS = ("file", "hub", "reasoning_gym", "characters")
-_OPTIONS = ("columns", "prompt_regex")
+_OPTIONS = ("columns", "schema", "context", "choices", "binary", "prompt_regex")
 # A generator is asked for this many batches of questions before its distinct prompts count as exhausted.
 _MAX_TRIES = 8
 
@@ -42,6 +44,9 @@ class QuestionFormat:
         prompt_template: text in which `{prompt}` is replaced by the question.
         answer_prefix: what stands between prompt and answer, counted as part of the answer (most tokenizers attach a
             space to the word behind it).
+        end_token: the end token follows the answer and is one of its tokens [choice]. Without it, answers cannot be
+            decoded, since nothing ends them, but answers that are choices can be compared; one-token answers then give
+            boosting exactly one unit each, as in AdaBoost.
         use_chat_template: pass the filled template through the tokenizer's chat template as the user's message.
         max_length: tokens that prompt and answer may have together; None leaves it to the tokenizer's
             `model_max_length`, which `models.load_tokenizer` sets to the model's context.
@@ -51,6 +56,7 @@ class QuestionFormat:
 
     prompt_template: str = "{prompt}\nAnswer:"
     answer_prefix: str = " "
+    end_token: bool = True
     use_chat_template: bool = False
     max_length: int | None = None
     truncate_prompt: bool = False
@@ -87,16 +93,24 @@ def load_questions(source: Mapping[str, Any] | str | os.PathLike[str]) -> Datase
             - `reasoning_gym`: a task of that package, with `size`, `seed` and the task's own settings;
             - `characters`: a task of `ensemw2s.scratch`, with `size`, `seed`, `min_length`, `max_length`;
 
-            and optionally `columns` (what our columns are called in a file or on the hub, e.g.
-            `{"prompt": "question"}`) and `prompt_regex` (its first group, found in each prompt, replaces the prompt).
+            and optionally
+
+            - `columns`: what our columns are called in a file or on the hub, e.g. `{"prompt": "question"}`;
+            - `schema`: the published dataset whose rows a file or the hub holds (`known_datasets.SCHEMAS`: "arc",
+              "gsm8k", "quartz", "sciq"), which maps all columns;
+            - `context`: whether the passage that belongs to a schema's question goes into the prompt;
+            - `choices`: one list of answers for all questions;
+            - `binary`: True makes each question with choices a yes/no question (`known_datasets.binary_question`);
+            - `prompt_regex`: its first group, found in each prompt, replaces the prompt.
 
     Returns:
-        Columns `id` (made from the content where there is none), `prompt`, `answer` and whatever else came along;
-        later rows that repeat a prompt are left out.
+        Columns `id` (made from the content where there is none), `prompt`, `answer`, `choices` where there are any,
+        and whatever else came along; later rows that repeat a prompt are left out.
 
     Raises:
-        ValueError: an unknown kind of source, task or setting, a file that cannot be read as what its name says, a
-            missing column, an empty result, fewer distinct questions than `size`, or a regex that does not match.
+        ValueError: an unknown kind of source, task, schema or setting, a file that cannot be read as what its name
+            says, a missing column, choices that are none (`check_questions`), an empty result, fewer distinct
+            questions than `size`, or a regex that does not match.
         FileNotFoundError: the file does not exist.
         ImportError: reasoning_gym is not installed.
     """
@@ -111,16 +125,41 @@ def load_questions(source: Mapping[str, Any] | str | os.PathLike[str]) -> Datase
     kind = kinds[0]
     if not isinstance(source[kind], str | os.PathLike):
         raise ValueError(f"{kind} of a source of questions must be text, got {source[kind]!r}")
-    columns, regex = (source.pop(name, None) for name in _OPTIONS)
+    columns, schema, context, choices, binary, regex = (source.pop(name, None) for name in _OPTIONS)
     if kind in ("reasoning_gym", "characters"):
-        if columns:
-            raise ValueError(f"{kind} {source[kind]}: its questions have our columns already, leave `columns` out")
-        return check_questions(_generated(kind, source, regex), f"{kind} {source[kind]}")
+        for option, value in (("columns", columns), ("schema", schema), ("context", context)):
+            if value is not None:
+                raise ValueError(f"{kind} {source[kind]}: its questions have our columns already, leave `{option}` out")
+        name = f"{kind} {source[kind]}"
+        return _answered_by_choice(check_questions(_generated(kind, source, regex), name), choices, binary, name)
     loaded = _from_file(source) if kind == "file" else _from_hub(source)
     name = str(source[kind])
+    if schema is None and context is not None:
+        raise ValueError(f"{name}: `context` belongs to a `schema`; give both or neither")
+    if schema is not None:
+        if columns is not None:
+            raise ValueError(f"{name}: the schema {schema!r} names all columns, leave `columns` out")
+        loaded = from_schema(loaded, schema, context, name)
     loaded = _renamed(loaded, columns or {}, name)
     rows = [_cut_prompt(row, regex) for row in check_questions(loaded, name)]
-    return check_questions(Dataset.from_list(_distinct(rows)), name)
+    return _answered_by_choice(check_questions(Dataset.from_list(_distinct(rows)), name), choices, binary, name)
+
+
+def _answered_by_choice(dataset: Dataset, choices: Sequence[str] | None, binary: bool | None, name: str) -> Dataset:
+    """Give all questions the same choices, or make each a yes/no question, if that is asked for."""
+    if choices is not None:
+        if "choices" in dataset.column_names:
+            raise ValueError(f"{name} has a column `choices` already: leave the option `choices` out")
+        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+            raise ValueError(f"choices must be a list of texts (quote yes and no in YAML), got {choices!r}")
+        dataset = check_questions(dataset.add_column("choices", [choices] * len(dataset)), name)
+    if binary not in (None, True, False):
+        raise ValueError(f"binary must be true or false, got {binary!r}")
+    if binary and "choices" not in dataset.column_names:
+        raise ValueError(f"{name}: binary questions are made of questions with choices, and there is no such column")
+    if not binary:
+        return dataset
+    return check_questions(type(dataset).from_list([binary_question(row) for row in dataset]), name)
 
 
 def _renamed(dataset: Dataset, columns: Mapping[str, str], name: str) -> Dataset:
@@ -312,7 +351,8 @@ def check_questions(dataset: Dataset, name: str) -> Dataset:
     """Return `dataset` with a column `id`, after checking that it holds questions.
 
     Raises:
-        ValueError: no rows, a missing column, a prompt or answer that is no text or empty, or an `id` used twice.
+        ValueError: no rows, a missing column, a prompt or answer that is no text or empty, an `id` used twice, or
+            choices that `check_choices` refuses.
     """
     for column in ("prompt", "answer"):
         if column not in dataset.column_names:
@@ -328,12 +368,41 @@ def check_questions(dataset: Dataset, name: str) -> Dataset:
                 raise ValueError(f"{name}, row {index}: {column} is {value!r}, expected text that is not empty")
     if "id" not in dataset.column_names:
         ids = [_content_id(row["prompt"], row["answer"]) for row in dataset]
-        return dataset.add_column("id", ids) if len(set(ids)) == len(ids) else dataset.add_column("id", _numbered(ids))
+        dataset = dataset.add_column("id", ids if len(set(ids)) == len(ids) else _numbered(ids))
     ids = [str(value) for value in dataset["id"]]
     if len(set(ids)) < len(ids):
         twice = next(value for value in ids if ids.count(value) > 1)
         raise ValueError(f"{name} has the id {twice!r} more than once: ids must be unique")
-    return dataset if isinstance(dataset[0]["id"], str) else dataset.remove_columns("id").add_column("id", ids)
+    if not isinstance(dataset[0]["id"], str):
+        dataset = dataset.remove_columns("id").add_column("id", ids)
+    if "choices" in dataset.column_names:
+        check_choices(dataset, name)
+    return dataset
+
+
+def check_choices(dataset: Dataset, name: str) -> None:
+    """Check the column `choices` (lists of texts) and, where there is one, `answer` against it.
+
+    Raises:
+        ValueError: choices that are no list of texts, fewer than 2 of them, one of them empty or there twice, or an
+            answer that is not among them; names the row by its `id`.
+    """
+    columns = [column for column in ("id", "choices", "answer") if column in dataset.column_names]
+    for row in dataset.select_columns(columns):
+        choices, place = row["choices"], f"{name}, id {row['id']}"
+        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+            raise ValueError(
+                f"{place}: choices is {choices!r}, expected a list of texts. Fill it in every row, or remove the column"
+            )
+        if len(choices) < 2:
+            raise ValueError(f"{place}: choices is {choices!r}, expected at least 2 to choose from: leave the row out")
+        stripped = [choice.strip() for choice in choices]
+        if "" in stripped or len(set(stripped)) < len(stripped):
+            raise ValueError(f"{place}: choices is {choices!r}, expected different texts, none of them empty")
+        if row.get("answer", choices[0]) not in choices:
+            raise ValueError(
+                f"{place}: the answer {row['answer']!r} is not among the choices {choices!r}: write it exactly as there"
+            )
 
 
 def _content_id(*parts: str) -> str:
@@ -421,7 +490,8 @@ def tokenize_questions(
 ) -> Dataset:
     """Turn questions with answers into token ids, the boundary between prompt and answer being a position.
 
-    Prompt and answer are tokenised apart and followed by the end token, which is one of the answer's tokens [choice].
+    Prompt and answer are tokenised apart and followed by the end token, which is one of the answer's tokens [choice]
+    unless `question_format.end_token` is False.
 
     Args:
         dataset: columns `prompt` and `answer`.
@@ -440,32 +510,52 @@ def tokenize_questions(
     """
     from datasets import Dataset
 
-    end = _end_token(tokenizer)
-    limit = _length_limit(tokenizer, question_format)
     rows = []
     for index, row in enumerate(check_questions(dataset, name)):
-        prompt = question_format.prompt_ids(row["prompt"], tokenizer)
+        place = f"{name}, id {row['id']}"
         if answer_ids is None:
-            answer = question_format.answer_ids(row["answer"], tokenizer)
-            empty = not answer or answer == question_format.answer_ids("", tokenizer)
-            answer = [*answer, end]
+            answer = answer_with_end(row["answer"], tokenizer, question_format, place)
         else:
             answer = list(answer_ids[index])
-            empty = not answer
-        if empty:
-            raise ValueError(f"{name}, id {row['id']}: the answer {row['answer']!r} has no tokens in this tokenizer")
-        if question_format.truncate_prompt:
-            prompt = _cut_left(prompt, limit, len(answer))
-        _check_prompt(prompt, limit, f"{name}, id {row['id']}")
-        length = len(prompt) + len(answer)
-        if limit is not None and length > limit:
-            raise ValueError(
-                f"{name}, id {row['id']}: prompt and answer have {length} tokens ({len(answer)} of them "
-                f"the answer), more than the {limit} allowed: leave the row out, raise max_length (up to the "
-                "model's context), or let truncate_prompt=True shorten prompts"
-            )
+            if not answer:
+                raise ValueError(f"{place}: the answer {row['answer']!r} has no tokens in answer_ids")
+        prompt = fitted_prompt(row["prompt"], len(answer), tokenizer, question_format, place)
         rows.append({"id": row["id"], "input_ids": [*prompt, *answer], "prompt_length": len(prompt)})
     return Dataset.from_list(rows)
+
+
+def answer_with_end(
+    answer: str, tokenizer: PreTrainedTokenizerBase, question_format: QuestionFormat, place: str
+) -> list[int]:
+    """Return an answer's tokens, the end token included where the format has one; `place` names the row in errors."""
+    end = [_end_token(tokenizer)]
+    ids = question_format.answer_ids(answer, tokenizer)
+    if not ids or ids == question_format.answer_ids("", tokenizer):
+        raise ValueError(f"{place}: the answer {answer!r} has no tokens in this tokenizer")
+    return ids + end if question_format.end_token else ids
+
+
+def fitted_prompt(
+    text: str, num_answer_tokens: int, tokenizer: PreTrainedTokenizerBase, question_format: QuestionFormat, place: str
+) -> list[int]:
+    """Return a prompt's tokens, which leave room for the answer's; `place` names the row in errors.
+
+    Raises:
+        ValueError: no tokens, or more than fit and `question_format.truncate_prompt` is False.
+    """
+    prompt = question_format.prompt_ids(text, tokenizer)
+    limit = _length_limit(tokenizer, question_format)
+    if question_format.truncate_prompt:
+        prompt = _cut_left(prompt, limit, num_answer_tokens)
+    _check_prompt(prompt, limit, place)
+    length = len(prompt) + num_answer_tokens
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"{place}: prompt and answer have {length} tokens ({num_answer_tokens} of them the answer), more than the "
+            f"{limit} allowed: leave the row out, raise max_length (up to the model's context), or let "
+            "truncate_prompt=True shorten prompts"
+        )
+    return prompt
 
 
 def tokenize_prompts(
@@ -533,7 +623,7 @@ def _cut_left(prompt: list[int], limit: int | None, answer_length: int) -> list[
 
 
 def answer_lengths(examples: Dataset) -> np.ndarray:
-    """Return int64 [N], the answer tokens (end token included) of each row of `tokenize_questions`."""
+    """Return int64 [N], the answer tokens (the end token among them) of each row of `tokenize_questions`."""
     rows = zip(examples["input_ids"], examples["prompt_length"], strict=True)
     return np.array([len(ids) - start for ids, start in rows], dtype=np.int64)
 

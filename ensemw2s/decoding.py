@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ensemw2s import ops, processes
+from ensemw2s.choices import choose_answers, tokenize_choices
 from ensemw2s.data import PromptCollator, QuestionFormat, tokenize_prompts
 from ensemw2s.distillation import TOP_COLUMNS, packed_row, top_tokens, unpacked_row
 from ensemw2s.files import append_json_lines, read_complete_lines, write_json_lines
@@ -242,13 +243,14 @@ def label_questions(
 ) -> Dataset:
     """Let the ensemble answer questions; the answers are pseudo-labels for a student (method, phase 3).
 
-    Questions are decoded in batches of similar prompt length, which several processes share out. With `output_file`,
-    finished rows are appended to it (JSON lines) as they come, and a later call goes on behind them, whatever its
-    number of processes. Each process but the main one has a file of its own beside it, until all are done.
+    Questions are decoded in batches of similar prompt length, which several processes share out; those with a column
+    `choices` are answered by likelihood (`ensemw2s.choices`) with one of their choices. With `output_file`, finished
+    rows are appended to it (JSON lines) as they come, and a later call goes on behind them, whatever its number of
+    processes. Each process but the main one has a file of its own beside it, until all are done.
 
     Args:
         ensemble: T experts with their weights.
-        questions: columns `prompt` and `id`; any `answer` is ignored.
+        questions: columns `prompt`, `id` and optionally `choices`; any `answer` is ignored.
         processing_class: the experts' tokenizer.
         question_format: how a question becomes tokens; None is the default format.
         max_new_tokens: the longest pseudo-answer, its end token included.
@@ -266,21 +268,39 @@ def label_questions(
         the chosen tokens, end token included: text may become other tokens again **[choice]**), `num_tokens` (their
         number), `finished` (the end token came in time), `confidence` (mean log-probability per token under the
         mixture, nats, before temperature and filters), `agreement` (share of (token, expert) pairs in which the
-        expert gives the chosen token more than half of its probability) **[choice]**; with `top_logprobs`, for each
-        answer token also `top_token_ids` (k int32) and `top_log_probs` (k float32, nats, falling; the other tokens
-        have `1 - sum(exp)` together), and `top_temperature`.
+        expert gives the chosen token more than half of its probability) **[choice]** and `expert_agreement` (T floats,
+        the same for each expert); with `top_logprobs`, for each answer token also `top_token_ids` (k int32) and
+        `top_log_probs` (k float32, nats, falling; the other tokens have `1 - sum(exp)` together), and
+        `top_temperature`. With choices there is a column `choices` too, `confidence` is the log (nats) of the answer's
+        share of the choices' probability, so `exp(confidence)` is their softmax, and an expert agrees if it would
+        choose the same.
 
     Raises:
         FloatingPointError: an expert gives NaN or no finite logit; names the questions.
         ValueError: `output_file` holds rows of other questions, or with another `top_logprobs` or `top_temperature`;
-            `top_logprobs` is out of range, or the ensemble votes; the tokenizer is not the experts'; or a prompt and
-            its answer do not fit the experts' context.
+            `top_logprobs` is out of range, or the ensemble votes; the tokenizer is not the experts'; a prompt and its
+            answer do not fit the experts' context; `sampling` or `top_logprobs` for questions with choices; or answers
+            that would have no end, because the format has no end token and there are no choices.
     """
     require_tokenizer(ensemble, processing_class)
     top = None if top_logprobs is None else (top_logprobs, top_temperature)
     question_format = question_format or QuestionFormat()
     prompts = tokenize_prompts(questions, processing_class, question_format, "questions", max_new_tokens)
-    require_room(ensemble, prompts, max_new_tokens)
+    choices = None
+    if "choices" in questions.column_names:
+        if sampling not in (None, Sampling()) or top is not None:
+            raise ValueError(
+                f"questions with choices are answered by likelihood, with neither sampling ({sampling}) nor "
+                f"top_logprobs ({top_logprobs}): leave both out"
+            )
+        choices = tokenize_choices(questions, processing_class, question_format)
+    elif question_format.end_token:
+        require_room(ensemble, prompts, max_new_tokens)
+    else:
+        raise ValueError(
+            "the format has end_token=False, so that decoded answers would have no end: use end_token=True, or give "
+            "the questions a column `choices`"
+        )
     rows = {row["id"]: unpacked_row(row) for row in processes.on_main(_finished_rows, output_file)}
     _check_rows(rows, set(prompts["id"]), top, output_file)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]["input_ids"]), i))
@@ -298,9 +318,12 @@ def label_questions(
         disable=description is None or not processes.is_main(),
     )
     for batch in todo:
-        fresh = list(
-            _label_batch(ensemble, questions, prompts, batch, processing_class, max_new_tokens, sampling, seed, top)
-        )
+        if choices is None:
+            options = (processing_class, max_new_tokens, sampling, seed, top)
+            made = _label_batch(ensemble, questions, prompts, batch, *options)
+        else:
+            made = choose_answers(ensemble, questions, choices, batch, processing_class)
+        fresh = list(made)
         fresh = [row for row in fresh if row["id"] not in rows]
         mine.update((row["id"], row) for row in fresh)
         if own_file:
@@ -391,7 +414,7 @@ def _label_batch(  # type: ignore[no-untyped-def]
         require_valid(choice.valid | ~running, [f"question {prompts[i]['id']!r}" for i in batch])
         tokens.append(choice.tokens)
         log_probs.append(choice.log_probs)
-        agreement.append((choice.expert_log_probs.exp() > _AGREES).float().mean(0))
+        agreement.append((choice.expert_log_probs.exp() > _AGREES).double())
         counted.append(running.clone())
         if top is not None:
             kept.append(top_tokens(ensemble, logits, *top))
@@ -403,7 +426,7 @@ def _label_batch(  # type: ignore[no-untyped-def]
     mask = torch.stack(counted, 1)
     length = mask.sum(1)
     confidence = (torch.stack(log_probs, 1).double() * mask).sum(1) / length
-    share = (torch.stack(agreement, 1).double() * mask).sum(1) / length
+    shares = (torch.stack(agreement, 2) * mask).sum(2) / length
     ids = torch.stack(tokens, 1).int().cpu().numpy()
     caches = [torch.stack(parts, 1).cpu().numpy() for parts in zip(*kept, strict=True)]
     for row, i in enumerate(batch):
@@ -418,7 +441,8 @@ def _label_batch(  # type: ignore[no-untyped-def]
             "num_tokens": count,
             "finished": not bool(running[row]),
             "confidence": float(confidence[row]),
-            "agreement": float(share[row]),
+            "agreement": float(shares[:, row].mean()),
+            "expert_agreement": shares[:, row].tolist(),
             **cache,
             **({"top_temperature": float(top[1])} if top else {}),
         }

@@ -31,6 +31,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ensemw2s import ops
 from ensemw2s.cache import growing_cache
+from ensemw2s.cost import count
 from ensemw2s.decoding import Sampling, fused_sample, label_questions, require_tokenizer
 from ensemw2s.experts import (
     ADAPTER_WEIGHTS,
@@ -323,7 +324,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         def run(model: torch.nn.Module, index: int) -> torch.Tensor:
             own = {} if cache is None else {CACHE: cache.experts[index]}
             with nullcontext() if positions is None else only_positions(model, positions):
-                return model(**inputs, **own).logits
+                logits = model(**inputs, **own).logits
+            count(model, input_ids, attention_mask, logits.shape[:-1].numel())
+            return logits
 
         return self.experts.map(run, list(indices))
 
@@ -769,6 +772,7 @@ def _stacked_logits(
     }
     with stacked.model() as model:
         logits = model(**repeated, **{CACHE: cache}).logits
+    count(model, repeated["input_ids"], repeated["attention_mask"], logits.shape[:-1].numel())
     each = logits.unflatten(0, (stacked.count, -1)).unbind(0)
     return [each[index] for index in indices]
 

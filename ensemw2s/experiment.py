@@ -9,8 +9,7 @@ import dataclasses
 import importlib.metadata
 import platform
 import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,9 @@ from datasets import Dataset
 from transformers import set_seed
 
 from ensemw2s import ops, processes
+from ensemw2s.choices import ChoiceScores, score_choice_mixtures, score_choices
 from ensemw2s.config import SPLITS, ExperimentConfig, ModelConfig
+from ensemw2s.cost import measured, measured_with_memory
 from ensemw2s.data import (
     check_disjoint,
     exclude_questions,
@@ -87,11 +88,11 @@ class Experiment:
             if phase == "report":
                 processes.on_main(self._report)
             elif not processes.on_main(self._records_file(phase).exists):
-                start = time.perf_counter()
                 # Whatever global generator a library uses, a phase that is run alone sees the same one.
                 set_seed(self.config.seed)
-                records = getattr(self, f"_{phase}")()
-                records.append({"kind": "phase", "phase": phase, "seconds": time.perf_counter() - start})
+                with measured_with_memory() as spent:
+                    records = getattr(self, f"_{phase}")()
+                records.append({"kind": "phase", "phase": phase, **spent})
                 processes.on_main(write_json_lines, self._records_file(phase), records)
             processes.on_main(self._collect_results)
         return read_complete_lines(self.folder / RESULTS_FILE)
@@ -136,11 +137,7 @@ class Experiment:
             processing_class=trainer.processing_class,
             record=trainer.record(),
         )
-        cost = {"kind": "cost", "arm": "ensemble"}
-        cost |= {
-            f"train_{name}": sum(r[f"train_{name}"] for r in trainer.records) for name in ("seconds", "tokens", "flops")
-        }
-        return trainer.records + closing_identity(self.folder / "boosting") + [cost]
+        return trainer.records + closing_identity(self.folder / "boosting")
 
     def _label(self) -> list[dict[str, Any]]:
         questions = self._questions("unlabelled")
@@ -148,22 +145,22 @@ class Experiment:
         cache = self.config.cache_settings()
         records = []
         for teacher in TEACHERS:
-            start = time.perf_counter()
-            answers = self._teacher(teacher).label(
-                questions,
-                self._weak_tokenizer(),
-                question_format=self.config.data.format,
-                output_file=self.folder / "labels" / f"{teacher}.jsonl",
-                description=f"{teacher}: answering hard questions",
-                **dataclasses.asdict(self.config.labelling),
-                **cache,
-            )
+            with measured() as spent:
+                answers = self._teacher(teacher).label(
+                    questions,
+                    self._weak_tokenizer(),
+                    question_format=self.config.data.format,
+                    output_file=self.folder / "labels" / f"{teacher}.jsonl",
+                    description=f"{teacher}: answering hard questions",
+                    **dataclasses.asdict(self.config.labelling),
+                    **cache,
+                )
             right = float(exact_match(answers["answer"], truth).mean())
             self.say(f"{teacher} answered {len(answers)} hard questions, {right:.1%} of them right")
             records.append({
                 "kind": "labels", "teacher": teacher, "accuracy": right, "n": len(answers),
                 "confidence": float(np.mean(answers["confidence"])), "agreement": float(np.mean(answers["agreement"])),
-                "seconds": time.perf_counter() - start,
+                **spent,
             })  # fmt: skip
         return records
 
@@ -180,16 +177,18 @@ class Experiment:
         return []
 
     def _evaluate(self) -> list[dict[str, Any]]:
-        scores: dict[str, dict[str, list[Any]]] = {}
+        kept: list[dict[str, Any]] = []
         for arm, model in (("zero_shot_weak", self.config.weak), ("zero_shot_strong", self.config.strong)):
-            scores |= self._scores(arm, partial(self._score_one, arm, model, _untrained))
+            kept.append(self._scores(arm, partial(self._score_one, arm, model, _untrained)))
         for arm in ("single_expert", *STUDENTS):
             model = self.config.weak if arm == "single_expert" else self.config.strong
-            scores |= self._scores(arm, partial(self._score_one, arm, model, partial(self._trained, arm)))
-        scores |= self._scores("mixtures", self._score_mixtures)
+            kept.append(self._scores(arm, partial(self._score_one, arm, model, partial(self._trained, arm))))
+        kept.append(self._scores("mixtures", self._score_mixtures))
+        scores = {arm: outcomes for part in kept for arm, outcomes in part["outcomes"].items()}
         records = [record for arm in _table_order(scores) for record in self._arm_records(arm, scores[arm])]
         records += self._recovered(scores)
-        records += [self._cost(arm) for arm in ("single_expert", *STUDENTS)]
+        inference = {arm: cost for part in kept for arm, cost in part["inference"].items()}
+        records += [self._cost(arm, inference[arm]) for arm in _table_order(scores)]
         return [*records, environment()]
 
     def _report(self) -> None:
@@ -251,53 +250,66 @@ class Experiment:
 
     # Measuring
 
-    def _scores(
-        self, name: str, compute: Callable[[], dict[str, dict[str, AnswerScores]]]
-    ) -> dict[str, dict[str, list[Any]]]:
-        """Per arm and split, the wrong bits per answer, computed once and kept."""
+    def _scores(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Per arm, `outcomes` (per split what `_outcomes` returns) and the cost of `inference`; kept once computed."""
         file = self.folder / "scores" / f"{name}.json"
         if not processes.on_main(file.exists):
-            plain = {
-                arm: {split: _wrong_per_answer(scores) for split, scores in splits.items()}
-                for arm, splits in compute().items()
-            }
-            processes.on_main(write_json, file, plain)
+            scores = compute()
+            processes.on_main(write_json, file, scores)
         return read_json(file)
 
     def _score_one(
         self, arm: str, config: ModelConfig, load: Callable[[ModelConfig], torch.nn.Module]
-    ) -> dict[str, dict[str, AnswerScores]]:
+    ) -> dict[str, Any]:
         model, tokenizer = load(config), load_tokenizer(config.source)
-        scores = {
-            split: score_answers(
-                model, self._examples(name, tokenizer), pad_token_id=tokenizer.eos_token_id,
-                description=f"{arm}: {split}",
-            )
-            for split, name in TEST_SPLITS.items()
-        }  # fmt: skip
-        return {arm: scores}
+        outcomes = {}
+        with measured() as spent:
+            for split, name in TEST_SPLITS.items():
+                shown: dict[str, Any] = {"description": f"{arm}: {split}"}
+                answers = score_answers(
+                    model, self._examples(name, tokenizer), pad_token_id=tokenizer.eos_token_id, **shown
+                )
+                choices, questions = None, self._questions(name)
+                if "choices" in questions.column_names:
+                    choices = score_choices(
+                        model, questions, tokenizer, question_format=self.config.data.format, **shown
+                    )
+                outcomes[split] = _outcomes(answers, choices)
+        return {"outcomes": {arm: outcomes}, "inference": {arm: spent}}
 
-    def _score_mixtures(self) -> dict[str, dict[str, AnswerScores]]:
+    def _score_mixtures(self) -> dict[str, Any]:
         ensemble = self._teacher("ensemble")
         count = ensemble.num_experts
         mixtures = {f"expert_{t + 1}": np.eye(count)[t].tolist() for t in range(count)}
         mixtures |= {"uniform_average": [1.0] * count, "ensemble": ensemble.config.expert_weights}
         tokenizer = self._weak_tokenizer()
-        by_split = {
-            split: score_mixtures(
-                ensemble, self._examples(name, tokenizer), mixtures, pad_token_id=tokenizer.eos_token_id,
-                description=f"experts and ensemble: {split}",
-            )
-            for split, name in TEST_SPLITS.items()
-        }  # fmt: skip
-        return {arm: {split: by_split[split][arm] for split in TEST_SPLITS} for arm in mixtures}
+        outcomes: dict[str, dict[str, Any]] = {arm: {} for arm in mixtures}
+        with measured() as spent:
+            for split, name in TEST_SPLITS.items():
+                shown: dict[str, Any] = {"description": f"experts and ensemble: {split}"}
+                answers = score_mixtures(
+                    ensemble, self._examples(name, tokenizer), mixtures, pad_token_id=tokenizer.eos_token_id, **shown
+                )
+                choices, questions = None, self._questions(name)
+                if "choices" in questions.column_names:
+                    choices = score_choice_mixtures(
+                        ensemble, questions, tokenizer, mixtures, question_format=self.config.data.format, **shown
+                    )
+                for arm in mixtures:
+                    outcomes[arm][split] = _outcomes(answers[arm], None if choices is None else choices[arm])
+        # The experts are run once for all mixtures; one alone would have taken its share.
+        share = {name: None if value is None else value / count for name, value in spent.items()}
+        alone = [f"expert_{t + 1}" for t in range(count)]
+        return {"outcomes": outcomes, "inference": {arm: share if arm in alone else spent for arm in mixtures}}
 
-    def _arm_records(self, arm: str, splits: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    def _arm_records(self, arm: str, splits: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
-        for split, wrong in splits.items():
+        for split, outcome in splits.items():
             shared = {"arm": arm, "split": split, "seed": self.config.seed}
-            correct = [int(not any(bits)) for bits in wrong]
+            wrong, correct = outcome["token_wrong"], outcome["correct"]
             estimates = {"accuracy": accuracy(np.array(correct, dtype=bool)), "token_error": token_error(wrong)}
+            if outcome["by_likelihood"]:
+                estimates["exact_match"] = accuracy(np.array([not any(bits) for bits in wrong]))
             for metric, estimate in estimates.items():
                 records.append({
                     "kind": "arm", **shared, "metric": metric, **estimate._asdict(), "n": len(correct),
@@ -306,13 +318,12 @@ class Experiment:
             records.append({"kind": "answers", **shared, "correct": correct, "ids": list(ids)})
         return records
 
-    def _recovered(self, scores: Mapping[str, Mapping[str, list[Any]]]) -> list[dict[str, Any]]:
+    def _recovered(self, scores: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         records = []
         for arm in STUDENTS:
             for split in ("id", "ood"):
                 weak, student, ceiling = (
-                    np.array([not any(bits) for bits in scores[name][split]])
-                    for name in ("single_expert", arm, "ceiling")
+                    np.array(scores[name][split]["correct"], dtype=bool) for name in ("single_expert", arm, "ceiling")
                 )
                 gap = performance_gap_recovered(weak, student, ceiling, seed=self.config.seed)
                 records.append({
@@ -320,9 +331,19 @@ class Experiment:
                 })  # fmt: skip
         return records
 
-    def _cost(self, arm: str) -> dict[str, Any]:
-        cost = read_json(self._model_folder(arm) / "cost.json")
-        return {"kind": "cost", "arm": arm, **{f"train_{name}": value for name, value in cost.items()}}
+    def _cost(self, arm: str, inference: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what training an arm took, where it was trained, and what answering all test questions took."""
+        training: dict[str, Any] = {}
+        if arm in ("single_expert", *STUDENTS):
+            training = read_json(self._model_folder(arm) / "cost.json")
+        elif arm in ("ensemble", "uniform_average"):
+            rounds = [r for r in read_complete_lines(self._records_file("boost")) if r["kind"] == "round"]
+            training = {name: _total(r[f"train_{name}"] for r in rounds) for name in ("seconds", "tokens", "flops")}
+        return {
+            "kind": "cost", "arm": arm,
+            **{f"train_{name}": value for name, value in training.items()},
+            **{f"inference_{name}": value for name, value in inference.items()},
+        }  # fmt: skip
 
     # The folder
 
@@ -417,15 +438,31 @@ def _untrained(model: ModelConfig) -> torch.nn.Module:
     return load_model(model.source, **model.init_kwargs)
 
 
-def _wrong_per_answer(scores: AnswerScores) -> list[list[int]]:
-    pieces = np.split(scores.token_wrong.astype(int), np.cumsum(scores.lengths)[:-1])
-    return [piece.tolist() for piece in pieces]
+def _outcomes(answers: AnswerScores, choices: ChoiceScores | None) -> dict[str, Any]:
+    """Return what is kept of one arm on one split, as plain JSON.
+
+    `token_wrong` (0 or 1 per answer token, a list per question) and `correct` (0 or 1 per question): whether the
+    likeliest choice is right where there are choices (`by_likelihood`), else whether every token is.
+    """
+    pieces = np.split(answers.token_wrong.astype(int), np.cumsum(answers.lengths)[:-1])
+    correct = answers.correct if choices is None else np.asarray(choices.correct)
+    return {
+        "token_wrong": [piece.tolist() for piece in pieces],
+        "correct": correct.astype(int).tolist(),
+        "by_likelihood": choices is not None,
+    }
 
 
 def _table_order(scores: Mapping[str, Any]) -> list[str]:
     experts = sorted((arm for arm in scores if arm.startswith("expert_")), key=lambda arm: int(arm.split("_")[1]))
     first = ["zero_shot_weak", "zero_shot_strong", "single_expert", *experts, "uniform_average", "ensemble"]
     return first + list(STUDENTS)
+
+
+def _total(values: Iterable[float | None]) -> float | None:
+    """Return a sum that is unknown if one of its parts is."""
+    parts = list(values)
+    return None if None in parts else sum(part for part in parts if part is not None)
 
 
 def _differing(mine: Any, theirs: Any, prefix: str = "") -> list[str]:

@@ -122,7 +122,11 @@ REQUIRED_FIELDS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 OPTIONAL_FIELDS: dict[str, dict[str, str]] = {
     "round": {"attempt": COUNT, "clamped": BOOLEAN},
-    "cost": {"train_seconds": NUMBER_OR_NULL, "train_flops": NUMBER_OR_NULL, "inference_seconds": NUMBER_OR_NULL},
+    "cost": {
+        **{f"train_{name}": NUMBER_OR_NULL for name in ("seconds", "tokens", "flops")},
+        **{f"inference_{name}": NUMBER_OR_NULL for name in ("seconds", "tokens", "flops")},
+    },
+    "phase": dict.fromkeys(("tokens", "flops", "peak_memory"), NUMBER_OR_NULL),
     "labels": {"confidence": NUMBER_OR_NULL, "agreement": SHARE_OR_NULL},
 }
 # The fields that say which figure a record gives; of other kinds a run may hold several alike.
@@ -228,7 +232,7 @@ Rows = tuple[list[str], list[list[str]]]
 
 
 def results_table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """Return every measured arm with its accuracies ± standard error, PGR with 95% interval, and training cost."""
+    """Return every measured arm with its accuracies ± standard error, PGR with 95% interval, and costs."""
     return _rich_table("Results", _result_rows(records), never_wrapped=3)
 
 
@@ -241,14 +245,41 @@ def _result_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
     columns = {
         "ID, %": lambda arm: _accuracy_text(records, arm, "id"),
         "OOD, %": lambda arm: _accuracy_text(records, arm, "ood"),
+        "Exact ID, %": lambda arm: _accuracy_text(records, arm, "id", "exact_match"),
+        "Exact OOD, %": lambda arm: _accuracy_text(records, arm, "ood", "exact_match"),
         "PGR ID": lambda arm: _pgr_text(_find(records, "pgr", arm=arm, split="id")),
         "PGR OOD": lambda arm: _pgr_text(_find(records, "pgr", arm=arm, split="ood")),
         "Train s": lambda arm: _cost_text(records, arm, "train_seconds", 1),
         "Train TFLOP": lambda arm: _cost_text(records, arm, "train_flops", 1e12),
-        "Infer s": lambda arm: _cost_text(records, arm, "inference_seconds", 1),
     }
     rows = [[_arm_name(arm), *(cell(arm) for cell in columns.values())] for arm in _arms(records)]
     return _without_empty_columns(["Arm", *columns], rows)
+
+
+def _arm_cost_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
+    columns = {
+        "Training, s": ("train_seconds", 1),
+        "Training, tokens": ("train_tokens", 1),
+        "Training, TFLOP": ("train_flops", 1e12),
+        "Answers, s": ("inference_seconds", 1),
+        "Answers, tokens": ("inference_tokens", 1),
+        "Answers, TFLOP": ("inference_flops", 1e12),
+    }
+    rows = [
+        [_arm_name(arm), *(_cost_text(records, arm, name, unit) for name, unit in columns.values())]
+        for arm in _arms(records)
+    ]
+    return _without_empty_columns(["Arm", *columns], [row for row in rows if any(row[1:])])
+
+
+def _phase_cost_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
+    columns = {"Seconds": ("seconds", 1), "Tokens": ("tokens", 1), "TFLOP": ("flops", 1e12),
+               "Peak memory, GB": ("peak_memory", 1e9)}  # fmt: skip
+    rows = [
+        [record["phase"], *(_amount_text(record.get(name), unit) for name, unit in columns.values())]
+        for record in _of_kind(records, "phase")
+    ]
+    return _without_empty_columns(["Phase", *columns], rows)
 
 
 def _without_empty_columns(headers: list[str], rows: list[list[str]]) -> Rows:
@@ -296,8 +327,8 @@ def _rich_table(title: str, content: Rows, never_wrapped: int) -> Table:
     return table
 
 
-def _accuracy_text(records: Sequence[Mapping[str, Any]], arm: str, split: str) -> str:
-    record = _find(records, "arm", arm=arm, split=split, metric="accuracy")
+def _accuracy_text(records: Sequence[Mapping[str, Any]], arm: str, split: str, metric: str = "accuracy") -> str:
+    record = _find(records, "arm", arm=arm, split=split, metric=metric)
     return "" if record is None else f"{100 * record['value']:.1f} ± {100 * record['standard_error']:.1f}"
 
 
@@ -312,9 +343,13 @@ def _pgr_text(record: Mapping[str, Any] | None) -> str:
 
 def _cost_text(records: Sequence[Mapping[str, Any]], arm: str, name: str, unit: float) -> str:
     record = _find(records, "cost", arm=arm)
-    if record is None or record.get(name) is None:
+    return "" if record is None else _amount_text(record.get(name), unit)
+
+
+def _amount_text(value: float | None, unit: float) -> str:
+    if value is None:
         return ""
-    value = record[name] / unit
+    value /= unit
     # Three significant digits, whether the models are tiny or large.
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -673,6 +708,8 @@ def _run_section(run: Run, *, alone: bool) -> str:
         parts += [_arms_section([run]) if alone else "", _results_section(run.records)]
     if _of_kind(run.records, "round"):
         parts.append(_rounds_section(run.records))
+    if _of_kind(run.records, "cost") or _of_kind(run.records, "phase"):
+        parts.append(_cost_section(run.records))
     parts += [_labels_section(run.records), _configuration_section(run)]
     return f"<section>{heading}{''.join(parts)}</section>\n"
 
@@ -735,6 +772,19 @@ def _results_section(records: Sequence[Mapping[str, Any]]) -> str:
         "0. Costs are those of training an arm itself: the ensemble's are the sum over its experts, a student's leave "
         "out its teacher's.",
     )
+
+
+def _cost_section(records: Sequence[Mapping[str, Any]]) -> str:
+    arms = _html_table(
+        _arm_cost_rows(records),
+        "Training as above. Answers: all test questions once; the experts are run once for all their mixtures, and one "
+        "expert is given its share. FLOPs are counted, padding included: matrix products and attention.",
+    )
+    phases = _html_table(
+        _phase_cost_rows(records),
+        "Of the session that finished the phase. Tokens are those of training and answers, without padding.",
+    )
+    return f"<h3>Cost</h3>{arms}{phases}"
 
 
 def _rounds_section(records: Sequence[Mapping[str, Any]]) -> str:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ensemw2s import ops, processes
+from ensemw2s.cost import count
 from ensemw2s.data import AnswerCollator, answer_lengths, check_examples
 from ensemw2s.ensemble import TokenEnsemble
 from ensemw2s.heads import gives_the_logits, only_positions, output_head, replaced_head
@@ -178,9 +179,12 @@ class _ModelRun:
             if self.ends_in_head:
                 with replaced_head(self.head, keep):
                     model(**inputs, use_cache=False)
-                return kept[0]
-            with only_positions(model, mask.repeat(self.copies, 1)):
-                return model(**inputs, use_cache=False).logits.unflatten(0, (self.copies, -1))
+            else:
+                with only_positions(model, mask.repeat(self.copies, 1)):
+                    kept.append(model(**inputs, use_cache=False).logits.unflatten(0, (self.copies, -1)))
+        # Behind the context, which may have given the model's layers other forward passes.
+        count(model, inputs["input_ids"], inputs["attention_mask"], kept[0].shape[:-1].numel())
+        return kept[0]
 
     def logits(self, rows: Tensor) -> list[Tensor]:
         """Return, per copy, the logits [n, V] of what `answer_rows` returned."""

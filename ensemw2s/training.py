@@ -7,6 +7,7 @@ change: the loss is a weighted sum over answer tokens, and the vocabulary-wide h
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 import time
 import warnings
@@ -24,7 +25,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ensemw2s import ops, processes
-from ensemw2s.checkpoints import FOLDER, claim_checkpoints, digest, seal_checkpoint, seconds_trained
+from ensemw2s.checkpoints import FOLDER, claim_checkpoints, digest, seal_checkpoint, spent_until
+from ensemw2s.cost import count, metered
 from ensemw2s.data import AnswerCollator, LengthBucketSampler, answer_lengths, check_examples
 from ensemw2s.files import DiskFullError, is_disk_full
 from ensemw2s.heads import linear_loss, linear_of, obstacle, only_positions, output_head, replaced_head
@@ -70,12 +72,13 @@ class AnswerTrainingArguments(TrainingArguments):
 class TrainingCost:
     """What one fine-tuning run took: wall seconds, tokens seen (padding aside), and floating-point operations.
 
-    `tokens` and `flops` are transformers' own counts over all processes, the latter 6 x parameters x padded tokens.
+    Both counts are over all processes: `tokens` is transformers' own, `flops` is counted as `ensemw2s.cost` says (None
+    where it cannot be).
     """
 
     seconds: float
     tokens: int
-    flops: float
+    flops: float | None
 
 
 def next_token_mask(labels: torch.Tensor) -> torch.Tensor:
@@ -169,6 +172,9 @@ class AnswerTrainer(Trainer):
             with only_positions(self.accelerator.unwrap_model(model), answers.mask):
                 outputs = model(**model_inputs)
             loss = self.logits_loss(outputs.logits, answers.to(outputs.logits.device))
+        if model.training:
+            unwrapped, rows = self.accelerator.unwrap_model(model), len(answers.labels)
+            count(unwrapped, inputs["input_ids"], inputs["attention_mask"], rows, training=True)
         total = answers.weights.sum() if num_items_in_batch is None else num_items_in_batch
         total = torch.as_tensor(total, device=loss.device)
         # A step in which no answer token was drawn has weight 0 and no gradient; dividing by 1 keeps it so.
@@ -196,16 +202,23 @@ class AnswerTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or go on from a checkpoint; see `transformers.Trainer.train`."""
-        self._seconds_before = 0.0
+        self._before = {"seconds": 0.0, "flops": 0.0}
         if isinstance(resume_from_checkpoint, str):
-            self._seconds_before = seconds_trained(Path(resume_from_checkpoint))
+            self._before = spent_until(Path(resume_from_checkpoint))
         self._start = time.perf_counter()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with metered() as self._meter:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @property
     def seconds(self) -> float:
         """Return the wall seconds of training so far, those before the checkpoint that it went on from included."""
-        return self._seconds_before + time.perf_counter() - self._start
+        return self._before["seconds"] + time.perf_counter() - self._start
+
+    @property
+    def flops(self) -> float:
+        """Return the FLOPs of all processes so far, NaN if they cannot be counted; every process must ask for them."""
+        own = torch.tensor([self._meter.flops], dtype=torch.float64, device=self.args.device)
+        return self._before["flops"] + float(self.accelerator.gather(own).sum())
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write a checkpoint that counts only when it is complete.
@@ -218,9 +231,10 @@ class AnswerTrainer(Trainer):
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
+            spent = {"seconds": self.seconds, "flops": self.flops}
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                seal_checkpoint(folder, self.seconds)
+                seal_checkpoint(folder, spent)
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
             if is_disk_full(error) and not isinstance(error, DiskFullError):
@@ -394,7 +408,8 @@ def fine_tune(
         check_weights(model, args)
     except FloatingPointError as error:
         raise FloatingPointError(f"{description}: {error}") from error
-    cost = TrainingCost(trainer.seconds, trainer.state.num_input_tokens_seen, float(trainer.state.total_flos))
+    flops = None if math.isnan(trainer.flops) else trainer.flops
+    cost = TrainingCost(trainer.seconds, trainer.state.num_input_tokens_seen, flops)
     return model.eval(), cost
 
 

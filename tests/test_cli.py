@@ -25,7 +25,7 @@ def write(folder: Path, values: dict[str, object]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("arguments", [[], ["run"], ["boost"], ["report"], ["env"]])
+@pytest.mark.parametrize("arguments", [[], ["plan"], ["run"], ["boost"], ["report"], ["env"]])
 def test_help_is_there_for_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--help"])

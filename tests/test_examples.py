@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,13 +12,24 @@ import pytest
 
 from ensemw2s.cli import main
 from ensemw2s.config import load_config
+from ensemw2s.experiment import Experiment
+from ensemw2s.models import load_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_configuration_is_valid(path: Path) -> None:
-    assert load_config(path).name.startswith("reverse_words")
+    assert load_config(path).name == path.stem
+
+
+def test_the_example_with_choices_has_one_token_answers_and_enough_questions(tmp_path: Path) -> None:
+    config = load_config(EXAMPLES / "syllogisms.yaml", [f"output_dir={tmp_path}"])
+    Experiment(config).run(("data",))
+    tokens = load_tokenizer(config.weak.source)
+    rows = [json.loads(line) for line in (config.folder / "data" / "train.jsonl").read_text().splitlines()]
+    assert {len(config.data.format.answer_ids(choice, tokens)) for row in rows for choice in row["choices"]} == {1}
+    assert 60 < [row["answer"] for row in rows].count("Yes") < 140
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

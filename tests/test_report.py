@@ -284,6 +284,18 @@ def test_costs_can_be_read_at_any_size(flops, shown):
     assert table["Train TFLOP"] == [shown]
 
 
+def test_the_page_shows_what_arms_and_phases_cost(tmp_path):
+    records = [
+        arm_record("ensemble", "id", np.array([0, 1])), arm_record("ceiling", "id", np.array([0, 1])),
+        {"kind": "cost", "arm": "ensemble", "train_tokens": 16200, "inference_seconds": 12.5,
+         "inference_flops": 7.5e12},
+        {"kind": "phase", "phase": "boost", "seconds": 250.0, "tokens": 4711, "flops": None, "peak_memory": 2.5e9},
+    ]  # fmt: skip
+    text = " ".join(Page(page_of([make_run(tmp_path / "costly", records)], tmp_path)).text.split())
+    assert "Arm Training, tokens Answers, s Answers, TFLOP Ensemble 16,200 12.5 7.5" in text
+    assert "Phase Seconds Tokens Peak memory, GB boost 250 4,711 2.5" in text
+
+
 def test_a_difference_of_nothing_has_no_sign(tmp_path):
     answers = {"kind": "answers", "split": "id", "correct": [0, 1] * 20, "ids": list(range(40))}
     records = [arm_record("ensemble", "id", np.array([0, 1]))]
