@@ -469,7 +469,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         if given is not None:
             settings.update(**{name: value for name, value in given.to_dict().items() if value is not None})
         settings.update(**kwargs)
-        if settings.cache_implementation not in (None, "dynamic"):
+        # "dynamic_full" is what transformers before 5.24 names where an ensemble is an assistant.
+        if settings.cache_implementation not in (None, "dynamic", "dynamic_full"):
             raise ValueError(
                 f"cache_implementation={settings.cache_implementation!r} does not work with an ensemble, whose cache "
                 "holds one dynamic cache per expert: leave it out"
