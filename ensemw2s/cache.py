@@ -1,12 +1,15 @@
-"""Key/value caches that grow in place, so that a decoding step does not copy what earlier steps have stored."""
+"""Key/value caches: those of all experts as one object, growing in place, so that no step copies what others stored."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ensemw2s.experts import StackedAdapters
 
 # Positions kept free at least when a layer's room is made or grown.
 _SPARE = 32
@@ -65,3 +68,37 @@ def growing_cache(config: PreTrainedConfig) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+class EnsembleCache(Cache):
+    """The key/value caches of all experts as one object.
+
+    Its `layers` are all experts' layers in a row, so what transformers does to a cache (reorder, repeat, select, crop,
+    reset) reaches every expert; `experts[t]` is the cache that expert t itself sees, holding the same layer objects.
+    Experts that run as one model have one cache, `experts[0]`, whose rows are stacked, expert after expert.
+
+    Args:
+        configs: one model configuration per cache.
+        stacked: the experts as one model, or None.
+    """
+
+    def __init__(self, configs: Iterable[PreTrainedConfig], stacked: StackedAdapters | None = None) -> None:
+        self.stacked = stacked
+        self.experts = [growing_cache(config) for config in configs]
+        super().__init__(layers=[layer for cache in self.experts for layer in cache.layers])
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Make row i what row `beam_idx[i]` was, for every expert."""
+        super().reorder_cache(self._rows(beam_idx))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices` of every expert."""
+        super().batch_select_indices(self._rows(indices))
+
+    def _rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the stacked rows that belong to some rows of the batch."""
+        if self.stacked is None or not self.get_seq_length():
+            return rows
+        count = self.stacked.count
+        starts = torch.arange(count, device=rows.device) * (self.layers[0].keys.shape[0] // count)
+        return (starts[:, None] + rows).flatten()

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,21 +28,28 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ensemw2s import ops
-from ensemw2s.cache import growing_cache
+from ensemw2s.cache import EnsembleCache
 from ensemw2s.cost import count
 from ensemw2s.decoding import Sampling, fused_sample, label_questions, require_tokenizer
 from ensemw2s.experts import (
-    ADAPTER_WEIGHTS,
     AdapterExperts,
     Experts,
     ModelExperts,
     StackedAdapters,
-    require_weights,
 )
 from ensemw2s.files import new_folder, read_json, write_json
 from ensemw2s.heads import only_positions
 from ensemw2s.model_card import model_card
 from ensemw2s.models import CACHE, MODEL_WEIGHTS, load_model
+from ensemw2s.saved import (
+    HUB_ACCESS,
+    HUB_VERSION,
+    add_adapter,
+    expert_folders,
+    local_folder,
+    require_one_dtype,
+    require_whole,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,9 +60,6 @@ COMBINE = ("prob", "logprob", "vote")
 RECORD_FILE = "boosting.json"
 # What transformers passes to every model's forward and an ensemble has no use for.
 _NOT_NEEDED = ("return_dict", "cache_position")
-# Which version of a hub repository is meant: a base model lies in another repository, with versions of its own.
-_HUB_VERSION = ("revision", "force_download")
-_HUB_ACCESS = ("token", "cache_dir", "local_files_only")
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Whether the call of `generate` under way may take the fused loop: transformers hands on no argument of ours.
 _fused: ContextVar[bool] = ContextVar("fused", default=True)
@@ -98,40 +100,6 @@ class EnsembleConfig(PreTrainedConfig):
         shared = {name: getattr(first, name, None) for name in ("vocab_size", *_SPECIAL_TOKENS)}
         shared["max_position_embeddings"] = min(context_lengths(experts).values(), default=None)
         return cls(kind=experts.kind, is_decoder=True, tie_word_embeddings=False, **shared, **settings)
-
-
-class EnsembleCache(Cache):
-    """The key/value caches of all experts as one object.
-
-    Its `layers` are all experts' layers in a row, so what transformers does to a cache (reorder, repeat, select, crop,
-    reset) reaches every expert; `experts[t]` is the cache that expert t itself sees, holding the same layer objects.
-    Experts that run as one model have one cache, `experts[0]`, whose rows are stacked, expert after expert.
-
-    Args:
-        configs: one model configuration per cache.
-        stacked: the experts as one model, or None.
-    """
-
-    def __init__(self, configs: Iterable[PreTrainedConfig], stacked: StackedAdapters | None = None) -> None:
-        self.stacked = stacked
-        self.experts = [growing_cache(config) for config in configs]
-        super().__init__(layers=[layer for cache in self.experts for layer in cache.layers])
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Make row i what row `beam_idx[i]` was, for every expert."""
-        super().reorder_cache(self._rows(beam_idx))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices` of every expert."""
-        super().batch_select_indices(self._rows(indices))
-
-    def _rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the stacked rows that belong to some rows of the batch."""
-        if self.stacked is None or not self.get_seq_length():
-            return rows
-        count = self.stacked.count
-        starts = torch.arange(count, device=rows.device) * (self.layers[0].keys.shape[0] // count)
-        return (starts[:, None] + rows).flatten()
 
 
 class TokenEnsemble(PreTrainedModel, GenerationMixin):
@@ -492,13 +460,15 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         *,
         processing_class: PreTrainedTokenizerBase | None = None,
         record: Mapping[str, Any] | None = None,
+        max_shard_size: int | str | None = None,
     ) -> None:
-        """Write the ensemble to one folder, whole or not at all.
+        """Write the ensemble to one folder, whole or not at all; `push_to_hub` does so first.
 
         Args:
             save_directory: takes the place of what is there.
             processing_class: the experts' tokenizer, saved along.
             record: a JSON-able account of the boosting run, saved as `boosting.json`.
+            max_shard_size: the largest file of a whole model's weights, e.g. "2GB"; None leaves it to transformers.
 
         Raises:
             DiskFullError: the disk is full; what was at `save_directory` before is untouched.
@@ -506,13 +476,14 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         """
         if processing_class is not None:
             require_tokenizer(self, processing_class)
+        options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         with new_folder(save_directory) as folder:
             self.config.save_pretrained(folder)
             self.generation_config.save_pretrained(folder)
             for index in range(self.num_experts):
-                self.experts.save_expert(index, folder / "experts" / str(index + 1))
+                self.experts.save_expert(index, folder / "experts" / str(index + 1), **options)
             if isinstance(self.experts, AdapterExperts) and self.config.base is None:
-                self.experts.save_base(folder / "base")
+                self.experts.save_base(folder / "base", **options)
             if processing_class is not None:
                 processing_class.save_pretrained(folder)
             if record is not None:
@@ -541,11 +512,11 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             FileNotFoundError: the folder, an expert's weights or a part of them are missing; names which.
             ValueError: weights that are damaged, or a number of expert weights other than that of the experts saved.
         """
-        hub = {name: model_init_kwargs.pop(name) for name in _HUB_VERSION if name in model_init_kwargs}
-        hub |= {name: model_init_kwargs[name] for name in _HUB_ACCESS if name in model_init_kwargs}
-        folder = _local_folder(pretrained_model_name_or_path, subfolder, hub)
+        hub = {name: model_init_kwargs.pop(name) for name in HUB_VERSION if name in model_init_kwargs}
+        hub |= {name: model_init_kwargs[name] for name in HUB_ACCESS if name in model_init_kwargs}
+        folder = local_folder(pretrained_model_name_or_path, subfolder, hub)
         config = config or EnsembleConfig.from_pretrained(folder)
-        folders = _expert_folders(folder, len(config.expert_weights))
+        folders = expert_folders(folder, len(config.expert_weights))
         if config.kind == "models":
             for number, path in enumerate(folders, 1):
                 require_whole(path, MODEL_WEIGHTS, f"expert {number} of {len(folders)}")
@@ -647,117 +618,6 @@ def context_lengths(experts: Experts) -> dict[int, int]:
     return {t: length for t, length in lengths.items() if length is not None}
 
 
-def require_one_dtype(models: Sequence[PreTrainedModel], numbers: Sequence[int]) -> None:
-    """Raise ValueError unless all models have the dtype of the first; `numbers` are theirs, for the message."""
-    for model, number in zip(models, numbers, strict=True):
-        if model.dtype != models[0].dtype:
-            raise ValueError(
-                f"expert {number} is in {model.dtype}, expert {numbers[0]} in {models[0].dtype}: load all in one dtype"
-            )
-
-
-def require_whole(folder: str | os.PathLike[str], names: Sequence[str], owner: str) -> None:
-    """Check that a folder's weights are all there and not cut off, from the headers of the files alone.
-
-    Args:
-        folder: written by `save_pretrained`, of transformers or peft.
-        names: the file that holds the weights, or lists the files that do; any of these.
-        owner: whom an error names, e.g. "expert 2 of 3".
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged.
-    """
-    folder = Path(folder)
-    require_weights(folder, names, owner)
-    found = next(folder / name for name in names if (folder / name).is_file())
-    parts = sorted(set(read_json(found)["weight_map"].values())) if found.suffix == ".json" else [found.name]
-    for part in parts:
-        if not (folder / part).is_file():
-            raise FileNotFoundError(
-                f"{owner}: {folder} lacks {part}, one of the {len(parts)} files that {found.name} lists. The folder is "
-                "incomplete: save it again, or copy it whole"
-            )
-        try:
-            with safe_open(folder / part, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(
-                f"{owner}: {folder / part} is damaged ({error}). Save it again, or copy it whole"
-            ) from error
-
-
-def add_adapter(experts: AdapterExperts, folder: str | os.PathLike[str]) -> None:
-    """Append a saved adapter to `experts`; an error names it and leaves the experts as they were.
-
-    Raises:
-        FileNotFoundError: weights or `adapter_config.json` are missing.
-        ValueError: the weights are damaged, do not fit the base model, or would replace weights that all share.
-    """
-    owner = f"expert {len(experts) + 1}"
-    require_whole(folder, (ADAPTER_WEIGHTS,), owner)
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise FileNotFoundError(
-            f"{owner}: {folder} has no adapter_config.json. The folder is incomplete: save it again, or copy it whole"
-        )
-    _check_shared(experts.base, Path(folder), owner)
-    known = set(getattr(experts.base, "peft_config", ()))
-    try:
-        experts.add(Path(folder))
-    except (RuntimeError, ValueError) as error:
-        for name in set(getattr(experts.base, "peft_config", ())) - known:
-            experts.base.delete_adapter(name)
-        # The first of many lines, and the first parameter that does not fit.
-        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        raise ValueError(
-            f"{owner}: the adapter in {folder} does not fit the base model ({reason}): load the base that it was "
-            "trained on"
-        ) from error
-
-
-def _check_shared(base: Any, folder: Path, owner: str) -> None:
-    """Raise ValueError for an adapter that holds weights of the base itself, unless they are the base's own.
-
-    peft saves whole embeddings with an adapter where the vocabulary was resized or the head is adapted, and loads them
-    into the base, where they would replace those of every other expert.
-    """
-    plain = base.get_base_model() if isinstance(base, PeftModel) else base
-    shared = {name.replace(".base_layer.", "."): weight for name, weight in plain.named_parameters()}
-    own = PeftConfig.from_pretrained(str(folder))
-    copied = tuple(getattr(own, "modules_to_save", None) or ())
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as saved:
-        for key in saved.keys():  # noqa: SIM118  (not a dict)
-            name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            weight = shared.get(name)
-            if weight is None or not weight.is_floating_point():
-                continue
-            shape = tuple(saved.get_slice(key).get_shape())
-            if shape != tuple(weight.shape):
-                raise ValueError(
-                    f"{owner}: the adapter in {folder} was trained on another base or a resized vocabulary, its "
-                    f"{name} being {list(shape)} and the base model's {list(weight.shape)}: experts mix token by "
-                    "token, so they must share one base and one tokenizer"
-                )
-            is_copy = any(part in name.split(".") for part in copied)
-            if not is_copy and not torch.equal(saved.get_tensor(key).to(weight), weight):
-                raise ValueError(
-                    f"{owner}: the adapter in {folder} brings its own {name}, which would replace the base model's for "
-                    f'all experts: train it with modules_to_save=["{name.split(".")[-2]}"], or save whole models'
-                )
-
-
-def _expert_folders(folder: Path, count: int) -> list[Path]:
-    """Return where `count` experts are saved; raises ValueError if there are more."""
-    saved = sorted(path.name for path in (folder / "experts").glob("*") if path.is_dir())
-    wanted = [str(t + 1) for t in range(count)]
-    if set(saved) > set(wanted):
-        raise ValueError(
-            f"config.json of {folder} has {count} expert_weights but experts/ holds {len(saved)} folders "
-            f"({', '.join(saved)}): give each expert its weight, or delete what does not belong"
-        )
-    return [folder / "experts" / name for name in wanted]
-
-
 def _longest(input_ids: torch.Tensor, mask: torch.Tensor | None) -> int:
     """Return the number of tokens of the longest row, padding left out."""
     return input_ids.shape[1] if mask is None else int(mask.sum(1).max())
@@ -794,17 +654,6 @@ def _generation_config(experts: Experts) -> GenerationConfig:
     with experts.expert(0) as model:
         settings: Any = model.generation_config
         return GenerationConfig.from_dict(settings.to_dict())
-
-
-def _local_folder(name: str | os.PathLike[str], subfolder: str, hub: Mapping[str, Any]) -> Path:
-    folder = Path(name) / subfolder
-    if (folder / "config.json").is_file():
-        return folder
-    if folder.exists() or str(name).count("/") > 1 or str(name).startswith((".", "/")):
-        raise FileNotFoundError(f"{folder} is not a saved ensemble: it has no config.json")
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(str(name), **hub)) / subfolder
 
 
 AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig)

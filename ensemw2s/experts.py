@@ -52,8 +52,8 @@ class Experts(nn.Module, ABC):
         """Return the named experts, sharing their weights with these."""
 
     @abstractmethod
-    def save_expert(self, index: int, folder: Path) -> None:
-        """Write expert `index` to `folder` as safetensors."""
+    def save_expert(self, index: int, folder: Path, **options: Any) -> None:
+        """Write expert `index` to `folder` as safetensors; `options` are those of transformers' `save_pretrained`."""
 
     def stacked(self) -> StackedAdapters | None:
         """Return all experts as one model for stacked rows, or None where each has to run by itself."""
@@ -123,18 +123,18 @@ class AdapterExperts(Experts):
         chosen.names = [self.names[index] for index in indices]
         return chosen
 
-    def save_expert(self, index: int, folder: Path) -> None:
-        """Write one adapter; peft puts a named adapter in a folder of its own, which is lifted here."""
+    def save_expert(self, index: int, folder: Path, **options: Any) -> None:
+        """Write one adapter, which is never sharded; peft puts a named adapter in a folder of its own, which is lifted here."""
         self.base.save_pretrained(str(folder), selected_adapters=[self.names[index]])
         nested = folder / self.names[index]
         for file in nested.iterdir():
             file.rename(folder / file.name)
         nested.rmdir()
 
-    def save_base(self, folder: Path) -> None:
-        """Write the base model without its adapters."""
+    def save_base(self, folder: Path, **options: Any) -> None:
+        """Write the base model without its adapters; `options` are those of transformers' `save_pretrained`."""
         if not isinstance(self.base, PeftModel):
-            self.base.save_pretrained(folder)
+            self.base.save_pretrained(folder, **options)
             return
         prefix: Any = self.base.base_model.prefix
         plain: Any = self.base.get_base_model()
@@ -144,7 +144,7 @@ class AdapterExperts(Experts):
             for name, value in plain.state_dict().items()
             if prefix not in name and ".modules_to_save." not in name
         }
-        plain.save_pretrained(folder, state_dict=weights)
+        plain.save_pretrained(folder, state_dict=weights, **options)
 
 
 def can_stack(base: nn.Module, names: Sequence[str]) -> bool:
@@ -353,9 +353,9 @@ class ModelExperts(Experts):
         models = [self.models[index] for index in indices]
         return list(_workers(count, threads // count).map(_in_modes_of_this_thread(run), models, indices))
 
-    def save_expert(self, index: int, folder: Path) -> None:
-        """Write one model."""
-        self.models[index].save_pretrained(folder)
+    def save_expert(self, index: int, folder: Path, **options: Any) -> None:
+        """Write one model; `options` are those of transformers' `save_pretrained`."""
+        self.models[index].save_pretrained(folder, **options)
 
 
 def require_weights(folder: str | Path, names: Sequence[str], owner: str) -> None:

@@ -120,6 +120,15 @@ def test_a_saved_ensemble_comes_back_exactly(kind: str, request: pytest.FixtureR
     assert "| 1 | 2.5000 |" in (tmp_path / "saved" / "README.md").read_text()
 
 
+def test_whole_models_and_bases_are_sharded_as_for_any_model(ensemble: TokenEnsemble, tmp_path: Path) -> None:
+    ensemble.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+    kind = "base" if ensemble.config.kind == "adapters" else "experts/2"
+    assert len(list((tmp_path / "saved" / kind).glob("model-*.safetensors"))) > 1
+    ids = ragged_prompts(2)[0].clamp_min(2)
+    with torch.no_grad():
+        assert torch.equal(TokenEnsemble.from_pretrained(tmp_path / "saved")(ids).logits, ensemble(ids).logits)
+
+
 def test_a_slice_is_the_ensemble_of_those_experts(ensemble: TokenEnsemble) -> None:
     ids, _ = ragged_prompts(2)
     ids = ids.clamp_min(2)
