@@ -39,6 +39,7 @@ from ensemw2s.report import write_report
 from ensemw2s.scoring import AnswerScores, score_answers, score_mixtures
 from ensemw2s.student import StudentConfig, StudentTrainer, load_trained
 from ensemw2s.trainer import BoostingTrainer, closing_identity
+from ensemw2s.training import on_device
 
 PHASES = ("data", "boost", "label", "student", "evaluate", "report")
 TEST_SPLITS = {"validation": "validation", "id": "test_id", "ood": "test_ood"}
@@ -179,7 +180,7 @@ class Experiment:
     def _evaluate(self) -> list[dict[str, Any]]:
         kept: list[dict[str, Any]] = []
         for arm, model in (("zero_shot_weak", self.config.weak), ("zero_shot_strong", self.config.strong)):
-            kept.append(self._scores(arm, partial(self._score_one, arm, model, _untrained)))
+            kept.append(self._scores(arm, partial(self._score_one, arm, model, self._untrained)))
         for arm in ("single_expert", *STUDENTS):
             model = self.config.weak if arm == "single_expert" else self.config.strong
             kept.append(self._scores(arm, partial(self._score_one, arm, model, partial(self._trained, arm))))
@@ -232,16 +233,22 @@ class Experiment:
         return StudentConfig(output_dir=str(self.folder / "students"), seed=self.config.seed, **settings)
 
     def _trained(self, arm: str, model: ModelConfig) -> Any:
-        return load_trained(self._model_folder(arm), model.source, **model.init_kwargs)
+        return self._placed(load_trained(self._model_folder(arm), model.source, **model.init_kwargs))
+
+    def _untrained(self, model: ModelConfig) -> Any:
+        return self._placed(load_model(model.source, **model.init_kwargs))
 
     def _teacher(self, name: str) -> TokenEnsemble:
         if name == "ensemble":
-            return TokenEnsemble.from_pretrained(self.folder / "ensemble")
-        weak = self.config.weak
+            return self._placed(TokenEnsemble.from_pretrained(self.folder / "ensemble"))
         folder = self._model_folder(name)
         if self.config.lora is None:
-            return TokenEnsemble.from_models([load_trained(folder)], [1.0])
-        return TokenEnsemble.from_adapters(load_model(weak.source, **weak.init_kwargs), [folder], [1.0])
+            return self._placed(TokenEnsemble.from_models([load_trained(folder)], [1.0]))
+        return TokenEnsemble.from_adapters(self._untrained(self.config.weak), [folder], [1.0])
+
+    def _placed(self, model: Any) -> Any:
+        """Return a model on the device that this process trains on."""
+        return on_device(model, self._single_args())
 
     def _labels(self, teacher: str, questions: Dataset) -> Dataset:
         """Return the teacher's answers to `questions`, which `_label` has left on disk."""
@@ -432,10 +439,6 @@ def environment() -> dict[str, Any]:
         "backends": {op: ops.backend_for(op, device) for op in ("mixture_log_probs", "mixture_sample")},
         "build": ops.build_info(),
     }
-
-
-def _untrained(model: ModelConfig) -> torch.nn.Module:
-    return load_model(model.source, **model.init_kwargs)
 
 
 def _outcomes(answers: AnswerScores, choices: ChoiceScores | None) -> dict[str, Any]:

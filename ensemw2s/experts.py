@@ -124,7 +124,7 @@ class AdapterExperts(Experts):
         return chosen
 
     def save_expert(self, index: int, folder: Path, **options: Any) -> None:
-        """Write one adapter, which is never sharded; peft puts a named adapter in a folder of its own, which is lifted here."""
+        """Write one adapter, never sharded; peft puts a named one in a folder of its own, which is lifted here."""
         self.base.save_pretrained(str(folder), selected_adapters=[self.names[index]])
         nested = folder / self.names[index]
         for file in nested.iterdir():
