@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ensemw2s import ops
+from ensemw2s.cost import count
 from ensemw2s.data import IGNORED, AnswerCollator, QuestionFormat, tokenize_questions
 from ensemw2s.files import read_complete_lines
 from ensemw2s.heads import for_product, linear_of, obstacle, output_head, replaced_head
@@ -175,15 +176,19 @@ class LiveTeacher:
         """Return T hidden states [n, d_t] at `positions` (bool [B, L]); only for experts with linear heads."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self.stacked is not None:
-            count = self.stacked.count
-            repeated = {name: value.repeat(count, 1) for name, value in inputs.items()}
+            copies = self.stacked.count
+            repeated = {name: value.repeat(copies, 1) for name, value in inputs.items()}
             with self.stacked.model() as model:
-                return list(states_at(model, repeated, positions.repeat(count, 1)).chunk(count))
-        states = []
-        for index in range(self.ensemble.num_experts):
-            with self.ensemble.experts.expert(index) as model:
-                states.append(states_at(model, inputs, positions))
-        return states
+                states = states_at(model, repeated, positions.repeat(copies, 1))
+            count(self.stacked.base, repeated["input_ids"], repeated["attention_mask"], len(states))
+            return list(states.chunk(copies))
+
+        def run(model: Any, index: int) -> Tensor:
+            states = states_at(model, inputs, positions)
+            count(model, input_ids, attention_mask, len(states))
+            return states
+
+        return self.ensemble.experts.map(run, range(self.ensemble.num_experts))
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> list[Tensor]:

@@ -225,7 +225,7 @@ class StudentTrainer:
     def train(self) -> Any:
         """Train and return the student, in evaluation mode; `cost` then says what it took.
 
-        `cost` counts the student's own tokens and operations; a live teacher's work is in the seconds alone.
+        `cost` counts the student's own tokens; a live teacher's work is in the seconds and FLOPs.
 
         Raises:
             FloatingPointError: the loss or a weight became NaN or infinite, or the teacher gives NaN.

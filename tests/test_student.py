@@ -281,6 +281,21 @@ def test_a_large_cache_makes_the_student_of_the_live_teacher(
     assert not torch.allclose(few, live, rtol=0, atol=0.01 * moved)
 
 
+def test_the_work_of_a_live_teacher_is_counted(tmp_path: Path, teacher: TokenEnsemble) -> None:
+    cached = labels_of(teacher, top_logprobs=4)
+    costs = []
+    for live in (None, teacher, teacher[:1]):
+        trainer = variant(tmp_path, cached, live, variant="soft")
+        trainer.train()
+        assert trainer.cost is not None
+        costs.append((trainer.cost.tokens, trainer.cost.flops))
+    (tokens, cached_flops), (with_three, three), (_, one) = costs
+    assert tokens == with_three
+    assert (three - cached_flops) == pytest.approx(3 * (one - cached_flops))
+    # A student's step is a pass and its gradients, a teacher's a pass alone.
+    assert cached_flops / 4 < one - cached_flops < cached_flops / 2
+
+
 def test_a_soft_student_comes_to_its_teachers_distribution(tmp_path: Path, teacher: TokenEnsemble) -> None:
     cached = labels_of(teacher, 4, top_logprobs=VOCAB)
     trained = variant(
