@@ -9,6 +9,7 @@ something. One LoRA adapter is trained, r = 8 on every linear layer. Parts:
 - memory: peak of such a step above that of a step without head and loss;
 - demo: one epoch over the demo's questions, its tokens without padding per second, random batches against ours;
 - losses: the largest relative difference of the losses of `--losses` steps, float32, the same batches;
+- order: accuracies after eight short trainings on letters, batches of similar length against random ones;
 - scoring: the pass over answers that finds the wrong tokens, against `Trainer.predict`.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import statistics
 import sys
 import tempfile
@@ -37,7 +39,7 @@ from benchmarks.measure import environment, peak_megabytes, quantile
 from ensemw2s.data import AnswerCollator, QuestionFormat, load_questions, tokenize_questions
 from ensemw2s.models import load_model, load_tokenizer
 from ensemw2s.scoring import score_answers
-from ensemw2s.training import AnswerTrainer, AnswerTrainingArguments
+from ensemw2s.training import AnswerTrainer, AnswerTrainingArguments, fine_tune
 
 ROOT = Path(__file__).parents[1]
 FIELDS = [
@@ -236,6 +238,38 @@ def losses(options: Options) -> Rows:
     ]  # fmt: skip
 
 
+def order(options: Options) -> Rows:
+    source, seeds = "scratch:char-weak", range(8)
+    tokenizer, letters = load_tokenizer(source), QuestionFormat(prompt_template="{prompt}=", answer_prefix="")
+    parts = {}
+    for name, settings in {
+        "2-6": {"min_length": 2, "max_length": 6},
+        "4-6": {"min_length": 4, "max_length": 6},
+    }.items():
+        questions = load_questions({"characters": "reverse", "size": 600, "seed": len(parts) + 1, **settings})
+        parts[name] = tokenize_questions(questions, tokenizer, letters)
+    train, tests = parts["2-6"].select(range(300)), {name: rows.select(range(300, 600)) for name, rows in parts.items()}
+    accuracy: dict[str, list[list[float]]] = {"random": [], "group_by_length": []}
+    for seed, strategy in itertools.product(seeds, accuracy):
+        args = AnswerTrainingArguments(
+            output_dir=options.folder, num_train_epochs=4, learning_rate=1e-3, disable_tqdm=True, use_cpu=True,
+            train_sampling_strategy=strategy,
+        )  # fmt: skip
+        model, _ = fine_tune(load_model(source), train, args, pad_token_id=PAD, seed=seed, description=strategy)
+        accuracy[strategy].append([score_answers(model, rows, pad_token_id=PAD).accuracy for rows in tests.values()])
+    rows = []
+    difference = np.subtract(accuracy["group_by_length"], accuracy["random"])
+    for place, name in enumerate(tests):
+        unit = f"accuracy, {name} letters, mean of {len(seeds)} seeds"
+        for strategy, values in accuracy.items():
+            mean = f"{np.mean(values, axis=0)[place]:.4f}"
+            rows.append({"part": "order", "way": strategy, "batch": 16, "value": mean, "unit": unit})
+        error = difference[:, place].std(ddof=1) / len(seeds) ** 0.5
+        unit = f"of their paired difference, {name} letters; its standard error is {error:.4f}"
+        rows.append({"part": "order", "way": "mean", "value": f"{difference[:, place].mean():.4f}", "unit": unit})
+    return rows
+
+
 def scoring(options: Options) -> Rows:
     model = adapted_model(options.model).eval()
     examples = demo_questions("easy", 100)
@@ -256,6 +290,8 @@ def scoring(options: Options) -> Rows:
     for answer in (8, 32):
         some = synthetic(32, 40, answer, model.config.vocab_size)
         for way, run in ways.items():
+            # Once before, for what stays allocated.
+            run(some)
             peak = peak_megabytes(run, some)
             unit = f"peak MB, 32 x 40 tokens, {answer} of 40 answers"
             rows.append({"part": "scoring", "way": way, "batch": 32, "value": f"{peak:.4g}", "unit": unit})
@@ -263,7 +299,8 @@ def scoring(options: Options) -> Rows:
 
 
 PARTS: dict[str, Callable[[Options], Rows]] = {
-    "steps": steps, "memory": memory, "demo": demo, "losses": losses, "scoring": scoring,
+    "steps": steps, "memory": memory, "demo": demo, "losses": losses, "order": order,
+    "scoring": scoring,
 }  # fmt: skip
 
 

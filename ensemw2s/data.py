@@ -657,8 +657,13 @@ class LengthBucketSampler(Sampler[int]):
     """An order of rows in which neighbours of one batch have similar lengths, for little padding.
 
     Rows are shuffled, sorted by length within pools of `pool` batches, cut into batches, and the batches are shuffled.
-    Every row comes once per epoch. Batches are less random than rows drawn alone: those of one batch are alike in
-    length. Unlike transformers' `LengthGroupedSampler`, it groups each micro-batch by itself, mixes long and short
+    Every row comes once per epoch. On the demo's questions 2-4% of the tokens are padding, in random batches 18-25%.
+
+    It is a biased order: the rows of a batch are alike, and as each step's loss is a mean over its own answer tokens,
+    those of short answers weigh more than those of long ones. Eight short trainings (76 steps) on reversing 2-6 letters
+    got 2.9 +- 0.8 points fewer questions right than in random order, and 3.5 +- 1.1 fewer of the longer ones.
+
+    Unlike transformers' `LengthGroupedSampler`, it groups each micro-batch by itself, mixes long and short
     batches within an accumulated step, and its order depends on seed and epoch alone, so that a run can be resumed.
 
     Args:

@@ -287,7 +287,10 @@ def _in_chunks(
     for start in range(0, len(labels), size):
         part = slice(start, start + size)
         logits = [each for run, hidden in zip(runs, rows, strict=True) for each in run.logits(hidden[:, part])]
-        yield part, judge(logits, labels[part].to(logits[0].device))
+        scores = judge(logits, labels[part].to(logits[0].device))
+        # Or the next chunk would be made beside this one.
+        del logits
+        yield part, scores
 
 
 def _check_mixtures(mixtures: Mapping[str, Sequence[float]], num_experts: int) -> None:

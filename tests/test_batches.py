@@ -103,7 +103,8 @@ def test_the_trainer_takes_the_order_from_its_seed(tmp_path: Any, strategy: str)
 
 def test_the_order_follows_the_epoch_that_training_goes_on_in(tmp_path: Any) -> None:
     examples, _ = ragged(40, seed=1)
-    trainer = AnswerTrainer(model=llama(0), args=arguments(tmp_path), train_dataset=examples)
+    args = arguments(tmp_path, train_sampling_strategy="group_by_length")
+    trainer = AnswerTrainer(model=llama(0), args=args, train_dataset=examples)
     sampler = trainer._get_train_sampler()
     trainer.callback_handler.on_epoch_begin(trainer.args, TrainerState(epoch=2.6), TrainerControl())
     assert sampler.epoch == 2

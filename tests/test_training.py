@@ -156,8 +156,6 @@ def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(
     for size, accumulated in [(8, 1), (4, 2), (2, 4), (1, 8)]:
         settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
         settings |= {"num_train_epochs": 2, "learning_rate": 0.01, "peft_config": peft_config}
-        # Buckets of similar length would put other rows into a step for another size of micro-batch.
-        settings |= {"train_sampling_strategy": "random"}
         weights_now = trained_weights(run(tmp_path, examples, weights, **settings))
         steps[size] = torch.cat([weight.flatten() for weight in weights_now.values()])
     start = trained_weights(run(tmp_path, examples, weights, learning_rate=0.0, peft_config=peft_config))
@@ -196,9 +194,13 @@ def test_one_tokens_weight_changes_the_gradient(
     [
         {"gradient_checkpointing": True},
         {"gradient_checkpointing": True, "peft_config": lora(), "bf16": True},
-        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3, "train_sampling_strategy": "random"},
+        {
+            "gradient_accumulation_steps": 2,
+            "per_device_train_batch_size": 3,
+            "train_sampling_strategy": "group_by_length",
+        },
     ],
-    ids=["checkpointing", "checkpointing-lora-bf16", "accumulation-random"],
+    ids=["checkpointing", "checkpointing-lora-bf16", "accumulation"],
 )
 def test_one_tokens_weight_changes_the_gradient_in_every_mode(
     tmp_path: Path, model: str, settings: dict[str, Any]
@@ -325,7 +327,8 @@ def test_a_nan_loss_stops_at_its_step_names_the_examples_and_says_what_to_do(tmp
     names = [f"q{i}" for i in range(12)] if ids else [str(i) for i in range(12)]
     if ids:
         examples = examples.add_column("id", names)
-    args = arguments(tmp_path, learning_rate=1e20, num_train_epochs=3, per_device_train_batch_size=6)
+    settings = {"per_device_train_batch_size": 6, "train_sampling_strategy": "group_by_length"}
+    args = arguments(tmp_path, learning_rate=1e20, num_train_epochs=3, **settings)
     message = (
         rf"^weak expert 2: the training loss is (nan|inf) at step (\d+), in the batch of {'id' if ids else 'row'} "
         r"(\w+), (\w+), (\w+), (\w+), (\w+) and 1 more\. Lower the learning rate \(now 1e\+20\)"
