@@ -10,6 +10,7 @@ be (as long as the true ones, in the estimate) and whether boosting stops early 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import math
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from peft import get_peft_model
 
 from ensemw2s.choices import batches_of_choices, score_choice_mixtures, tokenize_choices
 from ensemw2s.config import ExperimentConfig, ModelConfig
@@ -41,7 +43,8 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 # Training is timed until either is reached; the first step warms up and is not counted.
-_TIMED_STEPS, _TIMED_SECONDS = 12, 6.0
+_TIMED_STEPS, _TIMED_SECONDS = 100, 6.0
+_TIMED_PASSES = 5
 _DECODING_STEPS = 4
 _SCORING_BATCH = 32
 # The report, records and scores: a few figures and a list of bits per arm.
@@ -274,6 +277,11 @@ class _Planner:
         self.format = config.data.format
         self.with_choices = "choices" in trial._questions("unlabelled").column_names
         self.boosting = config.boosting_config(trial.folder / "boosting")
+        with measured() as loading:
+            self.weak_tokenizer = load_tokenizer(config.weak.source)
+        # A large vocabulary takes a second to load, and every arm loads it.
+        self.load_tokenizer = loading["seconds"]
+        self.strong_tokenizer = load_tokenizer(config.strong.source)
         self.weak = self._measure(config.weak, "train", trial._single_args())
         self.strong = self._measure(config.strong, "unlabelled", config.student_config(trial.folder / "students"))
 
@@ -298,7 +306,8 @@ class _Planner:
         errors = scoring_work(lengths, answers, args.per_device_eval_batch_size)
         checks = scoring_work(*self._lengths("validation", self.config.weak), args.per_device_eval_batch_size)
         score, validate = _Task.of(errors, weak.infers), _Task.of(checks, weak.infers)
-        task, seconds = single, weak.load + weak.training.seconds(single) + weak.save
+        task = single
+        seconds = 2 * self.load_tokenizer + weak.load + weak.training.seconds(single) + weak.save
         if args.prior == "pretrained" and args.sampling != "bagging":
             before = _Task.of(errors, weak.infers_plain)
             task, seconds = task + before, seconds + weak.load + plain.seconds(before)
@@ -330,7 +339,7 @@ class _Planner:
         work = training_work(*self._lengths("unlabelled", self.config.strong), args)
         task = _Task.of(work, strong.trains)
         times = len(STUDENTS)
-        seconds = times * (strong.load + strong.training.seconds(task) + strong.save)
+        seconds = times * (self.load_tokenizer + strong.load + strong.training.seconds(task) + strong.save)
         return PhaseEstimate(
             "student", times * task.tokens, times * task.flops, seconds, strong.training.memory, times * strong.size
         )
@@ -349,7 +358,8 @@ class _Planner:
             *[(_Task.of(other, self.strong.infers), strong, self.strong.load_trained)] * len(STUDENTS),
         ]
         task = sum((part for part, _, _ in parts), _Task())
-        seconds = sum(speed.seconds(part) + load + preparing["seconds"] for part, speed, load in parts)
+        prepare = self.load_tokenizer + preparing["seconds"]
+        seconds = sum(speed.seconds(part) + load + prepare for part, speed, load in parts)
         memory = max(speed.memory for _, speed, _ in parts)
         return PhaseEstimate("evaluate", task.tokens, task.flops, seconds, memory, _SMALL_FILES)
 
@@ -360,14 +370,17 @@ class _Planner:
         return [len(ids) for ids in examples["input_ids"]], answer_lengths(examples).tolist()
 
     def _examples(self, split: str, model: ModelConfig) -> Dataset:
-        return self.trial._examples(split, load_tokenizer(model.source))
+        return self.trial._examples(split, self._tokenizer(model))
+
+    def _tokenizer(self, model: ModelConfig) -> Any:
+        return self.weak_tokenizer if model is self.config.weak else self.strong_tokenizer
 
     def _test_work(self, model: ModelConfig) -> Work:
         total = Work()
         for split in TEST_SPLITS.values():
             total += scoring_work(*self._lengths(split, model), _SCORING_BATCH)
             if self.with_choices:
-                rows = tokenize_choices(self.trial._questions(split), load_tokenizer(model.source), self.format)
+                rows = tokenize_choices(self.trial._questions(split), self._tokenizer(model), self.format)
                 total += choosing_work(rows, list(batches_of_choices(rows, _SCORING_BATCH)))
         return total
 
@@ -381,15 +394,19 @@ class _Planner:
         return weak.load + count * max(0.0, weak.load_trained - weak.load)
 
     def _measure(self, model: ModelConfig, split: str, args: Any) -> _Side:
-        tokenizer = load_tokenizer(model.source)
-        load_model(model.source, **model.init_kwargs)
+        tokenizer = self._tokenizer(model)
+        # Warm: the file is in memory, and what takes a run a second only once is behind us.
+        fresh: Any = load_model(model.source, **model.init_kwargs)
+        peft_config = self.config.peft_config()
+        fresh = fresh if peft_config is None else get_peft_model(fresh, peft_config)
+        trains = model_flops(fresh.train(), training=True)
+        del fresh
         with measured() as loading:
             pretrained = load_model(model.source, **model.init_kwargs)
         infers_plain = model_flops(pretrained)
         folder = self._folder(model)
         with peak_memory() as peak:
             trained, training = self._train(pretrained, self._examples(split, model), args, tokenizer)
-        trains = model_flops(trained, training=True)
         with measured() as saving:
             trained.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -407,7 +424,9 @@ class _Planner:
 
     def _train(self, model: Any, examples: Dataset, args: Any, tokenizer: Any) -> tuple[Any, _Speed]:
         notes: list[tuple[float, float]] = []
-        # The longest rows would not do for the pace, any few for a step.
+        args = copy.copy(args)
+        # Enough for a pace, however short the training itself is.
+        args.max_steps = _TIMED_STEPS + 1
         start = time.perf_counter()
         with metered() as meter:
             trained, _ = fine_tune(
@@ -432,7 +451,7 @@ class _Planner:
 
     def _scoring(self, model: ModelConfig, count: int, side: _Side) -> _Speed:
         """Time one batch of given answers, the longest ones of a test set, under all mixtures of `count` experts."""
-        tokenizer = load_tokenizer(model.source)
+        tokenizer = self._tokenizer(model)
         with peak_memory() as peak:
             ensemble = self._ensemble(model, count)
             mixtures = {"all": [1.0] * count}
@@ -441,17 +460,20 @@ class _Planner:
             examples = self._examples("test_ood", model)
             order = np.argsort([len(ids) for ids in examples["input_ids"]])
             score_mixtures(ensemble, examples.select(order[:2]), mixtures, pad_token_id=tokenizer.eos_token_id)
-            with measured() as spent:
-                score_mixtures(
-                    ensemble, examples.select(order[-_SCORING_BATCH:]), mixtures, pad_token_id=tokenizer.eos_token_id
-                )
-        return _Speed(0.0, spent["seconds"] / spent["flops"], peak[0])
+            longest = examples.select(order[-_SCORING_BATCH:])
+            paces: list[float] = []
+            start = time.perf_counter()
+            while len(paces) < _TIMED_PASSES and time.perf_counter() - start < _TIMED_SECONDS:
+                with measured() as spent:
+                    score_mixtures(ensemble, longest, mixtures, pad_token_id=tokenizer.eos_token_id)
+                paces.append(spent["seconds"] / spent["flops"])
+        return _Speed(0.0, float(np.median(paces)), peak[0])
 
     def _decode(self, count: int) -> tuple[_Task, float]:
         """Time one batch of prompts and a few tokens of their answers; return all labelling's work and seconds."""
         settings = self.config.labelling
         with measured() as preparing:
-            tokenizer = load_tokenizer(self.config.weak.source)
+            tokenizer = self.weak_tokenizer
             ids = tokenize_prompts(self.trial._questions("unlabelled"), tokenizer, self.format)["input_ids"]
         prompts = [len(prompt) for prompt in ids]
         _, answers = self._lengths("unlabelled", self.config.weak)
@@ -470,7 +492,9 @@ class _Planner:
             with torch.no_grad(), measured() as written:
                 decoder.append(decoder.step().tokens)
             times.append(written["seconds"])
-        seconds = preparing["seconds"] + self._load_experts(count) + steps * float(np.median(times))
+        seconds = (
+            self.load_tokenizer + preparing["seconds"] + self._load_experts(count) + steps * float(np.median(times))
+        )
         read_all = _Task.of(reading, self.weak.infers, count)
         seconds += read["seconds"] / read["flops"] * read_all.flops
         return read_all + _Task.of(writing, self.weak.infers, count), seconds
@@ -479,7 +503,7 @@ class _Planner:
         """Time one batch of choices; return all labelling's work and seconds."""
         size = self.config.labelling.batch_size
         with measured() as preparing:
-            tokenizer = load_tokenizer(self.config.weak.source)
+            tokenizer = self.weak_tokenizer
             questions = self.trial._questions("unlabelled")
             rows = tokenize_choices(questions, tokenizer, self.format)
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt), i))
@@ -492,7 +516,7 @@ class _Planner:
                 ensemble, batch, tokenizer, {"all": [1.0] * count}, question_format=self.format, batch_size=10**9
             )
         answering = spent["seconds"] / spent["flops"] * task.flops
-        return task, preparing["seconds"] + self._load_experts(count) + answering
+        return task, self.load_tokenizer + preparing["seconds"] + self._load_experts(count) + answering
 
     def _folder(self, model: ModelConfig) -> Path:
         return self.trial.folder / "measured" / ("weak" if model is self.config.weak else "strong")
