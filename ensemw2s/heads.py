@@ -41,14 +41,18 @@ def only_positions(model: nn.Module, positions: Tensor) -> Iterator[None]:
 
     Args:
         model: a causal language model, wrapped by peft or not.
-        positions: bool [batch, length]; the n true entries are kept, in row-major order.
+        positions: bool [batch, length], whose n true entries are kept in row-major order; or int64 [n], positions in
+            the flattened [batch, length], in the order wanted.
 
     Raises:
         TypeError: the model has no output embeddings to select in front of.
     """
-    handle = output_head(model).register_forward_pre_hook(
-        lambda module, inputs: (inputs[0][positions.to(inputs[0].device)],)
-    )
+
+    def select(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        hidden, kept = inputs[0], positions.to(inputs[0].device)
+        return (hidden[kept] if kept.dtype == torch.bool else hidden.flatten(0, 1)[kept],)
+
+    handle = output_head(model).register_forward_pre_hook(select)
     try:
         yield
     finally:

@@ -33,14 +33,14 @@ from ensemw2s.decoding import MixtureDecoder, Sampling
 from ensemw2s.ensemble import TokenEnsemble
 from ensemw2s.experiment import STUDENTS, TEST_SPLITS, Experiment
 from ensemw2s.models import load_model, load_tokenizer
+from ensemw2s.packing import lines_of, width_of
 from ensemw2s.scoring import score_mixtures
 from ensemw2s.student import load_trained
-from ensemw2s.training import AnswerTrainer, fine_tune
+from ensemw2s.training import AnswerTrainer, AnswerTrainingArguments, fine_tune
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from rich.table import Table
-    from transformers import TrainingArguments
 
 # Training is timed until either is reached; the first step warms up and is not counted.
 _TIMED_STEPS, _TIMED_SECONDS = 100, 6.0
@@ -127,7 +127,7 @@ def _time(seconds: float) -> str:
 # Counting work
 
 
-def training_work(lengths: Sequence[int], answers: Sequence[int], args: TrainingArguments, seed: int = 0) -> Work:
+def training_work(lengths: Sequence[int], answers: Sequence[int], args: AnswerTrainingArguments, seed: int = 0) -> Work:
     """Return the work of training: all batches of all epochs, the rows in a random order.
 
     Args:
@@ -146,13 +146,20 @@ def training_work(lengths: Sequence[int], answers: Sequence[int], args: Training
         order = _training_order(lengths, size, args, generator)
         left = min(steps - epoch * steps_per_epoch, steps_per_epoch) * args.gradient_accumulation_steps
         for start in range(0, min(left, per_epoch) * size, size):
-            total += _padded_pass([int(lengths[i]) for i in order[start : start + size]],
-                                  sum(int(answers[i]) for i in order[start : start + size]))  # fmt: skip
+            batch = order[start : start + size]
+            total += _training_pass([int(lengths[i]) for i in batch], sum(int(answers[i]) for i in batch), args)
     return total
 
 
+def _training_pass(lengths: list[int], head: int, args: AnswerTrainingArguments) -> Work:
+    if not args.padding_free or len(set(lengths)) == 1:
+        return _padded_pass(lengths, head)
+    lines = lines_of(lengths)
+    return Work.of_pass(len(lines), width_of(lines, lengths), sum(lengths), head)
+
+
 def _training_order(
-    lengths: Sequence[int], size: int, args: TrainingArguments, generator: np.random.Generator
+    lengths: Sequence[int], size: int, args: AnswerTrainingArguments, generator: np.random.Generator
 ) -> list[int]:
     if args.train_sampling_strategy == "group_by_length":
         return list(LengthBucketSampler(lengths, size, int(generator.integers(2**31))))

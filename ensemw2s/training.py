@@ -30,6 +30,7 @@ from ensemw2s.cost import count, metered
 from ensemw2s.data import AnswerCollator, LengthBucketSampler, answer_lengths, check_examples
 from ensemw2s.files import DiskFullError, is_disk_full
 from ensemw2s.heads import linear_loss, linear_of, obstacle, only_positions, output_head, replaced_head
+from ensemw2s.packing import keeps_rows_apart, pack_rows, wants_one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,7 +47,9 @@ class AnswerTrainingArguments(TrainingArguments):
 
     `train_sampling_strategy="group_by_length"` puts rows of similar length into a batch, by `data.LengthBucketSampler`.
     It saves the time that padding takes and costs accuracy where training is short, so transformers' default, "random",
-    is ours too [choice].
+    is ours too [choice]. `padding_free` (True) lays the rows of a batch behind one another instead of padding them
+    (`ensemw2s.packing`), which changes neither batches nor loss; a model that cannot read them so is trained on padded
+    batches, with one warning.
     """
 
     per_device_train_batch_size: int = 16
@@ -58,6 +61,7 @@ class AnswerTrainingArguments(TrainingArguments):
     save_strategy: str = "no"
     save_total_limit: int | None = 2
     train_sampling_strategy: str = "random"
+    padding_free: bool = True
     # The columns go to our own collator.
     remove_unused_columns: bool = False
     # With several processes: every weight that is trained has a part in the loss, so none need be searched for.
@@ -120,6 +124,21 @@ class AnswerTokens:
         return AnswerTokens(self.mask.to(device), self.labels.to(device), self.weights.to(device), self.inputs)
 
 
+@dataclass(frozen=True)
+class _Text:
+    """What a model reads in a step.
+
+    Attributes:
+        inputs: its keyword arguments, with `input_ids` int64 [R, C].
+        mask: [R, C], 0 on padding.
+        positions: int64 [n], the positions before the n answer tokens in the flattened [R, C].
+    """
+
+    inputs: dict[str, Any]
+    mask: torch.Tensor
+    positions: torch.Tensor
+
+
 class AnswerTrainer(Trainer):
     """transformers' `Trainer` with a loss over weighted answer tokens.
 
@@ -131,6 +150,8 @@ class AnswerTrainer(Trainer):
     loss_is_scaled_for_ga = True
     # Why the loss needs logits, None if it does not.
     _obstacle: str | None = _NOT_KNOWN
+    # Whether the model reads packed rows; None before it was tried.
+    _packs: bool | None = None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -168,17 +189,17 @@ class AnswerTrainer(Trainer):
             FloatingPointError: the loss is NaN or infinite; the weights are still those of the step before.
         """
         answers = AnswerTokens.of(inputs)
-        model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")} | {"use_cache": False}
+        text = self._text(model, inputs, answers)
         outputs = None
-        if not return_outputs and self._takes_hidden_states(model, model_inputs):
-            loss = self._loss_in_place_of_logits(model, model_inputs, answers)
+        if not return_outputs and self._takes_hidden_states(model, text.inputs):
+            loss = self._loss_in_place_of_logits(model, text, answers)
         else:
-            with only_positions(self.accelerator.unwrap_model(model), answers.mask):
-                outputs = model(**model_inputs)
+            with only_positions(self.accelerator.unwrap_model(model), text.positions):
+                outputs = model(**text.inputs)
             loss = self.logits_loss(outputs.logits, answers.to(outputs.logits.device))
         if model.training:
             unwrapped, rows = self.accelerator.unwrap_model(model), len(answers.labels)
-            count(unwrapped, inputs["input_ids"], inputs["attention_mask"], rows, training=True)
+            count(unwrapped, text.inputs["input_ids"], text.mask, rows, training=True)
         total = answers.weights.sum() if num_items_in_batch is None else num_items_in_batch
         total = torch.as_tensor(total, device=loss.device)
         # A step in which no answer token was drawn has weight 0 and no gradient; dividing by 1 keeps it so.
@@ -255,6 +276,28 @@ class AnswerTrainer(Trainer):
         more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
         return f", in the batch of {'row' if names is None else 'id'} {shown}{more}"
 
+    def _text(self, model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], answers: AnswerTokens) -> _Text:
+        """Return what the model reads: packed rows where that saves padding, or the padded batch."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        if self.args.padding_free and not bool(mask.all()) and self._reads_packed_rows(model):
+            packed = pack_rows(ids, mask, one_line=wants_one_line(self.accelerator.unwrap_model(model)))
+            read = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
+            return _Text(read, packed.mask, packed.places[answers.mask])
+        read = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        return _Text(read, mask, answers.mask.flatten().nonzero()[:, 0])
+
+    def _reads_packed_rows(self, model: torch.nn.Module) -> bool:
+        if self._packs is None:
+            plain = self.accelerator.unwrap_model(model)
+            self._packs = keeps_rows_apart(plain, model)
+            if not self._packs:
+                warnings.warn(
+                    f"{_name(plain)} is trained on padded batches, because it does not keep packed rows apart: "
+                    'train_sampling_strategy="group_by_length" saves padding too, padding_free=False silences this',
+                    stacklevel=2,
+                )
+        return self._packs
+
     def _takes_hidden_states(self, model: torch.nn.Module, inputs: dict[str, Any]) -> bool:
         """Decide, at the first step, whether this model's loss can be had without its logits."""
         if self._obstacle is _NOT_KNOWN:
@@ -262,10 +305,9 @@ class AnswerTrainer(Trainer):
             one_token = {key: value[:1, :1] if torch.is_tensor(value) else value for key, value in inputs.items()}
             self._obstacle = obstacle(output_head(plain), model, one_token)
             if self._obstacle is not None:
-                name = type(plain.get_base_model() if isinstance(plain, PeftModel) else plain).__name__
                 warnings.warn(
-                    f"{name} is trained through its logits, which takes more time and memory than its hidden states "
-                    f"would: {self._obstacle}",
+                    f"{_name(plain)} is trained through its logits, which takes more time and memory than its hidden "
+                    f"states would: {self._obstacle}",
                     stacklevel=2,
                 )
         return self._obstacle is None
@@ -278,18 +320,21 @@ class AnswerTrainer(Trainer):
         """Return the same from logits [n, V], for models with another head; a subclass overrides both or neither."""
         return ops.weighted_cross_entropy(logits, answers.labels, answers.weights)
 
-    def _loss_in_place_of_logits(
-        self, model: torch.nn.Module, inputs: dict[str, Any], answers: AnswerTokens
-    ) -> torch.Tensor:
+    def _loss_in_place_of_logits(self, model: torch.nn.Module, text: _Text, answers: AnswerTokens) -> torch.Tensor:
         head = output_head(self.accelerator.unwrap_model(model))
         linear: Any = linear_of(head)
 
         def summed(hidden: torch.Tensor) -> torch.Tensor:
             here = answers.to(hidden.device)
-            return self.hidden_loss(hidden[here.mask], linear, here).view(1, 1, 1)
+            rows = hidden.flatten(0, 1)[text.positions.to(hidden.device)]
+            return self.hidden_loss(rows, linear, here).view(1, 1, 1)
 
         with replaced_head(head, summed):
-            return model(**inputs).logits.squeeze()
+            return model(**text.inputs).logits.squeeze()
+
+
+def _name(model: torch.nn.Module) -> str:
+    return type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
 
 
 def _remedy(args: TrainingArguments) -> str:

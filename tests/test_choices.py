@@ -207,7 +207,7 @@ def test_labelling_goes_on_behind_a_killed_run(tmp_path: Path) -> None:
 def test_what_cannot_be_labelled_is_refused() -> None:
     ensemble = TokenEnsemble.from_models([llama(1)], [1.0])
     questions = several_choices(3, seed=9)
-    with pytest.raises(ValueError, match=r"answered by likelihood, not by .*leave sampling out"):
+    with pytest.raises(ValueError, match=r"answered by likelihood, with neither sampling .*leave both out"):
         ensemble.label(questions, tokenizer(), question_format=FORMAT, sampling=Sampling(temperature=1.0))
     with pytest.raises(ValueError, match="end_token=False, so that decoded answers would have no end"):
         ensemble.label(questions.remove_columns("choices"), tokenizer(), question_format=ONE_TOKEN)

@@ -89,6 +89,9 @@ def test_training_work_follows_epochs_and_steps(changes: dict[str, Any], passes:
 def test_padding_is_counted_in_training_and_decoding(tmp_path: Path) -> None:
     args = AnswerTrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=8, num_train_epochs=1)
     work = training_work([3, 9], [1, 2], args)
+    assert (work.tokens, work.padded, work.head, work.pairs) == (12, 12, 3, 144)
+    args.padding_free = False
+    work = training_work([3, 9], [1, 2], args)
     assert (work.tokens, work.padded, work.head, work.pairs) == (12, 18, 3, 2 * 81)
     reading, writing, steps = decoding_work([4, 2, 5], [2, 9, 3], batch_size=2, max_new_tokens=6)
     # Batches of prompts (2, 4) and (5): the first goes on to the limit, the second for 3 tokens.
