@@ -3,11 +3,11 @@
     python -m benchmarks.train --csv benchmarks/results/train_cpu_2_threads.csv
 
 The ways take turns step by step, so that a busy machine slows all of them alike; only ratios within one part mean
-something. One LoRA adapter is trained, r = 8 on every linear layer. Parts:
+something. One LoRA adapter is trained, r = 8, on every linear layer where nothing else is said. Parts:
 
 - steps: training steps on batches of `--batch` x 32 tokens, a quarter of which are answers;
 - memory: peak of such a step above that of a step without head and loss;
-- demo: one epoch over the demo's questions, its tokens without padding per second, random batches against ours;
+- demo: one epoch over the demo's questions, its tokens without padding per second: padded, packed, or of similar lengths;
 - losses: the largest relative difference of the losses of `--losses` steps, float32, the same batches;
 - order: accuracies after eight short trainings on letters, batches of similar length against random ones;
 - scoring: the pass over answers that finds the wrong tokens, against `Trainer.predict`.
@@ -38,6 +38,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from benchmarks.measure import environment, peak_megabytes, quantile
 from ensemw2s.data import AnswerCollator, QuestionFormat, load_questions, tokenize_questions
 from ensemw2s.models import load_model, load_tokenizer
+from ensemw2s.packing import pack_rows
 from ensemw2s.scoring import score_answers
 from ensemw2s.training import AnswerTrainer, AnswerTrainingArguments, fine_tune
 
@@ -92,9 +93,9 @@ WAYS: dict[str, tuple[type[Trainer], type[AnswerCollator]]] = {
 }
 
 
-def adapted_model(source: str) -> Any:
+def adapted_model(source: str, layers: str | list[str] = "all-linear") -> Any:
     set_seed(0)
-    return get_peft_model(load_model(source), LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return get_peft_model(load_model(source), LoraConfig(r=8, target_modules=layers, task_type="CAUSAL_LM"))
 
 
 def trainer_of(way: str, model: Any, examples: Dataset, folder: str, **settings: Any) -> Trainer:
@@ -151,7 +152,14 @@ def speed_row(part: str, way: str, batch: int, times: Sequence[float], tokens: f
 
 
 def steps(options: Options) -> Rows:
-    model = adapted_model(options.model)
+    return [
+        {**row, "unit": unit}
+        for unit, layers in (("LoRA on all linear layers", "all-linear"), ("LoRA on q, v", ["q_proj", "v_proj"]))
+        for row in steps_with(options, adapted_model(options.model, layers))
+    ]
+
+
+def steps_with(options: Options, model: Any) -> Rows:
     examples = synthetic(options.batch, LENGTH, ANSWER, model.config.vocab_size)
     features = list(examples)
     run = {way: step_of(trainer_of(way, model, examples, options.folder), WAYS[way][1](PAD)(features)) for way in WAYS}
@@ -191,14 +199,16 @@ def demo(options: Options) -> Rows:
     tokens = sum(len(ids) for ids in examples["input_ids"])
     rows = []
     for batch in (8, 16):
-        seconds: dict[str, list[float]] = {"transformers": [], "this package": []}
+        seconds: dict[str, list[float]] = {"transformers": [], "this package": [], "similar lengths": []}
         for epoch in range(min(options.rounds, 2)):
             spent = dict.fromkeys(seconds, 0.0)
             loaders = {}
             for way in seconds:
                 settings = {"seed": epoch, "data_seed": epoch, "per_device_train_batch_size": batch}
-                strategy = "random" if way == "transformers" else "group_by_length"
-                trainer = trainer_of(way, model, examples, options.folder, train_sampling_strategy=strategy, **settings)
+                if way == "similar lengths":
+                    settings |= {"train_sampling_strategy": "group_by_length", "padding_free": False}
+                kind = "transformers" if way == "transformers" else "this package"
+                trainer = trainer_of(kind, model, examples, options.folder, **settings)
                 loaders[way] = (trainer, list(trainer.get_train_dataloader()))
             for place in range(len(loaders["transformers"][1])):
                 for way, (trainer, batches) in loaders.items():
@@ -209,6 +219,8 @@ def demo(options: Options) -> Rows:
         rows += [speed_row("demo", way, batch, seconds[way], tokens, reference) for way in seconds]
         for way, (_, batches) in loaders.items():
             masks = [each["attention_mask"] for each in batches]
+            if way == "this package":
+                masks = [pack_rows(each["input_ids"], each["attention_mask"]).mask for each in batches]
             share = 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
             rows.append({"part": "demo", "way": way, "batch": batch, "value": f"{share:.3g}", "unit": "padding share"})
     return rows
