@@ -7,7 +7,7 @@ something. One LoRA adapter is trained, r = 8, on every linear layer where nothi
 
 - steps: training steps on batches of `--batch` x 32 tokens, a quarter of which are answers;
 - memory: peak of such a step above that of a step without head and loss;
-- demo: one epoch over the demo's questions, its tokens without padding per second: padded, packed, or of similar lengths;
+- demo: one epoch over the demo's questions, useful tokens per second: padded, packed, or of similar lengths;
 - losses: the largest relative difference of the losses of `--losses` steps, float32, the same batches;
 - order: accuracies after eight short trainings on letters, batches of similar length against random ones;
 - scoring: the pass over answers that finds the wrong tokens, against `Trainer.predict`.

@@ -87,10 +87,20 @@ class Gradients(TrainerCallback):
         self.steps.append(np.concatenate([p.grad.flatten().numpy() for p in model.parameters()]))
 
 
+class Losses(TrainerCallback):
+    """Keeps every step's loss."""
+
+    steps: ClassVar[list[float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        self.steps += [logs["loss"]] if "loss" in logs else []
+
+
 class WatchedTrainer(AnswerTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(Gradients())
+        self.add_callback(Losses())
 
 
 def gradients(size: int, per_process: int, folder: Path, steps: int = 1) -> np.ndarray:
@@ -112,6 +122,17 @@ def gradients(size: int, per_process: int, folder: Path, steps: int = 1) -> np.n
     return np.stack(Gradients.steps)
 
 
+def losses(per_process: int, folder: Path) -> np.ndarray:
+    """Return the losses of 50 steps with Adam."""
+    Losses.steps.clear()
+    args = AnswerTrainingArguments(
+        output_dir=str(folder), max_steps=50, per_device_train_batch_size=per_process, learning_rate=1e-3,
+        disable_tqdm=True, logging_steps=1,
+    )  # fmt: skip
+    fine_tune(llama(0), tokenized(30), args, pad_token_id=END, seed=3, description="x", trainer_class=WatchedTrainer)
+    return np.array(Losses.steps)
+
+
 def refusal(function: Any) -> str:
     try:
         processes.on_main(function)
@@ -129,6 +150,7 @@ def worker(folder: Path) -> int:
     for size in TRAIN_SIZES:
         found[f"gradients.{size}"] = gradients(size, 4, folder)
     found["gradients.accumulated"] = gradients(21, 2, folder, steps=2)
+    found["losses"] = losses(4, folder)
     rows = labels(folder / "adapters", folder / "labels.jsonl")
     found["num_processes"] = processes.count()
     found["threads"] = processes.fair_threads()
@@ -189,6 +211,13 @@ def test_the_gradient_of_each_step_is_that_of_one_process(pair: Path, tmp_path: 
 def test_the_gradient_of_an_accumulated_step_is_that_of_one_process(pair: Path, tmp_path: Path) -> None:
     here = gradients(21, 4, tmp_path, steps=2)
     np.testing.assert_allclose(found(pair, 1)["gradients.accumulated"], here, atol=1e-5 * np.abs(here).max())
+
+
+def test_the_losses_of_fifty_steps_are_those_of_one_process(pair: Path, tmp_path: Path) -> None:
+    here = losses(8, tmp_path)
+    assert len(here) == 50 and here[-5:].mean() < 0.7 * here[:5].mean()
+    for process in (0, 1):
+        np.testing.assert_allclose(found(pair, process)["losses"], here, rtol=1e-4)
 
 
 def test_labels_are_those_of_one_process_and_end_in_one_file(pair: Path) -> None:
