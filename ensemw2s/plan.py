@@ -452,8 +452,9 @@ class _Planner:
         """Return `count` copies of what was trained: their answers do not matter, what they cost does."""
         folder = self._folder(model)
         if self.config.lora is None:
-            return TokenEnsemble.from_models([load_trained(folder) for _ in range(count)], [1.0] * count)
-        base = load_model(model.source, **model.init_kwargs)
+            models = [load_trained(folder) for _ in range(count)]
+            return self.trial._placed(TokenEnsemble.from_models(models, [1.0] * count))
+        base = self.trial._placed(load_model(model.source, **model.init_kwargs))
         return TokenEnsemble.from_adapters(base, [folder] * count, [1.0] * count)
 
     def _scoring(self, model: ModelConfig, count: int, side: _Side) -> _Speed:
