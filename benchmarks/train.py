@@ -37,6 +37,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from benchmarks.measure import environment, peak_megabytes, quantile
 from ensemw2s.data import AnswerCollator, QuestionFormat, load_questions, tokenize_questions
+from ensemw2s.ensemble import TokenEnsemble
 from ensemw2s.models import load_model, load_tokenizer
 from ensemw2s.packing import pack_rows
 from ensemw2s.scoring import score_answers
@@ -61,6 +62,7 @@ class Options:
     rounds: int
     batch: int
     losses: int
+    learning_rate: float
 
 
 class StockCollator(AnswerCollator):
@@ -233,7 +235,7 @@ def losses(options: Options) -> Rows:
         settings = {
             "max_steps": options.losses,
             "logging_steps": 1,
-            "learning_rate": 1e-3,
+            "learning_rate": options.learning_rate,
             "train_sampling_strategy": "random",
         }
         trainer = trainer_of(
@@ -244,7 +246,7 @@ def losses(options: Options) -> Rows:
     difference = np.abs(logged["this package"] / logged["transformers"] - 1)
     return [
         {"part": "losses", "way": "this package", "batch": 4, "value": f"{difference.max():.3g}",
-         "unit": f"largest relative difference in {options.losses} steps"},
+         "unit": f"largest relative difference in {options.losses} steps at {options.learning_rate:g}"},
         {"part": "losses", "way": "transformers", "batch": 4, "value": f"{logged['transformers'][-10:].mean():.4g}",
          "unit": "mean of the last 10 losses"},
     ]  # fmt: skip
@@ -288,9 +290,12 @@ def scoring(options: Options) -> Rows:
     stock = trainer_of("transformers", model, examples, options.folder, per_device_eval_batch_size=32)
     # Kindest to transformers: the tokens that it keeps of each row are not logits.
     stock.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
+    # As a boosting round does it: the expert as it was saved.
+    model.save_pretrained(options.folder)
+    expert = TokenEnsemble.from_adapters(load_model(options.model), [options.folder], [1.0])
     ways: dict[str, Callable[[Dataset], Any]] = {
         "transformers": stock.predict,
-        "this package": lambda rows: score_answers(model, rows, pad_token_id=PAD, batch_size=32),
+        "this package": lambda rows: score_answers(expert, rows, pad_token_id=PAD, batch_size=32),
     }
     times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(min(options.rounds, 3)):
@@ -323,6 +328,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=16, help="rows of the synthetic batches")
     parser.add_argument("--losses", type=int, default=50, help="steps whose losses are compared")
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="of those steps (default %(default)s)")
     parser.add_argument("--csv", type=Path, help="written after each part; parts that are not run keep their rows")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -331,7 +337,9 @@ def main(arguments: list[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows = [
                 row | known
-                for row in PARTS[part](Options(options.model, folder, options.rounds, options.batch, options.losses))
+                for row in PARTS[part](
+                    Options(options.model, folder, options.rounds, options.batch, options.losses, options.learning_rate)
+                )
             ]
         for row in rows:
             print(*(str(row.get(field, "")).ljust(18) for field in FIELDS[:11]), flush=True)
