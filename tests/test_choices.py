@@ -186,7 +186,8 @@ def test_pseudo_labels_are_choices_with_their_share_of_the_probability(tmp_path:
         assert label["answer"] == row["choices"][scores.chosen[i]]
         share = torch.tensor(scores.log_probs[i]).softmax(-1).max()
         assert math.exp(label["confidence"]) == pytest.approx(float(share), rel=1e-4)
-        assert label["agreement"] == pytest.approx(np.mean([chosen[i] == scores.chosen[i] for chosen in each]))
+        assert label["expert_agreement"] == [float(chosen[i] == scores.chosen[i]) for chosen in each]
+        assert label["agreement"] == pytest.approx(np.mean(label["expert_agreement"]))
         assert label["num_tokens"] == len(label["answer"]) + 2
     assert 0 < np.mean(labels["agreement"]) < 1
     assert len(usable_answers(labels, min_confidence=float(np.median(labels["confidence"])))) == 10

@@ -154,10 +154,11 @@ def test_pseudo_answers_are_the_greedy_text_with_its_mean_log_probability(of_mod
     assert rows["id"] == data["id"]
     for row, prompt in zip(rows, data["prompt"], strict=True):
         text = tokenizer()(f"{prompt}:", add_special_tokens=False)["input_ids"]
-        total, answer = 0.0, []
+        total, answer, agrees = 0.0, [], []
         for _ in range(row["num_tokens"]):
             log_probs = slow_mixture(of_models, text)
             token = int(log_probs.argmax())
+            agrees.append([float(slow_mixture(of_models[t : t + 1], text)[token]) > math.log(0.5) for t in range(3)])
             total += float(log_probs[token])
             text = [*text, token]
             answer.append(token)
@@ -165,7 +166,9 @@ def test_pseudo_answers_are_the_greedy_text_with_its_mean_log_probability(of_mod
         assert row["num_tokens"] == 10 or row["finished"]
         assert row["answer"] == tokenizer().decode([t for t in answer if t != END], skip_special_tokens=True).strip()
         assert row["confidence"] == pytest.approx(total / len(answer), abs=1e-5)
-        assert 0 <= row["agreement"] <= 1
+        assert row["expert_agreement"] == pytest.approx([sum(own) / len(own) for own in zip(*agrees, strict=True)])
+        assert row["agreement"] == pytest.approx(sum(row["expert_agreement"]) / 3)
+    assert len({tuple(row) for row in rows["expert_agreement"]}) > 1
 
 
 def test_labelling_goes_on_where_it_was_killed(of_models: TokenEnsemble, tmp_path: Path) -> None:
