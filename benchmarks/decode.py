@@ -12,7 +12,6 @@ the experts' caches aside.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import DynamicCache, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
-from benchmarks.measure import environment, peak_megabytes
+from benchmarks.measure import environment, peak_megabytes, write_csv
 from ensemw2s import ops
 from ensemw2s.decoding import MixtureDecoder, Sampling
 from ensemw2s.ensemble import TokenEnsemble
@@ -326,11 +325,7 @@ def main(arguments: list[str]) -> None:
         show(some)
         rows += some
     if options.csv:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.csv, rows, FIELDS)
     if options.plot:
         plot(rows, options.plot)
 

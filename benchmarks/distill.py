@@ -10,7 +10,6 @@ what it costs to write one by teacher forcing.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import sys
@@ -26,7 +25,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.decode import save_adapters
-from benchmarks.measure import environment
+from benchmarks.measure import environment, write_csv
 from ensemw2s.data import AnswerCollator
 from ensemw2s.distillation import ConfidenceTrainer, LiveTeacher, SoftTrainer, packed_row, top_columns, with_columns
 from ensemw2s.ensemble import TokenEnsemble
@@ -149,11 +148,7 @@ def main(arguments: list[str]) -> None:
     print(f"writing the cache of these {options.batch} answers by teacher forcing: {writing * 1e3:.4g} ms")
     print({key: rows[0][key] for key in rows[0] if key.startswith(("bytes", "share"))})
     if options.csv:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.csv, rows, list(rows[0]))
 
 
 if __name__ == "__main__":

@@ -126,11 +126,16 @@ class Results:
 
     def write(self, path: Path) -> None:
         """The tidy CSV."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_csv(path, self.rows, FIELDS)
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]], fields: Sequence[str]) -> None:
+    """Write rows as a tidy CSV with these columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def on_one_thread(variant: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -9,7 +9,6 @@ processes have met and the model is loaded once. Wants an idle core for each pro
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from benchmarks.measure import environment
+from benchmarks.measure import environment, write_csv
 from ensemw2s import BoostingConfig, BoostingTrainer, QuestionFormat, load_questions, processes
 from ensemw2s.models import load_model, load_tokenizer
 
@@ -109,10 +108,7 @@ def main(arguments: list[str]) -> None:
     for row in rows:
         print(*(f"{name} {value}" for name, value in row.items()), sep=", ")
     if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.csv, rows, list(rows[0]))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from benchmarks.measure import environment, peak_megabytes, quantile
+from benchmarks.measure import environment, peak_megabytes, quantile, write_csv
 from ensemw2s.data import AnswerCollator, QuestionFormat, load_questions, tokenize_questions
 from ensemw2s.ensemble import TokenEnsemble
 from ensemw2s.models import load_model, load_tokenizer
@@ -353,11 +353,7 @@ def write(path: Path, part: str, rows: Rows) -> None:
     if path.exists():
         with path.open(newline="") as file:
             before = [row for row in csv.DictReader(file) if row["part"] != part]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(sorted([*before, *rows], key=lambda row: list(PARTS).index(row["part"])))
+    write_csv(path, sorted([*before, *rows], key=lambda row: list(PARTS).index(row["part"])), FIELDS)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 from ensemw2s import ops
 from ensemw2s.cost import count
 from ensemw2s.data import IGNORED, AnswerCollator, QuestionFormat, tokenize_questions
+from ensemw2s.experts import repeat_rows
 from ensemw2s.files import read_complete_lines
-from ensemw2s.heads import for_product, linear_of, obstacle, output_head, replaced_head
+from ensemw2s.heads import CHUNK_ELEMENTS, for_product, linear_of, obstacle, output_head, states_before
 from ensemw2s.ops.topk_kl import reference as topk_kl_reference
 from ensemw2s.training import AnswerTokens, AnswerTrainer, next_token_mask
 
@@ -40,8 +41,6 @@ TOP_COLUMNS = ("top_token_ids", "top_log_probs")
 CACHE_COLUMNS = ("answer_ids", *TOP_COLUMNS, "top_temperature")
 # On file: little-endian, whatever machine wrote it.
 _FILE_DTYPES = {"top_token_ids": "<i4", "top_log_probs": "<f4"}
-# Logits of a chunk, 32 MiB of float32: few enough to stay small, enough for matrix products at speed.
-_CHUNK_ELEMENTS = 2**23
 
 
 # Predictions at answer tokens: hidden states in front of a linear head, or logits where the head is something else
@@ -61,15 +60,7 @@ def linear_head(model: Any) -> Tensor | None:
 @torch.no_grad()
 def states_at(model: Any, inputs: Mapping[str, Any], positions: Tensor) -> Tensor:
     """Return the hidden states [n, d] in front of a model's head at `positions` (bool [B, L]); the head is not run."""
-    seen: list[Tensor] = []
-
-    def keep(hidden: Tensor) -> Tensor:
-        seen.append(hidden[positions.to(hidden.device)])
-        return hidden[:0]
-
-    with replaced_head(output_head(model), keep):
-        model(**inputs, use_cache=False)
-    return seen[0]
+    return states_before(output_head(model), model, inputs, lambda hidden: hidden[positions.to(hidden.device)])
 
 
 @dataclass
@@ -101,7 +92,7 @@ class HiddenPredictions:
     @torch.no_grad()
     def argmax(self) -> Tensor:
         """Return int64 [n], the likeliest tokens, some rows at a time."""
-        rows = self.states.split(max(1, _CHUNK_ELEMENTS // len(self.head)))
+        rows = self.states.split(max(1, CHUNK_ELEMENTS // len(self.head)))
         return torch.cat([(some @ self.head.T).argmax(-1) for some in rows])
 
     def topk_kl(self, token_ids: Tensor, log_probs: Tensor, token_weights: Tensor, temperature: float) -> Tensor:
@@ -177,7 +168,7 @@ class LiveTeacher:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self.stacked is not None:
             copies = self.stacked.count
-            repeated = {name: value.repeat(copies, 1) for name, value in inputs.items()}
+            repeated = repeat_rows(inputs, copies)
             with self.stacked.model() as model:
                 states = states_at(model, repeated, positions.repeat(copies, 1))
             count(self.stacked.base, repeated["input_ids"], repeated["attention_mask"], len(states))
@@ -232,7 +223,7 @@ class LiveTeacher:
             logits = self.logits(inputs["input_ids"], inputs["attention_mask"], positions)
             return top_tokens(self.ensemble, logits, count, temperature)
         states = self.states(inputs["input_ids"], inputs["attention_mask"], positions)
-        size = max(1, _CHUNK_ELEMENTS // len(self.heads[0]))
+        size = max(1, CHUNK_ELEMENTS // len(self.heads[0]))
         found = []
         for some in zip(*(rows.split(size) for rows in states), strict=True):
             logits = [rows @ head.T for rows, head in zip(some, self.heads, strict=True)]

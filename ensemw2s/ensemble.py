@@ -36,6 +36,7 @@ from ensemw2s.experts import (
     Experts,
     ModelExperts,
     StackedAdapters,
+    repeat_rows,
 )
 from ensemw2s.files import new_folder, read_json, write_json
 from ensemw2s.heads import only_positions
@@ -627,10 +628,7 @@ def _stacked_logits(
     stacked: StackedAdapters, cache: Cache, inputs: dict[str, Any], indices: list[int]
 ) -> list[torch.Tensor]:
     """Run all experts in one forward pass and return the logits of those in `indices`."""
-    repeated = {
-        name: value.repeat(stacked.count, 1) if isinstance(value, torch.Tensor) else value
-        for name, value in inputs.items()
-    }
+    repeated = repeat_rows(inputs, stacked.count)
     with stacked.model() as model:
         logits = model(**repeated, **{CACHE: cache}).logits
     count(model, repeated["input_ids"], repeated["attention_mask"], logits.shape[:-1].numel())

@@ -6,7 +6,7 @@ import functools
 import itertools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -216,6 +216,13 @@ class StackedAdapters:
         finally:
             for module in self.forwards:
                 del module.forward
+
+
+def repeat_rows(inputs: Mapping[str, Any], copies: int) -> dict[str, Any]:
+    """Return a model's inputs with the rows of its tensors [B, ...] stacked `copies` times, one batch per expert."""
+    return {
+        name: value.repeat(copies, 1) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
+    }
 
 
 def _stack(module: Any, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ model's own forward pass, on the head module alone, so that any wrapper for adap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from ensemw2s import ops
 
+# Logits made at a time where not all are wanted at once: 32 MiB of float32, few enough to stay small, enough for matrix
+# products at speed.
+CHUNK_ELEMENTS = 2**23
 # What the probe puts in place of logits runs from minus this to this: no soft cap in use leaves such values alone.
 _PROBE_RANGE = 100.0
 
@@ -79,6 +82,28 @@ def replaced_head(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Itera
         del head.forward
         if before is not None:
             head.forward = before
+
+
+def states_before(
+    head: nn.Module, forward: Callable[..., Any], inputs: Mapping[str, Any], select: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Run a model up to its output head, which is not run, and return a part of the hidden states there.
+
+    Args:
+        head: the `output_head` of the model.
+        forward: calls the model.
+        inputs: keyword arguments of the model, beside `use_cache`.
+        select: takes the hidden states [batch, length, d] and returns what is kept of them.
+    """
+    kept: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        kept.append(select(hidden))
+        return hidden[..., :1]
+
+    with replaced_head(head, keep):
+        forward(**inputs, use_cache=False)
+    return kept[0]
 
 
 def linear_of(head: nn.Module) -> nn.Linear | None:

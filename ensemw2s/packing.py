@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ensemw2s.heads import output_head, replaced_head
+from ensemw2s.heads import output_head, states_before
 
 # A line of rows, in lengths of the longest row: long lines leave less padding, but attention is computed over all of a
 # line.
@@ -126,31 +126,19 @@ def keeps_rows_apart(model: Any, forward: Callable[..., Any]) -> bool:
     vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
     ids = torch.arange(mask.numel(), device=device).view_as(mask) * 7919 % vocabulary
     packed = pack_rows(ids, mask, one_line=wants_one_line(model))
-    training = model.training
+    head, training = output_head(model), model.training
     model.eval()
     try:
-        padded_states = _states(model, forward, {"input_ids": ids, "attention_mask": mask})
-        states = _states(model, forward, {"input_ids": packed.input_ids, "position_ids": packed.position_ids})
+        padded: dict[str, Tensor] = {"input_ids": ids, "attention_mask": mask}
+        expected = states_before(head, forward, padded, lambda hidden: hidden[mask != 0])
+        lines = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
+        found = states_before(head, forward, lines, lambda hidden: hidden.flatten(0, 1)[packed.places[mask != 0]])
     except (TypeError, ValueError):
         # It takes no positions.
         return False
     finally:
         model.train(training)
-    expected, found = padded_states[mask != 0], states.flatten(0, 1)[packed.places[mask != 0]]
     rounding = _ROUNDING.get(found.dtype, _ROUNDING_16_BIT)
     if torch.is_autocast_enabled(device.type):
         rounding = _ROUNDING_16_BIT
     return bool((found - expected).abs().max() <= rounding * expected.abs().max())
-
-
-def _states(model: nn.Module, forward: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
-    """Return the hidden states [batch, length, d] in front of the output head."""
-    kept: list[Tensor] = []
-
-    def keep(hidden: Tensor) -> Tensor:
-        kept.append(hidden)
-        return hidden[..., :1]
-
-    with replaced_head(output_head(model), keep):
-        forward(**inputs, use_cache=False)
-    return kept[0]

@@ -23,16 +23,13 @@ from ensemw2s import ops, processes
 from ensemw2s.cost import count
 from ensemw2s.data import AnswerCollator, answer_lengths, check_examples
 from ensemw2s.ensemble import TokenEnsemble
-from ensemw2s.heads import gives_the_logits, only_positions, output_head, replaced_head
+from ensemw2s.experts import repeat_rows
+from ensemw2s.heads import CHUNK_ELEMENTS, gives_the_logits, only_positions, output_head, states_before
 from ensemw2s.ops import TokenScores
 from ensemw2s.training import next_token_mask
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-# Logits made at a time, of all experts together: 32 MiB of float32.
-_CHUNK_ELEMENTS = 2**23
 
 
 @dataclass(frozen=True)
@@ -168,23 +165,20 @@ class _ModelRun:
 
     def answer_rows(self, batch: Mapping[str, Tensor], mask: Tensor) -> Tensor:
         """Return, per copy, the hidden states [copies, n, d] at the true entries of `mask`, or else the logits."""
-        inputs: dict[str, Any] = {key: batch[key].repeat(self.copies, 1) for key in ("input_ids", "attention_mask")}
-        kept: list[Tensor] = []
+        inputs = repeat_rows({key: batch[key] for key in ("input_ids", "attention_mask")}, self.copies)
 
-        def keep(hidden: Tensor) -> Tensor:
-            kept.append(hidden.unflatten(0, (self.copies, -1))[:, mask.to(hidden.device)])
-            return hidden[..., :1]
+        def select(hidden: Tensor) -> Tensor:
+            return hidden.unflatten(0, (self.copies, -1))[:, mask.to(hidden.device)]
 
         with self.context() as model:
             if self.ends_in_head:
-                with replaced_head(self.head, keep):
-                    model(**inputs, use_cache=False)
+                rows = states_before(self.head, model, inputs, select)
             else:
                 with only_positions(model, mask.repeat(self.copies, 1)):
-                    kept.append(model(**inputs, use_cache=False).logits.unflatten(0, (self.copies, -1)))
+                    rows = model(**inputs, use_cache=False).logits.unflatten(0, (self.copies, -1))
         # Behind the context, which may have given the model's layers other forward passes.
-        count(model, inputs["input_ids"], inputs["attention_mask"], kept[0].shape[:-1].numel())
-        return kept[0]
+        count(model, inputs["input_ids"], inputs["attention_mask"], rows.shape[:-1].numel())
+        return rows
 
     def logits(self, rows: Tensor) -> list[Tensor]:
         """Return, per copy, the logits [n, V] of what `answer_rows` returned."""
@@ -217,7 +211,8 @@ def _score(
     """
     check_examples(examples, description or "the answers to score")
     lengths = answer_lengths(examples)
-    order = _by_length(examples)
+    # Rows of similar length share a batch, so that little is spent on padding; results go back by position.
+    order = np.argsort([len(ids) for ids in examples["input_ids"]], kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     rows = np.concatenate([np.empty(0, dtype=np.int64), *processes.share(batches)])
     bar = description if processes.is_main() else None
@@ -226,11 +221,6 @@ def _score(
     for name, values in scores.items():
         _check_scores(name, values.token_log_probs, np.cumsum(lengths) - lengths)
     return scores
-
-
-def _by_length(examples: Dataset) -> np.ndarray:
-    # Rows of similar length share a batch, so that little is spent on padding; results go back by position.
-    return np.argsort([len(ids) for ids in examples["input_ids"]], kind="stable")
 
 
 def _merge(lengths: np.ndarray, shares: list[tuple[np.ndarray, dict[str, AnswerScores]]]) -> dict[str, AnswerScores]:
@@ -258,39 +248,33 @@ def _score_share(
     batch_size: int,
     description: str | None,
 ) -> dict[str, AnswerScores]:
-    """Score the answer tokens in chunks of bounded size."""
-    lengths = answer_lengths(examples)
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    order = _by_length(examples)
-    loader = DataLoader(examples.select(order), batch_size=batch_size, collate_fn=AnswerCollator(pad_token_id))
-    wrong: dict[str, np.ndarray] = defaultdict(lambda: np.empty(starts[-1], dtype=bool))
-    gold: dict[str, np.ndarray] = defaultdict(lambda: np.empty(starts[-1], dtype=np.float32))
-    done = 0
+    """Score the answer tokens in the order of `examples`, in chunks of bounded size."""
+    loader = DataLoader(examples, batch_size=batch_size, collate_fn=AnswerCollator(pad_token_id))
+    wrong: dict[str, list[np.ndarray]] = defaultdict(list)
+    gold: dict[str, list[np.ndarray]] = defaultdict(list)
     for batch in tqdm(loader, desc=description, unit="batch", leave=False, disable=description is None):
-        rows = order[done : done + len(batch["labels"])]
-        done += len(rows)
-        places = np.concatenate([np.arange(starts[row], starts[row + 1]) for row in rows])
-        for part, scores in _in_chunks(runs, judge, {key: value.to(runs[0].device) for key, value in batch.items()}):
+        for scores in _in_chunks(runs, judge, {key: value.to(runs[0].device) for key, value in batch.items()}):
             for name, values in scores.items():
-                wrong[name][places[part]] = ~values.correct.cpu().numpy()
-                gold[name][places[part]] = values.log_probs.float().cpu().numpy()
-    return {name: AnswerScores(lengths, wrong[name], gold[name]) for name in wrong}
+                wrong[name].append(~values.correct.cpu().numpy())
+                gold[name].append(values.log_probs.float().cpu().numpy())
+    lengths = answer_lengths(examples)
+    return {name: AnswerScores(lengths, np.concatenate(wrong[name]), np.concatenate(gold[name])) for name in wrong}
 
 
 def _in_chunks(
     runs: Sequence[_ModelRun], judge: Callable[..., dict[str, TokenScores]], batch: Mapping[str, Tensor]
-) -> Iterator[tuple[slice, dict[str, TokenScores]]]:
+) -> Iterator[dict[str, TokenScores]]:
     mask = next_token_mask(batch["labels"])
     labels = batch["labels"][:, 1:][mask[:, :-1]]
     rows = [run.answer_rows(batch, mask) for run in runs]
-    size = max(1, _CHUNK_ELEMENTS // sum(run.copies * run.vocabulary for run in runs))
+    size = max(1, CHUNK_ELEMENTS // sum(run.copies * run.vocabulary for run in runs))
     for start in range(0, len(labels), size):
         part = slice(start, start + size)
         logits = [each for run, hidden in zip(runs, rows, strict=True) for each in run.logits(hidden[:, part])]
         scores = judge(logits, labels[part].to(logits[0].device))
         # Or the next chunk would be made beside this one.
         del logits
-        yield part, scores
+        yield scores
 
 
 def _check_mixtures(mixtures: Mapping[str, Sequence[float]], num_experts: int) -> None:

@@ -224,7 +224,7 @@ def test_teachers_are_read_in_chunks_that_change_nothing(
     ids, log_probs = LiveTeacher(of_adapters).top(batch, mask, 5, 1.0)
     student = predictions(int(mask.sum()), linear=True)[0]
     likeliest = student.argmax()
-    monkeypatch.setattr(distillation, "_CHUNK_ELEMENTS", 3 * VOCAB)
+    monkeypatch.setattr(distillation, "CHUNK_ELEMENTS", 3 * VOCAB)
     again = LiveTeacher(of_adapters).top(batch, mask, 5, 1.0)
     assert torch.equal(again[0], ids)
     torch.testing.assert_close(again[1], log_probs)

@@ -158,7 +158,7 @@ def test_no_more_logits_are_made_at_a_time_than_a_chunk_holds(
         output_head(model).register_forward_hook(
             lambda module, inputs, output: made.append(output[..., 0].numel() if output.shape[-1] == VOCAB else 0)
         )
-    monkeypatch.setattr("ensemw2s.scoring._CHUNK_ELEMENTS", rows * 3 * VOCAB)
+    monkeypatch.setattr("ensemw2s.scoring.CHUNK_ELEMENTS", rows * 3 * VOCAB)
     parts = score_mixtures(ensemble, examples, MIXTURES, pad_token_id=PAD)
     # An adapter's rows of all experts are made together.
     assert max(made) == rows * (3 if len(models) == 1 else 1)
