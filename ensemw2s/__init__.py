@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "BoostingConfig": "trainer",
+    "BoostingConfig": "recipes",
     "BoostingTrainer": "trainer",
     "EnsembleConfig": "ensemble",
     "TokenEnsemble": "ensemble",
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from ensemw2s.ensemble import TokenEnsemble as TokenEnsemble
     from ensemw2s.models import load_model as load_model
     from ensemw2s.models import load_tokenizer as load_tokenizer
+    from ensemw2s.recipes import BoostingConfig as BoostingConfig
     from ensemw2s.scoring import score_answers as score_answers
     from ensemw2s.student import StudentConfig as StudentConfig
     from ensemw2s.student import StudentTrainer as StudentTrainer
-    from ensemw2s.trainer import BoostingConfig as BoostingConfig
     from ensemw2s.trainer import BoostingTrainer as BoostingTrainer
 
 

@@ -5,10 +5,12 @@ units carry float64 weights `D` of shape `[N]`, non-negative and summing to 1. O
 
     D    = initial_weights(N)                                     # round 1 only
     w    = loss_weights(D, sampling="draw", generator=generator)  # per-unit weights in the training loss
-    ...                                                           # train the expert, mark the wrong units
-    e, _ = clamp_error(weighted_error(D, wrong), N)
+    ...                                                           # train the expert, measure its loss on each unit
+    e, _ = clamp_error(weighted_error(D, losses), N)
     a    = expert_weight(e, e_0)                                  # e_0 = prior_error(...), measured once
-    D    = update_weights(D, wrong, a)                            # only if a > 0
+    D    = update_weights(D, losses, a)                           # only if a > 0
+
+A unit's *loss* is in [0, 1]: whether it is wrong (the paper's, bool), or `1 - p(gold)` (a soft error, float).
 
 Sources: EnsemW2S (Agrawal et al., Findings of ACL 2026; arXiv 2410.04571) for the token weights, the
 weighted draw and the prior term; SAMME (Zhu et al., "Multi-class AdaBoost", Statistics and Its Interface 2,
@@ -21,29 +23,32 @@ beside the result little memory is used, however large N is. Only `weight_quanti
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
+    "cap_weights",
     "clamp_error",
     "draw_counts",
+    "draw_without_replacement",
     "effective_sample_size",
     "expert_weight",
+    "fit_mixture_weights",
     "initial_weights",
     "loss_weights",
     "mix_uniform",
     "prior_error",
     "unit_index",
-    "unit_wrong",
+    "unit_losses",
     "update_weights",
     "weight_quantiles",
     "weighted_error",
 ]
 
 Unit = Literal["token", "window", "sequence"]
-Sampling = Literal["draw", "reweight", "bagging"]
+Sampling = Literal["draw", "without_replacement", "reweight", "bagging", "all"]
 DrawMethod = Literal["independent", "systematic"]
 # Gives the weights of the units in a slice.
 _WeightsOf = Callable[[slice], NDArray[np.float64]]
@@ -107,22 +112,23 @@ def unit_index(answer_lengths: ArrayLike, unit: Unit = "token", window: int | No
     return index
 
 
-def unit_wrong(token_wrong: ArrayLike, units: ArrayLike) -> NDArray[np.bool_]:
-    """Mark the units with at least one wrong token [choice; for single tokens it changes nothing].
+def unit_losses(token_losses: ArrayLike, units: ArrayLike) -> NDArray[Any]:
+    """Return each unit's loss, the largest of its tokens': wrong if one of them is [choice].
 
     Args:
-        token_wrong: bool `[n_tokens]`, True where the teacher-forced argmax is not the answer's token.
+        token_losses: `[n_tokens]`; bool, True where the teacher-forced argmax is not the answer's token, or floats in
+            [0, 1].
         units: int64 `[n_tokens]` from `unit_index`.
 
     Returns:
-        bool `[N]`.
+        `[N]`, of the dtype of `token_losses`.
 
     Raises:
-        ValueError: different lengths, or unit numbers that do not rise from 0 without gaps.
-        TypeError: `token_wrong` is not boolean or `units` not integers.
+        ValueError: different lengths, floats outside [0, 1], or unit numbers that do not rise from 0 without gaps.
+        TypeError: `token_losses` are neither bool nor floats, or `units` not integers.
     """
     unit_numbers = _integer_vector("units", units)
-    wrong_tokens = _wrong_mask("token_wrong", token_wrong, unit_numbers.size)
+    of_tokens = _losses("token_losses", token_losses, unit_numbers.size)
     last = -1
     for part in _blocks(unit_numbers.size):
         steps = np.diff(unit_numbers[part], prepend=last)
@@ -130,10 +136,10 @@ def unit_wrong(token_wrong: ArrayLike, units: ArrayLike) -> NDArray[np.bool_]:
         if np.any((steps != 0) & (steps != 1)) or (last == -1 and steps[0] != 1):
             raise ValueError("units must rise from 0 in steps of 0 or 1, as unit_index returns them")
         last = unit_numbers[part][-1]
-    wrong = np.zeros(last + 1, dtype=np.bool_)
+    losses = np.zeros(last + 1, dtype=of_tokens.dtype)
     for part in _blocks(unit_numbers.size):
-        wrong[unit_numbers[part][wrong_tokens[part]]] = True
-    return wrong
+        np.maximum.at(losses, unit_numbers[part], of_tokens[part])
+    return losses
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -200,24 +206,27 @@ def weight_quantiles(weights: ArrayLike, probabilities: Sequence[float]) -> NDAr
     return quantiles * distribution.size
 
 
-def weighted_error(weights: ArrayLike, wrong: ArrayLike) -> float:
-    """The expert's error under the current weights, `e_t = sum(D_t[wrong])`, in [0, 1].
+def weighted_error(weights: ArrayLike, losses: ArrayLike) -> float:
+    """The expert's error under the current weights, `e_t = sum(D_t * loss)`, in [0, 1].
 
-    The paper's weighted token error; also `e_0` when `wrong` belongs to the pre-trained model and the
+    The paper's weighted token error; also `e_0` when `losses` belong to the pre-trained model and the
     weights are uniform.
 
     Args:
         weights: float64 `[N]`, summing to 1.
-        wrong: bool `[N]`.
+        losses: `[N]`; bool (wrong or not), or floats in [0, 1].
 
     Raises:
-        ValueError: weights that are no distribution, or a mask of another length.
-        TypeError: `wrong` is not boolean.
+        ValueError: weights that are no distribution, losses of another length or outside [0, 1].
+        TypeError: `losses` are neither bool nor floats.
     """
     distribution = _distribution(weights)
-    wrong_units = _wrong_mask("wrong", wrong, distribution.size)
-    # Indexing before summing keeps NumPy's pairwise summation, which sum(where=...) gives up.
-    sums = [float(distribution[part][wrong_units[part]].sum()) for part in _blocks(distribution.size)]
+    of_units = _losses("losses", losses, distribution.size)
+    if of_units.dtype == np.bool_:
+        # Indexing before summing keeps NumPy's pairwise summation, which sum(where=...) gives up.
+        sums = [float(distribution[part][of_units[part]].sum()) for part in _blocks(distribution.size)]
+    else:
+        sums = [float((distribution[part] * of_units[part]).sum()) for part in _blocks(distribution.size)]
     return min(1.0, math.fsum(sums))
 
 
@@ -310,20 +319,20 @@ def expert_weight(error: float, prior_error: float) -> float:
 
 def update_weights(
     weights: ArrayLike,
-    wrong: ArrayLike,
+    losses: ArrayLike,
     expert_weight: float,
     shrinkage: float = 1.0,
     out: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float64]:
     """Raise the weights of the units that the new expert gets wrong.
 
-    The paper's `D_{t+1} = D_t exp(a_t 1[wrong]) / Z_t`, with `s a_t` in the place of `a_t`.
-    With `s = 1` and an error that was not clamped, the expert's error under the new weights is exactly
-    `e_0`; with shrinkage it is `exp(s a_t) e_t / (exp(s a_t) e_t + 1 - e_t)`.
+    The paper's `D_{t+1} = D_t exp(a_t 1[wrong]) / Z_t`, with `s a_t` in the place of `a_t`, and the unit's loss in
+    the place of `1[wrong]` where it is soft. With hard errors, `s = 1` and an error that was not clamped, the expert's
+    error under the new weights is exactly `e_0`; with shrinkage it is `exp(s a_t) e_t / (exp(s a_t) e_t + 1 - e_t)`.
 
     Args:
         weights: `D_t`, float64 `[N]`, summing to 1.
-        wrong: bool `[N]`.
+        losses: `[N]`; bool (wrong or not, the paper's), or floats in [0, 1] [choice].
         expert_weight: `a_t` > 0, from `expert_weight`.
         shrinkage: `s` in (0, 1] [choice; the paper has 1]. It acts on the update alone, `a_t` stays what
             it is in the mixture.
@@ -333,12 +342,12 @@ def update_weights(
         `D_{t+1}`, float64 `[N]`, summing to 1.
 
     Raises:
-        ValueError: weights that are no distribution, a mask or an `out` of another length, `expert_weight` not
-            positive and finite, `shrinkage` outside (0, 1].
-        TypeError: `wrong` is not boolean.
+        ValueError: weights that are no distribution, losses or an `out` of another length, losses outside [0, 1],
+            `expert_weight` not positive and finite, `shrinkage` outside (0, 1].
+        TypeError: `losses` are neither bool nor floats.
     """
     distribution = _distribution(weights)
-    wrong_units = _wrong_mask("wrong", wrong, distribution.size)
+    of_units = _losses("losses", losses, distribution.size)
     if not (math.isfinite(expert_weight) and expert_weight > 0.0):
         raise ValueError(
             f"expert_weight must be positive and finite, got {expert_weight}: an expert that is no better "
@@ -347,10 +356,13 @@ def update_weights(
     if not 0.0 < shrinkage <= 1.0:
         raise ValueError(f"shrinkage must be in (0, 1], got {shrinkage}; 1 is the paper's full update")
     # Scaling the right units down is the same update as scaling the wrong ones up, and cannot overflow.
-    factor = math.exp(-shrinkage * expert_weight)
+    step = -shrinkage * expert_weight
     updated = _result(out, distribution.size)
     for part in _blocks(distribution.size):
-        updated[part] = np.where(wrong_units[part], distribution[part], distribution[part] * factor)
+        if of_units.dtype == np.bool_:
+            updated[part] = np.where(of_units[part], distribution[part], distribution[part] * math.exp(step))
+        else:
+            updated[part] = distribution[part] * np.exp(step * (1.0 - of_units[part].astype(np.float64)))
     total = updated.sum()
     if total == 0.0:
         raise ValueError(
@@ -359,6 +371,98 @@ def update_weights(
         )
     updated /= total
     return updated
+
+
+def cap_weights(weights: ArrayLike, cap: float, out: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+    """Limit every weight to `cap / N` and give what is cut off to the others, in proportion to theirs [choice].
+
+    That is the distribution within the limit which is closest to `weights` in `KL(. || weights)`.
+
+    Args:
+        weights: float64 `[N]`, summing to 1.
+        cap: largest weight as a multiple of the uniform one, at least 1 (which leaves uniform weights).
+        out: float64 `[N]`, where to put the result (`weights` itself is allowed); None makes a new array.
+
+    Raises:
+        ValueError: weights that are no distribution, an `out` of another length, a `cap` below 1, or so many weights
+            of zero that the others cannot take it all.
+    """
+    distribution = _distribution(weights)
+    if not cap >= 1.0:
+        raise ValueError(f"cap must be at least 1 (the uniform weight), got {cap}")
+    limit, scale = cap / distribution.size, 1.0
+    # Raising the others may lift more of them to the limit; each pass caps at least one more, in practice a few do.
+    while True:
+        sums = [_beyond(distribution[part] * scale, limit) for part in _blocks(distribution.size)]
+        at_limit, rest = sum(count for count, _ in sums), math.fsum(total for _, total in sums)
+        if rest == 0.0 and at_limit * limit < 1.0 - SUM_TOLERANCE:
+            raise ValueError(
+                f"cap={cap} is too low: only {at_limit} of {distribution.size} units have a weight above 0"
+            )
+        grown = scale if rest == 0.0 else scale * (1.0 - at_limit * limit) / rest
+        if grown <= scale * (1.0 + 1e-12):
+            break
+        scale = grown
+    capped = _result(out, distribution.size)
+    for part in _blocks(distribution.size):
+        np.minimum(distribution[part] * scale, limit, out=capped[part])
+    capped /= capped.sum()
+    return capped
+
+
+def _beyond(weights: NDArray[np.float64], limit: float) -> tuple[int, float]:
+    """Return how many weights reach the limit, and the sum of the others."""
+    over = weights >= limit
+    return int(over.sum()), float(weights[~over].sum())
+
+
+def fit_mixture_weights(
+    log_probs: ArrayLike, *, step_size: float = 1.0, tolerance: float = 1e-9, max_steps: int = 10_000
+) -> NDArray[np.float64]:
+    """Fit the weights of a mixture to held-out answers by exponentiated gradient [choice].
+
+    Maximises the mixture's mean log-likelihood `L(w) = mean_j log sum_t w_t p_t(y_j)`, which is concave, over the
+    simplex: `w_t <- w_t exp(step_size * dL/dw_t) / Z` (Kivinen and Warmuth, "Exponentiated gradient versus gradient
+    descent for linear predictors", 1997), from uniform weights. A step that lowers L is halved.
+
+    Args:
+        log_probs: log-probabilities (nats) of the n gold tokens under each of T experts, floats `[T, n]`, at most 0.
+        step_size: of the first step; the gradient's entries sum to T under uniform weights.
+        tolerance: stop when no weight can gain more than this: `max_t dL/dw_t - 1`, the duality gap in nats.
+        max_steps: at most.
+
+    Returns:
+        float64 `[T]`, non-negative and summing to 1.
+
+    Raises:
+        ValueError: another shape, a value above 0 or NaN, or a token to which no expert gives any probability.
+    """
+    table = np.asarray(log_probs, dtype=np.float64)
+    if table.ndim != 2 or table.size == 0:
+        raise ValueError(f"log_probs must have shape [experts, tokens] and not be empty, got {table.shape}")
+    # Rounding in float32 can leave a log-probability a little above 0.
+    if not (table <= 1e-6).all():
+        raise ValueError("log_probs must be log-probabilities, at most 0 and not NaN")
+    highest = table.max(axis=0)
+    if np.isneginf(highest).any():
+        token = int(np.isneginf(highest).argmax())
+        raise ValueError(f"no expert gives token {token} any probability: the likelihood is 0 whatever the weights")
+    # Dividing a token's probabilities by their largest changes L by a constant.
+    ratios = np.exp(table - highest)
+    weights = np.full(table.shape[0], 1.0 / table.shape[0])
+    likelihood = np.log(weights @ ratios).mean()
+    for _ in range(max_steps):
+        gradient = (ratios / (weights @ ratios)).mean(axis=1)
+        if gradient.max() - 1.0 <= tolerance:
+            break
+        proposed = weights * np.exp(step_size * (gradient - gradient.max()))
+        proposed /= proposed.sum()
+        reached = np.log(proposed @ ratios).mean()
+        if reached < likelihood:
+            step_size /= 2
+            continue
+        weights, likelihood = proposed, reached
+    return weights
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -401,53 +505,100 @@ def loss_weights(
     *,
     sampling: Sampling,
     uniform_mix: float = 0.0,
+    draw_fraction: float = 0.5,
     deduplicate: bool = False,
     method: DrawMethod = "independent",
     generator: np.random.Generator | None = None,
     out: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float64]:
-    """The weight of every unit in one round's training loss; all ways sum to N (without `deduplicate`).
+    """The weight of every unit in one round's training loss.
+
+    All ways sum to N, but for `"without_replacement"` and with `deduplicate`; the loss divides by the sum.
 
     Args:
         weights: `D_t`, float64 `[N]`, summing to 1.
         sampling: `"draw"`: how often each unit came up in N draws from the mixed weights, 0 for a masked
-            one (the paper's weighted sampling with label masking); `"reweight"`: `N` times the mixed
-            weights, no randomness [choice]; `"bagging"`: counts of N uniform draws whatever `weights`
-            says (the baseline).
-        uniform_mix: `m` of `mix_uniform`; without effect on `"bagging"`.
+            one (the paper's weighted sampling with label masking); `"without_replacement"`: 1 for each of
+            `draw_fraction * N` different units, drawn by the mixed weights (`draw_without_replacement`) [choice];
+            `"reweight"`: `N` times the mixed weights, no randomness [choice]; and two baselines that ignore `weights`:
+            `"bagging"`, counts of N uniform draws, and `"all"`, 1 everywhere (a deep ensemble).
+        uniform_mix: `m` of `mix_uniform`; without effect on the baselines.
+        draw_fraction: the share of the units that `"without_replacement"` draws, in (0, 1].
         deduplicate: count a unit that was drawn several times once [choice: False].
         method: how to draw, see `draw_counts`.
-        generator: source of the draws; not needed for `"reweight"`.
+        generator: source of the draws; not needed for `"reweight"` and `"all"`.
         out: float64 `[N]`, where to put the result; None makes a new array.
 
     Returns:
         float64 `[N]`; index it with `unit_index` for the weights of the tokens.
 
     Raises:
-        ValueError: weights that are no distribution, unknown names, `uniform_mix` outside [0, 1), a missing
-            `generator`, `deduplicate` with `"reweight"`, an `out` of another length.
+        ValueError: weights that are no distribution, unknown names, `uniform_mix` outside [0, 1), `draw_fraction`
+            outside (0, 1], a missing `generator`, `deduplicate` where nothing is drawn several times, an `out` of
+            another length.
     """
     _check_choice("sampling", sampling, Sampling)
     _check_choice("method", method, DrawMethod)
     distribution = _distribution(weights)
     mixed = _mixed(distribution, uniform_mix)
     size = distribution.size
+    if deduplicate and sampling not in ("draw", "bagging"):
+        raise ValueError('deduplicate only applies to draws: use sampling="draw" or "bagging", or leave it off')
+    if not 0.0 < draw_fraction <= 1.0:
+        raise ValueError(f"draw_fraction must be in (0, 1], got {draw_fraction}")
+    result = _result(out, size)
+    if sampling == "all":
+        result[:] = 1.0
+        return result
     if sampling == "reweight":
-        if deduplicate:
-            raise ValueError('deduplicate only applies to draws: use sampling="draw" or "bagging", or leave it off')
-        result = _result(out, size)
         for part in _blocks(size):
             result[part] = mixed(part) * size
         return result
     if generator is None:
         raise ValueError(f"sampling={sampling!r} needs a generator (numpy.random.Generator)")
-    source = mixed if sampling == "draw" else lambda part: np.full(part.stop - part.start, 1.0 / size)
-    result = _result(out, size)
     result[:] = 0.0
+    if sampling == "without_replacement":
+        result[_draw_distinct(mixed, size, max(1, round(draw_fraction * size)), generator)] = 1.0
+        return result
+    source = mixed if sampling == "draw" else lambda part: np.full(part.stop - part.start, 1.0 / size)
     _count_draws(source, size, generator, method, result)
     if deduplicate:
         np.minimum(result, 1.0, out=result)
     return result
+
+
+def draw_without_replacement(weights: ArrayLike, size: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """Draw `size` different units, one after the other, each with a chance in proportion to its weight.
+
+    By exponential keys (Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006): the units with
+    the smallest `e_i / D_i`, `e_i` standard exponential. A unit of weight zero is never drawn.
+
+    Args:
+        weights: float64 `[N]`, summing to 1.
+        size: number of units, at least 0.
+        generator: source of randomness.
+
+    Returns:
+        int64 `[size]`, rising.
+
+    Raises:
+        ValueError: weights that are no distribution, a negative `size`, or one above the number of units with weight.
+    """
+    distribution = _distribution(weights)
+    return _draw_distinct(lambda part: distribution[part], distribution.size, size, generator)
+
+
+def _draw_distinct(
+    weights_of: _WeightsOf, num_units: int, size: int, generator: np.random.Generator
+) -> NDArray[np.int64]:
+    keys = np.empty(num_units)
+    for part in _blocks(num_units):
+        with np.errstate(divide="ignore"):
+            keys[part] = generator.exponential(size=part.stop - part.start) / weights_of(part)
+    possible = int(np.isfinite(keys).sum())
+    if not 0 <= size <= possible:
+        raise ValueError(f"size must be from 0 to {possible}, the units with a weight above 0, got {size}")
+    return np.sort(np.argpartition(keys, size - 1)[:size]) if size else np.empty(0, dtype=np.int64)
 
 
 def _prefix_sums(weights_of: _WeightsOf, size: int) -> Iterator[tuple[slice, NDArray[np.float64]]]:
@@ -551,12 +702,15 @@ def _integer_vector(name: str, values: ArrayLike) -> NDArray[np.int64]:
     return array.astype(np.int64, copy=False)
 
 
-def _wrong_mask(name: str, mask: ArrayLike, length: int) -> NDArray[np.bool_]:
-    array = np.asarray(mask)
-    if array.dtype != np.bool_:
-        raise TypeError(f"{name} must be boolean (True where wrong), got dtype {array.dtype}")
+def _losses(name: str, losses: ArrayLike, length: int) -> NDArray[Any]:
+    array = np.asarray(losses)
+    if array.dtype != np.bool_ and not np.issubdtype(array.dtype, np.floating):
+        raise TypeError(f"{name} must be boolean (True where wrong) or floats in [0, 1], got dtype {array.dtype}")
     if array.shape != (length,):
         raise ValueError(f"{name} must have shape ({length},), one entry per weight or unit number, got {array.shape}")
+    # Comparisons with NaN are false.
+    if array.dtype != np.bool_ and not (array.min() >= 0.0 and array.max() <= 1.0):
+        raise ValueError(f"{name} must be in [0, 1] and not NaN, they run from {array.min()} to {array.max()}")
     return array
 
 

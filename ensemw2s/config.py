@@ -17,8 +17,8 @@ from peft import LoraConfig
 
 from ensemw2s.data import SOURCE_KINDS, QuestionFormat
 from ensemw2s.models import check_dtype
+from ensemw2s.recipes import BoostingConfig
 from ensemw2s.student import StudentConfig
-from ensemw2s.trainer import BoostingConfig
 
 # Plain types that a setting can be declared with; a declaration with any other type is left to whoever uses it.
 _TYPES: dict[str, tuple[type, ...]] = {

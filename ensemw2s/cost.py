@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -279,3 +279,9 @@ def measured_with_memory() -> Iterator[dict[str, Any]]:
     with peak_memory() as peak, measured() as record:
         yield record
     record["peak_memory"] = peak[0]
+
+
+def total(values: Iterable[float | None]) -> float | None:
+    """Return a sum that is unknown (None) if one of its parts is."""
+    parts = list(values)
+    return None if None in parts else sum(part for part in parts if part is not None)

@@ -9,7 +9,7 @@ import dataclasses
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from transformers import set_seed
 from ensemw2s import ops, processes
 from ensemw2s.choices import ChoiceScores, score_choice_mixtures, score_choices
 from ensemw2s.config import SPLITS, ExperimentConfig, ModelConfig
-from ensemw2s.cost import measured, measured_with_memory
+from ensemw2s.cost import measured, measured_with_memory, total
 from ensemw2s.data import (
     check_disjoint,
     exclude_questions,
@@ -345,7 +345,7 @@ class Experiment:
             training = read_json(self._model_folder(arm) / "cost.json")
         elif arm in ("ensemble", "uniform_average"):
             rounds = [r for r in read_complete_lines(self._records_file("boost")) if r["kind"] == "round"]
-            training = {name: _total(r[f"train_{name}"] for r in rounds) for name in ("seconds", "tokens", "flops")}
+            training = {name: total(r[f"train_{name}"] for r in rounds) for name in ("seconds", "tokens", "flops")}
         return {
             "kind": "cost", "arm": arm,
             **{f"train_{name}": value for name, value in training.items()},
@@ -460,12 +460,6 @@ def _table_order(scores: Mapping[str, Any]) -> list[str]:
     experts = sorted((arm for arm in scores if arm.startswith("expert_")), key=lambda arm: int(arm.split("_")[1]))
     first = ["zero_shot_weak", "zero_shot_strong", "single_expert", *experts, "uniform_average", "ensemble"]
     return first + list(STUDENTS)
-
-
-def _total(values: Iterable[float | None]) -> float | None:
-    """Return a sum that is unknown if one of its parts is."""
-    parts = list(values)
-    return None if None in parts else sum(part for part in parts if part is not None)
 
 
 def _differing(mine: Any, theirs: Any, prefix: str = "") -> list[str]:

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,105 +18,27 @@ import torch
 from transformers import PreTrainedModel
 
 from ensemw2s import boosting, processes
-from ensemw2s.checkpoints import discard_checkpoints
+from ensemw2s.checkpoints import digest, discard_checkpoints
+from ensemw2s.cost import total
 from ensemw2s.data import QuestionFormat, answer_lengths, check_disjoint, check_questions, tokenize_questions
-from ensemw2s.ensemble import COMBINE, TokenEnsemble
+from ensemw2s.ensemble import TokenEnsemble
 from ensemw2s.files import map_array, new_array, new_folder, read_array, read_json, write_array, write_json
 from ensemw2s.models import load_model, load_tokenizer, source_of
+from ensemw2s.recipes import RECIPES, BoostingConfig
 from ensemw2s.scoring import AnswerScores, score_mixtures
-from ensemw2s.training import PRESENTATION, AnswerTrainingArguments, TrainingCost, fine_tune, on_device
+from ensemw2s.store import Store, obtain
+from ensemw2s.training import PRESENTATION, TrainingCost, fine_tune, on_device, training_settings
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig
     from transformers import PreTrainedTokenizerBase
 
-RECIPES: dict[str, dict[str, Any]] = {
-    # The paper's, to the letter.
-    "paper": {"sampling": "draw", "shrinkage": 1.0, "uniform_mix": 0.0},
-    # Ours: the paper's collapses on real models, because one full update leaves a small effective sample size.
-    "stabilised": {"sampling": "reweight", "shrinkage": 0.3, "uniform_mix": 0.5},
-    # The baseline: uniform draws, equal votes.
-    "bagging": {"sampling": "bagging", "shrinkage": 1.0, "uniform_mix": 0.0},
-}
 WEIGHT_QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 # An expert no better than the prior is trained once more with a fresh seed before boosting stops (invariant 4).
 ATTEMPTS = 2
 # More rounds go on from the ones there are.
 _PRESENTATION = PRESENTATION | {"num_rounds"}
-
-
-@dataclass
-class BoostingConfig(AnswerTrainingArguments):
-    """What `BoostingTrainer` does, on top of transformers' `TrainingArguments` (which train each expert).
-
-    Attributes:
-        num_rounds: T, the number of experts wanted; at least 1.
-        recipe: "stabilised" (ours, the default), "paper" or "bagging": fills in `sampling`, `shrinkage` and
-            `uniform_mix` where they are None.
-        sampling: "draw" (the paper), "reweight" or "bagging"; see `boosting.loss_weights`.
-        shrinkage: s in (0, 1]; the update uses s * a_t, the mixture a_t.
-        uniform_mix: m in [0, 1); the loss uses (1-m) D + m/n.
-        deduplicate: a token drawn several times counts once.
-        prior: "pretrained" (the paper: the error of the model before fine-tuning), "uniform" (SAMME) or a number in
-            (0, 1).
-        num_classes: K for prior="uniform"; None takes the size of the vocabulary.
-        unit: what shares one weight: "token", "window" or "sequence".
-        window: tokens in a window, for unit="window".
-        combine: how the ensemble combines distributions: "prob", "logprob" or "vote".
-        overwrite: delete what another configuration left in `output_dir`.
-
-    Raises:
-        ValueError: a value outside its range; names it.
-    """
-
-    num_rounds: int = 5
-    recipe: str = "stabilised"
-    sampling: boosting.Sampling = None  # type: ignore[assignment]
-    shrinkage: float = None  # type: ignore[assignment]
-    uniform_mix: float = None  # type: ignore[assignment]
-    deduplicate: bool = False
-    prior: Any = field(default="pretrained")
-    num_classes: int | None = None
-    unit: boosting.Unit = "token"
-    window: int | None = None
-    combine: str = "prob"
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.recipe not in RECIPES:
-            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
-        for name, value in RECIPES[self.recipe].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        if self.num_rounds < 1:
-            raise ValueError(f"num_rounds must be at least 1, got {self.num_rounds}")
-        if self.combine not in COMBINE:
-            raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {self.combine!r}")
-        self._try_values()
-
-    def _try_values(self) -> None:
-        """Let the functions that will use a value refuse it now rather than after the first expert."""
-        two = boosting.initial_weights(2)
-        generator = np.random.default_rng(0)
-        boosting.unit_index([2], self.unit, self.window)
-        boosting.prior_error(self.prior, pretrained_error=0.5, num_classes=self.num_classes or 2, unit=self.unit)
-        boosting.update_weights(two, [True, False], 1.0, self.shrinkage)
-        self.loss_weights(two, generator)
-
-    def loss_weights(
-        self, weights: np.ndarray, generator: np.random.Generator, out: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Return float64 [N], the weight of each unit in one round's loss; in `out` if given."""
-        return boosting.loss_weights(
-            weights,
-            sampling=self.sampling,
-            uniform_mix=self.uniform_mix,
-            deduplicate=self.deduplicate,
-            generator=generator,
-            out=out,
-        )
 
 
 class BoostingTrainer:
@@ -142,10 +64,11 @@ class BoostingTrainer:
         question_format: how a question becomes tokens.
         model_init_kwargs: passed on to `models.load_model` (`dtype`, `keep_layers`, `quantization_config`, ...).
         on_round: called with each round's record as soon as it is known, on the main process.
+        store: where experts and their scores are kept for other trainers, and found if another has left them there.
 
     Raises:
-        ValueError: bad data or settings; a question in both datasets; too few models; an `output_dir` that belongs
-            to another configuration.
+        ValueError: bad data or settings; settings that need validation questions without `eval_dataset`; a question in
+            both datasets; too few models; an `output_dir` that belongs to another configuration.
     """
 
     def __init__(
@@ -159,14 +82,17 @@ class BoostingTrainer:
         question_format: QuestionFormat | None = None,
         model_init_kwargs: Mapping[str, Any] | None = None,
         on_round: Callable[[dict[str, Any]], None] | None = None,
+        store: Store | None = None,
     ) -> None:
         self.models: list[Any] = list(model) if isinstance(model, list | tuple) else [model]
         if len(self.models) not in (1, args.num_rounds):
             raise ValueError(
                 f"model lists {len(self.models)} models for {args.num_rounds} rounds: give one, or one each"
             )
+        _check_settings(args, len(self.models), peft_config, eval_dataset)
         self.args = args
         self.peft_config = peft_config
+        self.store = store
         self.question_format = question_format or QuestionFormat()
         self.model_init_kwargs = dict(model_init_kwargs or {})
         self.on_round = on_round or (lambda record: None)
@@ -179,6 +105,7 @@ class BoostingTrainer:
         self._train = self._tokenize(self.train_questions, "train_dataset")
         self._eval = None if self.eval_questions is None else self._tokenize(self.eval_questions, "eval_dataset")
         self._lengths = answer_lengths(self._train)
+        self._boosted = self._boosted_tokens()
         self.num_units = int(self._unit_index()[-1]) + 1
 
     @property
@@ -196,12 +123,19 @@ class BoostingTrainer:
     def stop_reason(self) -> str | None:
         """Say why boosting ended before T rounds; None if it did not (or has not ended)."""
         records = self.records
-        if records and not records[-1]["accepted"] and records[-1]["attempt"] == ATTEMPTS:
-            last = records[-1]
+        if not records or (records[-1]["round"] == self.args.num_rounds and records[-1]["accepted"]):
+            return None
+        last = records[-1]
+        if not last["accepted"] and last["attempt"] == ATTEMPTS:
             return (
                 f"round {last['round']} stopped boosting: two experts with different seeds had weighted errors of "
                 f"{records[-2]['error']:.4f} and {last['error']:.4f}, not below the prior error "
                 f"{last['prior_error']:.4f}, so their weights would not be positive"
+            )
+        if self._is_spent(last):
+            return (
+                f"round {last['round']} stopped boosting: it left an effective sample size of "
+                f"{last['effective_sample_size'] / self.num_units:.1%} of the units, below min_effective_sample_size"
             )
         return None
 
@@ -213,17 +147,51 @@ class BoostingTrainer:
         """
         processes.on_main(self._claim_folder)
         processes.on_main(self._start_weights)
-        prior_error = self._prior_error()
         for number in range(1, self.args.num_rounds + 1):
-            if not self._round(number, prior_error):
+            if not self._round(number):
                 break
-        accepted = self._accepted()
-        if not accepted:
+        if not self._accepted():
             raise RuntimeError(
                 f"no expert beats the pre-trained model: {self.stop_reason}. Train longer or with another learning "
                 f"rate (now {self.args.num_train_epochs:g} epochs at {self.args.learning_rate:g})"
             )
-        return self._ensemble([folder for folder, _ in accepted], [weight for _, weight in accepted])
+        mixture = self.mixture()
+        folders = [folder for folder, _ in self._accepted()][: mixture["num_experts"]]
+        return self._ensemble(folders, mixture["expert_weights"])
+
+    def mixture(self) -> dict[str, Any]:
+        """Return how many of the accepted experts the ensemble has, and their weights.
+
+        Returns:
+            `num_experts`, `expert_weights` (as many), and `log_likelihoods`: where validation questions decided, the
+            mean log-probability (nats) of a validation token under the mixture of the first 1, 2, ... experts.
+        """
+        weights = [1.0 if self.args.mixture_weights == "uniform" else weight for _, weight in self._accepted()]
+        record = {"kind": "mixture", "num_experts": len(weights), "expert_weights": weights, "log_likelihoods": None}
+        if not self.args.needs_validation:
+            return record
+        file = self.folder / f"mixture-of-{len(weights)}.json"
+        if not processes.on_main(file.exists):
+            decided = self._fitted(weights) if self.args.mixture_weights == "validation" else self._chosen(weights)
+            processes.on_main(write_json, file, record | decided)
+        return dict(processes.on_main(read_json, file))
+
+    def _fitted(self, weights: list[float]) -> dict[str, Any]:
+        count = len(weights)
+        scores = self._validation_scores({str(t): [float(s == t) for s in range(count)] for t in range(count)})
+        fitted = boosting.fit_mixture_weights([scores[str(t)].token_log_probs for t in range(count)])
+        return {"expert_weights": fitted.tolist()}
+
+    def _chosen(self, weights: list[float]) -> dict[str, Any]:
+        count = len(weights)
+        scores = self._validation_scores({str(t): weights[:t] + [0.0] * (count - t) for t in range(1, count + 1)})
+        reached = [float(scores[str(t)].token_log_probs.mean()) for t in range(1, count + 1)]
+        best = int(np.argmax(reached)) + 1
+        return {"num_experts": best, "expert_weights": weights[:best], "log_likelihoods": reached}
+
+    def _validation_scores(self, mixtures: Mapping[str, Sequence[float]]) -> dict[str, AnswerScores]:
+        folders = [folder for folder, _ in self._accepted()]
+        return self._score(self._ensemble(folders, [1.0] * len(folders)), self._eval, mixtures, "validation")
 
     def record(self) -> dict[str, Any]:
         """Return the run's account, to be saved with the ensemble: settings, records, why it stopped."""
@@ -235,42 +203,48 @@ class BoostingTrainer:
 
     # One round
 
-    def _round(self, number: int, prior_error: float | None) -> bool:
+    def _round(self, number: int) -> bool:
+        """Train the round's expert and return whether another round follows."""
         for attempt in range(1, ATTEMPTS + 1):
             file = self._attempt_folder(number, attempt) / "record.json"
             if not processes.on_main(file.exists):
-                record = self._attempt(number, attempt, prior_error)
-                processes.on_main(self._keep_record, file, record)
-            if processes.on_main(read_json, file)["accepted"]:
-                return True
+                processes.on_main(self._keep_record, file, self._attempt(number, attempt))
+            record = processes.on_main(read_json, file)
+            if record["accepted"]:
+                return not self._is_spent(record)
         return False
+
+    def _is_spent(self, record: Mapping[str, Any]) -> bool:
+        return bool(record["effective_sample_size"] < self.args.min_effective_sample_size * self.num_units)
 
     def _keep_record(self, file: Path, record: dict[str, Any]) -> None:
         write_json(file, record)
         self.on_round(record)
 
-    def _attempt(self, number: int, attempt: int, prior_error: float | None) -> dict[str, Any]:
+    def _attempt(self, number: int, attempt: int) -> dict[str, Any]:
         start = time.perf_counter()
         folder = self._attempt_folder(number, attempt)
         weights = self._weights(number)
-        self._train_expert(number, attempt, weights)
-        wrong = self._wrong_units(folder)
-        error, clamped = boosting.clamp_error(boosting.weighted_error(weights, wrong), self.num_units)
-        # Bagging has equal votes and no update: an error under uniform weights decides nothing.
+        self._train_expert(number, attempt)
+        losses = self._losses(number, attempt)
+        error, clamped = boosting.clamp_error(boosting.weighted_error(weights, losses), self.num_units)
+        # The baselines have equal votes and no update: an error under uniform weights decides nothing.
+        prior_error = None if self.args.is_baseline else self._prior_error(weights)
         expert_weight = 1.0 if prior_error is None else boosting.expert_weight(error, prior_error)
         accepted = expert_weight > 0
         update = expert_weight if accepted and prior_error is not None else None
-        spread = processes.on_main(self._next_weights, number, wrong, update, accepted)
+        spread = processes.on_main(self._next_weights, number, losses, update, accepted)
+        validate = accepted and self.args.validate_rounds
         return {
             "kind": "round", "round": number, "attempt": attempt, "error": error, "prior_error": prior_error,
             "expert_weight": expert_weight, "clamped": clamped, "accepted": accepted,
             "num_units": self.num_units, **spread, "num_processes": processes.count(),
-            "validation": self._validate(number, folder, expert_weight) if accepted else None,
-            **{f"train_{name}": value for name, value in read_json(folder / "expert" / "cost.json").items()},
+            "validation": self._validate(number, folder, expert_weight) if validate else None,
+            **{f"train_{name}": value for name, value in _spent(folder).items()},
             "seconds": time.perf_counter() - start,
         }  # fmt: skip
 
-    def _next_weights(self, number: int, wrong: np.ndarray, update: float | None, keep: bool) -> dict[str, Any]:
+    def _next_weights(self, number: int, losses: np.ndarray, update: float | None, keep: bool) -> dict[str, Any]:
         """Update the weights by `update` (None leaves them), keep them for the next round, and say how they spread."""
         following = self._weights(number)
         if keep:
@@ -278,7 +252,7 @@ class BoostingTrainer:
                 if update is None:
                     updated[:] = following
                 else:
-                    boosting.update_weights(following, wrong, update, self.args.shrinkage, out=updated)
+                    self.args.update(following, losses, update, out=updated)
             following = self._weights(number + 1)
         quantiles = boosting.weight_quantiles(following, WEIGHT_QUANTILES)
         return {
@@ -286,40 +260,98 @@ class BoostingTrainer:
             "weight_quantiles": {str(q): float(v) for q, v in zip(WEIGHT_QUANTILES, quantiles, strict=True)},
         }
 
-    def _train_expert(self, number: int, attempt: int, weights: np.ndarray) -> None:
+    # Experts
+
+    def _train_expert(self, number: int, attempt: int) -> None:
+        seed = self._seeds(number, attempt)[1]
         folder = self._attempt_folder(number, attempt) / "expert"
+        everything = np.arange(len(self._train))
+        self._train_on(folder, number, attempt, everything, seed, f"round {number}: training expert")
+
+    def _train_on(self, folder: Path, number: int, attempt: int, rows: np.ndarray, seed: int, description: str) -> None:
+        """Train a model on the answers in `rows` with the round's weights, and leave it in `folder`."""
         if processes.on_main(folder.exists):
             return
-        draw_seed, training_seed = np.random.SeedSequence(self.args.seed, spawn_key=(number, attempt)).generate_state(2)
-        drawn = folder.with_name("loss_weights.npy")
-        processes.on_main(self._keep_loss_weights, drawn, weights, np.random.default_rng(draw_seed))
-        token_weights = self._per_answer(map_array(drawn))
+        token_weights = self._token_weights(number, attempt)
         # A sentence of which no token was drawn has no loss.
-        kept = [i for i, row in enumerate(token_weights) if row.any()]
-        trained, cost = fine_tune(
-            self._load_model(number),
-            self._train.select(kept),
-            self.args,
-            pad_token_id=self.processing_class.eos_token_id,
-            seed=int(training_seed),
-            description=f"round {number}: training expert",
-            token_weights=[token_weights[i] for i in kept],
-            peft_config=self.peft_config,
-        )
-        if self.peft_config is not None and not self._adapters:
-            trained = trained.merge_and_unload()
-        processes.on_main(self._keep_expert, folder, trained, cost)
+        kept = [int(row) for row in rows if token_weights[row].any()]
+        chosen, examples = [token_weights[row] for row in kept], self._train.select(kept)
+        peft_config = self._round_peft_config(number)
+        model = self._starting_model(number, folder.name)
+        new_adapter = None if hasattr(model, "peft_config") else peft_config
 
-    def _keep_loss_weights(self, file: Path, weights: np.ndarray, generator: np.random.Generator) -> None:
+        def make() -> None:
+            trained, cost = fine_tune(
+                model,
+                examples,
+                self.args,
+                pad_token_id=self.processing_class.eos_token_id,
+                seed=seed,
+                description=description,
+                token_weights=chosen,
+                peft_config=new_adapter,
+            )
+            if peft_config is not None and not self._adapters:
+                trained = trained.merge_and_unload()
+            processes.on_main(self._keep_expert, folder, trained, cost)
+
+        def key() -> dict[str, Any]:
+            return {
+                "training": training_settings(self.args) | {"seed": seed},
+                "model": digest(value for _, value in sorted(model.state_dict().items())),
+                "peft_config": None if peft_config is None else peft_config.to_dict(),
+                "examples": _digest_examples(examples),
+                "token_weights": digest(chosen),
+            }
+
+        obtain(self.store, folder, key, make)
+
+    def _starting_model(self, number: int, name: str) -> Any:
+        """Return the pre-trained model, or with `warm_start` the one called `name` of the round before."""
+        if number == 1 or not self.args.warm_start:
+            return self._load_model(number)
+        before = next(r for r in reversed(self.records) if r["accepted"] and r["round"] == number - 1)
+        folder = self._attempt_folder(number - 1, before["attempt"]) / name
+        if not self._adapters:
+            return on_device(load_model(folder), self.args)
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(self._load_model(number), str(folder), is_trainable=True)
+
+    def _round_peft_config(self, number: int) -> Any:
+        if self.args.lora_ranks is None:
+            return self.peft_config
+        config: Any = copy.deepcopy(self.peft_config)
+        rank = self.args.lora_ranks[number - 1]
+        config.lora_alpha, config.r = config.lora_alpha * rank / config.r, rank
+        return config
+
+    def _seeds(self, number: int, attempt: int) -> tuple[int, int]:
+        """Return the seeds of the round's draws and of its training."""
+        draw, training = np.random.SeedSequence(self.args.seed, spawn_key=(number, attempt)).generate_state(2)
+        if not self.args.vary_seed:
+            training = np.random.SeedSequence(self.args.seed, spawn_key=(1, attempt)).generate_state(2)[1]
+        return int(draw), int(training)
+
+    def _token_weights(self, number: int, attempt: int) -> list[np.ndarray]:
+        """Return the weight of each answer's tokens in the round's loss, float32: views of one array."""
+        drawn = self._attempt_folder(number, attempt) / "loss_weights.npy"
+        processes.on_main(self._keep_loss_weights, drawn, self._weights(number), self._seeds(number, attempt)[0])
+        return self._per_answer(map_array(drawn))
+
+    def _keep_loss_weights(self, file: Path, weights: np.ndarray, seed: int) -> None:
         with new_array(file, self.num_units) as out:
-            self.args.loss_weights(weights, generator, out)
+            self.args.loss_weights(weights, np.random.default_rng(seed), out)
 
     def _per_answer(self, unit_weights: np.ndarray) -> list[np.ndarray]:
-        """Return each answer's token weights, float32 as the loss takes them: views of one array."""
         units = map_array(self.folder / "units.npy")
-        tokens = np.empty(units.size, dtype=np.float32)
+        boosted = np.empty(units.size, dtype=np.float32)
         for start in range(0, units.size, boosting.BLOCK):
-            tokens[start : start + boosting.BLOCK] = unit_weights[units[start : start + boosting.BLOCK]]
+            boosted[start : start + boosting.BLOCK] = unit_weights[units[start : start + boosting.BLOCK]]
+        tokens = boosted
+        if self._boosted is not None:
+            tokens = np.ones(self._boosted.size, dtype=np.float32)
+            tokens[self._boosted] = boosted
         return np.split(tokens, np.cumsum(self._lengths)[:-1])
 
     def _keep_expert(self, folder: Path, trained: Any, cost: TrainingCost) -> None:
@@ -330,14 +362,81 @@ class BoostingTrainer:
             write_json(aside / "cost.json", asdict(cost))
         discard_checkpoints(self.args.output_dir)
 
-    def _wrong_units(self, folder: Path) -> np.ndarray:
-        """Return bool [N] for the expert in `folder`: measured from its saved form, and kept."""
-        file = folder / "token_wrong.npy"
+    # Errors
+
+    def _losses(self, number: int, attempt: int) -> np.ndarray:
+        """Return each unit's loss [N] for the round's expert: measured from its saved form, and kept."""
+        folder = self._attempt_folder(number, attempt)
+        file = folder / "losses.npy"
         if not processes.on_main(file.exists):
-            expert = self._ensemble([folder / "expert"], [1.0])
-            scores = self._score(expert, self._train, {"expert": [1.0]}, "weighted error")
-            processes.on_main(write_array, file, scores["expert"].token_wrong)
-        return boosting.unit_wrong(map_array(file), map_array(self.folder / "units.npy"))
+            if self.args.error_folds is None:
+                self._score_training(folder / "training_scores", folder / "expert", np.arange(len(self._train)))
+                token_losses = self._token_losses(folder / "training_scores")
+            else:
+                token_losses = self._losses_out_of_fold(number, attempt, self.args.error_folds)
+            processes.on_main(write_array, file, self._unit_losses(token_losses))
+        return map_array(file)
+
+    def _losses_out_of_fold(self, number: int, attempt: int, count: int) -> np.ndarray:
+        """Return the loss of every answer token under a model that was not trained on its answer."""
+        folder = self._attempt_folder(number, attempt)
+        of_row = np.random.default_rng(self.args.seed).permutation(len(self._train)) % count
+        of_token = np.repeat(of_row, self._lengths)
+        losses = np.empty(of_token.size, dtype=bool if self.args.errors == "hard" else np.float32)
+        for fold in range(count):
+            name = f"fold-{fold + 1}"
+            seed = self._seeds(number, attempt)[1]
+            description = f"round {number}: out of fold {fold + 1} of {count}"
+            self._train_on(folder / name, number, attempt, np.flatnonzero(of_row != fold), seed, description)
+            scores = folder / f"{name}-scores"
+            self._score_training(scores, folder / name, np.flatnonzero(of_row == fold))
+            losses[of_token == fold] = self._token_losses(scores)
+        return losses
+
+    def _score_training(self, target: Path, model: Path | None, rows: np.ndarray) -> None:
+        """Leave in `target` how a saved model, or the one before fine-tuning, does on the answers in `rows`."""
+        if processes.on_main(target.exists):
+            return
+        examples = self._train.select(rows)
+
+        def make() -> None:
+            if model is None:
+                ensemble = TokenEnsemble.from_models([self._load_model(1)], [1.0])
+            else:
+                ensemble = self._ensemble([model], [1.0])
+            scores = self._score(ensemble, examples, {"model": [1.0]}, "weighted error")["model"]
+            processes.on_main(_keep_scores, target, scores)
+
+        def key() -> dict[str, Any]:
+            if model is None:
+                source: Any = digest(value for _, value in sorted(self._load_model(1).state_dict().items()))
+            else:
+                # Those of the base, where the expert is an adapter, decide what the expert's own cost file says.
+                source = [_file_digest(file) for file in sorted(model.glob("*.safetensors"))]
+            base = _describe(self._model_of(1)) if self._adapters else None
+            return {"scores_of": source, "base": [base, self.model_init_kwargs], "examples": _digest_examples(examples)}
+
+        obtain(self.store, target, key, make)
+
+    def _token_losses(self, scores: Path) -> np.ndarray:
+        if self.args.errors == "hard":
+            return map_array(scores / "token_wrong.npy")
+        return np.clip(-np.expm1(read_array(scores / "token_log_probs.npy")), 0.0, 1.0)
+
+    def _unit_losses(self, token_losses: np.ndarray) -> np.ndarray:
+        boosted = token_losses if self._boosted is None else token_losses[self._boosted]
+        return boosting.unit_losses(boosted, map_array(self.folder / "units.npy"))
+
+    def _prior_error(self, weights: np.ndarray) -> float:
+        pretrained = None
+        if self.args.prior == "pretrained":
+            scores = self.folder / "pretrained_scores"
+            self._score_training(scores, None, np.arange(len(self._train)))
+            measured_under = self._weights(1) if self.args.prior_weights == "initial" else weights
+            error = boosting.weighted_error(measured_under, self._unit_losses(self._token_losses(scores)))
+            pretrained, _ = boosting.clamp_error(error, self.num_units)
+        classes = self.args.num_classes or len(self.processing_class)
+        return boosting.prior_error(self.args.prior, pretrained, classes, self.args.unit)
 
     def _validate(self, number: int, folder: Path, expert_weight: float) -> dict[str, float] | None:
         if self._eval is None:
@@ -356,7 +455,23 @@ class BoostingTrainer:
     # What is kept, and where
 
     def _unit_index(self) -> np.ndarray:
-        return boosting.unit_index(self._lengths, self.args.unit, self.args.window)
+        lengths = self._lengths
+        if self._boosted is not None:
+            lengths = np.add.reduceat(self._boosted.astype(np.int64), np.cumsum(lengths) - lengths)
+        return boosting.unit_index(lengths, self.args.unit, self.args.window)
+
+    def _boosted_tokens(self) -> np.ndarray | None:
+        """Return bool [n_tokens], the answer tokens that carry a weight; None if all do."""
+        if self.args.boosted_tokens == "all":
+            return None
+        answers = [row["input_ids"][row["prompt_length"] :] for row in self._train]
+        trivial = {
+            token for token in {token for answer in answers for token in answer}
+            if token == self.processing_class.eos_token_id or not self.processing_class.decode([token]).strip()
+        }  # fmt: skip
+        informative = [np.array([token not in trivial for token in answer]) for answer in answers]
+        # An answer of nothing else (white space that is to be written) keeps all its tokens.
+        return np.concatenate([mask if mask.any() else np.ones_like(mask) for mask in informative])
 
     def _round_folder(self, number: int) -> Path:
         return self.folder / "rounds" / str(number)
@@ -379,22 +494,6 @@ class BoostingTrainer:
             if record["accepted"] and (before is None or record["round"] < before)
         ]
 
-    def _prior_error(self) -> float | None:
-        if self.args.sampling == "bagging":
-            return None
-        pretrained = None
-        if self.args.prior == "pretrained":
-            file = self.folder / "pretrained_token_wrong.npy"
-            if not processes.on_main(file.exists):
-                untrained = TokenEnsemble.from_models([self._load_model(1)], [1.0])
-                scores = self._score(untrained, self._train, {"prior": [1.0]}, "error before training")
-                processes.on_main(write_array, file, scores["prior"].token_wrong)
-            wrong = boosting.unit_wrong(map_array(file), map_array(self.folder / "units.npy"))
-            error = boosting.weighted_error(self._weights(1), wrong)
-            pretrained, _ = boosting.clamp_error(error, self.num_units)
-        classes = self.args.num_classes or len(self.processing_class)
-        return boosting.prior_error(self.args.prior, pretrained, classes, self.args.unit)
-
     def _claim_folder(self) -> None:
         """Refuse a folder in which another configuration has worked, naming what differs."""
         file = self.folder / "boosting_config.json"
@@ -410,7 +509,9 @@ class BoostingTrainer:
             return
         if file.exists() and mine != read_json(file):
             shutil.rmtree(self.folder / "rounds", ignore_errors=True)
-            (self.folder / "pretrained_token_wrong.npy").unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "pretrained_scores", ignore_errors=True)
+            for chosen in self.folder.glob("mixture-of-*.json"):
+                chosen.unlink()
         write_array(self.folder / "units.npy", self._unit_index())
         write_json(file, mine)
 
@@ -482,14 +583,14 @@ def closing_identity(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]
 
     After the update with shrinkage s the expert just added has the weighted error
     `exp(s a) e / (exp(s a) e + 1 - e)`, which is e_0 for s = 1. It is recomputed here from the saved weights and the
-    saved per-token wrong bits.
+    saved losses of the units. It holds for hard errors and weights without a cap.
 
     Args:
         output_dir: of a `BoostingTrainer`.
 
     Returns:
-        For each accepted round `round`, `identity_gap` (None where e was clamped or there was no update) and
-        `sum_gap` = |sum D - 1|, of the updated weights.
+        For each accepted round `round`, `identity_gap` (None where e was clamped, the identity does not hold or there
+        was no update) and `sum_gap` = |sum D - 1|, of the updated weights.
     """
     folder = Path(output_dir)
     config = read_json(folder / "boosting_config.json")
@@ -501,14 +602,46 @@ def closing_identity(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]
         number = record["round"]
         after = read_array(folder / "rounds" / str(number + 1) / "weights.npy")
         gap = None
-        if not record["clamped"] and record["prior_error"] is not None:
-            wrong = boosting.unit_wrong(read_array(file.parent / "token_wrong.npy"), read_array(folder / "units.npy"))
+        holds = config["errors"] == "hard" and config["weight_cap"] is None
+        if holds and not record["clamped"] and record["prior_error"] is not None:
+            wrong = read_array(file.parent / "losses.npy")
             factor = np.exp(config["shrinkage"] * record["expert_weight"]) * record["error"]
             gap = abs(boosting.weighted_error(after, wrong) - factor / (factor + 1 - record["error"]))
         checks.append({
             "kind": "identity", "round": number, "identity_gap": gap, "sum_gap": abs(float(after.sum()) - 1.0),
         })  # fmt: skip
     return checks
+
+
+def _check_settings(args: BoostingConfig, num_models: int, peft_config: Any, eval_dataset: Dataset | None) -> None:
+    if args.needs_validation and eval_dataset is None:
+        name = "choose_num_experts" if args.choose_num_experts else 'mixture_weights="validation"'
+        raise ValueError(f"{name} needs validation questions: pass eval_dataset")
+    if args.warm_start and num_models > 1:
+        raise ValueError("warm_start goes on from the expert before, so it needs one model for all rounds, not a list")
+    if args.lora_ranks is not None and not hasattr(peft_config, "lora_alpha"):
+        raise ValueError("lora_ranks needs a LoRA configuration: pass peft_config=LoraConfig(...)")
+
+
+def _keep_scores(target: Path, scores: AnswerScores) -> None:
+    with new_folder(target) as aside:
+        write_array(aside / "token_wrong.npy", scores.token_wrong)
+        write_array(aside / "token_log_probs.npy", scores.token_log_probs)
+
+
+def _spent(folder: Path) -> dict[str, float | None]:
+    """Return what the models of a round took in all: the expert, and those that judged it out of fold."""
+    costs = [read_json(file) for file in sorted(folder.glob("*/cost.json"))]
+    return {name: total([cost[name] for cost in costs]) for name in costs[0]}
+
+
+def _digest_examples(examples: Dataset) -> str:
+    return digest(np.asarray(row[name]) for row in examples for name in ("input_ids", "prompt_length"))
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _describe(model: str | os.PathLike[str] | PreTrainedModel) -> str:

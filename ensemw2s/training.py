@@ -12,7 +12,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -468,6 +468,12 @@ PRESENTATION = {
     "logging_strategy", "logging_first_step", "dataloader_num_workers", "dataloader_prefetch_factor",
     "dataloader_persistent_workers", "save_strategy", "save_steps", "save_total_limit",
 }  # fmt: skip
+
+
+def training_settings(args: TrainingArguments) -> dict[str, Any]:
+    """Return those of transformers' and our training arguments that decide a training run's result beside the seed."""
+    names = {field.name for field in fields(AnswerTrainingArguments)} - PRESENTATION - {"seed", "data_seed"}
+    return {name: value for name, value in args.to_dict().items() if name in names}
 
 
 def _run_description(

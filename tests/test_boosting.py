@@ -60,7 +60,7 @@ def test_a_unit_is_wrong_exactly_if_one_of_its_tokens_is(lengths, window, seed):
     units = boosting.unit_index(lengths, "window", window)
     token_wrong = np.random.default_rng(seed).random(units.size) < 0.3
     expected = [token_wrong[units == unit].any() for unit in range(units.max() + 1)]
-    assert boosting.unit_wrong(token_wrong, units).tolist() == expected
+    assert boosting.unit_losses(token_wrong, units).tolist() == expected
 
 
 # Weights, errors, updates
@@ -178,7 +178,7 @@ def test_blocks_change_no_bit(seed, method, mix):
         ]
         updated = boosting.update_weights(weights, wrong, 1.3, 0.7)
         counts = boosting.draw_counts(weights, 3 * size, np.random.default_rng(seed), method)
-        return [*drawn, updated, counts, boosting.unit_wrong(np.repeat(wrong, 2), units)]
+        return [*drawn, updated, counts, boosting.unit_losses(np.repeat(wrong, 2), units)]
 
     with pytest.MonkeyPatch.context() as patch:
         # The rows of the prefix sum are the same in both, since their borders decide its rounding.
@@ -238,7 +238,7 @@ def round_of_boosting(folder: Path, size: int) -> None:
         for start in range(0, size, 1 << 20):
             units[start : start + (1 << 20)] = np.arange(start, min(start + (1 << 20), size))
     weights, wrong = map_array(folder / "weights.npy"), map_array(folder / "wrong.npy")
-    wrong = boosting.unit_wrong(wrong, map_array(folder / "units.npy"))
+    wrong = boosting.unit_losses(wrong, map_array(folder / "units.npy"))
     error = boosting.weighted_error(weights, wrong)
     with new_array(folder / "next.npy", size) as out:
         boosting.update_weights(weights, wrong, boosting.expert_weight(error, 0.8), out=out)
@@ -486,8 +486,8 @@ GENERATOR = np.random.default_rng(0)
         (lambda: boosting.unit_index([3], "token", 2), 'window=2 only applies to unit="window"'),
         (lambda: boosting.unit_index([3, 0]), r"answer_lengths\[1\] is 0"),
         (lambda: boosting.unit_index([]), "answer_lengths must be a non-empty vector"),
-        (lambda: boosting.unit_wrong([True], [0, 0]), r"token_wrong must have shape \(2,\)"),
-        (lambda: boosting.unit_wrong([True, False], [0, 2]), "units must rise from 0"),
+        (lambda: boosting.unit_losses([True], [0, 0]), r"token_wrong must have shape \(2,\)"),
+        (lambda: boosting.unit_losses([True, False], [0, 2]), "units must rise from 0"),
         (lambda: boosting.initial_weights(0), "num_units must be at least 1, got 0"),
         (lambda: boosting.mix_uniform(HALVES, 1.0), r"uniform_mix must be in \[0, 1\), got 1.0"),
         (lambda: boosting.mix_uniform(HALVES, -0.1), "uniform_mix must be in"),
@@ -531,7 +531,7 @@ def test_bad_input_is_refused_in_words(call, message):
     [
         (lambda: boosting.unit_index([1.5]), "answer_lengths must hold integers"),
         (lambda: boosting.weighted_error(HALVES, [0, 1]), "wrong must be boolean"),
-        (lambda: boosting.unit_wrong([1.0], [0]), "token_wrong must be boolean"),
+        (lambda: boosting.unit_losses([1.0], [0]), "token_wrong must be boolean"),
     ],
 )
 def test_wrong_types_are_refused_in_words(call, message):

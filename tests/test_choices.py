@@ -284,7 +284,7 @@ def test_boosting_on_one_token_answers_is_samme(answers: str, prior: Any, tmp_pa
     for record in trainer.records:
         folder = tmp_path / "run" / "rounds" / str(record["round"])
         np.testing.assert_allclose(read_array(folder / "weights.npy"), weights, rtol=1e-12)
-        wrong = read_array(folder / f"attempt-{record['attempt']}" / "token_wrong.npy")
+        wrong = read_array(folder / f"attempt-{record['attempt']}" / "training_scores/token_wrong.npy")
         error = np.average(wrong, weights=weights)
         alpha = np.log((1 - error) / error) + np.log(len(answers) - 1)
         assert record["error"] == pytest.approx(error, rel=1e-12)

@@ -274,11 +274,11 @@ def test_two_processes_with_half_the_batch_each_end_like_one(runs: tuple[Path, P
     one, two = runs
     assert read_json(two / "boosting/rounds/1/attempt-1/record.json")["num_processes"] == 2
     # The model before training is the same: its errors are the same, bit by bit.
-    prior = "boosting/pretrained_token_wrong.npy"
+    prior = "boosting/pretrained_scores/token_wrong.npy"
     np.testing.assert_array_equal(read_array(two / prior), read_array(one / prior))
     tokens = wrong = 0
     for number in (1, 2):
-        name = f"boosting/rounds/{number}/attempt-1/token_wrong.npy"
+        name = f"boosting/rounds/{number}/attempt-1/training_scores/token_wrong.npy"
         tokens += read_array(one / name).size
         wrong += int((read_array(one / name) != read_array(two / name)).sum())
     assert wrong <= tokens / 1000
@@ -298,7 +298,7 @@ def test_the_same_errors_give_the_same_weights(pair: Path) -> None:
     weights, units = read_array(folder / "rounds/1/weights.npy"), read_array(folder / "units.npy")
     for number in (1, 2):
         record = read_json(folder / f"rounds/{number}/attempt-1/record.json")
-        wrong = boosting.unit_wrong(read_array(folder / f"rounds/{number}/attempt-1/token_wrong.npy"), units)
+        wrong = boosting.unit_losses(read_array(folder / f"rounds/{number}/attempt-1/training_scores/token_wrong.npy"), units)
         error, _ = boosting.clamp_error(boosting.weighted_error(weights, wrong), weights.size)
         assert record["error"] == error
         assert record["expert_weight"] == boosting.expert_weight(error, record["prior_error"])

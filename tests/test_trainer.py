@@ -78,11 +78,11 @@ def test_records_can_be_recomputed_from_the_saved_experts(
     untrained = score_answers(llama(0), examples, pad_token_id=END).token_wrong
     weights = np.full(units[-1] + 1, 1 / (units[-1] + 1))
     margin = 0.5 / weights.size
-    prior = np.clip(np.mean(boosting.unit_wrong(untrained, units)), margin, 1 - margin)
+    prior = np.clip(np.mean(boosting.unit_losses(untrained, units)), margin, 1 - margin)
     accepted = [record for record in runner.records if record["accepted"]]
     assert len(accepted) == ensemble.num_experts
     for number, record in enumerate(accepted):
-        wrong = boosting.unit_wrong(
+        wrong = boosting.unit_losses(
             score_answers(ensemble[number : number + 1], examples, pad_token_id=END).token_wrong, units
         )
         error = np.clip(weights[wrong].sum(), margin, 1 - margin)
@@ -121,8 +121,8 @@ def test_the_closing_identity_holds_in_the_run_s_own_files(model: Path, tmp_path
     assert gaps and max(gaps) <= 1e-12
     if shrinkage == 1.0:
         record = runner.records[0]
-        wrong = boosting.unit_wrong(
-            read_array(tmp_path / "rounds/1/attempt-1/token_wrong.npy"), read_array(tmp_path / "units.npy")
+        wrong = boosting.unit_losses(
+            read_array(tmp_path / "rounds/1/attempt-1/training_scores/token_wrong.npy"), read_array(tmp_path / "units.npy")
         )
         after = boosting.weighted_error(read_array(tmp_path / "rounds/2/weights.npy"), wrong)
         assert after == pytest.approx(record["prior_error"], abs=1e-12)
@@ -285,7 +285,7 @@ def test_boosting_that_stops_early_keeps_the_experts_before(model: Path, tmp_pat
         ({"num_rounds": 0}, "num_rounds must be at least 1, got 0"),
         ({"prior": 1.5}, r"prior must be .* a number in \(0, 1\), got 1\.5"),
         ({"prior": "uniform", "unit": "sequence"}, 'prior="uniform" needs unit="token"'),
-        ({"recipe": "papr"}, "recipe must be one of paper, stabilised, bagging, got 'papr'"),
+        ({"recipe": "papr"}, "recipe must be one of paper, stabilised, bagging, deep_ensemble, got 'papr'"),
         ({"shrinkage": 0.0}, r"shrinkage must be in \(0, 1\]"),
         ({"uniform_mix": 1.0}, r"uniform_mix must be in \[0, 1\)"),
         ({"sampling": "boot"}, "unknown sampling 'boot'; choose one of"),

@@ -1,0 +1,188 @@
+"""`BoostingConfig`: everything that a boosting run can be told, and the named recipes that fill it in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from ensemw2s import boosting
+from ensemw2s.ensemble import COMBINE
+from ensemw2s.training import AnswerTrainingArguments
+
+Errors = Literal["hard", "soft"]
+PriorWeights = Literal["initial", "current"]
+BoostedTokens = Literal["all", "informative"]
+MixtureWeights = Literal["alpha", "uniform", "validation"]
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # The paper's, to the letter.
+    "paper": {"sampling": "draw", "shrinkage": 1.0, "uniform_mix": 0.0, "errors": "hard"},
+    # Ours: the paper's collapses on real models, because one full update leaves a small effective sample size.
+    "stabilised": {"sampling": "reweight", "shrinkage": 0.3, "uniform_mix": 0.5, "errors": "hard"},
+    # The baselines, with equal votes: uniform draws, and every token in every round.
+    "bagging": {"sampling": "bagging", "shrinkage": 1.0, "uniform_mix": 0.0, "errors": "hard"},
+    "deep_ensemble": {"sampling": "all", "shrinkage": 1.0, "uniform_mix": 0.0, "errors": "hard"},
+}
+# These draw or weigh tokens whatever an expert got wrong: there is nothing to update and no expert to refuse.
+BASELINES = ("bagging", "all")
+
+
+@dataclass
+class BoostingConfig(AnswerTrainingArguments):
+    """What `BoostingTrainer` does, on top of transformers' `TrainingArguments` (which train each expert).
+
+    Everything from `weight_cap` on is a [choice]: the paper has none of it, and the defaults leave it off.
+
+    Attributes:
+        num_rounds: T, the number of experts wanted; at least 1.
+        recipe: a key of `RECIPES`: "stabilised" (ours, the default), "paper", or the baselines "bagging" and
+            "deep_ensemble". Fills in `sampling`, `shrinkage`, `uniform_mix` and `errors` where they are None.
+        sampling: "draw" (the paper), "without_replacement", "reweight", "bagging" or "all"; see
+            `boosting.loss_weights`.
+        shrinkage: s in (0, 1]; the update uses s * a_t, the mixture a_t.
+        uniform_mix: m in [0, 1); the loss uses (1-m) D + m/n.
+        errors: a unit's loss: "hard", 1 if it is wrong (the paper), or "soft", `1 - p(gold)` as in SAMME.R.
+        deduplicate: a token drawn several times counts once.
+        draw_fraction: the share of the units that sampling="without_replacement" draws, in (0, 1].
+        prior: "pretrained" (the paper: the error of the model before fine-tuning), "uniform" (SAMME) or a number in
+            (0, 1).
+        num_classes: K for prior="uniform"; None takes the size of the vocabulary.
+        unit: what shares one weight: "token", "window" or "sequence".
+        window: tokens in a window, for unit="window".
+        combine: how the ensemble combines distributions: "prob", "logprob" or "vote".
+        weight_cap: no unit weighs more than this many times the average after an update, at least 1; None is no limit.
+        min_effective_sample_size: boosting stops after a round that leaves an effective sample size below this share
+            of the units, in [0, 1).
+        prior_weights: the error before fine-tuning is measured under the "initial" weights (the paper), or in every
+            round under the "current" ones.
+        error_folds: measure an expert's errors out of fold: so many further models are trained in each round, each on
+            the answers outside of its fold and with the round's weights, and judge the answers in it; at least 2. None
+            measures the expert on what it was trained on (the paper).
+        boosted_tokens: "all" answer tokens carry a weight (the paper), or the "informative" ones: end tokens and white
+            space keep the weight 1 in every loss and have no part in errors.
+        warm_start: an expert starts from the one before instead of from the pre-trained model.
+        vary_seed: every round has a seed of its own for adapters, order and dropout; False gives all the first one's.
+        lora_ranks: the rank of each round's adapter in turn, with the alpha/rank of `peft_config`; None: its rank.
+        mixture_weights: the ensemble's expert weights are "alpha" (the paper), "uniform", or fitted to the likelihood
+            of the "validation" questions (`boosting.fit_mixture_weights`).
+        choose_num_experts: keep the first T' experts only, T' being the number whose mixture gives the validation
+            answers the highest likelihood.
+        validate_rounds: measure expert and ensemble on the validation questions after each round.
+        overwrite: delete what another configuration left in `output_dir`.
+
+    Raises:
+        ValueError: a value outside its range; names it.
+    """
+
+    num_rounds: int = 5
+    recipe: str = "stabilised"
+    sampling: boosting.Sampling = None  # type: ignore[assignment]
+    shrinkage: float = None  # type: ignore[assignment]
+    uniform_mix: float = None  # type: ignore[assignment]
+    errors: Errors = None  # type: ignore[assignment]
+    deduplicate: bool = False
+    draw_fraction: float = 0.5
+    prior: Any = field(default="pretrained")
+    num_classes: int | None = None
+    unit: boosting.Unit = "token"
+    window: int | None = None
+    combine: str = "prob"
+    weight_cap: float | None = None
+    min_effective_sample_size: float = 0.0
+    prior_weights: PriorWeights = "initial"
+    error_folds: int | None = None
+    boosted_tokens: BoostedTokens = "all"
+    warm_start: bool = False
+    vary_seed: bool = True
+    lora_ranks: list[int] | None = None
+    mixture_weights: MixtureWeights = "alpha"
+    choose_num_experts: bool = False
+    validate_rounds: bool = True
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
+        for name, value in RECIPES[self.recipe].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.num_rounds < 1:
+            raise ValueError(f"num_rounds must be at least 1, got {self.num_rounds}")
+        self._check_choices()
+        self._check_ranges()
+        self._try_values()
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether experts get equal votes and weights are never updated."""
+        return self.sampling in BASELINES
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether the ensemble cannot be made without validation questions."""
+        return self.choose_num_experts or self.mixture_weights == "validation"
+
+    def _check_choices(self) -> None:
+        allowed = {
+            "combine": COMBINE, "errors": get_args(Errors), "prior_weights": get_args(PriorWeights),
+            "boosted_tokens": get_args(BoostedTokens), "mixture_weights": get_args(MixtureWeights),
+        }  # fmt: skip
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
+        if self.mixture_weights == "validation" and self.choose_num_experts:
+            raise ValueError(
+                'choose_num_experts has no use with mixture_weights="validation", which may give an expert the weight '
+                "0: leave one out"
+            )
+        if self.mixture_weights == "validation" and self.combine != "prob":
+            raise ValueError(
+                f'mixture_weights="validation" fits a mixture of probabilities and needs combine="prob", got '
+                f"{self.combine!r}"
+            )
+        if self.choose_num_experts and self.combine == "vote":
+            raise ValueError('choose_num_experts compares likelihoods, which combine="vote" does not give')
+
+    def _check_ranges(self) -> None:
+        if not 0.0 <= self.min_effective_sample_size < 1.0:
+            raise ValueError(
+                f"min_effective_sample_size is a share of the units, in [0, 1), got {self.min_effective_sample_size}"
+            )
+        if self.error_folds is not None and self.error_folds < 2:
+            raise ValueError(f"error_folds must be at least 2, or None, got {self.error_folds}")
+        ranks = self.lora_ranks
+        if ranks is not None and (len(ranks) != self.num_rounds or min(ranks) < 1):
+            raise ValueError(f"lora_ranks must list a rank of at least 1 for each of {self.num_rounds} rounds: {ranks}")
+
+    def _try_values(self) -> None:
+        """Let the functions that will use a value refuse it now rather than after the first expert."""
+        two = boosting.initial_weights(2)
+        generator = np.random.default_rng(0)
+        boosting.unit_index([2], self.unit, self.window)
+        boosting.prior_error(self.prior, pretrained_error=0.5, num_classes=self.num_classes or 2, unit=self.unit)
+        self.update(two, np.array([True, False]), 1.0)
+        self.loss_weights(two, generator)
+
+    def loss_weights(
+        self, weights: np.ndarray, generator: np.random.Generator, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return float64 [N], the weight of each unit in one round's loss; in `out` if given."""
+        return boosting.loss_weights(
+            weights,
+            sampling=self.sampling,
+            uniform_mix=self.uniform_mix,
+            draw_fraction=self.draw_fraction,
+            deduplicate=self.deduplicate,
+            generator=generator,
+            out=out,
+        )
+
+    def update(
+        self, weights: np.ndarray, losses: np.ndarray, expert_weight: float, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return float64 [N], the token weights of the next round; in `out` if given."""
+        updated = boosting.update_weights(weights, losses, expert_weight, self.shrinkage, out=out)
+        return updated if self.weight_cap is None else boosting.cap_weights(updated, self.weight_cap, out=updated)
