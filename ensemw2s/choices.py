@@ -149,8 +149,11 @@ def score_choice_mixtures(
     length_normalised: bool = False,
     batch_size: int = 32,
     description: str | None = None,
+    combine: Mapping[str, str] | None = None,
 ) -> dict[str, ChoiceScores]:
-    """Answer questions under several mixtures of the same experts, each expert being run once; see `score_choices`.
+    """Answer questions under several mixtures of the same experts; see `score_choices`.
+
+    Each expert is run once for all mixtures that combine distributions in the same way.
 
     Args:
         ensemble: a `TokenEnsemble` of T experts.
@@ -161,6 +164,8 @@ def score_choice_mixtures(
         length_normalised: as in `score_choices`.
         batch_size: as in `score_choices`.
         description: as in `score_choices`.
+        combine: name -> how that mixture combines distributions, where it is not as the ensemble does; "vote" counts
+            the experts' chosen choices.
     """
     rows = tokenize_choices(questions, tokenizer, question_format or QuestionFormat())
     if not rows:
@@ -171,7 +176,8 @@ def score_choice_mixtures(
     hidden = description is None or not processes.is_main()
     bar = tqdm(total=sum(map(len, batches)), desc=description, unit="question", leave=False, disable=hidden)
     for batch in batches:
-        mine.append((batch, _score_batch(ensemble, [rows[i] for i in batch], mixtures, end, length_normalised)))
+        scores = _score_batch(ensemble, [rows[i] for i in batch], mixtures, end, length_normalised, combine)
+        mine.append((batch, scores))
         bar.update(len(batch))
     bar.close()
     found: dict[str, list[Any]] = {name: [None] * len(rows) for name in mixtures}
@@ -247,9 +253,25 @@ def _score_batch(
     mixtures: Mapping[str, Sequence[float]],
     pad_token_id: int,
     length_normalised: bool,
+    combine: Mapping[str, str] | None = None,
 ) -> dict[str, list[np.ndarray]]:
-    """Return, for each mixture, float64 [K] for each question."""
-    combine = ensemble.config.combine
+    """Return, for each mixture, float64 [K] for each question; `combine` as in `score_choice_mixtures`."""
+    ways = dict.fromkeys(mixtures, ensemble.config.combine) | dict(combine or {})
+    scores: dict[str, list[np.ndarray]] = {}
+    for way in dict.fromkeys(ways.values()):
+        alike = {name: weights for name, weights in mixtures.items() if ways[name] == way}
+        scores |= _score_alike(ensemble, rows, alike, way, pad_token_id, length_normalised)
+    return scores
+
+
+def _score_alike(
+    ensemble: Any,
+    rows: Sequence[_Question],
+    mixtures: Mapping[str, Sequence[float]],
+    combine: str,
+    pad_token_id: int,
+    length_normalised: bool,
+) -> dict[str, list[np.ndarray]]:
     if combine == "vote":
         # What is voted on are choices, not tokens: each expert's own likelihoods come first.
         token_mixtures = dict(enumerate(np.eye(ensemble.num_experts).tolist()))

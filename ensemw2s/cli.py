@@ -103,6 +103,17 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(command=_plan)
     _add_experiment_arguments(plan)
 
+    study = commands.add_parser(
+        "study", help="an experiment on many tasks with many seeds, in pieces, its figures in one file",
+        description="Run the cells (task and seed) of a study that are not in its records yet.",
+    )  # fmt: skip
+    study.add_argument("config", help="a YAML or JSON file: an experiment's keys, tasks, seeds, comparisons")
+    study.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seeds=3 boosting.num_rounds=5")
+    study.add_argument("--records", help="the file of the figures (default: records.jsonl in the study's folder)")
+    study.add_argument("--jobs", type=int, default=1, help="cells at the same time, a process each (default: 1)")
+    study.add_argument("--minutes", type=float, help="begin no further cell after this time")
+    study.set_defaults(command=_study)
+
     report = commands.add_parser("report", help="write the HTML report of one or several runs")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
     report.add_argument("--output", help="the HTML file (default: report.html in the first run's folder)")
@@ -132,7 +143,7 @@ def _run(options: argparse.Namespace) -> None:
     from ensemw2s.experiment import PHASES, Experiment
     from ensemw2s.report import results_table
 
-    _quiet_libraries()
+    quiet_libraries()
     console = _console()
     if processes.count() > 1:
         # The launcher ends all processes when one is gone; an interrupt leaves time to say how to go on.
@@ -151,8 +162,17 @@ def _plan(options: argparse.Namespace) -> None:
     from ensemw2s.config import load_config
     from ensemw2s.plan import plan, plan_table
 
-    _quiet_libraries()
+    quiet_libraries()
     _console().print(plan_table(plan(load_config(options.config, options.overrides, quick=options.quick))))
+
+
+def _study(options: argparse.Namespace) -> None:
+    from ensemw2s.study import Study, load_study
+
+    quiet_libraries()
+    study = Study(load_study(options.config, options.overrides), options.records, say=_say)
+    study.run(options.jobs, options.minutes)
+    print(study.file)
 
 
 def _console() -> Console:
@@ -184,7 +204,8 @@ def _env(options: argparse.Namespace) -> None:
             print(f"{f'{name} {key}'.strip():<32} {item}")
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
+    """Silence what transformers and datasets print beside our own messages."""
     import datasets
     from transformers.utils import logging
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -19,8 +20,20 @@ from ensemw2s.data import SOURCE_KINDS, QuestionFormat
 from ensemw2s.models import check_dtype
 from ensemw2s.recipes import BoostingConfig
 from ensemw2s.student import StudentConfig
+from ensemw2s.training import AnswerTrainingArguments
 
 # Plain types that a setting can be declared with; a declaration with any other type is left to whoever uses it.
+TRUTH = "truth"
+CEILING = "ceiling"
+# Arms that an ensemble cannot be called after.
+_TAKEN = ("single_expert", "equal_cost", "ensemble", "uniform_average", "best_expert", "majority_vote", TRUTH, CEILING)
+_ARM = re.compile(r"[a-z][a-z0-9_]*")
+# What a run measures unless it says otherwise.
+STUDENTS: dict[str, dict[str, Any]] = {
+    "student_single": {"teacher": "single_expert"},
+    "student_ensemble": {"teacher": "ensemble"},
+    "ceiling": {"teacher": "truth"},
+}
 _TYPES: dict[str, tuple[type, ...]] = {
     "bool": (bool,), "int": (int,), "float": (int, float), "str": (str,), "None": (type(None),),
     "dict[str, Any]": (dict,), "dict[str, int]": (dict,),
@@ -92,9 +105,19 @@ class ExperimentConfig:
         strong: the student's pre-trained model.
         data: questions.
         lora: settings of `peft.LoraConfig` for experts and students; None trains all weights.
-        boosting: settings of `BoostingConfig`; they train the weak baseline too.
-        student: settings of `StudentConfig`, for the students of both teachers alike; they train the ceiling too, on
+        boosting: settings of `BoostingConfig`, for the arm `ensemble`; those that train a model train the weak baseline
+            too.
+        ensembles: further ensembles of experts to compare with, by the names of their arms: settings that replace those
+            of `boosting`. One that names a `recipe` takes over the rest of `boosting` only as far as it says how a
+            model is trained and how many rounds there are.
+        equal_cost: whether there is an arm `equal_cost`: one expert, trained on all answer tokens for as long as those
+            of `ensemble` together.
+        student: settings of `StudentConfig`, for all students alike; they train the ceiling too, on
             the truth by cross entropy. With `variant: soft` and `top_logprobs` teachers label with a cache.
+        students: the students, by the names of their arms: `teacher` (`single_expert`, `equal_cost`, `ensemble`, one of
+            `ensembles`, or `truth`) and settings that replace those of `student`.
+        store: folder in which experts are kept for other runs, and found if another has left them there; None keeps
+            them in the run's folder, for its own ensembles.
         labelling: how pseudo-answers are decoded.
         seed: fixes everything.
         threads: CPU threads of each process; None leaves it to torch, or shares the machine's CPUs among several
@@ -108,11 +131,15 @@ class ExperimentConfig:
     data: DataConfig
     lora: dict[str, Any] | None = None
     boosting: dict[str, Any] = field(default_factory=dict)
+    ensembles: dict[str, Any] = field(default_factory=dict)
+    equal_cost: bool = False
     student: dict[str, Any] = field(default_factory=dict)
+    students: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(STUDENTS))
     labelling: LabellingConfig = field(default_factory=LabellingConfig)
     seed: int = 0
     threads: int | None = None
     output_dir: str = "run"
+    store: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -123,16 +150,46 @@ class ExperimentConfig:
         """Return the boosting settings for a trainer that works in `folder`."""
         return BoostingConfig(**{"output_dir": str(folder), "seed": self.seed, **self.boosting, **settings})
 
+    def ensemble_config(self, arm: str, folder: str | os.PathLike[str], **settings: Any) -> BoostingConfig:
+        """Return the settings of an arm that is an ensemble of experts, or one expert (`single_expert`, `equal_cost`).
+
+        An expert alone is the first of a deep ensemble: all tokens weigh the same, and an expert of another arm with
+        the same weights and seed is the same expert.
+        """
+        if arm == "ensemble":
+            return self.boosting_config(folder, **settings)
+        own: dict[str, Any] = {"recipe": "deep_ensemble", "num_rounds": 1}
+        if arm in self.ensembles:
+            own = self.ensembles[arm]
+        inherited = dict(self.boosting)
+        if "recipe" in own:
+            shared = {field.name for field in dataclasses.fields(AnswerTrainingArguments)} | {"num_rounds"}
+            inherited = {key: value for key, value in inherited.items() if key in shared}
+        return BoostingConfig(**{"output_dir": str(folder), "seed": self.seed, **inherited, **own, **settings})
+
     def student_config(self, folder: str | os.PathLike[str], **settings: Any) -> StudentConfig:
         """Return the student settings for a trainer that works in `folder`."""
         return StudentConfig(**{"output_dir": str(folder), "seed": self.seed, **self.student, **settings})
 
-    def cache_settings(self) -> dict[str, Any]:
-        """Return how teachers label, as arguments of `TokenEnsemble.label`: with the cache that the students read."""
-        student = self.student_config(self.folder)
-        if student.variant != "soft" or student.top_logprobs is None:
-            return {}
-        return {"top_logprobs": student.top_logprobs, "top_temperature": student.temperature}
+    def student_arm_config(self, arm: str, folder: str | os.PathLike[str]) -> StudentConfig:
+        """Return the settings of the student called `arm`."""
+        own = {key: value for key, value in self.students[arm].items() if key != "teacher"}
+        if self.students[arm]["teacher"] == TRUTH:
+            own = self.student_config(folder).on_truth | own
+        return self.student_config(folder, **own)
+
+    def teachers(self) -> list[str]:
+        """Return the arms that answer the unlabelled questions."""
+        named = dict.fromkeys(student["teacher"] for student in self.students.values())
+        return [teacher for teacher in named if teacher != TRUTH]
+
+    def cache_settings(self, teacher: str) -> dict[str, Any]:
+        """Return how a teacher labels, as arguments of `TokenEnsemble.label`: with the cache that its students read."""
+        for arm, student in self.students.items():
+            args = self.student_arm_config(arm, self.folder)
+            if student["teacher"] == teacher and args.variant == "soft" and args.top_logprobs is not None:
+                return {"top_logprobs": args.top_logprobs, "top_temperature": args.temperature}
+        return {}
 
     def peft_config(self) -> LoraConfig | None:
         """Return a fresh LoRA configuration, or None for full weights."""
@@ -141,7 +198,7 @@ class ExperimentConfig:
     def results_key(self) -> dict[str, Any]:
         """Return what decides the results, as plain JSON: everything but where they are kept."""
         plain = json.loads(json.dumps(dataclasses.asdict(self)))
-        return {key: value for key, value in plain.items() if key not in ("name", "output_dir")}
+        return {key: value for key, value in plain.items() if key not in ("name", "output_dir", "store")}
 
 
 def load_config(
@@ -158,6 +215,13 @@ def load_config(
         FileNotFoundError: no such file, or a folder that is no run.
         ValueError: unparsable text, an unknown key (names the nearest one), a missing key, or a bad value.
     """
+    return build_config(read_settings(path, overrides, quick=quick))
+
+
+def read_settings(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, quick: bool = False
+) -> dict[str, Any]:
+    """Return the keys and values of a file after the overrides, unchecked; see `load_config`."""
     path = Path(path)
     if path.is_dir():
         path = path / "config.json"
@@ -168,7 +232,7 @@ def load_config(
     if quick:
         if not isinstance(small, dict):
             raise ValueError(f"{path} has no section `quick`: add one with the keys to override, or leave --quick out")
-        settings = _merge(settings, small)
+        settings = merge_settings(settings, small)
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:
@@ -177,8 +241,8 @@ def load_config(
             parsed = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
             raise ValueError(f"cannot read the override {override!r}: its value is not valid YAML ({error})") from error
-        settings = _merge(settings, _nested(key.split("."), parsed))
-    return build_config(settings)
+        settings = merge_settings(settings, _nested(key.split("."), parsed))
+    return settings
 
 
 def build_config(settings: Mapping[str, Any]) -> ExperimentConfig:
@@ -199,13 +263,44 @@ def build_config(settings: Mapping[str, Any]) -> ExperimentConfig:
     if config.threads is not None and config.threads < 1:
         raise ValueError(f"threads must be a whole number, at least 1, or null; got {config.threads!r}")
     # Building the arguments checks their values now rather than minutes into a run.
-    boosting = config.boosting_config(config.folder)
-    if config.student_config(config.folder).variant == "soft" and boosting.combine == "vote":
-        raise ValueError(
-            'student.variant=soft needs a teacher with a distribution, and boosting.combine=vote has none: use "prob" '
-            'or "logprob", or student.variant=sft'
-        )
+    config.boosting_config(config.folder)
+    for arm, own in config.ensembles.items():
+        _check_arm(arm, own, "ensembles", _TAKEN)
+        _check_settings(own, BoostingConfig, f"ensembles.{arm}.", _settable(BoostingConfig))
+        config.ensemble_config(arm, config.folder)
+    config.student_config(config.folder)
+    for arm, own in config.students.items():
+        _check_student(config, arm, own)
     return config
+
+
+def _check_arm(arm: str, own: Any, section: str, taken: Sequence[str]) -> None:
+    if not _ARM.fullmatch(arm) or arm in taken or re.fullmatch(r"expert_\d+", arm):
+        raise ValueError(
+            f"{section}.{arm}: the name of an arm is made of a-z, 0-9 and _, begins with a letter, and is none of "
+            f"{', '.join(taken)} and expert_<number>"
+        )
+    if not isinstance(own, Mapping):
+        raise ValueError(f"{section}.{arm} must be a mapping of settings to values, got {own!r}")
+
+
+def _check_student(config: ExperimentConfig, arm: str, own: Any) -> None:
+    _check_arm(arm, own, "students", [name for name in _TAKEN if name != CEILING] + list(config.ensembles))
+    single = ["single_expert", *(["equal_cost"] if config.equal_cost else [])]
+    teachers = [*single, "ensemble", *config.ensembles, TRUTH]
+    if own.get("teacher") not in teachers:
+        raise ValueError(f"students.{arm}.teacher must be one of {', '.join(teachers)}, got {own.get('teacher')!r}")
+    if (own["teacher"] == TRUTH) != (arm == CEILING):
+        raise ValueError(f"the student taught by {TRUTH} is called {CEILING}, and no other is: got students.{arm}")
+    settings = {key: value for key, value in own.items() if key != "teacher"}
+    _check_settings(settings, StudentConfig, f"students.{arm}.", _settable(StudentConfig))
+    args = config.student_arm_config(arm, config.folder)
+    teacher = own["teacher"]
+    if teacher != TRUTH and args.variant == "soft" and config.ensemble_config(teacher, "").combine == "vote":
+        raise ValueError(
+            f"students.{arm}: variant=soft needs a teacher with a distribution, and {teacher} has none, because of "
+            'combine=vote: use "prob" or "logprob", or variant=sft'
+        )
 
 
 def _settable(kind: type) -> list[str]:
@@ -228,13 +323,13 @@ def _nested(keys: Sequence[str], value: Any) -> dict[str, Any]:
     return value
 
 
-def _merge(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merge_settings(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Override key by key; a question source is replaced whole, since its keys depend on its kind."""
     merged = dict(settings)
     for key, value in changes.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         other_source = both and key in ("easy", "hard") and _source_kind(value) not in (None, _source_kind(merged[key]))
-        merged[key] = _merge(merged[key], value) if both and not other_source else value
+        merged[key] = merge_settings(merged[key], value) if both and not other_source else value
     return merged
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import set_seed
 
 from ensemw2s import ops, processes
 from ensemw2s.choices import ChoiceScores, score_choice_mixtures, score_choices
-from ensemw2s.config import SPLITS, ExperimentConfig, ModelConfig
+from ensemw2s.config import CEILING, SPLITS, TRUTH, ExperimentConfig, ModelConfig
 from ensemw2s.cost import measured, measured_with_memory, total
 from ensemw2s.data import (
     check_disjoint,
@@ -33,18 +33,17 @@ from ensemw2s.data import (
 from ensemw2s.distillation import check_same_tokenizer, read_labels
 from ensemw2s.ensemble import TokenEnsemble
 from ensemw2s.evaluate import accuracy, exact_match, performance_gap_recovered, token_error
-from ensemw2s.files import read_complete_lines, read_json, write_json, write_json_lines
+from ensemw2s.files import digest_of_files, read_complete_lines, read_json, write_json, write_json_lines
 from ensemw2s.models import load_model, load_tokenizer
 from ensemw2s.report import write_report
 from ensemw2s.scoring import AnswerScores, score_answers, score_mixtures
-from ensemw2s.student import StudentConfig, StudentTrainer, load_trained
+from ensemw2s.store import Store
+from ensemw2s.student import StudentTrainer, load_trained
 from ensemw2s.trainer import BoostingTrainer, closing_identity
 from ensemw2s.training import on_device
 
 PHASES = ("data", "boost", "label", "student", "evaluate", "report")
 TEST_SPLITS = {"validation": "validation", "id": "test_id", "ood": "test_ood"}
-TEACHERS = ("single_expert", "ensemble")
-STUDENTS = {"student_single": "single_expert", "student_ensemble": "ensemble", "ceiling": None}
 RESULTS_FILE = "results.jsonl"
 
 
@@ -117,35 +116,29 @@ class Experiment:
         return [{"kind": "questions", "split": name, "n": len(splits[name])} for name in SPLITS]
 
     def _boost(self) -> list[dict[str, Any]]:
-        self._train("single_expert", self.config.weak, self._questions("train"), self._single_args())
-        trainer = BoostingTrainer(
-            self.config.weak.source,
-            args=self.config.boosting_config(self.folder / "boosting"),
-            train_dataset=self._questions("train"),
-            eval_dataset=self._questions("validation"),
-            processing_class=self._weak_tokenizer(),
-            peft_config=self.config.peft_config(),
-            question_format=self.config.data.format,
-            model_init_kwargs=self.config.weak.init_kwargs,
-            on_round=lambda record: self.say(round_line(record, trainer.args.num_rounds)),
-        )
-        ensemble = trainer.train()
-        if trainer.stop_reason:
-            self.say(trainer.stop_reason)
-        processes.on_main(
-            ensemble.save_pretrained,
-            self.folder / "ensemble",
-            processing_class=trainer.processing_class,
-            record=trainer.record(),
-        )
-        return trainer.records + closing_identity(self.folder / "boosting")
+        records = []
+        for arm in self.expert_arms():
+            trainer = self._boosting_trainer(arm)
+            ensemble = trainer.train()
+            if trainer.stop_reason:
+                self.say(f"{arm}: {trainer.stop_reason}")
+            processes.on_main(
+                ensemble.save_pretrained,
+                self._ensemble_folder(arm),
+                processing_class=trainer.processing_class,
+                record=trainer.record(),
+            )
+            experts = [str(folder.relative_to(self.folder)) for folder in trainer.expert_folders()]
+            found = [*trainer.records, {**trainer.mixture(), "experts": experts, "combine": trainer.args.combine}]
+            found += closing_identity(self._boosting_folder(arm)) if arm == "ensemble" else []
+            records += [{**record, "ensemble": arm} for record in found]
+        return records
 
     def _label(self) -> list[dict[str, Any]]:
         questions = self._questions("unlabelled")
         truth = questions["answer"]
-        cache = self.config.cache_settings()
         records = []
-        for teacher in TEACHERS:
+        for teacher in self.config.teachers():
             with measured() as spent:
                 answers = self._teacher(teacher).label(
                     questions,
@@ -154,7 +147,7 @@ class Experiment:
                     output_file=self.folder / "labels" / f"{teacher}.jsonl",
                     description=f"{teacher}: answering hard questions",
                     **dataclasses.asdict(self.config.labelling),
-                    **cache,
+                    **self.config.cache_settings(teacher),
                 )
             right = float(exact_match(answers["answer"], truth).mean())
             self.say(f"{teacher} answered {len(answers)} hard questions, {right:.1%} of them right")
@@ -166,30 +159,27 @@ class Experiment:
         return records
 
     def _student(self) -> list[dict[str, Any]]:
-        questions = self._questions("unlabelled")
-        args = self.config.student_config(self.folder / "students")
-        for arm, teacher in STUDENTS.items():
-            if teacher is None:
-                self._train(arm, self.config.strong, questions, dataclasses.replace(args, **args.on_truth))
-                continue
-            live = args.variant == "soft" and args.top_logprobs is None
-            asked = self._teacher(teacher) if live else None
-            self._train(arm, self.config.strong, self._labels(teacher, questions), args, asked)
+        for arm in self.config.students:
+            self._train_student(arm)
         return []
 
     def _evaluate(self) -> list[dict[str, Any]]:
         kept: list[dict[str, Any]] = []
         for arm, model in (("zero_shot_weak", self.config.weak), ("zero_shot_strong", self.config.strong)):
             kept.append(self._scores(arm, partial(self._score_one, arm, model, self._untrained)))
-        for arm in ("single_expert", *STUDENTS):
-            model = self.config.weak if arm == "single_expert" else self.config.strong
-            kept.append(self._scores(arm, partial(self._score_one, arm, model, partial(self._trained, arm))))
+        for arm in self.config.students:
+            load = partial(self._trained, arm)
+            kept.append(self._scores(arm, partial(self._score_one, arm, self.config.strong, load)))
         kept.append(self._scores("mixtures", self._score_mixtures))
         scores = {arm: outcomes for part in kept for arm, outcomes in part["outcomes"].items()}
-        records = [record for arm in _table_order(scores) for record in self._arm_records(arm, scores[arm])]
-        records += self._recovered(scores)
         inference = {arm: cost for part in kept for arm, cost in part["inference"].items()}
-        records += [self._cost(arm, inference[arm]) for arm in _table_order(scores)]
+        best = self._best_expert(scores)
+        scores["best_expert"], inference["best_expert"] = scores[best], inference[best]
+        order = self._table_order(scores)
+        records = [record for arm in order for record in self._arm_records(arm, scores[arm])]
+        records.append({"kind": "best_expert", "arm": best})
+        records += self._recovered(scores)
+        records += [self._cost(arm, inference[arm]) for arm in order]
         return [*records, environment()]
 
     def _report(self) -> None:
@@ -199,56 +189,76 @@ class Experiment:
 
     # Training and teachers
 
-    def _train(
-        self,
-        arm: str,
-        model: ModelConfig,
-        answers: Dataset,
-        args: StudentConfig,
-        teacher: TokenEnsemble | None = None,
-    ) -> None:
-        folder = self._model_folder(arm)
+    def expert_arms(self) -> list[str]:
+        """Return the arms whose experts are trained here, in the order in which they can be."""
+        last = ["equal_cost"] if self.config.equal_cost else []
+        return ["single_expert", "ensemble", *self.config.ensembles, *last]
+
+    def _boosting_trainer(self, arm: str) -> BoostingTrainer:
+        settings = {"num_train_epochs": self._equal_epochs()} if arm == "equal_cost" else {}
+        args = self.config.ensemble_config(arm, self._boosting_folder(arm), **settings)
+        described = arm == "ensemble" and args.validate_rounds
+        return BoostingTrainer(
+            self.config.weak.source,
+            args=args,
+            train_dataset=self._questions("train"),
+            eval_dataset=self._questions("validation") if described or args.needs_validation else None,
+            processing_class=self._weak_tokenizer(),
+            peft_config=self.config.peft_config(),
+            question_format=self.config.data.format,
+            model_init_kwargs=self.config.weak.init_kwargs,
+            on_round=lambda record: self.say(f"{arm}: {round_line(record, args.num_rounds)}"),
+            store=Store(self.config.store or self.folder / "store"),
+        )
+
+    def _equal_epochs(self) -> float:
+        """Return for how many epochs one expert sees as many tokens as those of `ensemble` together."""
+        spent = {arm: self._boosting_cost(arm)["tokens"] for arm in ("single_expert", "ensemble")}
+        epochs = self.config.ensemble_config("single_expert", "").num_train_epochs
+        return round(epochs * spent["ensemble"] / spent["single_expert"], 2)
+
+    def _boosting_cost(self, arm: str) -> dict[str, float | None]:
+        """Return what training the experts of an arm took: seconds, tokens, FLOPs."""
+        files = sorted(self._boosting_folder(arm).glob("rounds/*/attempt-*/record.json"))
+        rounds = [read_json(file) for file in files]
+        return {name: total(record[f"train_{name}"] for record in rounds) for name in ("seconds", "tokens", "flops")}
+
+    def _train_student(self, arm: str) -> None:
+        folder = self._student_folder(arm)
         if processes.on_main(folder.exists):
             return
+        teacher, model = self.config.students[arm]["teacher"], self.config.strong
+        args = self.config.student_arm_config(arm, self.folder / "students")
+        questions = self._questions("unlabelled")
+        live = teacher != TRUTH and args.variant == "soft" and args.top_logprobs is None
         trainer = StudentTrainer(
             model.source,
             args=args,
-            train_dataset=answers,
+            train_dataset=questions if teacher == TRUTH else self._labels(teacher, questions),
             processing_class=load_tokenizer(model.source),
             peft_config=self.config.peft_config(),
             question_format=self.config.data.format,
             model_init_kwargs=model.init_kwargs,
             description=f"training {arm}",
-            teacher=teacher,
+            teacher=self._teacher(teacher) if live else None,
         )
         trainer.train()
         trainer.save_model(folder)
         seconds = read_json(folder / "cost.json")["seconds"]
         self.say(f"{arm}: trained on {len(trainer.train_dataset)} answers in {seconds:.0f} s")
 
-    def _single_args(self) -> StudentConfig:
-        """The weak baseline's arguments: the experts' own, without what belongs to boosting."""
-        shared = {field.name for field in dataclasses.fields(StudentConfig)}
-        settings = {key: value for key, value in self.config.boosting.items() if key in shared}
-        return StudentConfig(output_dir=str(self.folder / "students"), seed=self.config.seed, **settings)
-
     def _trained(self, arm: str, model: ModelConfig) -> Any:
-        return self._placed(load_trained(self._model_folder(arm), model.source, **model.init_kwargs))
+        return self._placed(load_trained(self._student_folder(arm), model.source, **model.init_kwargs))
 
     def _untrained(self, model: ModelConfig) -> Any:
         return self._placed(load_model(model.source, **model.init_kwargs))
 
-    def _teacher(self, name: str) -> TokenEnsemble:
-        if name == "ensemble":
-            return self._placed(TokenEnsemble.from_pretrained(self.folder / "ensemble"))
-        folder = self._model_folder(name)
-        if self.config.lora is None:
-            return self._placed(TokenEnsemble.from_models([load_trained(folder)], [1.0]))
-        return TokenEnsemble.from_adapters(self._untrained(self.config.weak), [folder], [1.0])
+    def _teacher(self, arm: str) -> TokenEnsemble:
+        return self._placed(TokenEnsemble.from_pretrained(self._ensemble_folder(arm)))
 
     def _placed(self, model: Any) -> Any:
         """Return a model on the device that this process trains on."""
-        return on_device(model, self._single_args())
+        return on_device(model, self.config.ensemble_config("single_expert", self.folder))
 
     def _labels(self, teacher: str, questions: Dataset) -> Dataset:
         """Return the teacher's answers to `questions`, which `_label` has left on disk."""
@@ -285,15 +295,13 @@ class Experiment:
         return {"outcomes": {arm: outcomes}, "inference": {arm: spent}}
 
     def _score_mixtures(self) -> dict[str, Any]:
-        ensemble = self._teacher("ensemble")
-        count = ensemble.num_experts
-        mixtures = {f"expert_{t + 1}": np.eye(count)[t].tolist() for t in range(count)}
-        mixtures |= {"uniform_average": [1.0] * count, "ensemble": ensemble.config.expert_weights}
+        experts, mixtures, combine = self._mixtures()
+        ensemble = self._placed(self._of_experts(experts))
         tokenizer = self._weak_tokenizer()
         outcomes: dict[str, dict[str, Any]] = {arm: {} for arm in mixtures}
         with measured() as spent:
             for split, name in TEST_SPLITS.items():
-                shown: dict[str, Any] = {"description": f"experts and ensemble: {split}"}
+                shown: dict[str, Any] = {"description": f"experts and ensembles: {split}", "combine": combine}
                 answers = score_mixtures(
                     ensemble, self._examples(name, tokenizer), mixtures, pad_token_id=tokenizer.eos_token_id, **shown
                 )
@@ -304,10 +312,51 @@ class Experiment:
                     )
                 for arm in mixtures:
                     outcomes[arm][split] = _outcomes(answers[arm], None if choices is None else choices[arm])
-        # The experts are run once for all mixtures; one alone would have taken its share.
-        share = {name: None if value is None else value / count for name, value in spent.items()}
-        alone = [f"expert_{t + 1}" for t in range(count)]
-        return {"outcomes": outcomes, "inference": {arm: share if arm in alone else spent for arm in mixtures}}
+        # Each expert is run once for all mixtures; an arm alone would have taken its experts' shares.
+        used = {arm: sum(weight > 0 for weight in weights) / len(experts) for arm, weights in mixtures.items()}
+        inference = {
+            arm: {name: None if value is None else value * share for name, value in spent.items()}
+            for arm, share in used.items()
+        }
+        return {"outcomes": outcomes, "inference": inference}
+
+    def _mixtures(self) -> tuple[list[Path], dict[str, list[float]], dict[str, str]]:
+        """Return all experts, the arms that are mixtures of them (a weight for each expert), and how they combine."""
+        found = [r for r in read_complete_lines(self._records_file("boost")) if r["kind"] == "mixture"]
+        # Arms share experts; each is scored once.
+        experts: dict[str, Path] = {}
+        own: dict[str, list[int]] = {}
+        for record in found:
+            folders = [self.folder / path for path in record["experts"]]
+            names = [digest_of_files(sorted(folder.glob("*.safetensors"))) for folder in folders]
+            experts |= dict(zip(names, folders, strict=True))
+            own[record["ensemble"]] = [list(experts).index(name) for name in names]
+
+        def weights(places: Sequence[int], values: Sequence[float]) -> list[float]:
+            by_place = dict(zip(places, values, strict=True))
+            return [by_place.get(place, 0.0) for place in range(len(experts))]
+
+        mixtures: dict[str, list[float]] = {}
+        combine: dict[str, str] = {}
+        for record in found:
+            arm, places = record["ensemble"], own[record["ensemble"]]
+            mixtures[arm], combine[arm] = weights(places, record["expert_weights"]), record["combine"]
+            if arm == "ensemble":
+                mixtures |= {f"expert_{t}": weights([place], [1.0]) for t, place in enumerate(places, start=1)}
+                mixtures["uniform_average"] = mixtures["majority_vote"] = weights(places, [1.0] * len(places))
+                combine |= {"uniform_average": "prob", "majority_vote": "vote"}
+        return list(experts.values()), mixtures, combine
+
+    def _of_experts(self, folders: Sequence[Path]) -> TokenEnsemble:
+        ones = [1.0] * len(folders)
+        if self.config.lora is None:
+            return TokenEnsemble.from_models([load_trained(folder) for folder in folders], ones)
+        return TokenEnsemble.from_adapters(self._untrained(self.config.weak), list(folders), ones)
+
+    def _best_expert(self, scores: Mapping[str, Mapping[str, Any]]) -> str:
+        """Return the expert of `ensemble` that is best on the validation questions, the first of equals."""
+        experts = [arm for arm in scores if arm.startswith("expert_")]
+        return max(experts, key=lambda arm: float(np.mean(scores[arm]["validation"]["correct"])))
 
     def _arm_records(self, arm: str, splits: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
@@ -327,10 +376,10 @@ class Experiment:
 
     def _recovered(self, scores: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         records = []
-        for arm in STUDENTS:
+        for arm in self.config.students if CEILING in self.config.students else ():
             for split in ("id", "ood"):
                 weak, student, ceiling = (
-                    np.array(scores[name][split]["correct"], dtype=bool) for name in ("single_expert", arm, "ceiling")
+                    np.array(scores[name][split]["correct"], dtype=bool) for name in ("single_expert", arm, CEILING)
                 )
                 gap = performance_gap_recovered(weak, student, ceiling, seed=self.config.seed)
                 records.append({
@@ -341,16 +390,23 @@ class Experiment:
     def _cost(self, arm: str, inference: Mapping[str, Any]) -> dict[str, Any]:
         """Return what training an arm took, where it was trained, and what answering all test questions took."""
         training: dict[str, Any] = {}
-        if arm in ("single_expert", *STUDENTS):
-            training = read_json(self._model_folder(arm) / "cost.json")
-        elif arm in ("ensemble", "uniform_average"):
-            rounds = [r for r in read_complete_lines(self._records_file("boost")) if r["kind"] == "round"]
-            training = {name: total(r[f"train_{name}"] for r in rounds) for name in ("seconds", "tokens", "flops")}
+        trained_as = "ensemble" if arm in ("uniform_average", "majority_vote") else arm
+        if arm in self.config.students:
+            training = read_json(self._student_folder(arm) / "cost.json")
+        elif trained_as in self.expert_arms():
+            training = self._boosting_cost(trained_as)
         return {
             "kind": "cost", "arm": arm,
             **{f"train_{name}": value for name, value in training.items()},
             **{f"inference_{name}": value for name, value in inference.items()},
         }  # fmt: skip
+
+    def _table_order(self, scores: Mapping[str, Any]) -> list[str]:
+        experts = sorted((arm for arm in scores if arm.startswith("expert_")), key=lambda arm: int(arm.split("_")[1]))
+        own = ["best_expert", "majority_vote", "uniform_average"]
+        return [
+            "zero_shot_weak", "zero_shot_strong", *experts, *own, *self.expert_arms(), *self.config.students,
+        ]  # fmt: skip
 
     # The folder
 
@@ -390,8 +446,14 @@ class Experiment:
     def _data_file(self, split: str) -> Path:
         return self.folder / "data" / f"{split}.jsonl"
 
-    def _model_folder(self, arm: str) -> Path:
-        return self.folder / ("single_expert" if arm == "single_expert" else f"students/{arm}")
+    def _student_folder(self, arm: str) -> Path:
+        return self.folder / "students" / arm
+
+    def _boosting_folder(self, arm: str) -> Path:
+        return self.folder / ("boosting" if arm == "ensemble" else f"ensembles/{arm}/boosting")
+
+    def _ensemble_folder(self, arm: str) -> Path:
+        return self.folder / ("ensemble" if arm == "ensemble" else f"ensembles/{arm}/ensemble")
 
     def _questions(self, split: str) -> Dataset:
         return Dataset.from_list(read_complete_lines(self._data_file(split)))
@@ -401,7 +463,8 @@ class Experiment:
 
     def _check_tokenizers(self) -> None:
         """Refuse a student that cannot learn its teachers' distributions, before the hours that its teachers take."""
-        if self.config.student_config(self.folder).variant == "soft":
+        arms = [arm for arm, student in self.config.students.items() if student["teacher"] != TRUTH]
+        if any(self.config.student_arm_config(arm, self.folder).variant == "soft" for arm in arms):
             check_same_tokenizer(self._weak_tokenizer(), load_tokenizer(self.config.strong.source))
 
     def _weak_tokenizer(self) -> Any:
@@ -454,12 +517,6 @@ def _outcomes(answers: AnswerScores, choices: ChoiceScores | None) -> dict[str, 
         "correct": correct.astype(int).tolist(),
         "by_likelihood": choices is not None,
     }
-
-
-def _table_order(scores: Mapping[str, Any]) -> list[str]:
-    experts = sorted((arm for arm in scores if arm.startswith("expert_")), key=lambda arm: int(arm.split("_")[1]))
-    first = ["zero_shot_weak", "zero_shot_strong", "single_expert", *experts, "uniform_average", "ensemble"]
-    return first + list(STUDENTS)
 
 
 def _differing(mine: Any, theirs: Any, prefix: str = "") -> list[str]:

@@ -7,6 +7,7 @@ renamed, so that a file or folder that exists is complete and a later call can t
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -187,3 +188,12 @@ def read_array(path: str | os.PathLike[str]) -> np.ndarray:
 def map_array(path: str | os.PathLike[str]) -> np.ndarray:
     """Map an array written by `write_array` into memory, read-only: processes share what they read."""
     return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def digest_of_files(paths: Iterable[Path]) -> str:
+    """Return a hash of the files' contents, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()

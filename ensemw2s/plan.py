@@ -31,12 +31,13 @@ from ensemw2s.cost import Meter, ModelFlops, Work, measured, metered, model_flop
 from ensemw2s.data import LengthBucketSampler, PromptCollator, answer_lengths, tokenize_prompts
 from ensemw2s.decoding import MixtureDecoder, Sampling
 from ensemw2s.ensemble import TokenEnsemble
-from ensemw2s.experiment import STUDENTS, TEST_SPLITS, Experiment
+from ensemw2s.experiment import TEST_SPLITS, Experiment
 from ensemw2s.models import load_model, load_tokenizer
 from ensemw2s.packing import lines_of, width_of
+from ensemw2s.recipes import BoostingConfig
 from ensemw2s.scoring import score_mixtures
 from ensemw2s.student import load_trained
-from ensemw2s.training import AnswerTrainer, AnswerTrainingArguments, fine_tune
+from ensemw2s.training import AnswerTrainer, AnswerTrainingArguments, fine_tune, training_settings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -283,18 +284,17 @@ class _Planner:
         self.config, self.trial = config, trial
         self.format = config.data.format
         self.with_choices = "choices" in trial._questions("unlabelled").column_names
-        self.boosting = config.boosting_config(trial.folder / "boosting")
         with measured() as loading:
             self.weak_tokenizer = load_tokenizer(config.weak.source)
         # A large vocabulary takes a second to load, and every arm loads it.
         self.load_tokenizer = loading["seconds"]
         self.strong_tokenizer = load_tokenizer(config.strong.source)
-        self.weak = self._measure(config.weak, "train", trial._single_args())
+        self.weak = self._measure(config.weak, "train", config.ensemble_config("single_expert", trial.folder))
         self.strong = self._measure(config.strong, "unlabelled", config.student_config(trial.folder / "students"))
 
     def phases(self) -> Iterator[PhaseEstimate]:
         """Yield the estimates of all phases behind `data`."""
-        rounds = self.boosting.num_rounds
+        rounds = self._args("ensemble").num_rounds
         plain = self._scoring(self.config.weak, 1, self.weak)
         strong = self._scoring(self.config.strong, 1, self.strong)
         mixed = self._scoring(self.config.weak, rounds, self.weak)
@@ -306,34 +306,57 @@ class _Planner:
     # Phases
 
     def _boost(self, plain: _Speed, mixed: _Speed) -> PhaseEstimate:
-        weak, args, rounds = self.weak, self.boosting, self.boosting.num_rounds
+        weak = self.weak
+        arms = [self._rounds(arm, plain, mixed) for arm in self.trial.expert_arms()]
+        task, seconds = sum((task for task, _ in arms), _Task()), sum(seconds for _, seconds in arms)
+        experts = sum(self._args(arm).num_rounds for arm in self.trial.expert_arms())
+        memory = max(weak.training.memory, plain.memory, mixed.memory)
+        expert_size = weak.size - weak.tokenizer_size
+        units = 9 * int(np.sum(self._lengths("train", self.config.weak)[1])) * (experts + 1)
+        disk = 2 * experts * expert_size + len(arms) * weak.tokenizer_size + units
+        return PhaseEstimate("boost", task.tokens, task.flops, seconds, memory, disk)
+
+    def _rounds(self, arm: str, plain: _Speed, mixed: _Speed) -> tuple[_Task, float]:
+        """Return what the rounds of one arm take."""
+        weak, args = self.weak, self._args(arm)
         lengths, answers = self._lengths("train", self.config.weak)
-        single = _Task.of(training_work(lengths, answers, self.trial._single_args()), weak.trains)
         expert = _Task.of(training_work(lengths, answers, args), weak.trains)
         errors = scoring_work(lengths, answers, args.per_device_eval_batch_size)
         checks = scoring_work(*self._lengths("validation", self.config.weak), args.per_device_eval_batch_size)
         score, validate = _Task.of(errors, weak.infers), _Task.of(checks, weak.infers)
-        task = single
-        seconds = 2 * self.load_tokenizer + weak.load + weak.training.seconds(single) + weak.save
-        if args.prior == "pretrained" and args.sampling != "bagging":
+        task, seconds = _Task(), self.load_tokenizer
+        if args.prior == "pretrained" and arm == "ensemble" and not args.is_baseline:
             before = _Task.of(errors, weak.infers_plain)
             task, seconds = task + before, seconds + weak.load + plain.seconds(before)
-        for number in range(1, rounds + 1):
-            seconds += weak.load + weak.training.seconds(expert) + weak.save
-            seconds += weak.load_trained + plain.seconds(score)
-            valid = _Task(validate.tokens * number, validate.flops * number)
-            seconds += self._load_experts(number) + mixed.seconds(valid)
-            task = task + expert + score + valid
-        seconds += self._load_experts(rounds) + rounds * weak.save
-        memory = max(weak.training.memory, plain.memory, mixed.memory)
-        expert_size = weak.size - weak.tokenizer_size
-        units = 9 * int(np.sum(answers)) * (rounds + 1)
-        disk = weak.size + 2 * rounds * expert_size + weak.tokenizer_size + units
-        return PhaseEstimate("boost", task.tokens, task.flops, seconds, memory, disk)
+        # Those that judge out of fold see all answers but a fold's each, and score that fold.
+        models = 1 if args.error_folds is None else args.error_folds
+        for number in range(1, args.num_rounds + 1):
+            if not (number == 1 and self._is_single_expert(arm)):
+                seconds += weak.load + models * (weak.training.seconds(expert) + weak.save)
+                seconds += weak.load_trained + plain.seconds(score)
+                task = task + score
+                task = task + _Task(models * expert.tokens, models * expert.flops)
+            if arm == "ensemble" and args.validate_rounds:
+                valid = _Task(validate.tokens * number, validate.flops * number)
+                seconds += self._load_experts(number) + mixed.seconds(valid)
+                task = task + valid
+        return task, seconds + self._load_experts(args.num_rounds) + args.num_rounds * weak.save
+
+    def _args(self, arm: str) -> BoostingConfig:
+        args = self.config.ensemble_config(arm, self.trial.folder)
+        if arm == "equal_cost":
+            args.num_train_epochs *= self._args("ensemble").num_rounds
+        return args
+
+    def _is_single_expert(self, arm: str) -> bool:
+        """Say whether an arm's first expert is the single expert, which is trained before and kept."""
+        args, single = self._args(arm), self._args("single_expert")
+        alike = training_settings(args) == training_settings(single)
+        return arm not in ("single_expert", "equal_cost") and args.sampling in ("reweight", "all") and alike
 
     def _label(self) -> PhaseEstimate:
         task, seconds, memory = _Task(), 0.0, 0
-        for count in (1, self.boosting.num_rounds):
+        for count in (self._args(teacher).num_rounds for teacher in self.config.teachers()):
             with peak_memory() as peak:
                 made, taken = self._choose(count) if self.with_choices else self._decode(count)
             task, seconds, memory = task + made, seconds + taken, max(memory, peak[0])
@@ -345,24 +368,23 @@ class _Planner:
         args = self.config.student_config(self.trial.folder / "students")
         work = training_work(*self._lengths("unlabelled", self.config.strong), args)
         task = _Task.of(work, strong.trains)
-        times = len(STUDENTS)
+        times = len(self.config.students)
         seconds = times * (self.load_tokenizer + strong.load + strong.training.seconds(task) + strong.save)
         return PhaseEstimate(
             "student", times * task.tokens, times * task.flops, seconds, strong.training.memory, times * strong.size
         )
 
     def _evaluate(self, plain: _Speed, strong: _Speed, mixed: _Speed) -> PhaseEstimate:
-        rounds = self.boosting.num_rounds
+        rounds = sum(self._args(arm).num_rounds for arm in self.trial.expert_arms())
         # Every arm turns the test questions into tokens, as this does.
         with measured() as preparing:
             weak = self._test_work(self.config.weak)
         other = self._test_work(self.config.strong)
         parts = [
             (_Task.of(weak, self.weak.infers_plain), plain, self.weak.load),
-            (_Task.of(weak, self.weak.infers), plain, self.weak.load_trained),
             (_Task.of(weak, self.weak.infers, rounds), mixed, self._load_experts(rounds)),
             (_Task.of(other, self.strong.infers_plain), strong, self.strong.load),
-            *[(_Task.of(other, self.strong.infers), strong, self.strong.load_trained)] * len(STUDENTS),
+            *[(_Task.of(other, self.strong.infers), strong, self.strong.load_trained)] * len(self.config.students),
         ]
         task = sum((part for part, _, _ in parts), _Task())
         prepare = self.load_tokenizer + preparing["seconds"]

@@ -20,7 +20,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # The paper's, to the letter.
     "paper": {"sampling": "draw", "shrinkage": 1.0, "uniform_mix": 0.0, "errors": "hard"},
     # Ours: the paper's collapses on real models, because one full update leaves a small effective sample size.
-    "stabilised": {"sampling": "reweight", "shrinkage": 0.3, "uniform_mix": 0.5, "errors": "hard"},
+    "tempered": {"sampling": "reweight", "shrinkage": 0.6, "uniform_mix": 0.2, "errors": "soft"},
     # The baselines, with equal votes: uniform draws, and every token in every round.
     "bagging": {"sampling": "bagging", "shrinkage": 1.0, "uniform_mix": 0.0, "errors": "hard"},
     "deep_ensemble": {"sampling": "all", "shrinkage": 1.0, "uniform_mix": 0.0, "errors": "hard"},
@@ -37,7 +37,7 @@ class BoostingConfig(AnswerTrainingArguments):
 
     Attributes:
         num_rounds: T, the number of experts wanted; at least 1.
-        recipe: a key of `RECIPES`: "stabilised" (ours, the default), "paper", or the baselines "bagging" and
+        recipe: a key of `RECIPES`: "tempered" (ours, the default), "paper", or the baselines "bagging" and
             "deep_ensemble". Fills in `sampling`, `shrinkage`, `uniform_mix` and `errors` where they are None.
         sampling: "draw" (the paper), "without_replacement", "reweight", "bagging" or "all"; see
             `boosting.loss_weights`.
@@ -77,7 +77,7 @@ class BoostingConfig(AnswerTrainingArguments):
     """
 
     num_rounds: int = 5
-    recipe: str = "stabilised"
+    recipe: str = "tempered"
     sampling: boosting.Sampling = None  # type: ignore[assignment]
     shrinkage: float = None  # type: ignore[assignment]
     uniform_mix: float = None  # type: ignore[assignment]

@@ -110,6 +110,7 @@ def score_mixtures(
     pad_token_id: int,
     batch_size: int = 32,
     description: str | None = None,
+    combine: Mapping[str, str] | None = None,
 ) -> dict[str, AnswerScores]:
     """Score answers under several mixtures of the same experts, each expert being run once.
 
@@ -122,6 +123,8 @@ def score_mixtures(
         pad_token_id: fills short rows.
         batch_size: examples per forward pass.
         description: the name of a progress bar; None shows none.
+        combine: name -> how that mixture combines distributions ("prob", "logprob" or "vote"), where it is not as the
+            ensemble does.
 
     Raises:
         FloatingPointError: an expert of positive weight gives NaN; names the mixture and the row.
@@ -131,12 +134,13 @@ def score_mixtures(
     _check_mixtures(mixtures, ensemble.num_experts)
     # An expert that no mixture uses is not run.
     used = [t for t in range(ensemble.num_experts) if any(weights[t] > 0 for weights in mixtures.values())]
-    rows = {name: torch.tensor([weights[t] for t in used], dtype=torch.float32) for name, weights in mixtures.items()}
+    parts = {name: [place for place, t in enumerate(used) if weights[t] > 0] for name, weights in mixtures.items()}
+    rows = {name: torch.tensor([weights[t] for t in used if weights[t] > 0]) for name, weights in mixtures.items()}
+    ways = dict.fromkeys(mixtures, ensemble.config.combine) | dict(combine or {})
 
     def judge(logits: list[Tensor], labels: Tensor) -> dict[str, TokenScores]:
-        combine = ensemble.config.combine
         return {
-            name: ops.mixture_scores(logits, weights.to(labels.device), labels, combine)
+            name: ops.mixture_scores([logits[t] for t in parts[name]], weights.to(labels.device), labels, ways[name])
             for name, weights in rows.items()
         }
 

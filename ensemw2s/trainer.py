@@ -22,7 +22,16 @@ from ensemw2s.checkpoints import digest, discard_checkpoints
 from ensemw2s.cost import total
 from ensemw2s.data import QuestionFormat, answer_lengths, check_disjoint, check_questions, tokenize_questions
 from ensemw2s.ensemble import TokenEnsemble
-from ensemw2s.files import map_array, new_array, new_folder, read_array, read_json, write_array, write_json
+from ensemw2s.files import (
+    digest_of_files,
+    map_array,
+    new_array,
+    new_folder,
+    read_array,
+    read_json,
+    write_array,
+    write_json,
+)
 from ensemw2s.models import load_model, load_tokenizer, source_of
 from ensemw2s.recipes import RECIPES, BoostingConfig
 from ensemw2s.scoring import AnswerScores, score_mixtures
@@ -155,9 +164,11 @@ class BoostingTrainer:
                 f"no expert beats the pre-trained model: {self.stop_reason}. Train longer or with another learning "
                 f"rate (now {self.args.num_train_epochs:g} epochs at {self.args.learning_rate:g})"
             )
-        mixture = self.mixture()
-        folders = [folder for folder, _ in self._accepted()][: mixture["num_experts"]]
-        return self._ensemble(folders, mixture["expert_weights"])
+        return self._ensemble(self.expert_folders(), self.mixture()["expert_weights"])
+
+    def expert_folders(self) -> list[Path]:
+        """Return where the experts of the ensemble are saved, in their order."""
+        return [folder for folder, _ in self._accepted()][: self.mixture()["num_experts"]]
 
     def mixture(self) -> dict[str, Any]:
         """Return how many of the accepted experts the ensemble has, and their weights.
@@ -412,7 +423,7 @@ class BoostingTrainer:
                 source: Any = digest(value for _, value in sorted(self._load_model(1).state_dict().items()))
             else:
                 # Those of the base, where the expert is an adapter, decide what the expert's own cost file says.
-                source = [_file_digest(file) for file in sorted(model.glob("*.safetensors"))]
+                source = digest_of_files(sorted(model.glob("*.safetensors")))
             base = _describe(self._model_of(1)) if self._adapters else None
             return {"scores_of": source, "base": [base, self.model_init_kwargs], "examples": _digest_examples(examples)}
 
@@ -637,11 +648,6 @@ def _spent(folder: Path) -> dict[str, float | None]:
 
 def _digest_examples(examples: Dataset) -> str:
     return digest(np.asarray(row[name]) for row in examples for name in ("input_ids", "prompt_length"))
-
-
-def _file_digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _describe(model: str | os.PathLike[str] | PreTrainedModel) -> str:

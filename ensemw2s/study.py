@@ -1,0 +1,245 @@
+"""A study: one experiment on many tasks with many seeds, run in pieces, its figures kept in one file.
+
+Each pair of a task and a seed is a *cell*: an `Experiment` in a folder of its own. What a cell measured goes into the
+study's records, one JSON object per line, from which `ensemw2s report` makes tables and plots. Cells that are in the
+records are not run again, whether their folders are still there or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ensemw2s.config import ExperimentConfig, build_config, merge_settings, read_settings
+from ensemw2s.files import read_complete_lines, write_json_lines
+
+# What a study keeps of a cell's records: kind -> fields, None for all.
+KEPT: dict[str, tuple[str, ...] | None] = {
+    "arm": None,
+    "answers": None,
+    "pgr": None,
+    "cost": None,
+    "labels": None,
+    "mixture": ("ensemble", "num_experts", "expert_weights"),
+    "round": (
+        "ensemble", "round", "attempt", "error", "prior_error", "expert_weight", "accepted", "effective_sample_size",
+        "num_units", "train_tokens",
+    ),
+}  # fmt: skip
+# A cell's questions are its own: generators start from another seed in each.
+_SEED_STEP = 1000
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """What a study does.
+
+    Attributes:
+        settings: of the experiment, as in its own file, without `data` where tasks bring theirs.
+        tasks: the tasks, by name: settings that replace those of the experiment.
+        seeds: of the cells of each task.
+        comparisons: pairs of arms whose difference is what the study is for, declared before it is run.
+        primary_split: "id" or "ood": the split on which they are judged.
+    """
+
+    settings: dict[str, Any]
+    tasks: dict[str, dict[str, Any]]
+    seeds: tuple[int, ...]
+    comparisons: tuple[tuple[str, str], ...] = ()
+    primary_split: str = "ood"
+
+    @property
+    def name(self) -> str:
+        """Return the study's name."""
+        return str(self.settings["name"])
+
+    def cells(self) -> Iterator[Cell]:
+        """Yield the cells, all tasks with one seed before any with the next."""
+        for seed in self.seeds:
+            for task in self.tasks:
+                yield Cell(task, seed, self._experiment(task, seed))
+
+    def _experiment(self, task: str, seed: int) -> ExperimentConfig:
+        settings = merge_settings(self.settings, self.tasks[task])
+        folder = str(Path(str(settings.get("output_dir", "run"))) / self.name)
+        own = {"name": f"{task}-{seed}", "seed": seed, "output_dir": folder,
+               "store": settings.get("store") or str(Path(folder) / "store")}  # fmt: skip
+        for source in ("easy", "hard"):
+            sources = settings.get("data", {})
+            if isinstance(sources.get(source), Mapping) and "seed" in sources[source]:
+                shifted = sources[source]["seed"] + _SEED_STEP * seed
+                own = merge_settings(own, {"data": {source: {**sources[source], "seed": shifted}}})
+        return build_config(merge_settings(settings, own))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One task with one seed."""
+
+    task: str
+    seed: int
+    config: ExperimentConfig
+
+    @property
+    def key(self) -> str:
+        """Return a hash of what decides the cell's results."""
+        text = json.dumps(self.config.results_key(), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+class Study:
+    """Run a study's cells and keep their figures.
+
+    Args:
+        config: what to do.
+        records: the file of the study's records; None: `records.jsonl` in the study's folder.
+        say: called with each line meant for the reader.
+    """
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        records: str | os.PathLike[str] | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.config = config
+        self.cells = list(config.cells())
+        self.file = Path(records) if records is not None else self.cells[0].config.folder.parent / "records.jsonl"
+        self.say = say
+
+    def missing(self) -> list[Cell]:
+        """Return the cells whose figures are not in the records, or are those of another configuration."""
+        kept = {(r["task"], r["seed"]): r["key"] for r in self._records() if r["kind"] == "cell"}
+        return [cell for cell in self.cells if kept.get((cell.task, cell.seed)) != cell.key]
+
+    def run(self, jobs: int = 1, minutes: float | None = None) -> None:
+        """Run the missing cells, and add each to the records as soon as it is finished.
+
+        Args:
+            jobs: cells that run at the same time, each in a process of its own.
+            minutes: begin no cell after this time; None runs all.
+
+        Raises:
+            Exception: what a cell raised; the cells that were running are finished first.
+        """
+        if jobs < 1:
+            raise ValueError(f"jobs must be at least 1, got {jobs}")
+        end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
+        waiting = self.missing()
+        self.say(f"{self.config.name}: {len(self.cells) - len(waiting)} of {len(self.cells)} cells are in {self.file}")
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet) as pool:
+            running: dict[Any, Cell] = {}
+            while waiting or running:
+                while waiting and len(running) < jobs and time.monotonic() < end:
+                    cell = waiting.pop(0)
+                    running[pool.submit(_run_cell, cell)] = cell
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    self._add(running.pop(future), future.result())
+        if waiting:
+            self.say(f"{len(waiting)} cells are left: the same command goes on with them")
+
+    def _add(self, cell: Cell, records: Sequence[Mapping[str, Any]]) -> None:
+        others = [r for r in self._records() if (r.get("task"), r.get("seed")) != (cell.task, cell.seed)]
+        rows = [row for row in others if row["kind"] not in ("study", "environment")]
+        environment = [record for record in records if record["kind"] == "environment"]
+        write_json_lines(self.file, [self._header(), *environment, *rows, *_kept(cell, records)])
+        seconds = sum(record["seconds"] for record in records if record["kind"] == "phase")
+        self.say(f"{cell.task}, seed {cell.seed}: {seconds:.0f} s")
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "kind": "study", "name": self.config.name, "primary_split": self.config.primary_split,
+            "comparisons": [list(pair) for pair in self.config.comparisons],
+        }  # fmt: skip
+
+    def _records(self) -> list[dict[str, Any]]:
+        return read_complete_lines(self.file)
+
+
+def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> StudyConfig:
+    """Read a study from a YAML or JSON file.
+
+    It holds the keys of an experiment and, beside them, `tasks` (name -> keys that replace those of the experiment),
+    `seeds` (a number of seeds, from 0 on, or a list), and what is declared beforehand: `comparisons` (pairs of arms)
+    and `primary_split`.
+
+    Args:
+        path: the file.
+        overrides: "dotted.key=value" each, e.g. "seeds=3".
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unparsable text, no tasks or seeds, an arm in a comparison that no cell has, or whatever
+            `config.build_config` refuses in a cell.
+    """
+    settings = read_settings(path, overrides)
+    settings.pop("quick", None)
+    tasks, seeds = settings.pop("tasks", None), settings.pop("seeds", None)
+    comparisons, split = settings.pop("comparisons", []), settings.pop("primary_split", "ood")
+    if not isinstance(tasks, Mapping) or not tasks or not all(isinstance(task, Mapping) for task in tasks.values()):
+        raise ValueError(f"{path}: tasks must be a mapping of names to settings of an experiment, got {tasks!r}")
+    numbers = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
+    if not isinstance(numbers, list) or not numbers or not all(isinstance(s, int) and s >= 0 for s in numbers):
+        raise ValueError(f"{path}: seeds must be a number of seeds, or a list of whole numbers, got {seeds!r}")
+    if split not in ("id", "ood"):
+        raise ValueError(f'{path}: primary_split must be "id" or "ood", got {split!r}')
+    if not isinstance(settings.get("name"), str):
+        raise ValueError(f"{path}: name must be a text: it names the study")
+    study = StudyConfig(settings, dict(tasks), tuple(numbers), _pairs(path, comparisons), split)
+    for cell in study.cells():
+        arms = _arms(cell.config)
+        unknown = [arm for pair in study.comparisons for arm in pair if arm not in arms]
+        if unknown:
+            raise ValueError(f"{path}: comparisons name {unknown[0]}, which is none of the arms {', '.join(arms)}")
+    return study
+
+
+def _pairs(path: str | os.PathLike[str], comparisons: Any) -> tuple[tuple[str, str], ...]:
+    good = isinstance(comparisons, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in comparisons)
+    if not good:
+        raise ValueError(f"{path}: comparisons must be a list of pairs of arms, got {comparisons!r}")
+    return tuple((str(first), str(second)) for first, second in comparisons)
+
+
+def _arms(config: ExperimentConfig) -> list[str]:
+    derived = ["zero_shot_weak", "zero_shot_strong", "best_expert", "majority_vote", "uniform_average"]
+    experts = ["single_expert", "ensemble", *config.ensembles, *(["equal_cost"] if config.equal_cost else [])]
+    return [*derived, *experts, *config.students]
+
+
+def _kept(cell: Cell, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    place = {"task": cell.task, "seed": cell.seed}
+    rows: list[dict[str, Any]] = [{"kind": "cell", **place, "key": cell.key}]
+    for record in records:
+        if record["kind"] in KEPT:
+            fields = KEPT[record["kind"]]
+            chosen = dict(record) if fields is None else {name: record[name] for name in fields if name in record}
+            rows.append({"kind": record["kind"], **place, **chosen, **place})
+    return rows
+
+
+def _quiet() -> None:
+    """Keep a worker's progress bars and library messages away from the others'."""
+    from ensemw2s.cli import quiet_libraries
+
+    os.environ["TQDM_DISABLE"] = "1"
+    quiet_libraries()
+
+
+def _run_cell(cell: Cell) -> list[dict[str, Any]]:
+    from ensemw2s.experiment import PHASES, Experiment
+
+    with contextlib.redirect_stdout(None):
+        return Experiment(cell.config).run(PHASES)
