@@ -130,7 +130,7 @@ def _run(options: argparse.Namespace) -> None:
     from ensemw2s import processes
     from ensemw2s.config import load_config
     from ensemw2s.experiment import PHASES, Experiment
-    from ensemw2s.report import results_table
+    from ensemw2s.tables import results_table
 
     _quiet_libraries()
     console = _console()
