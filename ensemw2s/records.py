@@ -43,6 +43,13 @@ ARM_NAMES = {
     "student_confidence": "Student with confidence loss",
     "ceiling": "Ceiling: taught by truth",
 }
+# Those of runs that belong to no study.
+COMPARISONS = (
+    ("ensemble", "single_expert"),
+    ("ensemble", "uniform_average"),
+    ("student_ensemble", "student_single"),
+    ("student_ensemble", "ensemble"),
+)
 _ORDER = {arm: position for position, arm in enumerate(ARM_NAMES)}
 
 

@@ -6,18 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ensemw2s.evaluate import Interval, paired_difference
-from ensemw2s.records import TEST_SPLITS, answers_array, arm_name, find, lower_first, measured_arms, of_kind
+from ensemw2s.records import (
+    COMPARISONS,
+    TEST_SPLITS,
+    answers_array,
+    arm_name,
+    find,
+    lower_first,
+    measured_arms,
+    of_kind,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 MINUS = "−"
-COMPARISONS = (
-    ("ensemble", "single_expert"),
-    ("ensemble", "uniform_average"),
-    ("student_ensemble", "student_single"),
-    ("student_ensemble", "ensemble"),
-)
 
 Rows = tuple[list[str], list[list[str]]]
 
@@ -133,8 +136,12 @@ def _pgr_text(record: Mapping[str, Any] | None) -> str:
         return ""
     if not record["defined"]:
         return "undefined"
-    text = f"{record['value']:.2f} ({record['low']:.2f} to {record['high']:.2f})"
-    return text.replace("-", MINUS)
+    return interval_text(record["value"], record["low"], record["high"], form=".2f")
+
+
+def interval_text(value: float, low: float, high: float, *, form: str) -> str:
+    """Return a value and its interval, each as `form` says."""
+    return f"{value:{form}} ({low:{form}} to {high:{form}})".replace("-", MINUS)
 
 
 def _cost_text(records: Sequence[Mapping[str, Any]], arm: str, name: str, unit: float) -> str:
@@ -148,7 +155,7 @@ def amount_text(value: float | None, unit: float) -> str:
         return ""
     value /= unit
     # Three significant digits, whether the models are tiny or large.
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}").replace("-", MINUS)
 
 
 def percent(share: float | None) -> str:
