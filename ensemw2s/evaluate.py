@@ -9,6 +9,7 @@ Pooled figures take one such array per task, by the task's name. Each is the mea
 resampled**: the interval is about these tasks and says nothing about others.
 """
 
+import functools
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES_PER_CHUNK = 1000
+# Draws for as many questions take 2 MB a chunk, and are kept for the next figure on them.
+MOST_CACHED_QUESTIONS = 1000
 
 
 class Estimate(NamedTuple):
@@ -331,28 +334,41 @@ def _pooled_means(
         if set(by_task) != set(tasks):
             raise ValueError(f"arms must have answered the same tasks, got {first} {tasks} and {name} {list(by_task)}")
     stacks = [_stack({f"{name}[{task!r}]": by_task[task] for name, by_task in arms.items()}) for task in tasks]
-    # Each task has its own stream, so that chance does not move two tasks together.
-    means = [_bootstrap_means(outcomes, resamples, [seed, index]) for index, outcomes in enumerate(stacks)]
+    # Each task has its own draws, so that chance does not move two tasks together.
+    means = [_bootstrap_means(outcomes, resamples, seed, index) for index, outcomes in enumerate(stacks)]
     return np.mean([outcomes.mean(axis=(1, 2)) for outcomes in stacks], axis=0), np.mean(means, axis=0)
 
 
-def _bootstrap_means(outcomes: NDArray[np.float64], resamples: int, seed: int | Sequence[int]) -> NDArray[np.float64]:
-    """Return float64 [resamples, arms]: accuracies of `outcomes` [arms, seeds, n], questions and seeds resampled."""
+def _bootstrap_means(outcomes: NDArray[np.float64], resamples: int, seed: int, task: int = 0) -> NDArray[np.float64]:
+    """Return float64 [resamples, arms]: accuracies of `outcomes` [arms, seeds, n], questions and seeds resampled.
+
+    The draws depend on seeds, n, `seed` and `task` alone: figures on the same questions share them, whichever arms they
+    compare.
+    """
     if resamples < 100:
         raise ValueError(f"resamples must be at least 100, got {resamples}")
     arms, seeds, n = outcomes.shape
-    generator = np.random.default_rng(seed)
-    # Questions with the same outcomes in every arm are interchangeable, so that resampling questions is a multinomial
-    # draw over the few distinct patterns.
-    patterns, repeats = np.unique(outcomes.reshape(arms * seeds, n), axis=1, return_counts=True)
+    draw = _draws if n <= MOST_CACHED_QUESTIONS else _draws.__wrapped__
     means = np.empty((resamples, arms))
-    for start in range(0, resamples, RESAMPLES_PER_CHUNK):
-        chunk = min(RESAMPLES_PER_CHUNK, resamples - start)
-        question_shares = generator.multinomial(n, repeats / n, size=chunk) / n
-        seed_shares = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=chunk) / seeds
-        by_seed = (question_shares @ patterns.T).reshape(chunk, arms, seeds)
-        means[start : start + chunk] = np.einsum("ras,rs->ra", by_seed, seed_shares)
+    for chunk, start in enumerate(range(0, resamples, RESAMPLES_PER_CHUNK)):
+        size = min(RESAMPLES_PER_CHUNK, resamples - start)
+        question_counts, seed_counts = draw(size, seeds, n, (seed, task, chunk))
+        right = (question_counts @ outcomes.reshape(arms * seeds, n).T).reshape(size, arms, seeds)
+        # Sums of whole numbers are exact, so that equal arms differ by 0 and not by a rounding that looks like a win.
+        means[start : start + size] = np.einsum("ras,rs->ra", right, seed_counts) / (n * seeds)
     return means
+
+
+@functools.lru_cache(maxsize=256)
+def _draws(size: int, seeds: int, n: int, entropy: tuple[int, ...]) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    """Return how often each question [size, n] and each seed [size, seeds] is drawn in each of `size` resamples."""
+    generator = np.random.default_rng(entropy)
+    return _counts(generator, size, n), _counts(generator, size, seeds)
+
+
+def _counts(generator: np.random.Generator, size: int, n: int) -> NDArray[np.uint16]:
+    cells = generator.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+    return np.bincount(cells.ravel(), minlength=size * n).reshape(size, n).astype(np.uint16)
 
 
 def _percentiles(samples: NDArray[np.float64], confidence: float) -> tuple[float, float]:

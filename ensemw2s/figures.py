@@ -6,16 +6,21 @@ import functools
 import html
 import io
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from ensemw2s.evaluate import wilson_interval
+from ensemw2s.evaluate import Interval, wilson_interval
+from ensemw2s.files import new_file
 from ensemw2s.records import TEST_SPLITS, Run, arm_name, find, measured_arms, of_kind
+from ensemw2s.tables import difference_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,32 +33,42 @@ MARKERS = ("o", "s", "D", "^", "v", "P")
 CSS_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"} | {
     colour: f"series-{i}" for i, colour in enumerate(SERIES, start=1)
 }
-FIGURE_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 8.5,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": RULE,
-    "grid.linewidth": 0.6,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5,
-}
+# A figure that is a file of its own is printed and shown on white: black and greys.
+FILE_INK, FILE_MUTED, FILE_RULE = "#000000", "#5a5a5a", "#d4d4d4"
+FILE_FORMATS = ("svg", "png")
+FILE_DPI = 200
+
+
+def _figure_style(ink: str, muted: str, rule: str) -> dict[Any, Any]:
+    return {
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.size": 8.5,
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "axes.edgecolor": muted,
+        "axes.titlecolor": ink,
+        "axes.titlesize": 9.5,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": rule,
+        "grid.linewidth": 0.6,
+        "xtick.color": muted,
+        "ytick.color": muted,
+        "xtick.labelcolor": ink,
+        "ytick.labelcolor": ink,
+        "legend.frameon": False,
+        "lines.linewidth": 1.6,
+        "lines.markersize": 5,
+    }
+
+
+FIGURE_STYLE = _figure_style(INK, MUTED, RULE)
 FIGURE_WIDTH = 8.4  # inches; the page scales figures to its own width
 
 
@@ -217,3 +232,82 @@ def _round_axis(axes: Axes, numbers: Sequence[int]) -> None:
 
 def _in_percent(share: float | None) -> float:
     return math.nan if share is None else 100 * share
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Differences over many runs
+
+
+@dataclass(frozen=True)
+class ForestRow:
+    """One line of a forest plot: differences by split ("id", "ood"), as shares; `pooled` over tasks, or of one."""
+
+    label: str
+    pooled: bool
+    by_split: Mapping[str, Interval]
+
+
+@_styled
+def forest_figure(rows: Sequence[ForestRow]) -> str:
+    """Differences with 95% intervals, ID and OOD side by side: pooled ones large, those of tasks small below them."""
+    return _svg(_forest(rows, INK, MUTED), "forest", "Differences between arms with 95% intervals, pooled and by task")
+
+
+def save_forest_figure(rows: Sequence[ForestRow], path: str | os.PathLike[str]) -> None:
+    """Write the figure to a file of its own, atomically: the same rows give the same bytes.
+
+    Raises:
+        ValueError: a suffix other than .svg and .png.
+    """
+    suffix = Path(path).suffix.removeprefix(".")
+    if suffix not in FILE_FORMATS:
+        raise ValueError(f"cannot draw to {path}: its name must end in .{' or .'.join(FILE_FORMATS)}")
+    # Letters as outlines: a file of its own cannot know its reader's fonts. No date and no version, which would change.
+    fixed = {"svg.hashsalt": "forest", "svg.fonttype": "path"}
+    with matplotlib.rc_context(_figure_style(FILE_INK, FILE_MUTED, FILE_RULE) | fixed), new_file(path) as aside:
+        metadata = {"Date": None} if suffix == "svg" else {"Software": None}
+        figure = _forest(rows, FILE_INK, FILE_MUTED)
+        figure.savefig(aside, format=suffix, dpi=FILE_DPI, facecolor="white", metadata=metadata)
+
+
+def _forest(rows: Sequence[ForestRow], ink: str, muted: str) -> Figure:
+    heights = _forest_heights(rows)
+    figure = Figure(figsize=(FIGURE_WIDTH, 0.8 + 0.2 * (heights[-1] + 1)), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, (split, name) in zip(panels, TEST_SPLITS.items(), strict=True):
+        axes.axvline(0, color=muted, linewidth=0.9, zorder=0)
+        for row, height in zip(rows, heights, strict=True):
+            if split in row.by_split:
+                _draw_difference(axes, row.by_split[split], height, ink if row.pooled else muted, row.pooled)
+        axes.set_title(f"{name}: {'easy' if split == 'id' else 'hard'} test questions")
+        axes.set_xlabel("difference in right answers, points")
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0, pad=8)
+        axes.spines["left"].set_visible(False)
+    panels[0].set_yticks(heights, [row.label for row in rows])
+    panels[0].set_ylim(heights[-1] + 0.8, heights[0] - 0.8)
+    for row, label in zip(rows, panels[0].get_yticklabels(), strict=True):
+        label.set(fontweight="bold" if row.pooled else "normal", fontsize=8.5 if row.pooled else 7.5)
+    return figure
+
+
+def _forest_heights(rows: Sequence[ForestRow]) -> list[float]:
+    """Return where each row stands; pooled rows have two lines of text and some room above."""
+    heights, height = [], 0.0
+    for i, row in enumerate(rows):
+        height += 0.0 if i == 0 else 1.9 if row.pooled else 1.45 if rows[i - 1].pooled else 0.85
+        heights.append(height)
+    return heights
+
+
+def _draw_difference(axes: Axes, difference: Interval, height: float, colour: str, pooled: bool) -> None:
+    value, low, high = (100 * share for share in difference)
+    axes.errorbar(
+        [value], [height], xerr=[[value - low], [high - value]], fmt="D" if pooled else "o", color=colour,
+        markersize=6.5 if pooled else 3.5, elinewidth=2.2 if pooled else 1.0, clip_on=False,
+    )  # fmt: skip
+    axes.annotate(
+        difference_interval(difference), (1.0, height), xycoords=("axes fraction", "data"),
+        xytext=(6, 0), textcoords="offset points", va="center", fontsize=7.5, color=colour,
+        fontweight="bold" if pooled else "normal",
+    )  # fmt: skip

@@ -95,6 +95,11 @@ def find(records: Iterable[Mapping[str, Any]], kind: str, **fields: Any) -> Mapp
     return next(iter(of_kind(records, kind, **fields)), None)
 
 
+def run_keys(records: Iterable[Mapping[str, Any]]) -> set[tuple[str, int]]:
+    """Return the task and seed of each run that the records are of."""
+    return {(record["task"], record["seed"]) for record in records if record["kind"] in POOLED_KINDS}
+
+
 def measured_arms(records: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the measured arms in the order of tables."""
     return sorted({record["arm"] for record in of_kind(records, "arm")}, key=arm_order)

@@ -22,11 +22,11 @@ from ensemw2s.evaluate import (
 )
 from ensemw2s.records import (
     COMPARISONS,
-    POOLED_KINDS,
     TEST_SPLITS,
     answers_array,
     arm_order,
     of_kind,
+    run_keys,
 )
 
 BASELINE, CEILING = "single_expert", "ceiling"
@@ -299,8 +299,7 @@ def _primary_split(studies: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _unmeasured_runs(rows: Records, seeds: Mapping[str, Sequence[int]]) -> list[str]:
-    runs = {(record["task"], record["seed"]) for record in rows if record["kind"] in POOLED_KINDS}
-    missing = sorted((task, seed) for task, seed in runs if seed not in seeds.get(task, ()))
+    missing = sorted((task, seed) for task, seed in run_keys(rows) if seed not in seeds.get(task, ()))
     return [f"Left out: task {task}, seed {seed}, which has measured no arm yet." for task, seed in missing]
 
 

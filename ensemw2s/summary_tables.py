@@ -24,7 +24,14 @@ from ensemw2s.summary import (
     reference_arm,
     shared_tasks,
 )
-from ensemw2s.tables import Rows, amount_text, difference_text, interval_text, signed_points, without_empty_columns
+from ensemw2s.tables import (
+    Rows,
+    amount_text,
+    difference_interval,
+    difference_text,
+    interval_text,
+    without_empty_columns,
+)
 
 UNDEFINED = "undefined"
 _Figure = TypeVar("_Figure")
@@ -200,8 +207,7 @@ def _recovered_text(recovered: PerformanceGapRecovered) -> str:
 
 
 def _gap_text(recovered: PerformanceGapRecovered) -> str:
-    value, low, high = map(signed_points, (recovered.gap, recovered.gap_low, recovered.gap_high))
-    return f"{value} ({low} to {high})"
+    return difference_interval(Interval(recovered.gap, recovered.gap_low, recovered.gap_high))
 
 
 def _optional(text: Callable[[_Figure], str], figure: _Figure | None) -> str:

@@ -202,8 +202,13 @@ def _best_expert(records: Sequence[Mapping[str, Any]]) -> str | None:
 
 def difference_text(difference: Interval) -> str:
     """Return a difference of shares in percentage points, its interval, and a word on which arm is better."""
+    return f"{difference_interval(difference)}: {verdict(difference)}"
+
+
+def difference_interval(difference: Interval) -> str:
+    """Return a difference of shares and its interval in percentage points."""
     value, low, high = (signed_points(x) for x in difference)
-    return f"{value} ({low} to {high}): {verdict(difference)}"
+    return f"{value} ({low} to {high})"
 
 
 def signed_points(share: float) -> str:
