@@ -31,6 +31,7 @@ EXAMPLES = """examples:
   ensemw2s run examples/reverse_words.yaml boosting.recipe=paper name=as_published
   ensemw2s boost examples/reverse_words.yaml && ensemw2s label run/reverse_words
   ensemw2s report run/reverse_words run/as_published --output both.html
+  ensemw2s report docs/results/study.jsonl --plot docs/study.svg --markdown README.md
   accelerate launch --num_processes 2 -m ensemw2s run examples/reverse_words.yaml
 """
 
@@ -114,9 +115,19 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--minutes", type=float, help="begin no further cell after this time")
     study.set_defaults(command=_study)
 
-    report = commands.add_parser("report", help="write the HTML report of one or several runs")
-    report.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
-    report.add_argument("--output", help="the HTML file (default: report.html in the first run's folder)")
+    report = commands.add_parser(
+        "report", help="write the HTML report of runs or of a study, a plot of its comparisons, tables in Markdown",
+        description="Report on runs and studies. Runs that share arms and differ in task or seed are pooled. The page "
+        "is written unless --plot is all that is asked of the paths.",
+    )  # fmt: skip
+    report.add_argument("paths", nargs="*", metavar="PATH", help="folders of runs, or .jsonl files of studies")
+    report.add_argument(
+        "--output", help="the HTML file (default: report.html in the first run's folder, or beside the first study)"
+    )
+    report.add_argument("--plot", metavar="FILE", help="draw the comparisons to this .svg or .png file")
+    report.add_argument(
+        "--markdown", metavar="FILE", help="refresh the tables of this Markdown file, which names its own records"
+    )
     report.set_defaults(command=_report)
 
     env = commands.add_parser("env", help="versions, compiled features, devices: what a bug report needs")
@@ -141,7 +152,7 @@ def _run(options: argparse.Namespace) -> None:
     from ensemw2s import processes
     from ensemw2s.config import load_config
     from ensemw2s.experiment import PHASES, Experiment
-    from ensemw2s.report import results_table
+    from ensemw2s.tables import results_table
 
     quiet_libraries()
     console = _console()
@@ -183,11 +194,26 @@ def _console() -> Console:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from ensemw2s.report import write_report
+    from ensemw2s.markdown_tables import refresh_tables
+    from ensemw2s.report import write_forest_plot, write_report
 
-    output = Path(options.output or Path(options.runs[0]) / "report.html")
-    write_report([Path(run) for run in options.runs], output)
-    print(output)
+    if not options.paths and (options.output or options.plot or not options.markdown):
+        raise ValueError(
+            "report needs a PATH: the folder of a run or the .jsonl file of a study (--markdown alone not)"
+        )
+    if options.plot:
+        write_forest_plot(options.paths, options.plot)
+        print(options.plot)
+    if options.paths and (options.output or not options.plot):
+        output = options.output or _default_page(Path(options.paths[0]))
+        write_report(options.paths, output)
+        print(output)
+    if options.markdown:
+        print(f"{options.markdown}: {refresh_tables(options.markdown)} tables")
+
+
+def _default_page(path: Path) -> Path:
+    return path.with_suffix(".html") if path.suffix == ".jsonl" else path / "report.html"
 
 
 def _env(options: argparse.Namespace) -> None:

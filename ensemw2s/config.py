@@ -123,6 +123,7 @@ class ExperimentConfig:
         threads: CPU threads of each process; None leaves it to torch, or shares the machine's CPUs among several
             processes. Sums are rounded differently with another number.
         output_dir: where run folders are made.
+        task: what a report of several runs pools seeds by; None: the run's name.
     """
 
     name: str
@@ -140,6 +141,7 @@ class ExperimentConfig:
     threads: int | None = None
     output_dir: str = "run"
     store: str | None = None
+    task: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -254,6 +256,8 @@ def build_config(settings: Mapping[str, Any]) -> ExperimentConfig:
         _check_settings(config.lora, LoraConfig, "lora.", [f.name for f in dataclasses.fields(LoraConfig)])
     if not config.name:
         raise ValueError("name must not be empty: it names the run's folder")
+    if config.task == "":
+        raise ValueError("task must not be empty: name what the runs of several seeds share, or leave it out")
     _check_keys(config.data.sizes, SPLITS, "data.sizes.")
     for split in SPLITS:
         size = config.data.sizes.get(split)

@@ -3,11 +3,16 @@
 Measurements are arrays of right (1) and wrong (0), one entry per test question, of shape `[n]`, or
 `[seeds, n]` when the same questions were answered by runs with several seeds. Arms that are compared answered
 the same questions in the same order, which is what makes their differences far less noisy than either accuracy.
+
+Pooled figures take one such array per task, by the task's name. Each is the mean over tasks, which all weigh the same
+[choice], and its interval comes from resampling seeds and questions within each task. **Tasks are fixed, not
+resampled**: the interval is about these tasks and says nothing about others.
 """
 
+import functools
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +20,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES_PER_CHUNK = 1000
+# Draws for as many questions take 2 MB a chunk, and are kept for the next figure on them.
+MOST_CACHED_QUESTIONS = 1000
 
 
 class Estimate(NamedTuple):
@@ -139,9 +146,7 @@ def paired_difference(
     """
     outcomes = _stack({"first": first, "second": second})
     means = _bootstrap_means(outcomes, resamples, seed)
-    low, high = _percentiles(means[:, 0] - means[:, 1], confidence)
-    value = outcomes[0].mean() - outcomes[1].mean()
-    return Interval(float(value), low, high)
+    return _difference(outcomes.mean(axis=(1, 2)), means, confidence)
 
 
 def performance_gap_recovered(
@@ -172,15 +177,82 @@ def performance_gap_recovered(
     """
     outcomes = _stack({"weak": weak, "student": student, "ceiling": ceiling})
     means = _bootstrap_means(outcomes, resamples, seed)
-    gains, gaps = means[:, 1] - means[:, 0], means[:, 2] - means[:, 0]
-    gap_low, gap_high = _percentiles(gaps, confidence)
-    gain, gap = outcomes[1].mean() - outcomes[0].mean(), outcomes[2].mean() - outcomes[0].mean()
-    if gap_low <= 0.0:
-        return PerformanceGapRecovered(None, None, None, False, float(gap), gap_low, gap_high)
-    unbounded = np.where(gains < 0, -np.inf, np.inf)
-    ratios = np.divide(gains, gaps, out=unbounded, where=gaps > 0)
-    low, high = _percentiles(ratios, confidence)
-    return PerformanceGapRecovered(float(gain / gap), low, high, True, float(gap), gap_low, gap_high)
+    return _gap_recovered(outcomes.mean(axis=(1, 2)), means, confidence)
+
+
+def pooled_accuracy(
+    correct: Mapping[str, ArrayLike], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Return the mean over tasks of an arm's accuracy, with its percentile bootstrap interval.
+
+    Args:
+        correct: per task, 0/1 or bool, `[n]` or `[seeds, n]`; tasks may differ in seeds and n.
+        confidence: in (0, 1).
+        resamples: number of bootstrap samples, at least 100.
+        seed: of the bootstrap; same seed, same interval.
+
+    Raises:
+        ValueError: no task, values other than 0 and 1, or an argument outside its range.
+    """
+    values, means = _pooled_means({"correct": correct}, resamples, seed)
+    return Interval(float(values[0]), *_percentiles(means[:, 0], confidence))
+
+
+def pooled_difference(
+    first: Mapping[str, ArrayLike],
+    second: Mapping[str, ArrayLike],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Return the mean over tasks of `accuracy(first) - accuracy(second)`, with its percentile bootstrap interval.
+
+    Within each task this is the bootstrap of `paired_difference`, and with one task it is the same. Where the seeds of
+    a task answered different questions, which the two-way bootstrap takes for the same ones, the interval is wider than
+    it need be.
+
+    Args:
+        first: per task, 0/1 or bool, `[n]` or `[seeds, n]`; tasks may differ in seeds and n.
+        second: the other arm on the same tasks, seeds and questions.
+        confidence: in (0, 1).
+        resamples: number of bootstrap samples, at least 100.
+        seed: of the bootstrap; same seed, same interval.
+
+    Raises:
+        ValueError: no task, different tasks or shapes, values other than 0 and 1, or an argument outside its range.
+    """
+    values, means = _pooled_means({"first": first, "second": second}, resamples, seed)
+    return _difference(values, means, confidence)
+
+
+def pooled_gap_recovered(
+    weak: Mapping[str, ArrayLike],
+    student: Mapping[str, ArrayLike],
+    ceiling: Mapping[str, ArrayLike],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> PerformanceGapRecovered:
+    """Return the student's mean gain over tasks divided by the mean gap, with its bootstrap interval.
+
+    A ratio of means and not a mean of ratios [choice], which one task with a small gap would rule. Undefined as in
+    `performance_gap_recovered`, by the interval of the mean gap.
+
+    Args:
+        weak: per task, the weak baseline's answers, 0/1 or bool, `[n]` or `[seeds, n]`.
+        student: the student's, on the same tasks, seeds and questions.
+        ceiling: those of the student that was taught by the truth.
+        confidence: in (0, 1).
+        resamples: number of bootstrap samples, at least 100.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: no task, different tasks or shapes, values other than 0 and 1, or an argument outside its range.
+    """
+    values, means = _pooled_means({"weak": weak, "student": student, "ceiling": ceiling}, resamples, seed)
+    return _gap_recovered(values, means, confidence)
 
 
 def normalise_answer(text: str) -> str:
@@ -231,23 +303,72 @@ def _most_common(given: Sequence[str]) -> str:
     return max(votes.values(), key=len)[0]
 
 
-def _bootstrap_means(outcomes: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
-    """Return float64 [resamples, arms]: accuracies of `outcomes` [arms, seeds, n], questions and seeds resampled."""
+def _difference(values: NDArray[np.float64], means: NDArray[np.float64], confidence: float) -> Interval:
+    """Return the first arm's value minus the second's, `values` [2], by their bootstrap `means` [resamples, 2]."""
+    return Interval(float(values[0] - values[1]), *_percentiles(means[:, 0] - means[:, 1], confidence))
+
+
+def _gap_recovered(
+    values: NDArray[np.float64], means: NDArray[np.float64], confidence: float
+) -> PerformanceGapRecovered:
+    """Return PGR from the accuracies of weak, student and ceiling, `values` [3], and `means` [resamples, 3]."""
+    gains, gaps = means[:, 1] - means[:, 0], means[:, 2] - means[:, 0]
+    gap_low, gap_high = _percentiles(gaps, confidence)
+    gain, gap = float(values[1] - values[0]), float(values[2] - values[0])
+    if gap_low <= 0.0:
+        return PerformanceGapRecovered(None, None, None, False, gap, gap_low, gap_high)
+    unbounded = np.where(gains < 0, -np.inf, np.inf)
+    ratios = np.divide(gains, gaps, out=unbounded, where=gaps > 0)
+    low, high = _percentiles(ratios, confidence)
+    return PerformanceGapRecovered(gain / gap, low, high, True, gap, gap_low, gap_high)
+
+
+def _pooled_means(
+    arms: Mapping[str, Mapping[str, ArrayLike]], resamples: int, seed: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the mean accuracies over tasks, float64 [arms], and their bootstrap, float64 [resamples, arms]."""
+    first, tasks = next((name, list(by_task)) for name, by_task in arms.items())
+    if not tasks:
+        raise ValueError(f"{first} holds no task: give the answers of at least one")
+    for name, by_task in arms.items():
+        if set(by_task) != set(tasks):
+            raise ValueError(f"arms must have answered the same tasks, got {first} {tasks} and {name} {list(by_task)}")
+    stacks = [_stack({f"{name}[{task!r}]": by_task[task] for name, by_task in arms.items()}) for task in tasks]
+    # Each task has its own draws, so that chance does not move two tasks together.
+    means = [_bootstrap_means(outcomes, resamples, seed, index) for index, outcomes in enumerate(stacks)]
+    return np.mean([outcomes.mean(axis=(1, 2)) for outcomes in stacks], axis=0), np.mean(means, axis=0)
+
+
+def _bootstrap_means(outcomes: NDArray[np.float64], resamples: int, seed: int, task: int = 0) -> NDArray[np.float64]:
+    """Return float64 [resamples, arms]: accuracies of `outcomes` [arms, seeds, n], questions and seeds resampled.
+
+    The draws depend on seeds, n, `seed` and `task` alone: figures on the same questions share them, whichever arms they
+    compare.
+    """
     if resamples < 100:
         raise ValueError(f"resamples must be at least 100, got {resamples}")
     arms, seeds, n = outcomes.shape
-    generator = np.random.default_rng(seed)
-    # Questions with the same outcomes in every arm are interchangeable, so that resampling questions is a multinomial
-    # draw over the few distinct patterns.
-    patterns, repeats = np.unique(outcomes.reshape(arms * seeds, n), axis=1, return_counts=True)
+    draw = _draws if n <= MOST_CACHED_QUESTIONS else _draws.__wrapped__
     means = np.empty((resamples, arms))
-    for start in range(0, resamples, RESAMPLES_PER_CHUNK):
-        chunk = min(RESAMPLES_PER_CHUNK, resamples - start)
-        question_shares = generator.multinomial(n, repeats / n, size=chunk) / n
-        seed_shares = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=chunk) / seeds
-        by_seed = (question_shares @ patterns.T).reshape(chunk, arms, seeds)
-        means[start : start + chunk] = np.einsum("ras,rs->ra", by_seed, seed_shares)
+    for chunk, start in enumerate(range(0, resamples, RESAMPLES_PER_CHUNK)):
+        size = min(RESAMPLES_PER_CHUNK, resamples - start)
+        question_counts, seed_counts = draw(size, seeds, n, (seed, task, chunk))
+        right = (question_counts @ outcomes.reshape(arms * seeds, n).T).reshape(size, arms, seeds)
+        # Sums of whole numbers are exact, so that equal arms differ by 0 and not by a rounding that looks like a win.
+        means[start : start + size] = np.einsum("ras,rs->ra", right, seed_counts) / (n * seeds)
     return means
+
+
+@functools.lru_cache(maxsize=256)
+def _draws(size: int, seeds: int, n: int, entropy: tuple[int, ...]) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    """Return how often each question [size, n] and each seed [size, seeds] is drawn in each of `size` resamples."""
+    generator = np.random.default_rng(entropy)
+    return _counts(generator, size, n), _counts(generator, size, seeds)
+
+
+def _counts(generator: np.random.Generator, size: int, n: int) -> NDArray[np.uint16]:
+    cells = generator.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+    return np.bincount(cells.ravel(), minlength=size * n).reshape(size, n).astype(np.uint16)
 
 
 def _percentiles(samples: NDArray[np.float64], confidence: float) -> tuple[float, float]:

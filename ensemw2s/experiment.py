@@ -35,6 +35,7 @@ from ensemw2s.ensemble import TokenEnsemble
 from ensemw2s.evaluate import accuracy, exact_match, performance_gap_recovered, token_error
 from ensemw2s.files import digest_of_files, read_complete_lines, read_json, write_json, write_json_lines
 from ensemw2s.models import load_model, load_tokenizer
+from ensemw2s.records import POOLED_KINDS, answers_text, questions_digest
 from ensemw2s.report import write_report
 from ensemw2s.scoring import AnswerScores, score_answers, score_mixtures
 from ensemw2s.store import Store
@@ -93,7 +94,7 @@ class Experiment:
                 with measured_with_memory() as spent:
                     records = getattr(self, f"_{phase}")()
                 records.append({"kind": "phase", "phase": phase, **spent})
-                processes.on_main(write_json_lines, self._records_file(phase), records)
+                processes.on_main(write_json_lines, self._records_file(phase), map(self._of_this_run, records))
             processes.on_main(self._collect_results)
         return read_complete_lines(self.folder / RESULTS_FILE)
 
@@ -361,7 +362,7 @@ class Experiment:
     def _arm_records(self, arm: str, splits: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
         for split, outcome in splits.items():
-            shared = {"arm": arm, "split": split, "seed": self.config.seed}
+            shared = {"arm": arm, "split": split}
             wrong, correct = outcome["token_wrong"], outcome["correct"]
             estimates = {"accuracy": accuracy(np.array(correct, dtype=bool)), "token_error": token_error(wrong)}
             if outcome["by_likelihood"]:
@@ -371,7 +372,9 @@ class Experiment:
                     "kind": "arm", **shared, "metric": metric, **estimate._asdict(), "n": len(correct),
                 })  # fmt: skip
             ids = self._questions(TEST_SPLITS[split])["id"]
-            records.append({"kind": "answers", **shared, "correct": correct, "ids": list(ids)})
+            records.append({
+                "kind": "answers", **shared, "correct": answers_text(correct), "questions": questions_digest(ids),
+            })  # fmt: skip
         return records
 
     def _recovered(self, scores: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -382,9 +385,7 @@ class Experiment:
                     np.array(scores[name][split]["correct"], dtype=bool) for name in ("single_expert", arm, CEILING)
                 )
                 gap = performance_gap_recovered(weak, student, ceiling, seed=self.config.seed)
-                records.append({
-                    "kind": "pgr", "arm": arm, "split": split, "seed": self.config.seed, **dataclasses.asdict(gap),
-                })  # fmt: skip
+                records.append({"kind": "pgr", "arm": arm, "split": split, **dataclasses.asdict(gap)})
         return records
 
     def _cost(self, arm: str, inference: Mapping[str, Any]) -> dict[str, Any]:
@@ -435,6 +436,11 @@ class Experiment:
                 raise FileNotFoundError(
                     f"{phase} needs what {earlier} leaves in {self.folder}, which is not there: run {earlier} first"
                 )
+
+    def _of_this_run(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the record with this run's task and seed, where a report of many runs tells runs apart by them."""
+        run = {"task": self.config.task or self.config.name, "seed": self.config.seed}
+        return {**record, **(run if record["kind"] in POOLED_KINDS else {})}
 
     def _collect_results(self) -> None:
         rows = [row for phase in PHASES for row in read_complete_lines(self._records_file(phase))]

@@ -98,6 +98,7 @@ def test_the_quick_section_overrides_and_replaces_sources_whole(tmp_path: Path) 
         # The number 0 would read as "keep all".
         ("weak.keep_layers=0", r"weak\.keep_layers must be str \| None, got 0"),
         ("strong.dtype=flot32", "dtype must be .* got 'flot32'"),
+        ("task=''", "task must not be empty: name what the runs of several seeds share"),
         ("seed=[", r"cannot read the override 'seed=\[': its value is not valid YAML"),
         ("seed", "cannot read the override 'seed': expected key=value"),
     ],

@@ -19,8 +19,9 @@ from ensemw2s.data import tokenize_questions
 from ensemw2s.distillation import read_labels
 from ensemw2s.experiment import PHASES, Experiment, round_line
 from ensemw2s.files import read_json
-from ensemw2s.report import results_table
+from ensemw2s.records import POOLED_KINDS, answers_array, questions_digest
 from ensemw2s.scoring import score_answers
+from ensemw2s.tables import results_table
 from tests.tiny import END, FORMAT, VOCAB, questions, saved_model, tokenizer
 
 
@@ -83,7 +84,15 @@ def test_every_arm_is_measured_on_every_split(finished: Path) -> None:
             r["value"] for r in records_of(finished, "arm")
             if (r["arm"], r["split"], r["metric"]) == (record["arm"], record["split"], "accuracy")
         ]  # fmt: skip
-        assert values == [pytest.approx(np.mean(record["correct"]))]
+        assert values == [pytest.approx(answers_array(record["correct"]).mean())]
+
+
+def test_records_that_are_pooled_say_their_task_and_seed(finished: Path, tmp_path: Path) -> None:
+    for kind in POOLED_KINDS:
+        assert {(r["task"], r["seed"]) for r in records_of(finished, kind)} == {("small", 0)}
+    named = Experiment(build_config(settings(tmp_path, task="copying", seed=3)))
+    assert named._of_this_run({"kind": "cost"}) == {"kind": "cost", "task": "copying", "seed": 3}
+    assert named._of_this_run({"kind": "phase"}) == {"kind": "phase"}
 
 
 def test_the_measured_ensemble_is_the_saved_one(finished: Path) -> None:
@@ -94,8 +103,8 @@ def test_the_measured_ensemble_is_the_saved_one(finished: Path) -> None:
     examples = tokenize_questions(Dataset.from_list(rows), tokenizer(), FORMAT)
     scores = score_answers(ensemble, examples, pad_token_id=END)
     answers = next(r for r in records_of(finished, "answers") if (r["arm"], r["split"]) == ("ensemble", "ood"))
-    assert answers["correct"] == scores.correct.astype(int).tolist()
-    assert answers["ids"] == [row["id"] for row in rows]
+    np.testing.assert_array_equal(answers_array(answers["correct"]), scores.correct)
+    assert answers["questions"] == questions_digest(row["id"] for row in rows)
 
 
 def test_students_saw_their_teachers_answers_and_no_truth(finished: Path) -> None:

@@ -14,7 +14,9 @@ from rich.console import Console
 from ensemw2s import boosting
 from ensemw2s.evaluate import accuracy, paired_difference, performance_gap_recovered
 from ensemw2s.files import write_json, write_json_lines
-from ensemw2s.report import read_records, results_table, rounds_table, write_report
+from ensemw2s.records import POOLED_KINDS, answers_array, answers_text, questions_digest, read_records
+from ensemw2s.report import write_report
+from ensemw2s.tables import results_table, rounds_table
 
 N_QUESTIONS = 100
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
@@ -28,7 +30,7 @@ SKILL = {
 def make_records(seed: int = 0) -> list[dict]:
     """Records as an experiment leaves them: three rounds on simulated experts, arms on simulated questions."""
     generator = np.random.default_rng(seed)
-    return [
+    records = [
         *({"kind": "questions", "split": s, "n": n} for s, n in (("train", 200), ("test_id", 100), ("test_ood", 100))),
         *round_records(generator),
         {"kind": "cost", "arm": "ensemble", "train_seconds": 183.25, "train_tokens": 16200, "train_flops": 3.21e13},
@@ -44,6 +46,12 @@ def make_records(seed: int = 0) -> list[dict]:
         {"kind": "phase", "phase": "student", "seconds": 270.0},
         {"kind": "environment", "versions": {"torch": "2.13.0"}, "backends": {"mixture_sample": "cpp"}},
     ]  # fmt: skip
+    return in_run(records, "demo", 0)
+
+
+def in_run(records: list[dict], task: str, seed: int) -> list[dict]:
+    """The records with their task and seed, where they have them."""
+    return [record | ({"task": task, "seed": seed} if record["kind"] in POOLED_KINDS else {}) for record in records]
 
 
 def round_records(generator: np.random.Generator) -> list[dict]:
@@ -77,30 +85,23 @@ def arm_records(generator: np.random.Generator) -> list[dict]:
             correct = hardness + 0.3 * (generator.random(N_QUESTIONS) - 0.5) < skill[column]
             answers[arm, split] = correct.astype(int)
             records.append(arm_record(arm, split, correct))
-            ids = [f"{split}-{i}" for i in range(N_QUESTIONS)]
-            records.append(
-                {
-                    "kind": "answers",
-                    "arm": arm,
-                    "split": split,
-                    "correct": correct.astype(int).tolist(),
-                    "ids": ids,
-                    "seed": 0,
-                }
-            )
+            questions = questions_digest(f"{split}-{i}" for i in range(N_QUESTIONS))
+            records.append({
+                "kind": "answers", "arm": arm, "split": split, "correct": answers_text(correct), "questions": questions,
+            })  # fmt: skip
             if split == "id":
                 records.append(arm_record(arm, "validation", generator.random(50) < skill[0]))
         for arm in ("student_single", "student_ensemble"):
             recovered = performance_gap_recovered(*(answers[name, split] for name in ("single_expert", arm, "ceiling")))
             fields = {name: getattr(recovered, name) for name in ("value", "low", "high", "defined")}
-            records.append({"kind": "pgr", "arm": arm, "split": split, "seed": 0, **fields})
+            records.append({"kind": "pgr", "arm": arm, "split": split, **fields})
     return records
 
 
 def arm_record(arm: str, split: str, correct: np.ndarray) -> dict:
     value, standard_error = accuracy(correct)
     return {"kind": "arm", "arm": arm, "split": split, "metric": "accuracy", "value": value,
-            "standard_error": standard_error, "n": correct.size, "seed": 0}  # fmt: skip
+            "standard_error": standard_error, "n": correct.size}  # fmt: skip
 
 
 CONFIG = {
@@ -189,15 +190,21 @@ def test_a_folder_without_results_is_named(tmp_path):
         ('{"arm": "ensemble"}', "line 3: expected a JSON object"),
         ('{"kind": "arm", "arm": "x", "split": "id", "metric": "accuracy"}', "lacks value, standard_error, n"),
         ('{"kind": "phase", "phase": "boost", "seconds": NaN}', "line 3: NaN is not a number"),
-        ('{"kind": "answers", "arm": "x", "split": "id", "correct": [1], "ids": []}', "1 outcomes but 0 question ids"),
-        ('{"kind": "cost", "arm": "ceiling"}', "line 3: gives the same figure as line 1"),
+        ('{"kind": "cost", "arm": "ceiling", "task": "demo", "seed": 0}', "line 3: gives the same figure as line 1"),
+        ('{"kind": "cost", "arm": "ceiling"}', "line 3: a record of kind 'cost' lacks task, seed"),
         ("\xff", "line 3: not valid JSON ('utf-8' codec can't decode"),
     ],
 )
 def test_a_corrupt_record_is_named_by_file_and_line(tmp_path, line, message):
     file = tmp_path / "results.jsonl"
     file.write_text(
-        f'{{"kind": "cost", "arm": "ceiling"}}\n{json.dumps(round_records(np.random.default_rng(0))[0])}\n{line}\n',
+        "".join(
+            json.dumps(record) + "\n"
+            for record in in_run(
+                [{"kind": "cost", "arm": "ceiling"}, round_records(np.random.default_rng(0))[0]], "demo", 0
+            )
+        )
+        + f"{line}\n",
         encoding="latin-1",
     )
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
@@ -213,8 +220,10 @@ def test_a_corrupt_record_is_named_by_file_and_line(tmp_path, line, message):
         ("round", "weight_quantiles", {"0.5": 1.0}, "an object of numbers by level (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)"),
         ("round", "validation", {"expert": 0.5}, "null or an object with shares expert and ensemble"),
         ("arm", "value", 45.0, "a number from 0 to 1"), ("arm", "standard_error", None, "a number"),
-        ("arm", "arm", ["ensemble"], "text"), ("answers", "correct", [0, 0.5], "a list of 0 and 1"),
-        ("answers", "ids", None, "a list"), ("cost", "train_flops", True, "a number or null"),
+        ("arm", "arm", ["ensemble"], "text"), ("answers", "correct", "012", 'text of "0" and "1"'),
+        ("answers", "correct", [0, 1], 'text of "0" and "1"'), ("answers", "questions", "xyz", "16 hex digits"),
+        ("answers", "seed", -1, "a whole number, 0 or above"), ("round", "task", 7, "text"),
+        ("cost", "train_flops", True, "a number or null"),
         ("labels", "agreement", 2, "a number from 0 to 1 or null"), ("phase", "seconds", "long", "a number"),
         ("identity", "sum_gap", None, "a number"),
     ],
@@ -241,9 +250,8 @@ def test_a_defined_pgr_has_its_numbers(tmp_path):
         read_records(make_run(tmp_path, change(make_records(), "pgr", low=None)))
 
 
-def test_a_line_separator_inside_an_id_ends_no_line(tmp_path):
-    records = make_records()
-    next(record for record in records if record["kind"] == "answers")["ids"][0] = "a\u2028b\x85c"
+def test_a_line_separator_inside_a_name_ends_no_line(tmp_path):
+    records = in_run(make_records(), "a\u2028b\x85c", 0)
     assert read_records(make_run(tmp_path, records)) == records
 
 
@@ -291,16 +299,17 @@ def test_the_page_shows_what_arms_and_phases_cost(tmp_path):
          "inference_flops": 7.5e12},
         {"kind": "phase", "phase": "boost", "seconds": 250.0, "tokens": 4711, "flops": None, "peak_memory": 2.5e9},
     ]  # fmt: skip
-    text = " ".join(Page(page_of([make_run(tmp_path / "costly", records)], tmp_path)).text.split())
+    run = make_run(tmp_path / "costly", in_run(records, "costly", 0))
+    text = " ".join(Page(page_of([run], tmp_path)).text.split())
     assert "Arm Training, tokens Answers, s Answers, TFLOP Ensemble 16,200 12.5 7.5" in text
     assert "Phase Seconds Tokens Peak memory, GB boost 250 4,711 2.5" in text
 
 
 def test_a_difference_of_nothing_has_no_sign(tmp_path):
-    answers = {"kind": "answers", "split": "id", "correct": [0, 1] * 20, "ids": list(range(40))}
+    answers = {"kind": "answers", "split": "id", "correct": "01" * 20, "questions": questions_digest(range(40))}
     records = [arm_record("ensemble", "id", np.array([0, 1]))]
     records += [answers | {"arm": arm} for arm in ("ensemble", "single_expert")]
-    text = Page(page_of([make_run(tmp_path / "same", records)], tmp_path)).text
+    text = Page(page_of([make_run(tmp_path / "same", in_run(records, "same", 0))], tmp_path)).text
     assert "0.0 (0.0 to 0.0): not decided" in text
     assert not re.search(r"[+−]0\.0\b", text)
 
@@ -359,7 +368,7 @@ def test_the_page_shows_results_configuration_environment_and_the_check(run, tmp
     for expected in ("Ensemble against single weak expert", "PGR OOD", "keep_layers: 0-3", "backends.mixture_sample",
                      "Holds.", "scratch:char-strong", "What these figures show, and what they do not"):  # fmt: skip
         assert expected in text
-    answers = {(r["arm"], r["split"]): r["correct"] for r in make_records() if r["kind"] == "answers"}
+    answers = {(r["arm"], r["split"]): answers_array(r["correct"]) for r in make_records() if r["kind"] == "answers"}
     difference = paired_difference(answers["ensemble", "ood"], answers["single_expert", "ood"])
     assert f"{100 * difference.value:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})" in text
 
@@ -448,9 +457,7 @@ def test_names_and_settings_are_escaped(tmp_path):
 
 def test_arms_that_answered_different_questions_are_not_compared(tmp_path):
     records = [
-        record | {"ids": list(reversed(record["ids"]))}
-        if record.get("arm") == "ensemble" and "ids" in record
-        else record
+        record | ({"questions": "0" * 16} if (record["kind"], record.get("arm")) == ("answers", "ensemble") else {})
         for record in make_records()
     ]
     with pytest.raises(ValueError, match="ensemble and single_expert answered different questions in split 'id'"):
