@@ -16,7 +16,7 @@ import yaml
 from peft import LoraConfig
 
 from ensemw2s.data import SOURCE_KINDS, QuestionFormat
-from ensemw2s.difficulty import DifficultyConfig
+from ensemw2s.difficulty import check_cut
 from ensemw2s.models import check_dtype
 from ensemw2s.student import StudentConfig
 from ensemw2s.trainer import BoostingConfig
@@ -58,6 +58,31 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class DifficultyConfig:
+    """How the questions of one source are split by their difficulty.
+
+    Attributes:
+        easy, hard, tolerance, resolution: see `difficulty.split_by_difficulty`.
+        folds: rate the questions first, by cross-fitting with so many folds (`difficulty.rate_difficulty`), at least 2;
+            None takes their own column `difficulty`.
+    """
+
+    easy: float = 0.5
+    hard: float = 0.5
+    folds: int | None = None
+    tolerance: float = 0.1
+    resolution: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.folds is not None and self.folds < 2:
+            raise ValueError(f"data.difficulty.folds must be at least 2, or null for an own column; got {self.folds}")
+        try:
+            check_cut(self.easy, self.hard, self.tolerance, self.resolution)
+        except ValueError as error:
+            raise ValueError(f"data.difficulty: {error}") from error
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where easy and hard questions come from (`data.load_questions`), how many go where, how they become tokens.
 
@@ -85,7 +110,9 @@ class DataConfig:
         ways = "give either data.questions, to be split by their difficulty, or data.easy and data.hard"
         given = [name for name in ("easy", "hard") if getattr(self, name) is not None]
         if self.questions is not None and given:
-            raise ValueError(f"data.questions and data.{given[0]} are two ways to say where questions come from: {ways}")
+            raise ValueError(
+                f"data.questions and data.{given[0]} are two ways to say where questions come from: {ways}"
+            )
         if self.questions is None and len(given) < 2:
             missing = next(name for name in ("easy", "hard") if name not in given)
             raise ValueError(f"missing key data.{missing}: {ways}")

@@ -112,10 +112,12 @@ class Experiment:
 
     def _rated(self, questions: Dataset, folds: int) -> Dataset:
         """Return `questions` with the difficulty that models trained like the weak baseline find in them."""
+        args = self._single_args()
+        args.output_dir = str(self.folder / "difficulty")
         return rate_difficulty(
             self.config.weak.source,
             questions,
-            dataclasses.replace(self._single_args(), output_dir=str(self.folder / "difficulty")),
+            args,
             folds=folds,
             processing_class=self._weak_tokenizer(),
             peft_config=self.config.peft_config(),
@@ -135,10 +137,10 @@ class Experiment:
             settings = dataclasses.asdict(data.difficulty)
             folds = settings.pop("folds")
             parts = split_by_difficulty(questions, **settings, min_values=folds or 2)
-            easy, hard, records = parts.easy, parts.hard, [{**parts.record(), "folds": folds}]
+            easy, hard, records = parts.easy, parts.hard, [{**parts.record, "folds": folds}]
             self.say(
-                f"difficulty: {parts.easy_share:.0%} are easy, up to {parts.easy_up_to:.4g}; {parts.hard_share:.0%} are "
-                f"hard, from {parts.hard_from:.4g}"
+                "difficulty: {easy_share:.0%} are easy, up to {easy_up_to:.4g}; {hard_share:.0%} are hard, from "
+                "{hard_from:.4g}".format(**parts.record)
             )
         splits = dict(split_questions(easy, {name: sizes[name] for name in SPLITS[:3]}, self.config.seed))
         splits |= split_questions(hard, {name: sizes[name] for name in SPLITS[3:]}, self.config.seed)

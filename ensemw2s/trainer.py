@@ -523,6 +523,7 @@ def describe_model(model: str | os.PathLike[str] | PreTrainedModel) -> str:
 
 
 def digest_questions(questions: Dataset) -> str:
+    """Name questions by a hash of their prompts and answers, in their order."""
     digest = hashlib.blake2b(digest_size=16)
     for row in questions.select_columns(["prompt", "answer"]):
         digest.update(json.dumps([row["prompt"], row["answer"]]).encode())
