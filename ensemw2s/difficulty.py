@@ -233,28 +233,17 @@ def split_by_difficulty(
     questions = check_questions(questions, "questions")
     values = _difficulties(questions)
     levels = np.round(values / resolution) if resolution else values
-    ordered = np.sort(levels)
-    # The sizes of a lower part that ends between two levels.
-    places = np.flatnonzero(np.diff(ordered)) + 1
-    if len(places) + 1 < max(2, min_values):
+    distinct = len(np.unique(levels))
+    if distinct < max(2, min_values):
         raise ValueError(
-            f"the difficulties of {len(values)} questions have {len(places) + 1} distinct values (to within "
-            f"{resolution:g}), expected at least {max(2, min_values)}. {_REMEDY}"
+            f"the difficulties of {len(values)} questions have {distinct} distinct values (to within {resolution:g}), "
+            f"expected at least {max(2, min_values)}. {_REMEDY}"
         )
-    lower = _nearest(places, easy * len(values))
     # One cut where nothing is left between: two roundings could choose two.
-    upper = lower if math.isclose(easy + hard, 1) else _nearest(places, (1 - hard) * len(values))
-    for part, place, wanted in (("easy", lower, easy), ("hard", upper, 1 - hard)):
-        if abs(place / len(values) - wanted) > tolerance + 0.5 / len(values):
-            tied = levels == ordered[min(int(wanted * len(values)), len(values) - 1)]
-            share = place / len(values) if part == "easy" else 1 - place / len(values)
-            raise ValueError(
-                f"the difficulty is degenerate: {tied.mean():.0%} of {len(values)} questions have a difficulty of "
-                f"{np.median(values[tied]):.4g} (to within {resolution:g}), and the {part} part would have to end "
-                f"among them. The nearest cut between two values makes it {share:.0%}, not within {tolerance:.0%} of "
-                f"the wanted share. {_REMEDY}; or set {part}={share:.2f}"
-            )
-    rows = [np.flatnonzero(chosen) for chosen in (levels < ordered[lower], levels >= ordered[upper])]
+    shares = {"easy": easy, "hard": easy if math.isclose(easy + hard, 1) else 1 - hard}
+    sizes = {part: _cut(values, levels, part, share, tolerance, resolution) for part, share in shares.items()}
+    ranks = np.argsort(np.argsort(levels, kind="stable"), kind="stable")
+    rows = [np.flatnonzero(ranks < sizes["easy"]), np.flatnonzero(ranks >= sizes["hard"])]
     parts = {name: questions.select(chosen) for name, chosen in zip(("easy", "hard"), rows, strict=True)}
     check_disjoint(parts)
     return DifficultySplit(**parts, record={
@@ -265,6 +254,25 @@ def split_by_difficulty(
     })  # fmt: skip
 
 
+def _cut(values: np.ndarray, levels: np.ndarray, part: str, below: float, tolerance: float, resolution: float) -> int:
+    """Return how many questions are below the cut that `part` borders on, the share `below` being wanted."""
+    ordered, count = np.sort(levels), len(levels)
+    places = np.flatnonzero(np.diff(ordered)) + 1
+    # Each part gets a question at least.
+    wanted = min(max(below * count, 1), count - 1)
+    size = int(places[np.abs(places - wanted).argmin()])
+    if abs(size - wanted) <= tolerance * count + 0.5:
+        return size
+    tied = levels == ordered[int(wanted)]
+    share = size / count if part == "easy" else 1 - size / count
+    raise ValueError(
+        f"the difficulty is degenerate: {tied.mean():.0%} of {count} questions have a difficulty of "
+        f"{np.median(values[tied]):.4g} (to within {resolution:g}), and the {part} part would have to end among them. "
+        f"The nearest cut between two values makes it {share:.0%}, not within {tolerance:.0%} of the wanted share. "
+        f"{_REMEDY}; or set {part}={share:.2f}"
+    )
+
+
 def check_cut(easy: float, hard: float, tolerance: float, resolution: float) -> None:
     """Raise ValueError, naming it, if a setting of `split_by_difficulty` is outside its range."""
     if not (easy > 0 and hard > 0 and easy + hard <= 1 + 1e-9):
@@ -273,10 +281,6 @@ def check_cut(easy: float, hard: float, tolerance: float, resolution: float) -> 
         raise ValueError(f"tolerance must be a share in [0, 1], got {tolerance}")
     if not 0 <= resolution < math.inf:
         raise ValueError(f"resolution must be at least 0 and finite, got {resolution}")
-
-
-def _nearest(places: np.ndarray, wanted: float) -> int:
-    return int(places[np.abs(places - wanted).argmin()])
 
 
 def _difficulties(questions: Dataset) -> np.ndarray:
