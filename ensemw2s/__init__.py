@@ -17,6 +17,8 @@ _HOME = {
     "TokenEnsemble": "ensemble",
     "StudentConfig": "student",
     "StudentTrainer": "student",
+    "rate_difficulty": "difficulty",
+    "split_by_difficulty": "difficulty",
     "QuestionFormat": "data",
     "load_questions": "data",
     "split_questions": "data",
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from ensemw2s.data import QuestionFormat as QuestionFormat
     from ensemw2s.data import load_questions as load_questions
     from ensemw2s.data import split_questions as split_questions
+    from ensemw2s.difficulty import rate_difficulty as rate_difficulty
+    from ensemw2s.difficulty import split_by_difficulty as split_by_difficulty
     from ensemw2s.ensemble import EnsembleConfig as EnsembleConfig
     from ensemw2s.ensemble import TokenEnsemble as TokenEnsemble
     from ensemw2s.models import load_model as load_model

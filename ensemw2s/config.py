@@ -17,12 +17,12 @@ import yaml
 from peft import LoraConfig
 
 from ensemw2s.data import SOURCE_KINDS, QuestionFormat
+from ensemw2s.difficulty import check_cut
 from ensemw2s.models import check_dtype
 from ensemw2s.recipes import BoostingConfig
 from ensemw2s.student import StudentConfig
 from ensemw2s.training import AnswerTrainingArguments
 
-# Plain types that a setting can be declared with; a declaration with any other type is left to whoever uses it.
 TRUTH = "truth"
 CEILING = "ceiling"
 # Arms that an ensemble cannot be called after.
@@ -34,11 +34,13 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "student_ensemble": {"teacher": "ensemble"},
     "ceiling": {"teacher": "truth"},
 }
+# Plain types that a setting can be declared with; a declaration with any other type is left to whoever uses it.
 _TYPES: dict[str, tuple[type, ...]] = {
     "bool": (bool,), "int": (int,), "float": (int, float), "str": (str,), "None": (type(None),),
     "dict[str, Any]": (dict,), "dict[str, int]": (dict,),
 }  # fmt: skip
 SPLITS = ("train", "validation", "test_id", "unlabelled", "test_ood")
+_SOURCES = ("easy", "hard", "questions")
 
 
 class _Loader(yaml.SafeLoader):
@@ -69,17 +71,66 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class DifficultyConfig:
+    """How the questions of one source are split by their difficulty.
+
+    Attributes:
+        easy, hard, tolerance, resolution: see `difficulty.split_by_difficulty`.
+        folds: rate the questions first, by cross-fitting with so many folds (`difficulty.rate_difficulty`), at least 2;
+            None takes their own column `difficulty`.
+    """
+
+    easy: float = 0.5
+    hard: float = 0.5
+    folds: int | None = None
+    tolerance: float = 0.1
+    resolution: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.folds is not None and self.folds < 2:
+            raise ValueError(f"data.difficulty.folds must be at least 2, or null for an own column; got {self.folds}")
+        try:
+            check_cut(self.easy, self.hard, self.tolerance, self.resolution)
+        except ValueError as error:
+            raise ValueError(f"data.difficulty: {error}") from error
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where easy and hard questions come from (`data.load_questions`), how many go where, how they become tokens.
 
-    `sizes` gives the number of questions of each split: train, validation and test_id are easy, unlabelled and
-    test_ood hard.
+    Attributes:
+        sizes: the number of questions of each split: train, validation and test_id are easy, unlabelled and test_ood
+            hard.
+        easy: the source of easy questions, beside `hard`.
+        hard: the source of hard questions; those that are easy ones too are left out.
+        questions: in place of these two, one source, whose questions are split by `difficulty`.
+        difficulty: how they are split; with `folds`, the weak model rates them first, trained as the weak baseline is.
+        format: how a question becomes tokens.
+
+    Raises:
+        ValueError: not exactly one of the two ways, or `difficulty` without `questions`.
     """
 
-    easy: dict[str, Any]
-    hard: dict[str, Any]
     sizes: dict[str, int]
+    easy: dict[str, Any] | None = None
+    hard: dict[str, Any] | None = None
+    questions: dict[str, Any] | None = None
+    difficulty: DifficultyConfig = field(default_factory=DifficultyConfig)
     format: QuestionFormat = field(default_factory=QuestionFormat)
+
+    def __post_init__(self) -> None:
+        ways = "give either data.questions, to be split by their difficulty, or data.easy and data.hard"
+        given = [name for name in ("easy", "hard") if getattr(self, name) is not None]
+        if self.questions is not None and given:
+            raise ValueError(
+                f"data.questions and data.{given[0]} are two ways to say where questions come from: {ways}"
+            )
+        if self.questions is None and len(given) < 2:
+            missing = next(name for name in ("easy", "hard") if name not in given)
+            raise ValueError(f"missing key data.{missing}: {ways}")
+        if self.questions is None and self.difficulty != DifficultyConfig():
+            raise ValueError(f"data.difficulty splits data.questions, which is not given: {ways}")
 
 
 @dataclass(frozen=True)
@@ -332,7 +383,7 @@ def merge_settings(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> d
     merged = dict(settings)
     for key, value in changes.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        other_source = both and key in ("easy", "hard") and _source_kind(value) not in (None, _source_kind(merged[key]))
+        other_source = both and key in _SOURCES and _source_kind(value) not in (None, _source_kind(merged[key]))
         merged[key] = merge_settings(merged[key], value) if both and not other_source else value
     return merged
 
@@ -366,7 +417,7 @@ def _build(kind: type, settings: Any, prefix: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     _check_settings(settings, kind, prefix, list(fields))
     nested = {"weak": ModelConfig, "strong": ModelConfig, "data": DataConfig, "labelling": LabellingConfig,
-              "format": QuestionFormat}  # fmt: skip
+              "format": QuestionFormat, "difficulty": DifficultyConfig}  # fmt: skip
     missing = [
         name
         for name, f in fields.items()

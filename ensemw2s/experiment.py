@@ -30,6 +30,7 @@ from ensemw2s.data import (
     split_questions,
     tokenize_questions,
 )
+from ensemw2s.difficulty import rate_difficulty, split_by_difficulty
 from ensemw2s.distillation import check_same_tokenizer, read_labels
 from ensemw2s.ensemble import TokenEnsemble
 from ensemw2s.evaluate import accuracy, exact_match, performance_gap_recovered, token_error
@@ -102,19 +103,52 @@ class Experiment:
 
     def _data(self) -> list[dict[str, Any]]:
         self._check_tokenizers()
-        return processes.on_main(self._write_questions)
+        data, questions = self.config.data, None
+        if data.questions is not None:
+            questions = processes.on_main(load_questions, data.questions)
+            if data.difficulty.folds is not None:
+                questions = self._rated(questions, data.difficulty.folds)
+        return processes.on_main(self._write_questions, questions)
 
-    def _write_questions(self) -> list[dict[str, Any]]:
+    def _rated(self, questions: Dataset, folds: int) -> Dataset:
+        """Return `questions` with the difficulty that models trained like the weak baseline find in them."""
+        args = self.config.ensemble_config("single_expert", self.folder)
+        args.output_dir = str(self.folder / "difficulty")
+        return rate_difficulty(
+            self.config.weak.source,
+            questions,
+            args,
+            folds=folds,
+            processing_class=self._weak_tokenizer(),
+            peft_config=self.config.peft_config(),
+            question_format=self.config.data.format,
+            model_init_kwargs=self.config.weak.init_kwargs,
+        )
+
+    def _write_questions(self, questions: Dataset | None) -> list[dict[str, Any]]:
+        """Write the splits of two sources, or of the one source's `questions`."""
         data, sizes = self.config.data, self.config.data.sizes
-        easy = load_questions(data.easy)
-        hard = exclude_questions(load_questions(data.hard), [easy])
+        records = []
+        if questions is None:
+            assert data.easy is not None and data.hard is not None
+            easy = load_questions(data.easy)
+            hard = exclude_questions(load_questions(data.hard), [easy])
+        else:
+            settings = dataclasses.asdict(data.difficulty)
+            folds = settings.pop("folds")
+            parts = split_by_difficulty(questions, **settings, min_values=folds or 2)
+            easy, hard, records = parts.easy, parts.hard, [{**parts.record, "folds": folds}]
+            self.say(
+                "difficulty: {easy_share:.0%} are easy, up to {easy_up_to:.4g}; {hard_share:.0%} are hard, from "
+                "{hard_from:.4g}".format(**parts.record)
+            )
         splits = dict(split_questions(easy, {name: sizes[name] for name in SPLITS[:3]}, self.config.seed))
         splits |= split_questions(hard, {name: sizes[name] for name in SPLITS[3:]}, self.config.seed)
         check_disjoint(splits)
         for name, questions in splits.items():
             write_json_lines(self._data_file(name), list(questions))
         self.say("questions: " + ", ".join(f"{name} {len(splits[name])}" for name in SPLITS))
-        return [{"kind": "questions", "split": name, "n": len(splits[name])} for name in SPLITS]
+        return records + [{"kind": "questions", "split": name, "n": len(splits[name])} for name in SPLITS]
 
     def _boost(self) -> list[dict[str, Any]]:
         records = []

@@ -4,8 +4,9 @@ The work is counted from the questions themselves, batch by batch. The machine i
 model is loaded, trained for a few steps, saved, and answers one batch, at the experiment's own shapes and with the code
 that the experiment runs. Time is then the counted FLOPs at the measured rates, and memory the peak that was seen.
 
-Three things cannot be known: which questions share a training batch (an order is drawn), how long pseudo-answers will
-be (as long as the true ones, in the estimate) and whether boosting stops early (it does not).
+Four things cannot be known: which questions share a training batch (an order is drawn), how long pseudo-answers will
+be (as long as the true ones, in the estimate), whether boosting stops early (it does not), and which questions a rating
+by `data.difficulty.folds` will find easy (any, in the estimate).
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from peft import get_peft_model
 from ensemw2s.choices import batches_of_choices, score_choice_mixtures, tokenize_choices
 from ensemw2s.config import ExperimentConfig, ModelConfig
 from ensemw2s.cost import Meter, ModelFlops, Work, measured, metered, model_flops, peak_memory
-from ensemw2s.data import LengthBucketSampler, PromptCollator, answer_lengths, tokenize_prompts
+from ensemw2s.data import LengthBucketSampler, PromptCollator, answer_lengths, tokenize_prompts, tokenize_questions
 from ensemw2s.decoding import MixtureDecoder, Sampling
+from ensemw2s.difficulty import assign_folds
 from ensemw2s.ensemble import TokenEnsemble
 from ensemw2s.experiment import TEST_SPLITS, Experiment
 from ensemw2s.models import load_model, load_tokenizer
@@ -89,15 +91,26 @@ def plan(config: ExperimentConfig) -> list[PhaseEstimate]:
         ValueError: questions or settings that the experiment itself would refuse.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # The data phase is cheap: it is run.
-        trial = Experiment(dataclasses.replace(config, name="trial", output_dir=folder))
+        # The data phase is cheap, but for a rating: it is run.
+        trial = _Trial(dataclasses.replace(config, name="trial", output_dir=folder))
         with peak_memory() as peak, measured() as spent:
             trial.run(("data",))
-        size = _size(trial.folder / "data")
-        return [
-            PhaseEstimate("data", 0, 0, spent["seconds"], peak[0], size),
-            *_Planner(config, trial).phases(),
-        ]
+        data = PhaseEstimate("data", 0, 0, spent["seconds"], peak[0], _size(trial.folder / "data"))
+        return list(_Planner(config, trial).phases(data))
+
+
+class _Trial(Experiment):
+    """Loads and splits the questions of an experiment without training models to rate them."""
+
+    # The questions that would be rated, and their folds; None if none would.
+    rated: tuple[Dataset, np.ndarray] | None = None
+
+    def _rated(self, questions: Dataset, folds: int) -> Dataset:
+        self.rated = questions, assign_folds(questions, folds, self.config.seed)
+        # Any: which questions are easy is not known.
+        ranks = np.random.default_rng(self.config.seed).permutation(len(questions)) / len(questions)
+        had = [name for name in ("difficulty",) if name in questions.column_names]
+        return questions.remove_columns(had).add_column("difficulty", ranks)
 
 
 def plan_table(estimates: Sequence[PhaseEstimate]) -> Table:
@@ -280,7 +293,7 @@ class _Side:
 class _Planner:
     """Measures this machine with one experiment's models and questions."""
 
-    def __init__(self, config: ExperimentConfig, trial: Experiment) -> None:
+    def __init__(self, config: ExperimentConfig, trial: _Trial) -> None:
         self.config, self.trial = config, trial
         self.format = config.data.format
         self.with_choices = "choices" in trial._questions("unlabelled").column_names
@@ -292,18 +305,38 @@ class _Planner:
         self.weak = self._measure(config.weak, "train", config.ensemble_config("single_expert", trial.folder))
         self.strong = self._measure(config.strong, "unlabelled", config.student_config(trial.folder / "students"))
 
-    def phases(self) -> Iterator[PhaseEstimate]:
-        """Yield the estimates of all phases behind `data`."""
+    def phases(self, data: PhaseEstimate) -> Iterator[PhaseEstimate]:
+        """Yield the estimates of all phases; `data` is what that phase took here, without a rating."""
         rounds = self._args("ensemble").num_rounds
         plain = self._scoring(self.config.weak, 1, self.weak)
         strong = self._scoring(self.config.strong, 1, self.strong)
         mixed = self._scoring(self.config.weak, rounds, self.weak)
+        yield self._data(data, plain)
         yield self._boost(plain, mixed)
         yield self._label()
         yield self._student()
         yield self._evaluate(plain, strong, mixed)
 
     # Phases
+
+    def _data(self, data: PhaseEstimate, plain: _Speed) -> PhaseEstimate:
+        """Return what the data phase took here, with an estimate of the rating if there is to be one."""
+        if self.trial.rated is None:
+            return data
+        questions, fold = self.trial.rated
+        weak, args = self.weak, self._args("single_expert")
+        examples = tokenize_questions(questions, self.weak_tokenizer, self.format)
+        lengths, answers = np.array([len(ids) for ids in examples["input_ids"]]), answer_lengths(examples)
+        task, seconds = _Task(), data.seconds + self.load_tokenizer
+        for number in range(fold.max() + 1):
+            others, asked = fold != number, fold == number
+            training = _Task.of(training_work(lengths[others], answers[others], args), weak.trains)
+            scoring = scoring_work(lengths[asked], answers[asked], args.per_device_eval_batch_size)
+            score = _Task.of(scoring, weak.infers)
+            task = task + training + score
+            seconds += weak.load + weak.training.seconds(training) + plain.seconds(score)
+        memory = max(data.peak_memory, weak.training.memory, plain.memory)
+        return dataclasses.replace(data, tokens=task.tokens, flops=task.flops, seconds=seconds, peak_memory=memory)
 
     def _boost(self, plain: _Speed, mixed: _Speed) -> PhaseEstimate:
         weak = self.weak

@@ -71,7 +71,7 @@ class StudyConfig:
     def _experiment(self, task: str, seed: int) -> ExperimentConfig:
         settings = merge_settings(self.settings, self.tasks[task])
         folder = str(Path(str(settings.get("output_dir", "run"))) / self.name)
-        own = {"name": f"{task}-{seed}", "seed": seed, "output_dir": folder,
+        own = {"name": f"{task}-{seed}", "task": task, "seed": seed, "output_dir": folder,
                "store": settings.get("store") or str(Path(folder) / "store")}  # fmt: skip
         for source in ("easy", "hard"):
             sources = settings.get("data", {})
@@ -137,7 +137,7 @@ class Study:
         waiting = self.missing()
         self.say(f"{self.config.name}: {len(self.cells) - len(waiting)} of {len(self.cells)} cells are in {self.file}")
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet) as pool:
+        with _without_bars(), ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet) as pool:
             running: dict[Any, Cell] = {}
             while waiting or running:
                 while waiting and len(running) < jobs and time.monotonic() < end:
@@ -230,16 +230,28 @@ def _kept(cell: Cell, records: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     return rows
 
 
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Let processes that are started here show no progress bars: they would overwrite each other's."""
+    before = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = before
+
+
 def _quiet() -> None:
-    """Keep a worker's progress bars and library messages away from the others'."""
     from ensemw2s.cli import quiet_libraries
 
-    os.environ["TQDM_DISABLE"] = "1"
     quiet_libraries()
 
 
 def _run_cell(cell: Cell) -> list[dict[str, Any]]:
     from ensemw2s.experiment import PHASES, Experiment
 
-    with contextlib.redirect_stdout(None):
-        return Experiment(cell.config).run(PHASES)
+    # A study has a report of its own.
+    return Experiment(cell.config).run(tuple(phase for phase in PHASES if phase != "report"))

@@ -424,7 +424,7 @@ class BoostingTrainer:
             else:
                 # Those of the base, where the expert is an adapter, decide what the expert's own cost file says.
                 source = digest_of_files(sorted(model.glob("*.safetensors")))
-            base = _describe(self._model_of(1)) if self._adapters else None
+            base = describe_model(self._model_of(1)) if self._adapters else None
             return {"scores_of": source, "base": [base, self.model_init_kwargs], "examples": _digest_examples(examples)}
 
         obtain(self.store, target, key, make)
@@ -508,7 +508,7 @@ class BoostingTrainer:
     def _claim_folder(self) -> None:
         """Refuse a folder in which another configuration has worked, naming what differs."""
         file = self.folder / "boosting_config.json"
-        mine = json.loads(json.dumps(self._fingerprint(), default=_plain))
+        mine = json.loads(json.dumps(self._fingerprint(), default=plain))
         if file.exists() and not self.args.overwrite:
             theirs = read_json(file)
             differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
@@ -536,11 +536,11 @@ class BoostingTrainer:
         args = {name: value for name, value in self.args.to_dict().items() if name not in _PRESENTATION | {"overwrite"}}
         return {
             **args,
-            "model": [_describe(model) for model in self.models],
+            "model": [describe_model(model) for model in self.models],
             "model_init_kwargs": self.model_init_kwargs,
             "peft_config": None if self.peft_config is None else self.peft_config.to_dict(),
             "question_format": asdict(self.question_format),
-            "train_dataset": _digest(self.train_questions),
+            "train_dataset": digest_questions(self.train_questions),
         }
 
     # Models
@@ -650,7 +650,7 @@ def _digest_examples(examples: Dataset) -> str:
     return digest(np.asarray(row[name]) for row in examples for name in ("input_ids", "prompt_length"))
 
 
-def _describe(model: str | os.PathLike[str] | PreTrainedModel) -> str:
+def describe_model(model: str | os.PathLike[str] | PreTrainedModel) -> str:
     """Name a model: a source by itself, a model by a hash of its weights."""
     if not isinstance(model, PreTrainedModel):
         return str(model)
@@ -661,13 +661,14 @@ def _describe(model: str | os.PathLike[str] | PreTrainedModel) -> str:
     return f"{type(model).__name__}:{digest.hexdigest()}"
 
 
-def _digest(questions: Dataset) -> str:
+def digest_questions(questions: Dataset) -> str:
+    """Name questions by a hash of their prompts and answers, in their order."""
     digest = hashlib.blake2b(digest_size=16)
     for row in questions.select_columns(["prompt", "answer"]):
         digest.update(json.dumps([row["prompt"], row["answer"]]).encode())
     return digest.hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Turn what JSON does not know (sets, enums, paths) into what it does."""
     return sorted(value) if isinstance(value, set | frozenset) else str(value)

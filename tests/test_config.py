@@ -136,8 +136,8 @@ def test_soft_students_get_the_cache_that_they_read(tmp_path: Path) -> None:
 
 def test_missing_keys_and_broken_files_are_named(tmp_path: Path) -> None:
     values = settings(tmp_path)
-    del values["data"]["hard"]
-    with pytest.raises(ValueError, match=r"missing key data\.hard"):
+    del values["data"]["sizes"]
+    with pytest.raises(ValueError, match=r"missing key data\.sizes"):
         build_config(values)
     with pytest.raises(ValueError, match=r"data\.sizes\.train must be .* got None"):
         build_config(settings(tmp_path) | {"data": settings(tmp_path)["data"] | {"sizes": {}}})
@@ -148,6 +148,49 @@ def test_missing_keys_and_broken_files_are_named(tmp_path: Path) -> None:
         load_config(write(tmp_path, [1]))
     with pytest.raises(FileNotFoundError, match=r"gone\.yaml does not exist"):
         load_config(tmp_path / "gone.yaml")
+
+
+ONE = "data.questions={characters: reverse, size: 200, min_length: 2, max_length: 5}"
+NONE_OF_TWO = ["data.easy=null", "data.hard=null"]
+
+
+def test_one_source_may_take_the_place_of_two(tmp_path: Path) -> None:
+    path = write(tmp_path, settings(tmp_path))
+    config = load_config(path, [ONE, *NONE_OF_TWO, "data.difficulty.folds=4", "data.difficulty.easy=0.3"])
+    assert config.data.questions == {"characters": "reverse", "size": 200, "min_length": 2, "max_length": 5}
+    assert (config.data.difficulty.easy, config.data.difficulty.hard, config.data.difficulty.folds) == (0.3, 0.5, 4)
+    # What a run keeps of its configuration is read again, and another source replaces the first whole.
+    kept = write(tmp_path, json.loads(json.dumps(config.results_key())) | {"name": "kept"}, "kept.json")
+    assert load_config(kept).data == config.data
+    assert load_config(kept, ["data.questions={file: a.jsonl}"]).data.questions == {"file": "a.jsonl"}
+    assert load_config(kept, ["data.questions.size=300"]).data.questions["size"] == 300
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([ONE], r"data\.questions and data\.easy are two ways .*: give either data\.questions, .* or data\.easy and"),
+        ([ONE, "data.easy=null"], r"data\.questions and data\.hard are two ways"),
+        (["data.hard=null"], r"missing key data\.hard: give either data\.questions"),
+        (NONE_OF_TWO, r"missing key data\.easy: give either data\.questions"),
+        (["data.difficulty.folds=5"], r"data\.difficulty splits data\.questions, which is not given"),
+        (
+            [ONE, *NONE_OF_TWO, "data.difficulty.folds=1"],
+            r"data\.difficulty\.folds must be at least 2, or null .* got 1",
+        ),
+        (
+            [ONE, *NONE_OF_TWO, "data.difficulty.easy=0.7"],
+            r"data\.difficulty: easy and hard must be shares .* easy=0\.7",
+        ),
+        ([ONE, *NONE_OF_TWO, "data.difficulty.tolerance=2"], r"data\.difficulty: tolerance must be a share"),
+        ([ONE, *NONE_OF_TWO, "data.difficulty.fold=2"], r"unknown key data\.difficulty\.fold: did you mean .*\.folds"),
+        ([ONE, *NONE_OF_TWO, "data.difficulty.folds=all"], r"data\.difficulty\.folds must be int \| None, got 'all'"),
+        ([*NONE_OF_TWO, "data.questions=5"], r"data\.questions must be dict.* got 5"),
+    ],
+)
+def test_questions_come_from_one_source_or_from_two(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(write(tmp_path, settings(tmp_path)), overrides)
 
 
 def test_where_results_are_kept_does_not_decide_them(tmp_path: Path) -> None:

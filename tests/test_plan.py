@@ -16,7 +16,7 @@ from ensemw2s.experiment import Experiment
 from ensemw2s.plan import PhaseEstimate, decoding_work, plan, plan_table, training_work
 from ensemw2s.training import AnswerTrainingArguments
 from tests.test_experiment import settings
-from tests.tiny import random_word
+from tests.tiny import questions, random_word
 
 
 def with_choices(folder: Path, **changes: Any) -> ExperimentConfig:
@@ -73,6 +73,23 @@ def test_decoded_answers_are_estimated_by_the_true_ones(tmp_path: Path) -> None:
     assert estimates["boost"].tokens == taken["boost"]["tokens"]
     assert estimates["label"].tokens == pytest.approx(taken["label"]["tokens"], rel=0.35)
     assert estimates["label"].flops == pytest.approx(taken["label"]["flops"], rel=0.35)
+
+
+def test_a_rating_is_estimated_without_being_made(tmp_path: Path) -> None:
+    values = settings(tmp_path, boosting={"num_rounds": 1, "num_train_epochs": 2, "disable_tqdm": True})
+    del values["data"]["easy"], values["data"]["hard"]
+    questions(130).to_json(tmp_path / "all.jsonl")
+    values["data"] |= {"questions": {"file": str(tmp_path / "all.jsonl")}, "difficulty": {"folds": 3}}
+    config = build_config(values)
+    trained = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("ensemw2s.difficulty.fine_tune", lambda *args, **options: trained.append(args))
+        estimate = plan(config)[0]
+    assert estimate.phase == "data" and not trained
+    taken = Experiment(config).run(("data",))[-1]
+    assert estimate.tokens == taken["tokens"]
+    assert estimate.flops == pytest.approx(taken["flops"], rel=0.05)
+    assert estimate.peak_memory == pytest.approx(taken["peak_memory"], rel=0.25)
 
 
 @pytest.mark.parametrize(

@@ -298,7 +298,8 @@ def test_the_same_errors_give_the_same_weights(pair: Path) -> None:
     weights, units = read_array(folder / "rounds/1/weights.npy"), read_array(folder / "units.npy")
     for number in (1, 2):
         record = read_json(folder / f"rounds/{number}/attempt-1/record.json")
-        wrong = boosting.unit_losses(read_array(folder / f"rounds/{number}/attempt-1/training_scores/token_wrong.npy"), units)
+        scores = folder / f"rounds/{number}/attempt-1/training_scores"
+        wrong = boosting.unit_losses(read_array(scores / "token_wrong.npy"), units)
         error, _ = boosting.clamp_error(boosting.weighted_error(weights, wrong), weights.size)
         assert record["error"] == error
         assert record["expert_weight"] == boosting.expert_weight(error, record["prior_error"])

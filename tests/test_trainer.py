@@ -121,9 +121,8 @@ def test_the_closing_identity_holds_in_the_run_s_own_files(model: Path, tmp_path
     assert gaps and max(gaps) <= 1e-12
     if shrinkage == 1.0:
         record = runner.records[0]
-        wrong = boosting.unit_losses(
-            read_array(tmp_path / "rounds/1/attempt-1/training_scores/token_wrong.npy"), read_array(tmp_path / "units.npy")
-        )
+        scores = tmp_path / "rounds/1/attempt-1/training_scores"
+        wrong = boosting.unit_losses(read_array(scores / "token_wrong.npy"), read_array(tmp_path / "units.npy"))
         after = boosting.weighted_error(read_array(tmp_path / "rounds/2/weights.npy"), wrong)
         assert after == pytest.approx(record["prior_error"], abs=1e-12)
 
