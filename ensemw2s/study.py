@@ -137,7 +137,7 @@ class Study:
         waiting = self.missing()
         self.say(f"{self.config.name}: {len(self.cells) - len(waiting)} of {len(self.cells)} cells are in {self.file}")
         context = multiprocessing.get_context("spawn")
-        with _without_bars(), ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet) as pool:
+        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet) as pool:
             running: dict[Any, Cell] = {}
             while waiting or running:
                 while waiting and len(running) < jobs and time.monotonic() < end:
@@ -230,20 +230,6 @@ def _kept(cell: Cell, records: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     return rows
 
 
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """Let processes that are started here show no progress bars: they would overwrite each other's."""
-    before = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = before
-
-
 def _quiet() -> None:
     from ensemw2s.cli import quiet_libraries
 
@@ -253,5 +239,9 @@ def _quiet() -> None:
 def _run_cell(cell: Cell) -> list[dict[str, Any]]:
     from ensemw2s.experiment import PHASES, Experiment
 
-    # A study has a report of its own.
-    return Experiment(cell.config).run(tuple(phase for phase in PHASES if phase != "report"))
+    folder = cell.config.folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.log").open("w") as log, contextlib.redirect_stderr(log):
+        experiment = Experiment(cell.config, overwrite=True, say=lambda line: print(line, file=log))
+        # A study has a report of its own.
+        return experiment.run(tuple(phase for phase in PHASES if phase != "report"))
