@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import optimize, stats
 from sklearn.datasets import make_classification
 from sklearn.ensemble import AdaBoostClassifier
 from sklearn.tree import DecisionTreeClassifier
@@ -471,6 +471,133 @@ def test_equals_scikit_learns_adaboost(num_classes, prior, learning_rate):
     np.testing.assert_array_equal(votes.argmax(axis=1), reference.predict(inputs))
 
 
+# Soft errors, caps, draws of different units, fitted mixtures
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.integers(1, 5), seeds)
+def test_a_unit_s_soft_loss_is_the_largest_of_its_tokens(lengths, window, seed):
+    units = boosting.unit_index(lengths, "window", window)
+    token_losses = np.random.default_rng(seed).random(units.size).astype(np.float32)
+    expected = [token_losses[units == unit].max() for unit in range(units.max() + 1)]
+    losses = boosting.unit_losses(token_losses, units)
+    assert losses.dtype == np.float32
+    assert losses.tolist() == expected
+
+
+@given(seeds, sizes, st.floats(0.01, 8), st.floats(0.05, 1))
+def test_soft_losses_of_0_and_1_are_hard_errors_and_others_follow_the_formula(seed, size, alpha, shrinkage):
+    generator = np.random.default_rng(seed)
+    weights, wrong = random_weights(generator, size), generator.random(size) < 0.4
+    hard = boosting.weighted_error(weights, wrong)
+    assert boosting.weighted_error(weights, wrong.astype(np.float64)) == pytest.approx(hard, abs=1e-15)
+    soft = generator.random(size)
+    assert boosting.weighted_error(weights, soft) == pytest.approx(math.fsum(weights * soft), abs=1e-14)
+    grown = weights * np.exp(shrinkage * alpha * soft)
+    updated = boosting.update_weights(weights, soft, alpha, shrinkage)
+    np.testing.assert_allclose(updated, grown / math.fsum(grown), rtol=1e-12)
+    if weights[wrong].any():
+        np.testing.assert_allclose(
+            boosting.update_weights(weights, wrong.astype(np.float64), alpha, shrinkage),
+            boosting.update_weights(weights, wrong, alpha, shrinkage),
+            rtol=1e-12,
+        )
+
+
+@given(seeds, sizes, st.floats(1.0, 20.0))
+def test_capped_weights_are_the_nearest_below_the_limit(seed, size, cap):
+    generator = np.random.default_rng(seed)
+    weights = np.exp(4 * generator.standard_normal(size))
+    weights /= math.fsum(weights)
+    capped = boosting.cap_weights(weights, cap)
+    assert abs(math.fsum(capped) - 1) < 1e-12
+    limit = cap / size
+    assert capped.max() <= limit * (1 + 1e-9)
+    # The conditions of the optimum of KL(capped || weights): one factor for all that are below the limit, and those at
+    # the limit would exceed it with that factor.
+    below = capped < limit * (1 - 1e-9)
+    if below.any():
+        factors = capped[below] / weights[below]
+        np.testing.assert_allclose(factors, factors[0], rtol=1e-9)
+        assert (weights[~below] * factors[0] >= limit * (1 - 1e-6)).all()
+    unchanged = np.full(size, 1 / size)
+    np.testing.assert_allclose(boosting.cap_weights(unchanged, 1.0), unchanged, rtol=1e-12)
+
+
+def test_capping_across_blocks_and_in_place(monkeypatch):
+    weights = random_weights(np.random.default_rng(5), 500)
+    whole = boosting.cap_weights(weights, 3.0)
+    monkeypatch.setattr(boosting, "BLOCK", 64)
+    np.testing.assert_allclose(boosting.cap_weights(weights, 3.0), whole, rtol=1e-12)
+    assert boosting.cap_weights(weights, 3.0, out=weights) is weights
+    np.testing.assert_allclose(weights, whole, rtol=1e-12)
+
+
+@given(seeds, sizes, st.floats(0, 1))
+def test_different_units_are_drawn_and_none_without_weight(seed, size, share):
+    generator = np.random.default_rng(seed)
+    weights = random_weights(generator, size)
+    count = int(share * np.count_nonzero(weights))
+    units = boosting.draw_without_replacement(weights, count, generator)
+    assert len(set(units.tolist())) == count == units.size
+    assert (np.diff(units) > 0).all()
+    assert (weights[units] > 0).all()
+
+
+def test_units_are_drawn_one_after_the_other_by_weight():
+    # Chances of each pair: w_i w_j / (1 - w_i) + w_j w_i / (1 - w_j).
+    weights = np.array([0.5, 0.3, 0.15, 0.05])
+    generator = np.random.default_rng(11)
+    counts = dict.fromkeys([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], 0)
+    for _ in range(6000):
+        counts[tuple(boosting.draw_without_replacement(weights, 2, generator).tolist())] += 1
+    expected = [6000 * weights[i] * weights[j] * (1 / (1 - weights[i]) + 1 / (1 - weights[j])) for i, j in counts]
+    assert stats.chisquare(list(counts.values()), expected).pvalue > 1e-3
+
+
+def test_other_ways_into_the_loss():
+    generator = np.random.default_rng(3)
+    weights = random_weights(generator, 101)
+    np.testing.assert_array_equal(boosting.loss_weights(weights, sampling="all"), np.ones(101))
+    drawn = boosting.loss_weights(
+        weights, sampling="without_replacement", draw_fraction=0.3, uniform_mix=0.5, generator=generator
+    )
+    assert drawn.sum() == 30
+    assert set(drawn) == {0.0, 1.0}
+    # The weights have their say: a unit with most of the mixed weight is nearly always there.
+    heavy = np.full(100, 0.1 / 99)
+    heavy[7] = 0.9
+    hits = [
+        boosting.loss_weights(heavy, sampling="without_replacement", draw_fraction=0.05, generator=generator)[7]
+        for _ in range(50)
+    ]
+    assert np.mean(hits) > 0.9
+
+
+@given(seeds, st.integers(1, 6), st.integers(1, 200))
+@settings(max_examples=40, deadline=None)
+def test_fitted_mixture_weights_are_scipys_optimum(seed, experts, tokens):
+    log_probs = np.log(np.random.default_rng(seed).random((experts, tokens)))
+    fitted = boosting.fit_mixture_weights(log_probs)
+    assert (fitted >= 0).all()
+    assert math.fsum(fitted) == pytest.approx(1, abs=1e-12)
+    probs = np.exp(log_probs)
+    # The conditions of the optimum of a concave function on the simplex.
+    gradient = (probs / (fitted @ probs)).mean(axis=1)
+    assert gradient.max() <= 1 + 1e-6
+    reference = optimize.minimize(
+        lambda w: -np.log(w @ probs).mean(), np.full(experts, 1 / experts), method="SLSQP",
+        bounds=[(0, 1)] * experts, constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
+    )  # fmt: skip
+    assert np.log(fitted @ probs).mean() >= -reference.fun - 1e-6
+
+
+def test_an_expert_that_is_best_everywhere_gets_all_the_weight():
+    log_probs = np.log([[0.9, 0.8, 0.7], [0.2, 0.1, 0.3]])
+    np.testing.assert_allclose(boosting.fit_mixture_weights(log_probs), [1, 0], atol=1e-6)
+    # Very small probabilities do not become 0 / 0.
+    assert boosting.fit_mixture_weights([[-900.0, -1.0], [-1000.0, -1.0]])[0] > 0.99
+
+
 # Bad input
 
 HALVES = [0.5, 0.5]
@@ -486,7 +613,7 @@ GENERATOR = np.random.default_rng(0)
         (lambda: boosting.unit_index([3], "token", 2), 'window=2 only applies to unit="window"'),
         (lambda: boosting.unit_index([3, 0]), r"answer_lengths\[1\] is 0"),
         (lambda: boosting.unit_index([]), "answer_lengths must be a non-empty vector"),
-        (lambda: boosting.unit_losses([True], [0, 0]), r"token_wrong must have shape \(2,\)"),
+        (lambda: boosting.unit_losses([True], [0, 0]), r"token_losses must have shape \(2,\)"),
         (lambda: boosting.unit_losses([True, False], [0, 2]), "units must rise from 0"),
         (lambda: boosting.initial_weights(0), "num_units must be at least 1, got 0"),
         (lambda: boosting.mix_uniform(HALVES, 1.0), r"uniform_mix must be in \[0, 1\), got 1.0"),
@@ -497,7 +624,7 @@ GENERATOR = np.random.default_rng(0)
         (lambda: boosting.effective_sample_size([0.5, 0.6]), "must sum to 1 within 1e-09, but the sum is 1.1"),
         (lambda: boosting.effective_sample_size([math.inf, 0]), "the sum is inf"),
         (lambda: boosting.effective_sample_size([[1.0]]), r"non-empty vector, got shape \(1, 1\)"),
-        (lambda: boosting.weighted_error(HALVES, [True]), r"wrong must have shape \(2,\).* got \(1,\)"),
+        (lambda: boosting.weighted_error(HALVES, [True]), r"losses must have shape \(2,\).* got \(1,\)"),
         (lambda: boosting.clamp_error(math.nan, 5), r"error must be in \[0, 1\], got nan"),
         (lambda: boosting.clamp_error(1.1, 5), "error must be in"),
         (lambda: boosting.prior_error("guess"), 'prior must be "pretrained", "uniform" or a number in'),
@@ -516,9 +643,23 @@ GENERATOR = np.random.default_rng(0)
         (lambda: boosting.update_weights(HALVES, [False, False], 900.0), "leaves no weight on any unit"),
         (lambda: boosting.draw_counts(HALVES, -1, GENERATOR), "at least 0, got -1"),
         (lambda: boosting.draw_counts(HALVES, 1, GENERATOR, "sobol"), "choose one of 'independent', 'systematic'"),
-        (lambda: boosting.loss_weights(HALVES, sampling="boost"), "choose one of 'draw', 'reweight', 'bagging'"),
+        (lambda: boosting.loss_weights(HALVES, sampling="all", draw_fraction=0.0), r"draw_fraction must be in"),
         (lambda: boosting.loss_weights(HALVES, sampling="draw"), "sampling='draw' needs a generator"),
         (lambda: boosting.loss_weights(HALVES, sampling="reweight", deduplicate=True), "only applies to draws"),
+        (lambda: boosting.loss_weights(HALVES, sampling="all", deduplicate=True), "only applies to draws"),
+        (lambda: boosting.loss_weights(HALVES, sampling="all", draw_fraction=0.0), r"draw_fraction must be in \(0, 1\]"),
+        (lambda: boosting.unit_losses([1.5], [0]), r"token_losses must be in \[0, 1\] and not NaN"),
+        (lambda: boosting.weighted_error(HALVES, [0.5, math.nan]), r"losses must be in \[0, 1\] and not NaN"),
+        (lambda: boosting.update_weights(HALVES, [-0.1, 1.0], 1.0), "losses must be in"),
+        (lambda: boosting.cap_weights(HALVES, 0.9), "cap must be at least 1 .* got 0.9"),
+        (lambda: boosting.cap_weights(HALVES, math.nan), "cap must be at least 1"),
+        (lambda: boosting.cap_weights([0.0, 1.0, 0.0], 2.0), "cap=2.0 is too low: only 1 of 3 units"),
+        (lambda: boosting.draw_without_replacement([0.5, 0.5, 0.0], 3, GENERATOR), "from 0 to 2"),
+        (lambda: boosting.draw_without_replacement(HALVES, -1, GENERATOR), "size must be from 0 to 2"),
+        (lambda: boosting.fit_mixture_weights([0.0, -1.0]), r"shape \[experts, tokens\]"),
+        (lambda: boosting.fit_mixture_weights([[0.1]]), "at most 0 and not NaN"),
+        (lambda: boosting.fit_mixture_weights([[math.nan]]), "at most 0 and not NaN"),
+        (lambda: boosting.fit_mixture_weights([[-1.0, -math.inf]]), "no expert gives token 1 any probability"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_words(call, message):
@@ -530,8 +671,8 @@ def test_bad_input_is_refused_in_words(call, message):
     ("call", "message"),
     [
         (lambda: boosting.unit_index([1.5]), "answer_lengths must hold integers"),
-        (lambda: boosting.weighted_error(HALVES, [0, 1]), "wrong must be boolean"),
-        (lambda: boosting.unit_losses([1.0], [0]), "token_wrong must be boolean"),
+        (lambda: boosting.weighted_error(HALVES, [0, 1]), "losses must be boolean .* or floats"),
+        (lambda: boosting.unit_losses([1], [0]), "token_losses must be boolean .* or floats"),
     ],
 )
 def test_wrong_types_are_refused_in_words(call, message):
