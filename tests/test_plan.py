@@ -76,7 +76,7 @@ def test_decoded_answers_are_estimated_by_the_true_ones(tmp_path: Path) -> None:
 
 
 def test_a_rating_is_estimated_without_being_made(tmp_path: Path) -> None:
-    values = settings(tmp_path, boosting={"num_rounds": 1, "num_train_epochs": 2, "disable_tqdm": True})
+    values = settings(tmp_path)
     del values["data"]["easy"], values["data"]["hard"]
     questions(130).to_json(tmp_path / "all.jsonl")
     values["data"] |= {"questions": {"file": str(tmp_path / "all.jsonl")}, "difficulty": {"folds": 3}}
