@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtr, ndtri
+from scipy.special import ndtr
 
 from ensemw2s.evaluate import accuracy
 from ensemw2s.records import answers_text, questions_digest
@@ -56,7 +56,12 @@ def study_records(
                     records += answer_records(answers, digest, task=task, seed=s, arm=arm, split=split)
         for s in range(seeds):
             records += [cost_record(arm, task=task, seed=s) for arm in skill]
-    study = {"kind": "study", "name": "small_pair", "primary_split": "ood", "comparisons": [list(p) for p in COMPARISONS]}
+    study = {
+        "kind": "study",
+        "name": "small_pair",
+        "primary_split": "ood",
+        "comparisons": [list(p) for p in COMPARISONS],
+    }
     return [*records, study]
 
 
@@ -70,7 +75,7 @@ def answer_records(answers: np.ndarray, digest: str, **place: Any) -> list[dict[
 
 
 def cost_record(arm: str, **place: Any) -> dict[str, Any]:
-    """Return what an arm cost: 1 TFLOP and 10 s with seed 0, a tenth more with each seed; ensembles three times that."""
+    """Return what an arm cost: 1 TFLOP and 10 s with seed 0, a tenth more with each seed; ensembles thrice that."""
     size = (1 + 0.1 * place["seed"]) * (3 if "ensemble" in arm else 1)
     return {
         "kind": "cost", **place, "arm": arm, "train_seconds": 10 * size, "train_tokens": 1000 * size,
