@@ -23,7 +23,7 @@ from typing import Any
 from ensemw2s.files import new_file
 from ensemw2s.records import read_records
 from ensemw2s.summary import Pool, pool_runs
-from ensemw2s.summary_tables import TABLES, extent
+from ensemw2s.summary_tables import NOTES, TABLES, extent
 from ensemw2s.tables import Rows
 
 _START = re.compile(r"\s*<!--(.*\brecords\s*:.*)-->\s*$")
@@ -109,7 +109,7 @@ def _table(marker: str, folder: Path, pools: dict[tuple[Path, ...], Pool]) -> li
     if paths not in pools:
         pools[paths] = pool_runs(record for path in paths for record in read_records(path))
     pool = pools[paths]
-    note = f"{extent(pool)}; in brackets 95% intervals that resample seeds and questions within each task."
+    note = f"{extent(pool)}. {NOTES[name]}"
     return ["", *markdown_table(TABLES[name](pool, **options)), "", " ".join((note, *pool.remarks)), ""]
 
 

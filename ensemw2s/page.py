@@ -126,7 +126,8 @@ figcaption, .note {{ color:var(--muted); font-size:.85rem; margin:.4rem 0 0; max
 table {{ border-collapse:collapse; width:100%; font-size:.88rem; font-variant-numeric:tabular-nums; }}
 th, td {{ padding:.35rem .5rem; text-align:right; white-space:nowrap; vertical-align:top;
 border-bottom:1px solid var(--rule); }}
-th:first-child {{ text-align:left; padding-left:0; }} tbody th {{ font-weight:500; }}
+th:first-child {{ text-align:left; padding-left:0; }}
+tbody th {{ font-weight:500; white-space:normal; min-width:8rem; }}
 thead th {{ white-space:normal; color:var(--muted); font-weight:600; vertical-align:bottom;
 border-bottom:2px solid var(--rule); }}
 pre {{ background:var(--band); padding:.75rem 1rem; border-radius:6px; font-size:.82rem; white-space:pre-wrap; }}

@@ -37,7 +37,17 @@ from ensemw2s.records import (
     run_keys,
 )
 from ensemw2s.summary import Pair, Pool, difference, measured_comparisons, pool_runs, reference_arm
-from ensemw2s.summary_tables import ablation, accuracies, by_task, comparison_name, cost, differences, extent, pgr
+from ensemw2s.summary_tables import (
+    NOTES,
+    ablation,
+    accuracies,
+    by_task,
+    comparison_name,
+    cost,
+    differences,
+    extent,
+    pgr,
+)
 from ensemw2s.tables import (
     MINUS,
     arm_cost_rows,
@@ -181,16 +191,10 @@ def _comparisons_section(pool: Pool) -> str:
     rows = differences(pool)
     if not rows[1]:
         return ""
-    note = (
-        "Differences in the share of right answers, in percentage points: means over tasks, with 95% paired bootstrap "
-        "intervals over seeds and questions within each task. “Not decided” means that the interval includes 0. "
-        "Intervals are not corrected for looking at several comparisons."
-    )
     title = "Declared comparisons" if pool.declared else "Comparisons"
-    caption = (
-        "The same differences: pooled over tasks (large), and each task by itself (small). Whiskers: 95% intervals."
-    )
-    return f"<h3>{title}</h3>{html_table(rows, note)}{figure(forest_figure(forest_rows(pool)), caption)}"
+    caption = "The same differences: pooled over tasks (large), each task by itself (small). Whiskers: 95% intervals."
+    table = html_table(rows, NOTES["differences"])
+    return f"<h3>{title}</h3>{table}{figure(forest_figure(forest_rows(pool)), caption)}"
 
 
 def forest_rows(pool: Pool) -> list[ForestRow]:
@@ -214,42 +218,26 @@ def _remarks(pool: Pool) -> str:
 
 
 def _accuracies_section(pool: Pool) -> str:
-    return (
-        "<h3>Accuracy of every arm</h3>"
-        + html_table(
-            accuracies(pool),
-            "Right answers: means over tasks, with 95% bootstrap intervals over seeds and questions within each task. "
-            "Empty where some task did not measure the arm.",
-        )
-        + "<h3>Accuracy by task</h3>"
-        + html_table(by_task(pool), "Means over seeds.")
-    )
+    overall = html_table(accuracies(pool), NOTES["accuracies"])
+    each = html_table(by_task(pool), "Means over seeds.")
+    return f"<h3>Accuracy of every arm</h3>{overall}<h3>Accuracy by task</h3>{each}"
 
 
 def _ablation_section(pool: Pool) -> str:
-    if pool.comparisons[0][0] not in pool.arms:
+    if not pool.comparisons or pool.comparisons[0][0] not in pool.arms:
         return ""
     reference = lower_first(arm_name(reference_arm(pool)))
-    note = f"As the comparisons above, over the tasks that measured both arms. “Worse” is worse than the {reference}."
-    return f"<h3>Every arm minus the {html.escape(reference)}</h3>{html_table(ablation(pool), note)}"
+    table = html_table(ablation(pool), NOTES["ablation"])
+    return f"<h3>Every arm minus the {html.escape(reference)}</h3>{table}"
 
 
 def _pgr_section(pool: Pool) -> str:
     rows = pgr(pool)
-    note = (
-        "Mean gain over tasks divided by the mean gap from the single weak expert to the ceiling, with 95% intervals; "
-        "undefined where the gap itself is not shown to be above 0."
-    )
-    return f"<h3>Performance gap recovered</h3>{html_table(rows, note)}" if rows[1] else ""
+    return f"<h3>Performance gap recovered</h3>{html_table(rows, NOTES['pgr'])}" if rows[1] else ""
 
 
 def _pooled_cost_section(pool: Pool) -> str:
-    note = (
-        "Per run: means over tasks of the means over seeds. Costs are those of training an arm itself: an ensemble's "
-        "are the sum over its experts, a student's leave out its teacher's. Extra TFLOP per point: training FLOPs "
-        "beyond the single weak expert's, per point gained over it; undefined unless the gain's interval is above 0."
-    )
-    return f"<h3>Cost</h3>{html_table(cost(pool), note)}" if pool.costs else ""
+    return f"<h3>Cost</h3>{html_table(cost(pool), NOTES['cost'])}" if pool.costs else ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------

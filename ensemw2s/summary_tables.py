@@ -133,6 +133,30 @@ TABLES: dict[str, Callable[..., Rows]] = {
     "pgr": pgr,
     "cost": cost,
 }
+_INTERVALS = "in brackets 95% intervals that resample seeds and questions within each task"
+# What a reader of each table has to know.
+NOTES = {
+    "accuracies": f"Right answers: means over tasks, {_INTERVALS}. Empty where some task did not measure the arm.",
+    "by_task": f"Right answers: means over seeds, and {_INTERVALS} where one split is shown.",
+    "differences": (
+        f"Differences in the share of right answers, in percentage points: means over tasks, {_INTERVALS}. “Not "
+        "decided” means that the interval includes 0. Intervals are not corrected for looking at several comparisons."
+    ),
+    "differences_by_task": f"Differences in the share of right answers, in percentage points; {_INTERVALS}.",
+    "ablation": (
+        "Differences to the reference in the share of right answers, in percentage points: means over the tasks that "
+        f"measured both arms, {_INTERVALS}. “Worse” is worse than the reference."
+    ),
+    "pgr": (
+        "Mean gain over tasks divided by the mean gap from the single weak expert to the ceiling, "
+        f"{_INTERVALS}; undefined where the gap itself is not shown to be above 0."
+    ),
+    "cost": (
+        "Per run: means over tasks of the means over seeds. Costs are those of training an arm itself: an ensemble's "
+        "are the sum over its experts, a student's leave out its teacher's. Extra TFLOP per point: training FLOPs "
+        "beyond the single weak expert's, per point gained over it; undefined unless the gain's interval is above 0."
+    ),
+}
 
 
 def comparison_name(pair: Pair) -> str:

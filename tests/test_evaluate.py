@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ensemw2s import evaluate
+from tests.many_runs import simulate as simulate_runs
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -190,6 +191,129 @@ def test_same_seed_same_interval():
     assert first != other
 
 
+# Pooled over tasks
+
+
+def several_tasks(seed):
+    """Weak, student and ceiling on tasks of different seeds and numbers of questions: per arm {task: [seeds, n]}."""
+    generator = np.random.default_rng(seed)
+    shapes = {"short": (2, 30), "long": (5, 90), "alone": (1, 60)}
+    arms = {task: simulate_runs(generator, (0.3, 0.45, 0.8), *shape, spread=0.3) for task, shape in shapes.items()}
+    return [{task: by_arm[i] for task, by_arm in arms.items()} for i in range(3)]
+
+
+def slow_pooled(arms, resamples, seed):
+    """Mean accuracies over tasks [resamples, arms], each task resampled by itself."""
+    by_task = [
+        slow_bootstrap(np.stack([arm[task] for arm in arms]), resamples, [seed, index])
+        for index, task in enumerate(arms[0])
+    ]
+    return np.mean(by_task, axis=0)
+
+
+def test_pooled_figures_equal_a_slow_bootstrap_within_tasks():
+    weak, student, ceiling = several_tasks(20)
+    means = slow_pooled((weak, student, ceiling), 20_000, 21)
+
+    def ends(samples):
+        return pytest.approx(np.quantile(samples, [0.025, 0.975]), abs=0.007)
+
+    difference = evaluate.pooled_difference(student, weak, resamples=20_000)
+    assert difference.value == pytest.approx(np.mean([student[task].mean() - weak[task].mean() for task in weak]))
+    assert (difference.low, difference.high) == ends(means[:, 1] - means[:, 0])
+    accuracy = evaluate.pooled_accuracy(ceiling, resamples=20_000)
+    assert accuracy.value == pytest.approx(np.mean([answers.mean() for answers in ceiling.values()]))
+    assert (accuracy.low, accuracy.high) == ends(means[:, 2])
+    recovered = evaluate.pooled_gap_recovered(weak, student, ceiling, resamples=20_000)
+    gain, gap = (np.mean([more[task].mean() - weak[task].mean() for task in weak]) for more in (student, ceiling))
+    assert recovered.value == pytest.approx(gain / gap)
+    assert (recovered.gap_low, recovered.gap_high) == ends(means[:, 2] - means[:, 0])
+    ratios = (means[:, 1] - means[:, 0]) / (means[:, 2] - means[:, 0])
+    assert (recovered.low, recovered.high) == pytest.approx(np.quantile(ratios, [0.025, 0.975]), abs=0.015)
+
+
+def test_one_task_is_no_pool():
+    weak, student, ceiling = ({"only": arm["long"]} for arm in several_tasks(22))
+    plain = [arm["only"] for arm in (weak, student, ceiling)]
+    assert evaluate.pooled_difference(student, weak) == evaluate.paired_difference(plain[1], plain[0])
+    assert evaluate.pooled_gap_recovered(weak, student, ceiling) == evaluate.performance_gap_recovered(*plain)
+
+
+def test_seeds_are_resampled():
+    # Every seed is right on all questions or on none: the spread is one between seeds alone.
+    half = {"task": np.repeat([[1], [1], [0], [0]], 30, axis=1)}
+    assert evaluate.pooled_accuracy(half) == (0.5, 0.0, 1.0)
+    assert evaluate.pooled_difference(half, {"task": np.zeros((4, 30))}) == (0.5, 0.0, 1.0)
+
+
+def test_tasks_are_fixed():
+    right, wrong = np.ones((2, 20)), np.zeros((2, 20))
+    won_and_lost = evaluate.pooled_difference({"a": right, "b": wrong}, {"a": wrong, "b": right})
+    assert won_and_lost == (0.0, 0.0, 0.0), "resampled tasks would give an interval from -1 to 1"
+
+
+def test_tasks_are_resampled_apart():
+    weak, student, _ = (arm["long"] for arm in several_tasks(23))
+    one = evaluate.pooled_difference({"a": student}, {"a": weak})
+    four = evaluate.pooled_difference(dict.fromkeys("abcd", student), dict.fromkeys("abcd", weak))
+    assert four.value == pytest.approx(one.value)
+    assert four.high - four.low == pytest.approx((one.high - one.low) / 2, rel=0.05)
+
+
+def test_tasks_weigh_the_same_whatever_their_size():
+    answers = {"short": np.ones(10), "long": np.zeros((5, 400))}
+    assert evaluate.pooled_accuracy(answers).value == 0.5
+
+
+def test_figures_on_the_same_questions_share_their_draws(monkeypatch):
+    weak, student, ceiling = several_tasks(24)
+    forth, back = evaluate.pooled_difference(student, weak), evaluate.pooled_difference(weak, student)
+    assert forth == (-back.value, -back.high, -back.low)
+    recovered = evaluate.pooled_gap_recovered(weak, student, ceiling)
+    assert evaluate.pooled_difference(ceiling, weak) == (recovered.gap, recovered.gap_low, recovered.gap_high)
+    monkeypatch.setattr(evaluate, "MOST_CACHED_QUESTIONS", 0)
+    assert evaluate.pooled_difference(student, weak) == forth, "draws that are not kept are the same"
+
+
+def test_equal_resamples_differ_by_exactly_nothing():
+    generator = np.random.default_rng(25)
+    second = generator.random((3, 47)) < 0.4
+    first = second.copy()
+    first[:, np.flatnonzero(~second.any(axis=0))[0]] = True
+    difference = evaluate.paired_difference(first, second)
+    # That question is in no resample of more than a third of them.
+    assert difference.value == pytest.approx(1 / 47)
+    assert difference.low == 0.0
+
+
+@pytest.mark.parametrize(("seeds_by_task", "fresh_questions"), [((4, 5, 6), False), ((5, 5, 5), True)])
+def test_pooled_intervals_cover_the_truth_about_as_often_as_they_say(seeds_by_task, fresh_questions):
+    generator = np.random.default_rng(26)
+    skills, covered, trials = ((0.3, 0.45), (0.5, 0.6), (0.7, 0.75)), 0, 400
+    truth = np.mean([second - first for first, second in skills])
+    for trial in range(trials):
+        first, second = {}, {}
+        for task, (skill, seeds) in enumerate(zip(skills, seeds_by_task, strict=True)):
+            # So wide a spread between seeds that intervals which ignore it cover the truth in 54% of the trials.
+            if fresh_questions:
+                runs = [simulate_runs(generator, skill, 1, 40, spread=0.4) for _ in range(seeds)]
+                first[task], second[task] = np.concatenate(runs, axis=1)
+            else:
+                first[task], second[task] = simulate_runs(generator, skill, seeds, 40, spread=0.4)
+        difference = evaluate.pooled_difference(second, first, resamples=400, seed=trial)
+        covered += difference.low <= truth <= difference.high
+    # 95% within 3 binomial standard errors, and a little less: five seeds understate the spread between seeds by 11%.
+    assert 0.9 < covered / trials < 0.985
+
+
+def test_a_pooled_gap_that_may_be_nothing_leaves_the_ratio_undefined():
+    generator = np.random.default_rng(27)
+    weak, ceiling = ({task: generator.random((2, 40)) < skill for task in "ab"} for skill in (0.5, 0.52))
+    recovered = evaluate.pooled_gap_recovered(weak, weak, ceiling)
+    assert recovered.gap_low <= 0
+    assert (recovered.defined, recovered.value, recovered.low, recovered.high) == (False, None, None, None)
+
+
 # Answers as text
 
 
@@ -228,6 +352,18 @@ def test_majority_vote_unites_spellings_and_breaks_ties_by_the_earliest():
         (lambda: evaluate.paired_difference([1, 0], [1, 0], resamples=10), "resamples must be at least 100, got 10"),
         (lambda: evaluate.paired_difference([1, 0], [1, 0], confidence=95), r"confidence must be in \(0, 1\), got 95"),
         (lambda: evaluate.performance_gap_recovered([1, 0], [1, 2], [1, 1]), "student must hold 0"),
+        (lambda: evaluate.pooled_accuracy({}), "correct holds no task: give the answers of at least one"),
+        (lambda: evaluate.pooled_accuracy({"a": [0, 2]}), r"correct\['a'\] must hold 0"),
+        (
+            lambda: evaluate.pooled_difference({"a": [0]}, {"b": [0]}),
+            r"same tasks, got first \['a'\] and second \['b'\]",
+        ),
+        (
+            lambda: evaluate.pooled_difference({"a": [0, 1]}, {"a": [0]}),
+            r"same questions.*first\['a'\] \(2,\), second\['a'\] \(1,\)",
+        ),
+        (lambda: evaluate.pooled_accuracy({"a": [0, 1]}, resamples=-1), "resamples must be at least 100, got -1"),
+        (lambda: evaluate.pooled_accuracy({"a": [0, 1]}, confidence=1), r"confidence must be in \(0, 1\), got 1"),
         (lambda: evaluate.exact_match(["a"], []), "1 answers but 0 references"),
         (lambda: evaluate.majority_vote([]), "one list per expert"),
         (lambda: evaluate.majority_vote([["a"], ["a", "b"]]), r"got lengths \[1, 2\]"),
