@@ -74,8 +74,8 @@ def records_of(run: Path, kind: str) -> list[dict[str, Any]]:
 def test_every_arm_is_measured_on_every_split(finished: Path) -> None:
     arms = {(r["arm"], r["split"], r["metric"]) for r in records_of(finished, "arm")}
     names = [
-        "zero_shot_weak", "zero_shot_strong", "single_expert", "expert_1", "expert_2", "uniform_average", "ensemble",
-        "student_single", "student_ensemble", "ceiling",
+        "zero_shot_weak", "zero_shot_strong", "single_expert", "expert_1", "expert_2", "best_expert", "majority_vote",
+        "uniform_average", "ensemble", "student_single", "student_ensemble", "ceiling",
     ]  # fmt: skip
     splits = ("validation", "id", "ood")
     assert arms == {(a, s, m) for a in names for s in splits for m in ("accuracy", "token_error")}
@@ -93,6 +93,107 @@ def test_records_that_are_pooled_say_their_task_and_seed(finished: Path, tmp_pat
     named = Experiment(build_config(settings(tmp_path, task="copying", seed=3)))
     assert named._of_this_run({"kind": "cost"}) == {"kind": "cost", "task": "copying", "seed": 3}
     assert named._of_this_run({"kind": "phase"}) == {"kind": "phase"}
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with more ensembles, an expert of equal cost, and students of other teachers."""
+    folder = tmp_path_factory.mktemp("compared")
+    changes = {
+        "ensembles": {
+            "deep_ensemble": {"recipe": "deep_ensemble"}, "paper": {"recipe": "paper"},
+            "product": {"combine": "logprob"}, "mixed": {"uniform_mix": 0.5},
+        },
+        "equal_cost": True,
+        "students": {
+            "student_deep": {"teacher": "deep_ensemble"},
+            "student_confidence": {"teacher": "single_expert", "variant": "confidence"},
+            "ceiling": {"teacher": "truth"},
+        },
+    }  # fmt: skip
+    Experiment(build_config(settings(folder, **changes))).run()
+    return folder / "run" / "small"
+
+
+def outcomes(run: Path, split: str = "ood") -> dict[str, str]:
+    return {r["arm"]: r["correct"] for r in records_of(run, "answers") if r["split"] == split}
+
+
+def test_all_arms_of_a_comparison_are_measured_on_the_same_questions(compared: Path) -> None:
+    names = {
+        "zero_shot_weak", "zero_shot_strong", "single_expert", "expert_1", "expert_2", "best_expert", "majority_vote",
+        "uniform_average", "ensemble", "deep_ensemble", "paper", "product", "mixed", "equal_cost", "student_deep",
+        "student_confidence", "ceiling",
+    }  # fmt: skip
+    answers = records_of(compared, "answers")
+    assert {record["arm"] for record in answers} == names
+    for split in ("validation", "id", "ood"):
+        assert len({record["questions"] for record in answers if record["split"] == split}) == 1
+    assert {record["arm"] for record in records_of(compared, "cost")} == names
+    assert {record["teacher"] for record in records_of(compared, "labels")} == {"deep_ensemble", "single_expert"}
+    assert {record["arm"] for record in records_of(compared, "pgr")} == {
+        "student_deep", "student_confidence", "ceiling",
+    }  # fmt: skip
+
+
+def test_an_expert_that_arms_share_is_trained_once(compared: Path) -> None:
+    experts = {
+        arm: [(compared / path).resolve() / "adapter_model.safetensors" for path in record["experts"]]
+        for record in records_of(compared, "mixture")
+        for arm in [record["ensemble"]]
+    }
+    first = experts["ensemble"][0]
+    # Uniform weights and the same seed: the single expert, that of the deep ensemble, and the first of a re-weighting.
+    for arm in ("single_expert", "deep_ensemble", "product", "mixed"):
+        assert experts[arm][0].samefile(first), arm
+    # What a draw leaves out makes another expert, and so do other weights.
+    assert not experts["paper"][0].samefile(first)
+    assert not experts["deep_ensemble"][1].samefile(experts["ensemble"][1])
+    assert experts["product"][1].samefile(experts["ensemble"][1])
+    assert outcomes(compared)["single_expert"] == outcomes(compared)["expert_1"]
+
+
+def test_one_expert_of_equal_cost_sees_as_many_tokens_as_all_of_the_ensemble(compared: Path) -> None:
+    tokens = {record["arm"]: record.get("train_tokens") for record in records_of(compared, "cost")}
+    assert tokens["ensemble"] == 2 * tokens["single_expert"]
+    assert tokens["equal_cost"] == tokens["ensemble"] == tokens["majority_vote"] == tokens["uniform_average"]
+    assert tokens["student_deep"] > 0
+    assert tokens["zero_shot_weak"] is None
+
+
+def test_mixtures_of_all_arms_are_those_of_their_saved_ensembles(compared: Path) -> None:
+    from datasets import Dataset
+
+    rows = [json.loads(line) for line in (compared / "data" / "test_ood.jsonl").read_text().splitlines()]
+    examples = tokenize_questions(Dataset.from_list(rows), tokenizer(), FORMAT)
+    for arm, correct in outcomes(compared).items():
+        folder = compared / ("ensemble" if arm == "ensemble" else f"ensembles/{arm}/ensemble")
+        if folder.exists():
+            scores = score_answers(TokenEnsemble.from_pretrained(folder), examples, pad_token_id=END)
+            assert correct == "".join(str(int(right)) for right in scores.correct), arm
+    ensemble = TokenEnsemble.from_pretrained(compared / "ensemble").reweighted([1.0, 1.0])
+    ensemble.config.combine = "vote"
+    votes = score_answers(ensemble, examples, pad_token_id=END)
+    assert outcomes(compared)["majority_vote"] == "".join(str(int(right)) for right in votes.correct)
+
+
+def test_the_best_expert_is_chosen_on_validation_questions(compared: Path) -> None:
+    (chosen,) = records_of(compared, "best_expert")
+    validation = outcomes(compared, "validation")
+    assert validation[chosen["arm"]].count("1") == max(validation[f"expert_{t}"].count("1") for t in (1, 2))
+    assert outcomes(compared)["best_expert"] == outcomes(compared)[chosen["arm"]]
+
+
+def test_an_ensemble_with_a_recipe_of_its_own_takes_over_only_how_models_are_trained(tmp_path: Path) -> None:
+    values = settings(tmp_path, ensembles={"paper": {"recipe": "paper"}, "hard": {"errors": "hard"}})
+    values["boosting"] = values["boosting"] | {"shrinkage": 0.4, "combine": "logprob", "num_rounds": 3}
+    config = build_config(values)
+    paper, hard = config.ensemble_config("paper", tmp_path), config.ensemble_config("hard", tmp_path)
+    assert (paper.shrinkage, paper.combine, paper.num_rounds) == (1.0, "prob", 3)
+    assert paper.num_train_epochs == values["boosting"]["num_train_epochs"]
+    assert (hard.shrinkage, hard.combine, hard.errors) == (0.4, "logprob", "hard")
+    single = config.ensemble_config("single_expert", tmp_path)
+    assert (single.sampling, single.num_rounds) == ("all", 1)
 
 
 def test_the_measured_ensemble_is_the_saved_one(finished: Path) -> None:
@@ -201,7 +302,7 @@ def of_soft_students(folder: Path, finished: Path, **student: Any) -> Path:
     plain = settings(folder)
     config = build_config(plain | {"student": plain["student"] | {"variant": "soft", **student}})
     experiment = Experiment(config)
-    for name in ("data", "single_expert", "ensemble"):
+    for name in ("data", "ensembles", "ensemble"):
         shutil.copytree(finished / name, experiment.folder / name)
     (experiment.folder / "records").mkdir()
     for name in ("data", "boost"):
@@ -247,6 +348,39 @@ def test_soft_students_of_another_tokenizer_are_refused_at_once(tmp_path: Path) 
 
 
 # Bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ensembles": {"ensemble": {}}}, r"ensembles\.ensemble: the name of an arm"),
+        ({"ensembles": {"expert_3": {}}}, r"ensembles\.expert_3: the name of an arm"),
+        ({"ensembles": {"My arm": {}}}, "made of a-z, 0-9 and _"),
+        ({"ensembles": {"deep": None}}, r"ensembles\.deep must be a mapping"),
+        ({"ensembles": {"deep": {"recipy": "paper"}}}, r"unknown key ensembles\.deep\.recipy: did you mean"),
+        ({"ensembles": {"deep": {"shrinkage": 2.0}}}, "shrinkage must be in"),
+        (
+            {"students": {"pupil": {"teacher": "bagging"}}},
+            r"students\.pupil\.teacher must be one of single_expert, ensem",
+        ),
+        ({"students": {"pupil": {"teacher": "truth"}}}, "taught by truth is called ceiling"),
+        ({"students": {"ceiling": {"teacher": "ensemble"}}}, "taught by truth is called ceiling"),
+        ({"students": {"pupil": {"teacher": "equal_cost"}}}, "must be one of single_expert, ensemble, truth"),
+        ({"students": {"pupil": {"teacher": "ensemble", "variant": "hard"}}}, "variant must be one of"),
+    ],
+)
+def test_bad_arms_are_refused_in_words(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_config(settings(tmp_path, **changes))
+
+
+def test_a_soft_student_of_voters_is_refused(tmp_path: Path) -> None:
+    values = settings(tmp_path, ensembles={"voters": {"combine": "vote"}})
+    students = {"pupil": {"teacher": "voters", "variant": "soft"}}
+    with pytest.raises(
+        ValueError, match=r"students\.pupil: variant=soft needs a teacher with a distribution, and voters"
+    ):
+        build_config(values | {"students": students})
 
 
 def test_a_folder_of_another_configuration_names_what_differs(finished: Path) -> None:
