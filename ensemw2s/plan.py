@@ -109,8 +109,8 @@ class _Trial(Experiment):
         self.rated = questions, assign_folds(questions, folds, self.config.seed)
         # Any: which questions are easy is not known.
         ranks = np.random.default_rng(self.config.seed).permutation(len(questions)) / len(questions)
-        had = [name for name in ("difficulty",) if name in questions.column_names]
-        return questions.remove_columns(had).add_column("difficulty", ranks)
+        kept = [name for name in questions.column_names if name != "difficulty"]
+        return questions.select_columns(kept).add_column("difficulty", ranks)
 
 
 def plan_table(estimates: Sequence[PhaseEstimate]) -> Table:
