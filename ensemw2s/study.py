@@ -22,7 +22,8 @@ from typing import Any
 from ensemw2s.config import ExperimentConfig, build_config, merge_settings, read_settings
 from ensemw2s.files import read_complete_lines, write_json_lines
 
-# What a study keeps of a cell's records: kind -> fields, None for all.
+# What a study keeps of a cell's records: kind -> fields, None for all. Of the rounds it keeps a summary, a kind of its
+# own: tables of rounds are for the report of one run.
 KEPT: dict[str, tuple[str, ...] | None] = {
     "arm": None,
     "answers": None,
@@ -35,6 +36,7 @@ KEPT: dict[str, tuple[str, ...] | None] = {
         "num_units", "train_tokens",
     ),
 }  # fmt: skip
+_ROUND_SUMMARY = "round_summary"
 # A cell's questions are its own: generators start from another seed in each.
 _SEED_STEP = 1000
 
@@ -136,19 +138,26 @@ class Study:
         end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
         waiting = self.missing()
         self.say(f"{self.config.name}: {len(self.cells) - len(waiting)} of {len(self.cells)} cells are in {self.file}")
+        if jobs == 1:
+            while waiting and time.monotonic() < end:
+                cell = waiting.pop(0)
+                self._add(cell, _run_cell(cell))
+        else:
+            self._run_side_by_side(waiting, jobs, end)
+        if waiting:
+            self.say(f"{len(waiting)} cells are left: the same command goes on with them")
+
+    def _run_side_by_side(self, waiting: list[Cell], jobs: int, end: float) -> None:
+        """Take cells from `waiting` until `end`, `jobs` at a time."""
         context = multiprocessing.get_context("spawn")
+        running: dict[Any, Cell] = {}
         with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet) as pool:
-            running: dict[Any, Cell] = {}
-            while waiting or running:
+            while running or (waiting and time.monotonic() < end):
                 while waiting and len(running) < jobs and time.monotonic() < end:
                     cell = waiting.pop(0)
                     running[pool.submit(_run_cell, cell)] = cell
-                if not running:
-                    break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     self._add(running.pop(future), future.result())
-        if waiting:
-            self.say(f"{len(waiting)} cells are left: the same command goes on with them")
 
     def _add(self, cell: Cell, records: Sequence[Mapping[str, Any]]) -> None:
         others = [r for r in self._records() if (r.get("task"), r.get("seed")) != (cell.task, cell.seed)]
@@ -226,7 +235,8 @@ def _kept(cell: Cell, records: Sequence[Mapping[str, Any]]) -> list[dict[str, An
         if record["kind"] in KEPT:
             fields = KEPT[record["kind"]]
             chosen = dict(record) if fields is None else {name: record[name] for name in fields if name in record}
-            rows.append({"kind": record["kind"], **place, **chosen, **place})
+            kind = _ROUND_SUMMARY if record["kind"] == "round" else record["kind"]
+            rows.append({**chosen, "kind": kind, **place})
     return rows
 
 
