@@ -200,7 +200,7 @@ def pool_runs(records: Records) -> Pool:
     comparisons = _declared_pairs(studies) if studies else COMPARISONS
     not_measured = [pair for pair in comparisons if studies and not _share_a_task(answers, pair)]
     return Pool(
-        name=", ".join(study["name"] for study in studies),
+        name=", ".join(dict.fromkeys(study["name"] for study in studies)),
         declared=bool(studies),
         primary_split=_primary_split(studies),
         comparisons=comparisons,
