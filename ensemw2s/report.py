@@ -95,9 +95,15 @@ def write_forest_plot(paths: Sequence[str | os.PathLike[str]], path: str | os.Pa
 
     Raises:
         FileNotFoundError: a folder without results, or no such file.
-        ValueError: another suffix, a corrupt record, records that cannot be pooled, or no measured comparison.
+        ValueError: another suffix, a corrupt record, runs that cannot be pooled, or no measured comparison.
     """
-    rows = forest_rows(pool_runs(record for run in _load_runs(paths) for record in run.records))
+    runs = _load_runs(paths)
+    if len(runs) > 1 and not _are_pooled(runs):
+        raise ValueError(
+            f"{', '.join(run.name for run in runs)} cannot be drawn as one: runs that are pooled share arms and "
+            "settings, and differ in task or seed; draw them one by one, or set `task` to what their seeds share"
+        )
+    rows = forest_rows(pool_runs(record for run in runs for record in run.records))
     if not rows:
         raise ValueError("nothing to draw: no run measured both arms of a comparison")
     save_forest_figure(rows, path)
@@ -112,7 +118,8 @@ def _load_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
 def _load_run(path: Path) -> Run:
     records = read_records(path)
     config_file = path / CONFIG_FILE
-    return Run(path.resolve().stem, records, read_json(config_file) if config_file.exists() else None)
+    name = path.resolve().name.removesuffix(".jsonl")
+    return Run(name, records, read_json(config_file) if config_file.exists() else None)
 
 
 def _with_distinct_names(runs: Sequence[Run], paths: Sequence[str | os.PathLike[str]]) -> list[Run]:

@@ -665,6 +665,18 @@ def test_runs_of_other_settings_stand_side_by_side(tmp_path, changed, pooled):
     runs = [make_run(tmp_path / task, in_run(make_records(), task, 0)) for task in "ab"]
     write_json(runs[1] / "config.json", CONFIG | {"name": "b"} | changed)
     assert ("All runs side by side" not in Page(page_of(runs, tmp_path)).text) == pooled
+    if pooled:
+        write_forest_plot(runs, tmp_path / "plot.svg")
+    else:
+        with pytest.raises(ValueError, match="a, b cannot be drawn as one: runs that are pooled share arms"):
+            write_forest_plot(runs, tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").exists() == pooled
+
+
+def test_a_run_keeps_the_dots_in_its_name(tmp_path):
+    runs = [make_run(tmp_path / f"lr_0.{i}", make_records(i)) for i in (1, 2)]
+    for run in runs:
+        assert f"Run {run.name}" in Page(page_of(runs, tmp_path)).text
 
 
 def test_runs_without_a_common_arm_stand_side_by_side(tmp_path):
