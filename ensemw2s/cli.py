@@ -31,6 +31,7 @@ EXAMPLES = """examples:
   ensemw2s run examples/reverse_words.yaml boosting.recipe=paper name=as_published
   ensemw2s boost examples/reverse_words.yaml && ensemw2s label run/reverse_words
   ensemw2s report run/reverse_words run/as_published --output both.html
+  ensemw2s report run/words_seed_0 run/words_seed_1 run/words_seed_2
   ensemw2s report docs/results/study.jsonl --plot docs/study.svg --markdown README.md
   accelerate launch --num_processes 2 -m ensemw2s run examples/reverse_words.yaml
 """
@@ -117,8 +118,8 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser(
         "report", help="write the HTML report of runs or of a study, a plot of its comparisons, tables in Markdown",
-        description="Report on runs and studies. Runs that share arms and differ in task or seed are pooled. The page "
-        "is written unless --plot is all that is asked of the paths.",
+        description="Report on runs and studies. Runs with the same settings but for task, questions and seed are "
+        "pooled; others stand side by side. The page is written unless --plot is all that is asked of the paths.",
     )  # fmt: skip
     report.add_argument("paths", nargs="*", metavar="PATH", help="folders of runs, or .jsonl files of studies")
     report.add_argument(
@@ -198,9 +199,7 @@ def _report(options: argparse.Namespace) -> None:
     from ensemw2s.report import write_forest_plot, write_report
 
     if not options.paths and (options.output or options.plot or not options.markdown):
-        raise ValueError(
-            "report needs a PATH: the folder of a run or the .jsonl file of a study (--markdown alone not)"
-        )
+        raise ValueError("report needs a PATH, a run's folder or a study's .jsonl file (--markdown alone needs none)")
     if options.plot:
         write_forest_plot(options.paths, options.plot)
         print(options.plot)
@@ -209,7 +208,8 @@ def _report(options: argparse.Namespace) -> None:
         write_report(options.paths, output)
         print(output)
     if options.markdown:
-        print(f"{options.markdown}: {refresh_tables(options.markdown)} tables")
+        count = refresh_tables(options.markdown)
+        print(f"{options.markdown}: {count} table{'' if count == 1 else 's'} refreshed")
 
 
 def _default_page(path: Path) -> Path:

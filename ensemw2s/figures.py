@@ -105,7 +105,9 @@ def _styled(draw: Any) -> Any:
 def arms_figure(runs: Sequence[Run]) -> str:
     """Accuracies of all arms, ID and OOD side by side, with 95% intervals; one colour and marker per run."""
     arms = measured_arms(record for run in runs for record in run.records)
-    figure = Figure(figsize=(FIGURE_WIDTH, 0.75 + (0.17 + 0.13 * len(runs)) * len(arms)), layout="constrained")
+    figure = Figure(
+        figsize=(FIGURE_WIDTH, max(1.6, 0.75 + (0.17 + 0.13 * len(runs)) * len(arms))), layout="constrained"
+    )
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (split, name) in zip(panels, TEST_SPLITS.items(), strict=True):
         for i, run in enumerate(runs):

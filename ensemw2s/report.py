@@ -62,6 +62,8 @@ from ensemw2s.tables import (
 CONFIG_FILE = "config.json"
 # The two invariants that a run checks on its own files: expert's error after the update, and the sum of weights.
 IDENTITY_TOLERANCE, SUM_TOLERANCE = 1e-12, 1e-9
+# The settings in which runs that are pooled may differ.
+POOLED_OVER = ("name", "output_dir", "task", "seed", "data", "threads")
 # A page on more runs than these leaves out what each did by itself.
 MOST_RUNS_IN_DETAIL = 4
 
@@ -69,8 +71,8 @@ MOST_RUNS_IN_DETAIL = 4
 def write_report(paths: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str]) -> None:
     """Write one HTML page on one or several runs, or on studies, atomically.
 
-    Runs that share arms, and differ in task or seed, are pooled: the page opens with their comparisons. Other runs
-    stand side by side.
+    Runs that share arms and settings, and differ in task or seed, are pooled: the page opens with their comparisons.
+    Other runs stand side by side.
 
     Args:
         paths: folders of runs, each with `results.jsonl` and, if it has one, `config.json`; or `.jsonl` files of
@@ -93,9 +95,15 @@ def write_forest_plot(paths: Sequence[str | os.PathLike[str]], path: str | os.Pa
 
     Raises:
         FileNotFoundError: a folder without results, or no such file.
-        ValueError: another suffix, a corrupt record, records that cannot be pooled, or no measured comparison.
+        ValueError: another suffix, a corrupt record, runs that cannot be pooled, or no measured comparison.
     """
-    rows = forest_rows(pool_runs(record for run in _load_runs(paths) for record in run.records))
+    runs = _load_runs(paths)
+    if len(runs) > 1 and not _are_pooled(runs):
+        raise ValueError(
+            f"{', '.join(run.name for run in runs)} cannot be drawn as one: runs that are pooled share arms and "
+            "settings, and differ in task or seed; draw them one by one, or set `task` to what their seeds share"
+        )
+    rows = forest_rows(pool_runs(record for run in runs for record in run.records))
     if not rows:
         raise ValueError("nothing to draw: no run measured both arms of a comparison")
     save_forest_figure(rows, path)
@@ -110,7 +118,8 @@ def _load_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
 def _load_run(path: Path) -> Run:
     records = read_records(path)
     config_file = path / CONFIG_FILE
-    return Run(path.resolve().stem, records, read_json(config_file) if config_file.exists() else None)
+    name = path.resolve().name.removesuffix(".jsonl")
+    return Run(name, records, read_json(config_file) if config_file.exists() else None)
 
 
 def _with_distinct_names(runs: Sequence[Run], paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
@@ -123,12 +132,22 @@ def _with_distinct_names(runs: Sequence[Run], paths: Sequence[str | os.PathLike[
 
 
 def _are_pooled(runs: Sequence[Run]) -> bool:
-    """Say whether the page is on all of them together: a study is, and so are runs that have an arm in common."""
+    """Say whether the page is on all of them together.
+
+    A study is, and so are runs of several tasks or seeds that have an arm in common and the same settings [choice]: two
+    recipes under two names are no two tasks.
+    """
     if any(of_kind(run.records, "study") for run in runs):
         return True
     keys = [run_keys(run.records) for run in runs]
     apart = len(set().union(*keys)) == sum(map(len, keys)) > 1
-    return apart and bool(set.intersection(*({r["arm"] for r in of_kind(run.records, "answers")} for run in runs)))
+    alike = all(_settings(run) == _settings(runs[0]) for run in runs)
+    arms = [{record["arm"] for record in of_kind(run.records, "answers")} for run in runs]
+    return apart and alike and bool(set.intersection(*arms))
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    return {key: value for key, value in (run.config or {}).items() if key not in POOLED_OVER}
 
 
 def _page(runs: Sequence[Run]) -> str:

@@ -147,7 +147,7 @@ def flops_per_point(pool: Pool, arm: str) -> float | None:
 
 def measured_comparisons(pool: Pool) -> list[Pair]:
     """Return the comparisons of whose arms some task measured both."""
-    return [pair for pair in pool.comparisons if any(shared_tasks(pool, split, *pair) for split in TEST_SPLITS)]
+    return [pair for pair in pool.comparisons if _share_a_task(pool.answers, pair)]
 
 
 def reference_arm(pool: Pool, reference: str | None = None) -> str:
@@ -195,24 +195,26 @@ def pool_runs(records: Records) -> Pool:
     if not seeds:
         raise ValueError("no record of kind 'answers' on test questions: run evaluate first")
     questions = _count_questions(given, seeds)
-    complete = {
-        key: {task: by_seed for task, by_seed in by_task.items() if len(by_seed) == len(seeds[task])}
-        for key, by_task in given.items()
-    }
+    answers = _complete_answers(given, seeds)
     studies = of_kind(rows, "study")
-    pairs = [tuple(pair) for study in studies for pair in study["comparisons"]] if studies else list(COMPARISONS)
-    pool = Pool(
-        name=", ".join(study["name"] for study in studies),
+    comparisons = _declared_pairs(studies) if studies else COMPARISONS
+    not_measured = [pair for pair in comparisons if studies and not _share_a_task(answers, pair)]
+    return Pool(
+        name=", ".join(dict.fromkeys(study["name"] for study in studies)),
         declared=bool(studies),
         primary_split=_primary_split(studies),
-        comparisons=tuple(dict.fromkeys((first, second) for first, second in pairs)),
+        comparisons=comparisons,
         seeds=seeds,
-        answers={key: _arrays(by_task, seeds) for key, by_task in complete.items() if by_task},
+        answers=answers,
         questions=questions,
         costs=_costs(rows, seeds),
-        remarks=(*_unmeasured_runs(rows, seeds), *_left_out(given, seeds), *_limits(given, seeds)),
+        remarks=(
+            *(f"Not measured: {first} against {second}, which was declared." for first, second in not_measured),
+            *_unmeasured_runs(rows, seeds),
+            *_left_out(given, seeds),
+            *_limits(given, seeds),
+        ),
     )
-    return pool
 
 
 def _given_answers(rows: Records) -> _Given:
@@ -271,11 +273,28 @@ def _asked(given: _Given, task: str, seed: int, split: str) -> tuple[str, int]:
     return digest, n
 
 
-def _arrays(by_task: Mapping[str, Mapping[int, Mapping[str, Any]]], seeds: Mapping[str, Sequence[int]]) -> ByTask:
-    return {
-        task: np.stack([answers_array(by_seed[seed]["correct"]) for seed in seeds[task]])
-        for task, by_seed in by_task.items()
-    }
+def _complete_answers(given: _Given, seeds: Mapping[str, Sequence[int]]) -> dict[tuple[str, str], ByTask]:
+    """Return the answers of each arm as arrays, of the tasks whose seeds all have them."""
+    answers: dict[tuple[str, str], ByTask] = {}
+    for key, by_task in given.items():
+        complete = {
+            task: np.stack([answers_array(by_task[task][seed]["correct"]) for seed in seeds[task]])
+            for task in seeds
+            if len(by_task.get(task, ())) == len(seeds[task])
+        }
+        if complete:
+            answers[key] = complete
+    return answers
+
+
+def _declared_pairs(studies: Sequence[Mapping[str, Any]]) -> tuple[Pair, ...]:
+    pairs = [(first, second) for study in studies for first, second in study["comparisons"]]
+    return tuple(dict.fromkeys(pairs))
+
+
+def _share_a_task(answers: Mapping[tuple[str, str], ByTask], pair: Pair) -> bool:
+    first, second = ({(split, task) for split in TEST_SPLITS for task in answers.get((arm, split), ())} for arm in pair)
+    return bool(first & second)
 
 
 def _costs(rows: Records, seeds: Mapping[str, Sequence[int]]) -> dict[str, dict[str, list[Mapping[str, Any]]]]:

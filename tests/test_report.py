@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from hashlib import blake2b
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,9 +15,20 @@ from rich.console import Console
 from ensemw2s import boosting
 from ensemw2s.evaluate import accuracy, paired_difference, performance_gap_recovered
 from ensemw2s.files import write_json, write_json_lines
-from ensemw2s.records import POOLED_KINDS, answers_array, answers_text, questions_digest, read_records
-from ensemw2s.report import write_report
+from ensemw2s.records import (
+    POOLED_KINDS,
+    answers_array,
+    answers_text,
+    arm_name,
+    arm_order,
+    questions_digest,
+    read_records,
+)
+from ensemw2s.report import write_forest_plot, write_report
+from ensemw2s.summary import difference, pool_runs
+from ensemw2s.summary_tables import differences
 from ensemw2s.tables import results_table, rounds_table
+from tests.many_runs import COMPARISONS, EASE, study_records
 
 N_QUESTIONS = 100
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
@@ -250,6 +262,51 @@ def test_a_defined_pgr_has_its_numbers(tmp_path):
         read_records(make_run(tmp_path, change(make_records(), "pgr", low=None)))
 
 
+def test_answers_and_their_questions_as_text():
+    correct = np.random.default_rng(0).random(50) < 0.5
+    text = answers_text(correct.astype(int))
+    assert set(text) == {"0", "1"}
+    np.testing.assert_array_equal(answers_array(text), correct)
+    ids = ["a", "b,c", "é"]
+    expected = blake2b(b'["a", "b,c", "\\u00e9"]', digest_size=8).hexdigest()
+    assert questions_digest(ids) == expected
+    assert len({questions_digest(x) for x in (ids, ids[::-1], ["a", "b", "c", "é"], ['a", "b'])}) == 4
+
+
+@pytest.mark.parametrize(
+    ("arm", "name"),
+    [
+        ("deep_ensemble", "Deep ensemble"), ("no_shrinkage", "No shrinkage"), ("expert_12", "Expert 12"),
+        ("paper.expert_2", "Recipe as published: expert 2"), ("no_mix.majority_vote", "No mix: majority vote"),
+    ],
+)  # fmt: skip
+def test_arms_have_names_for_readers(arm, name):
+    assert arm_name(arm) == name
+
+
+def test_arms_stand_in_the_order_of_tables():
+    arms = [
+        "single_expert", "expert_2", "expert_10", "best_expert", "paper", "paper.expert_1", "paper.majority_vote",
+        "ensemble", "student_ensemble", "ceiling", "a_new_arm", "a_new_arm.uniform_average", "b",
+    ]  # fmt: skip
+    shuffled = np.random.default_rng(0).permutation(arms).tolist()
+    assert sorted(shuffled, key=arm_order) == arms
+
+
+def test_a_study_is_read_from_its_file_and_checked(tmp_path):
+    records = study_records(seeds=1, n=10)
+    write_json_lines(tmp_path / "pair.jsonl", records)
+    assert read_records(tmp_path / "pair.jsonl") == records
+    for field, value, form in (
+        ("primary_split", "validation", "one of id, ood"), ("comparisons", [["a"]], "a list of pairs of arms"),
+    ):  # fmt: skip
+        write_json_lines(tmp_path / "bad.jsonl", change(records, "study", **{field: value}))
+        with pytest.raises(ValueError, match=f"{field} of a record of kind 'study' must be {form}"):
+            read_records(tmp_path / "bad.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl does not exist: .* or the \.jsonl file of a study"):
+        read_records(tmp_path / "gone.jsonl")
+
+
 def test_a_line_separator_inside_a_name_ends_no_line(tmp_path):
     records = in_run(make_records(), "a\u2028b\x85c", 0)
     assert read_records(make_run(tmp_path, records)) == records
@@ -473,7 +530,7 @@ def test_a_failure_leaves_the_old_page(run, tmp_path):
 
 
 def test_no_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="folders is empty"):
+    with pytest.raises(ValueError, match="no path: give at least one folder of a run"):
         write_report([], tmp_path / "report.html")
 
 
@@ -481,3 +538,160 @@ def test_the_readers_own_matplotlib_settings_are_left_alone(run, tmp_path):
     before = dict(matplotlib.rcParams)
     page_of([run], tmp_path)
     assert dict(matplotlib.rcParams) == before
+
+
+# Many runs
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    file = tmp_path_factory.mktemp("study") / "small_pair.jsonl"
+    write_json_lines(file, study_records(n=30))
+    return file
+
+
+def drawn_intervals(monkeypatch):
+    """Collects (split's panel, value, low, high, height, marker) of every difference that is drawn."""
+    drawn, errorbar = [], matplotlib.axes.Axes.errorbar
+
+    def spy(self, x, y, *, xerr, fmt, **style):
+        (value,), (height,), ((down,), (up,)) = x, y, xerr
+        drawn.append((self.get_subplotspec().colspan.start, value, value - down, value + up, height, fmt))
+        return errorbar(self, x, y, xerr=xerr, fmt=fmt, **style)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "errorbar", spy)
+    return drawn
+
+
+def test_the_page_of_a_study_opens_with_its_declared_comparisons(study, tmp_path):
+    text = page_of([study], tmp_path)
+    page = Page(text)
+    assert not page.open
+    assert len(page.ids) == len(set(page.ids))
+    assert all(reference.startswith("#") for reference in page.references)
+    assert "http" not in text and "<script" not in text
+    words = " ".join(page.text.split())
+    headings = ["Declared comparisons", "Accuracy of every arm", "Accuracy by task", "Every arm minus the ensemble",
+                "Performance gap recovered", "Cost", "What these figures show"]  # fmt: skip
+    assert sorted(headings, key=words.index) == headings
+    for row in differences(pool_runs(study_records(n=30)))[1]:
+        assert " ".join(row) in words
+    for said in ("Tasks are fixed", "3 tasks × 3 seeds × 30 ID and 30 OOD questions", "small_pair"):
+        assert said in words
+    assert "Boosting rounds" not in words, "nine runs are too many to show each"
+    assert page_of([study], tmp_path) == text
+
+
+def test_the_forest_plot_shows_each_difference_pooled_and_by_task(study, tmp_path, monkeypatch):
+    drawn = drawn_intervals(monkeypatch)
+    write_forest_plot([study], tmp_path / "plot.svg")
+    pool = pool_runs(study_records(n=30))
+    expected = [
+        (panel, *(100 * x for x in difference(pool, pair, split, task)), "o" if task else "D")
+        for panel, split in enumerate(("id", "ood"))
+        for pair in COMPARISONS
+        for task in (None, *sorted(EASE))
+    ]
+    assert [(panel, *figures, fmt) for panel, *figures, _, fmt in drawn] == [pytest.approx(row) for row in expected]
+    heights = [row[4] for row in drawn]
+    assert heights[:12] == sorted(heights[:12]) == heights[12:], "one row each, from top to bottom, in both panels"
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_a_plot_of_its_own_is_grey_on_white_and_the_same_each_time(study, tmp_path, suffix):
+    files = [tmp_path / f"{name}.{suffix}" for name in "ab"]
+    for file in files:
+        write_forest_plot([study], file)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    image = files[0].read_bytes()
+    if suffix == "svg":
+        for colour in re.findall(rb"#([0-9a-f]{6})\b", image):
+            assert colour[:2] == colour[2:4] == colour[4:], "a colour that is no grey"
+        assert b"#ffffff" in image
+    else:
+        pixels = matplotlib.image.imread(io.BytesIO(image))[..., :3]
+        np.testing.assert_array_equal(pixels[..., 0], pixels[..., 1])
+        np.testing.assert_array_equal(pixels[..., 0], pixels[..., 2])
+        assert pixels[0, 0, 0] == 1.0 and pixels.min() == 0.0
+
+
+def test_one_task_is_drawn_once(tmp_path, monkeypatch):
+    write_json_lines(tmp_path / "one.jsonl", study_records(ease={"sums": 0.0}, n=30))
+    drawn = drawn_intervals(monkeypatch)
+    write_forest_plot([tmp_path / "one.jsonl"], tmp_path / "plot.svg")
+    assert [row[5] for row in drawn] == ["D"] * 2 * len(COMPARISONS)
+
+
+def test_a_plot_needs_a_known_suffix_and_something_to_draw(study, tmp_path):
+    with pytest.raises(ValueError, match=r"plot\.pdf: its name must end in \.svg or \.png"):
+        write_forest_plot([study], tmp_path / "plot.pdf")
+    write_json_lines(tmp_path / "none.jsonl", change(study_records(n=10), "study", comparisons=[]))
+    with pytest.raises(ValueError, match="nothing to draw: no run measured both arms of a comparison"):
+        write_forest_plot([tmp_path / "none.jsonl"], tmp_path / "plot.svg")
+
+
+def test_runs_that_differ_in_seed_or_task_are_pooled(tmp_path):
+    places = (("sums", 0), ("sums", 1), ("sorting", 0))
+    runs = [make_run(tmp_path / f"{t}_{s}", in_run(make_records(i), t, s)) for i, (t, s) in enumerate(places)]
+    page = Page(page_of(runs, tmp_path))
+    words = " ".join(page.text.split())
+    assert "2 tasks × 1–2 seeds × 100 ID and 100 OOD questions" in words
+    assert "All runs side by side" not in words
+    assert "Comparisons Comparison ID, points" in words, "no study declared them"
+    for name in ("sums_0", "sums_1", "sorting_0"):
+        assert f"Run {name}" in words, "few runs are shown one by one as well"
+    assert "One seed in task sorting: intervals there cover the choice of questions" in words
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_few_runs_of_a_study_are_shown_one_by_one(tmp_path):
+    records = [
+        *in_run(make_records(0), "sums", 0),
+        *in_run(make_records(1), "sums", 1),
+        study_records(seeds=1, n=5)[-1],
+    ]
+    write_json_lines(tmp_path / "pair.jsonl", records)
+    words = " ".join(Page(page_of([tmp_path / "pair.jsonl"], tmp_path)).text.split())
+    for seed in (0, 1):
+        assert f"Run sums, seed {seed}" in words
+    assert words.count("Boosting rounds") == 2
+    assert "Holds." in words
+
+
+@pytest.mark.parametrize(
+    ("changed", "pooled"), [({"boosting": {"recipe": "paper"}}, False), ({"seed": 8, "task": "b", "data": {}}, True)]
+)
+def test_runs_of_other_settings_stand_side_by_side(tmp_path, changed, pooled):
+    runs = [make_run(tmp_path / task, in_run(make_records(), task, 0)) for task in "ab"]
+    write_json(runs[1] / "config.json", CONFIG | {"name": "b"} | changed)
+    assert ("All runs side by side" not in Page(page_of(runs, tmp_path)).text) == pooled
+    if pooled:
+        write_forest_plot(runs, tmp_path / "plot.svg")
+    else:
+        with pytest.raises(ValueError, match="a, b cannot be drawn as one: runs that are pooled share arms"):
+            write_forest_plot(runs, tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").exists() == pooled
+
+
+def test_a_run_keeps_the_dots_in_its_name(tmp_path):
+    runs = [make_run(tmp_path / f"lr_0.{i}", make_records(i)) for i in (1, 2)]
+    for run in runs:
+        assert f"Run {run.name}" in Page(page_of(runs, tmp_path)).text
+
+
+def test_runs_without_a_common_arm_stand_side_by_side(tmp_path):
+    records = [in_run(make_records(), task, 0) for task in ("sums", "sorting")]
+    records[0] = [record for record in records[0] if record.get("arm") in (None, "ensemble")]
+    records[1] = [record for record in records[1] if record.get("arm") in (None, "ceiling")]
+    runs = [make_run(tmp_path / name, rows) for name, rows in zip("ab", records, strict=True)]
+    assert "All runs side by side" in Page(page_of(runs, tmp_path)).text
+
+
+def test_several_ensembles_of_one_run_have_rounds_of_their_own(tmp_path):
+    rounds = [r for r in make_records() if r["kind"] == "round"]
+    others = [r for r in make_records() if r["kind"] != "round"]
+    named = [record | {"arm": arm} for arm in ("ensemble", "paper") for record in rounds]
+    words = " ".join(Page(page_of([make_run(tmp_path / "two", named + others)], tmp_path)).text.split())
+    assert "Boosting rounds: ensemble" in words and "Boosting rounds: recipe as published" in words
+    assert words.index("Boosting rounds: recipe") < words.index("Boosting rounds: ensemble")
+    assert "3 over 2,000 units" not in words
