@@ -166,7 +166,7 @@ class Experiment:
             experts = [str(folder.relative_to(self.folder)) for folder in trainer.expert_folders()]
             found = [*trainer.records, {**trainer.mixture(), "experts": experts, "combine": trainer.args.combine}]
             found += closing_identity(self._boosting_folder(arm)) if arm == "ensemble" else []
-            records += [{**record, "ensemble": arm} for record in found]
+            records += [{**record, "arm": arm} for record in found]
         return records
 
     def _label(self) -> list[dict[str, Any]]:
@@ -365,7 +365,7 @@ class Experiment:
             folders = [self.folder / path for path in record["experts"]]
             names = [digest_of_files(sorted(folder.glob("*.safetensors"))) for folder in folders]
             experts |= dict(zip(names, folders, strict=True))
-            own[record["ensemble"]] = [list(experts).index(name) for name in names]
+            own[record["arm"]] = [list(experts).index(name) for name in names]
 
         def weights(places: Sequence[int], values: Sequence[float]) -> list[float]:
             by_place = dict(zip(places, values, strict=True))
@@ -374,7 +374,7 @@ class Experiment:
         mixtures: dict[str, list[float]] = {}
         combine: dict[str, str] = {}
         for record in found:
-            arm, places = record["ensemble"], own[record["ensemble"]]
+            arm, places = record["arm"], own[record["arm"]]
             mixtures[arm], combine[arm] = weights(places, record["expert_weights"]), record["combine"]
             if arm == "ensemble":
                 mixtures |= {f"expert_{t}": weights([place], [1.0]) for t, place in enumerate(places, start=1)}

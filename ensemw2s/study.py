@@ -30,9 +30,9 @@ KEPT: dict[str, tuple[str, ...] | None] = {
     "pgr": None,
     "cost": None,
     "labels": None,
-    "mixture": ("ensemble", "num_experts", "expert_weights"),
+    "mixture": ("arm", "num_experts", "expert_weights"),
     "round": (
-        "ensemble", "round", "attempt", "error", "prior_error", "expert_weight", "accepted", "effective_sample_size",
+        "arm", "round", "attempt", "error", "prior_error", "expert_weight", "accepted", "effective_sample_size",
         "num_units", "train_tokens",
     ),
 }  # fmt: skip

@@ -140,7 +140,7 @@ def test_an_expert_that_arms_share_is_trained_once(compared: Path) -> None:
     experts = {
         arm: [(compared / path).resolve() / "adapter_model.safetensors" for path in record["experts"]]
         for record in records_of(compared, "mixture")
-        for arm in [record["ensemble"]]
+        for arm in [record["arm"]]
     }
     first = experts["ensemble"][0]
     # Uniform weights and the same seed: the single expert, that of the deep ensemble, and the first of a re-weighting.
