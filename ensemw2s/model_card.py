@@ -136,7 +136,7 @@ def _experts_table(ensemble: TokenEnsemble) -> str:
 
 
 def _boosting(record: Mapping[str, Any]) -> list[str]:
-    names = ("recipe", "sampling", "shrinkage", "uniform_mix", "prior", "unit", "seed")
+    names = ("recipe", "sampling", "errors", "shrinkage", "uniform_mix", "effective_sample_size_floor", "unit", "seed")
     settings = ", ".join(f"{name} `{record[name]}`" for name in names if record.get(name) is not None)
     rounds = [row for row in record.get("rounds", []) if isinstance(row, Mapping)]
     # Rounds that were tried again with another seed have a row for each attempt.

@@ -18,12 +18,12 @@ MixtureWeights = Literal["alpha", "uniform", "validation"]
 
 RECIPES: dict[str, dict[str, Any]] = {
     # The paper's, to the letter.
-    "paper": {"sampling": "draw", "shrinkage": 1.0, "uniform_mix": 0.0, "errors": "hard"},
+    "paper": {"sampling": "draw", "errors": "hard"},
     # Ours: the paper's collapses on real models, because one full update leaves a small effective sample size.
-    "tempered": {"sampling": "reweight", "shrinkage": 0.6, "uniform_mix": 0.2, "errors": "soft"},
+    "tempered": {"sampling": "reweight", "errors": "soft", "effective_sample_size_floor": 0.7},
     # The baselines, with equal votes: uniform draws, and every token in every round.
-    "bagging": {"sampling": "bagging", "shrinkage": 1.0, "uniform_mix": 0.0, "errors": "hard"},
-    "deep_ensemble": {"sampling": "all", "shrinkage": 1.0, "uniform_mix": 0.0, "errors": "hard"},
+    "bagging": {"sampling": "bagging", "errors": "hard"},
+    "deep_ensemble": {"sampling": "all", "errors": "hard"},
 }
 # These draw or weigh tokens whatever an expert got wrong: there is nothing to update and no expert to refuse.
 BASELINES = ("bagging", "all")
@@ -33,12 +33,12 @@ BASELINES = ("bagging", "all")
 class BoostingConfig(AnswerTrainingArguments):
     """What `BoostingTrainer` does, on top of transformers' `TrainingArguments` (which train each expert).
 
-    Everything from `weight_cap` on is a [choice]: the paper has none of it, and the defaults leave it off.
+    Everything from `effective_sample_size_floor` on is a [choice] that the paper does not make, and off in its recipe.
 
     Attributes:
         num_rounds: T, the number of experts wanted; at least 1.
         recipe: a key of `RECIPES`: "tempered" (ours, the default), "paper", or the baselines "bagging" and
-            "deep_ensemble". Fills in `sampling`, `shrinkage`, `uniform_mix` and `errors` where they are None.
+            "deep_ensemble". Fills in `sampling`, `errors` and `effective_sample_size_floor` where they are None.
         sampling: "draw" (the paper), "without_replacement", "reweight", "bagging" or "all"; see
             `boosting.loss_weights`.
         shrinkage: s in (0, 1]; the update uses s * a_t, the mixture a_t.
@@ -52,6 +52,8 @@ class BoostingConfig(AnswerTrainingArguments):
         unit: what shares one weight: "token", "window" or "sequence".
         window: tokens in a window, for unit="window".
         combine: how the ensemble combines distributions: "prob", "logprob" or "vote".
+        effective_sample_size_floor: an update goes only so far (its shrinkage is lowered) that the effective sample
+            size of the weights stays at this share of the units, in (0, 1); 0 is no floor.
         weight_cap: no unit weighs more than this many times the average after an update, at least 1; None is no limit.
         min_effective_sample_size: boosting stops after a round that leaves an effective sample size below this share
             of the units, in [0, 1).
@@ -79,8 +81,8 @@ class BoostingConfig(AnswerTrainingArguments):
     num_rounds: int = 5
     recipe: str = "tempered"
     sampling: boosting.Sampling = None  # type: ignore[assignment]
-    shrinkage: float = None  # type: ignore[assignment]
-    uniform_mix: float = None  # type: ignore[assignment]
+    shrinkage: float = 1.0
+    uniform_mix: float = 0.0
     errors: Errors = None  # type: ignore[assignment]
     deduplicate: bool = False
     draw_fraction: float = 0.5
@@ -89,6 +91,7 @@ class BoostingConfig(AnswerTrainingArguments):
     unit: boosting.Unit = "token"
     window: int | None = None
     combine: str = "prob"
+    effective_sample_size_floor: float = None  # type: ignore[assignment]
     weight_cap: float | None = None
     min_effective_sample_size: float = 0.0
     prior_weights: PriorWeights = "initial"
@@ -106,7 +109,7 @@ class BoostingConfig(AnswerTrainingArguments):
         super().__post_init__()
         if self.recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
-        for name, value in RECIPES[self.recipe].items():
+        for name, value in ({"effective_sample_size_floor": 0.0} | RECIPES[self.recipe]).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.num_rounds < 1:
@@ -147,6 +150,11 @@ class BoostingConfig(AnswerTrainingArguments):
             raise ValueError('choose_num_experts compares likelihoods, which combine="vote" does not give')
 
     def _check_ranges(self) -> None:
+        if not 0.0 <= self.effective_sample_size_floor < 1.0:
+            raise ValueError(
+                "effective_sample_size_floor is a share of the units, in [0, 1), got "
+                f"{self.effective_sample_size_floor}"
+            )
         if not 0.0 <= self.min_effective_sample_size < 1.0:
             raise ValueError(
                 f"min_effective_sample_size is a share of the units, in [0, 1), got {self.min_effective_sample_size}"
@@ -163,7 +171,7 @@ class BoostingConfig(AnswerTrainingArguments):
         generator = np.random.default_rng(0)
         boosting.unit_index([2], self.unit, self.window)
         boosting.prior_error(self.prior, pretrained_error=0.5, num_classes=self.num_classes or 2, unit=self.unit)
-        self.update(two, np.array([True, False]), 1.0)
+        self.update(two, np.array([True, False]), 1.0, self.step(two, np.array([True, False]), 1.0))
         self.loss_weights(two, generator)
 
     def loss_weights(
@@ -180,9 +188,20 @@ class BoostingConfig(AnswerTrainingArguments):
             out=out,
         )
 
+    def step(self, weights: np.ndarray, losses: np.ndarray, expert_weight: float) -> float:
+        """Return the shrinkage of one round's update, which a floor of the effective sample size may lower."""
+        if self.effective_sample_size_floor == 0.0:
+            return self.shrinkage
+        floor = self.effective_sample_size_floor
+        return boosting.tempered_shrinkage(weights, losses, expert_weight, floor, self.shrinkage)
+
     def update(
-        self, weights: np.ndarray, losses: np.ndarray, expert_weight: float, out: np.ndarray | None = None
+        self, weights: np.ndarray, losses: np.ndarray, expert_weight: float, step: float, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """Return float64 [N], the token weights of the next round; in `out` if given."""
-        updated = boosting.update_weights(weights, losses, expert_weight, self.shrinkage, out=out)
+        """Return float64 [N], the token weights of the next round after an update of `step`; in `out` if given."""
+        updated = np.empty(len(weights)) if out is None else out
+        if step > 0.0:
+            boosting.update_weights(weights, losses, expert_weight, step, out=updated)
+        else:
+            updated[:] = weights
         return updated if self.weight_cap is None else boosting.cap_weights(updated, self.weight_cap, out=updated)

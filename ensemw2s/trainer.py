@@ -33,7 +33,7 @@ from ensemw2s.files import (
     write_json,
 )
 from ensemw2s.models import load_model, load_tokenizer, source_of
-from ensemw2s.recipes import RECIPES, BoostingConfig
+from ensemw2s.recipes import BoostingConfig
 from ensemw2s.scoring import AnswerScores, score_mixtures
 from ensemw2s.store import Store, obtain
 from ensemw2s.training import PRESENTATION, TrainingCost, fine_tune, on_device, training_settings
@@ -206,7 +206,8 @@ class BoostingTrainer:
 
     def record(self) -> dict[str, Any]:
         """Return the run's account, to be saved with the ensemble: settings, records, why it stopped."""
-        settings = {name: getattr(self.args, name) for name in RECIPES["paper"]}
+        settings = {name: getattr(self.args, name) for name in ("sampling", "shrinkage", "uniform_mix", "errors")}
+        settings["effective_sample_size_floor"] = self.args.effective_sample_size_floor
         return {
             "recipe": self.args.recipe, **settings, "unit": self.args.unit, "combine": self.args.combine,
             "seed": self.args.seed, "rounds": self.records, "stop_reason": self.stop_reason,
@@ -257,16 +258,18 @@ class BoostingTrainer:
 
     def _next_weights(self, number: int, losses: np.ndarray, update: float | None, keep: bool) -> dict[str, Any]:
         """Update the weights by `update` (None leaves them), keep them for the next round, and say how they spread."""
-        following = self._weights(number)
+        following, step = self._weights(number), None
         if keep:
             with new_array(self._round_folder(number + 1) / "weights.npy", self.num_units) as updated:
                 if update is None:
                     updated[:] = following
                 else:
-                    self.args.update(following, losses, update, out=updated)
+                    step = self.args.step(following, losses, update)
+                    self.args.update(following, losses, update, step, out=updated)
             following = self._weights(number + 1)
         quantiles = boosting.weight_quantiles(following, WEIGHT_QUANTILES)
         return {
+            "shrinkage": step,
             "effective_sample_size": boosting.effective_sample_size(following),
             "weight_quantiles": {str(q): float(v) for q, v in zip(WEIGHT_QUANTILES, quantiles, strict=True)},
         }
@@ -616,7 +619,7 @@ def closing_identity(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]
         holds = config["errors"] == "hard" and config["weight_cap"] is None
         if holds and not record["clamped"] and record["prior_error"] is not None:
             wrong = read_array(file.parent / "losses.npy")
-            factor = np.exp(config["shrinkage"] * record["expert_weight"]) * record["error"]
+            factor = np.exp(record["shrinkage"] * record["expert_weight"]) * record["error"]
             gap = abs(boosting.weighted_error(after, wrong) - factor / (factor + 1 - record["error"]))
         checks.append({
             "kind": "identity", "round": number, "identity_gap": gap, "sum_gap": abs(float(after.sum()) - 1.0),
