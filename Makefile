@@ -9,11 +9,13 @@ BIN   := .venv/bin
 READY := .venv/.ready
 CPP_FILES := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulation/*'
 
-.PHONY: help setup demo quick test test-slow lint format benchmarks check-wheel check-sanitizers gpu-check clean
+.PHONY: help setup demo quick study results test test-slow lint format benchmarks check-wheel check-sanitizers gpu-check clean
 
 help:
 	@echo "make demo        boost, label, teach and measure on a real 135M model (CONFIG=$(CONFIG))"
 	@echo "make quick       the same on a tiny character-level pair, under two minutes"
+	@echo "make study       the cells that docs/results/ lacks (STUDY=small_pair|..., JOBS=2, MINUTES=60: a piece of it)"
+	@echo "make results     docs/results.md and its plots, from those records"
 	@echo "make test        the test suite            make test-slow    with the slow tests"
 	@echo "make lint        ruff, mypy, clang-format  make format       rewrite in the house style"
 	@echo "make benchmarks  kernel benchmarks         make check-wheel  build and try wheel and sdist"
@@ -35,6 +37,21 @@ demo: $(READY)
 
 quick: $(READY)
 	$(BIN)/ensemw2s run $(CONFIG) --quick
+
+# Hours for all of it; it stops after MINUTES and goes on with the next call. One thread for each cell.
+STUDY ?= small_pair small_pair_ablation real real_ablation
+JOBS  ?= 2
+study: $(READY)
+	for study in $(STUDY); do \
+		OMP_NUM_THREADS=1 $(BIN)/ensemw2s study examples/$$study.yaml --jobs $(JOBS) \
+			--records docs/results/$$study.jsonl $(if $(MINUTES),--minutes $(MINUTES)) || exit 1; \
+	done
+
+results: $(READY)
+	$(BIN)/ensemw2s report --markdown docs/results.md
+	for study in small_pair real; do \
+		$(BIN)/ensemw2s report docs/results/$$study.jsonl --plot docs/results/$$study.svg || exit 1; \
+	done
 
 # Two workers with one thread each finish sooner than one with two, and draw the same numbers everywhere.
 test: $(READY)

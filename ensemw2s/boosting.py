@@ -377,7 +377,7 @@ def update_weights(
 def tempered_shrinkage(
     weights: ArrayLike, losses: ArrayLike, expert_weight: float, floor: float, shrinkage: float = 1.0
 ) -> float:
-    """Return the largest shrinkage, up to `shrinkage`, whose update leaves an effective sample size of `floor` [choice].
+    """Return the largest shrinkage, up to `shrinkage`, that leaves an effective sample size of `floor` [choice].
 
     How far `exp(s a_t loss)` moves the weights depends on the prior error, on the model and on the task; this fixes the
     outcome instead of the factor, as annealed samplers choose their temperatures (Del Moral, Doucet and Jasra, "An

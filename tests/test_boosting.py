@@ -503,6 +503,32 @@ def test_soft_losses_of_0_and_1_are_hard_errors_and_others_follow_the_formula(se
         )
 
 
+@given(seeds, sizes, st.floats(0.1, 8), st.floats(0.2, 0.95), st.booleans(), st.floats(0.1, 1))
+def test_a_tempered_update_goes_as_far_as_the_floor_allows(seed, size, alpha, floor, soft, most):
+    generator = np.random.default_rng(seed)
+    uniform = boosting.initial_weights(size)
+    losses = generator.random(size) if soft else generator.random(size) < 0.2
+    if not losses.any():
+        losses[0] = True
+    step = boosting.tempered_shrinkage(uniform, losses, alpha, floor, most)
+    assert 0 < step <= most
+
+    def spread(shrinkage):
+        return boosting.effective_sample_size(boosting.update_weights(uniform, losses, alpha, shrinkage)) / size
+
+    assert spread(step) >= floor
+    # From uniform weights the spread falls with every step, so a little more would be too much.
+    if step < most:
+        assert spread(min(most, step * (1 + 1e-4) + 1e-5)) < floor + 1e-9
+
+
+def test_weights_below_the_floor_stay_where_an_update_would_spread_them_further():
+    weights = np.array([0.7, 0.1, 0.1, 0.1])
+    assert boosting.tempered_shrinkage(weights, [True, False, False, False], 2.0, 0.9) == 0.0
+    # An update that evens them out is taken whole.
+    assert boosting.tempered_shrinkage(weights, [False, True, True, True], 1.0, 0.6) == 1.0
+
+
 @given(seeds, sizes, st.floats(1.0, 20.0))
 def test_capped_weights_are_the_nearest_below_the_limit(seed, size, cap):
     generator = np.random.default_rng(seed)
@@ -651,6 +677,8 @@ GENERATOR = np.random.default_rng(0)
         (lambda: boosting.unit_losses([1.5], [0]), r"token_losses must be in \[0, 1\] and not NaN"),
         (lambda: boosting.weighted_error(HALVES, [0.5, math.nan]), r"losses must be in \[0, 1\] and not NaN"),
         (lambda: boosting.update_weights(HALVES, [-0.1, 1.0], 1.0), "losses must be in"),
+        (lambda: boosting.tempered_shrinkage(HALVES, [True, False], 1.0, 0.0), "floor is a share of the units"),
+        (lambda: boosting.tempered_shrinkage(HALVES, [True, False], 1.0, 1.0), "floor is a share of the units"),
         (lambda: boosting.cap_weights(HALVES, 0.9), "cap must be at least 1 .* got 0.9"),
         (lambda: boosting.cap_weights(HALVES, math.nan), "cap must be at least 1"),
         (lambda: boosting.cap_weights([0.0, 1.0, 0.0], 2.0), "cap=2.0 is too low: only 1 of 3 units"),
