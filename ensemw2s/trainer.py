@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -14,11 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from ensemw2s import boosting, processes
-from ensemw2s.checkpoints import digest, discard_checkpoints
+from ensemw2s.checkpoints import discard_checkpoints
 from ensemw2s.cost import total
 from ensemw2s.data import QuestionFormat, answer_lengths, check_disjoint, check_questions, tokenize_questions
 from ensemw2s.ensemble import TokenEnsemble
@@ -32,6 +32,7 @@ from ensemw2s.files import (
     write_array,
     write_json,
 )
+from ensemw2s.identity import computes, describe_model, digest_examples, digest_questions, plain
 from ensemw2s.models import load_model, load_tokenizer, source_of
 from ensemw2s.recipes import RECIPES, BoostingConfig
 from ensemw2s.scoring import AnswerScores, score_mixtures
@@ -115,6 +116,11 @@ class BoostingTrainer:
         self._eval = None if self.eval_questions is None else self._tokenize(self.eval_questions, "eval_dataset")
         self._lengths = answer_lengths(self._train)
         self._boosted = self._boosted_tokens()
+        if args.error_folds is not None and args.error_folds > len(self._train):
+            raise ValueError(
+                f"error_folds={args.error_folds} leaves folds without an answer: train_dataset has {len(self._train)} "
+                "questions, give at most as many folds"
+            )
         self.num_units = int(self._unit_index()[-1]) + 1
 
     @property
@@ -177,7 +183,7 @@ class BoostingTrainer:
             `num_experts`, `expert_weights` (as many), and `log_likelihoods`: where validation questions decided, the
             mean log-probability (nats) of a validation token under the mixture of the first 1, 2, ... experts.
         """
-        weights = [1.0 if self.args.mixture_weights == "uniform" else weight for _, weight in self._accepted()]
+        weights = self._mixing([weight for _, weight in self._accepted()])
         record = {"kind": "mixture", "num_experts": len(weights), "expert_weights": weights, "log_likelihoods": None}
         if not self.args.needs_validation:
             return record
@@ -186,6 +192,9 @@ class BoostingTrainer:
             decided = self._fitted(weights) if self.args.mixture_weights == "validation" else self._chosen(weights)
             processes.on_main(write_json, file, record | decided)
         return dict(processes.on_main(read_json, file))
+
+    def _mixing(self, expert_weights: list[float]) -> list[float]:
+        return [1.0] * len(expert_weights) if self.args.mixture_weights == "uniform" else expert_weights
 
     def _fitted(self, weights: list[float]) -> dict[str, Any]:
         count = len(weights)
@@ -308,11 +317,12 @@ class BoostingTrainer:
 
         def key() -> dict[str, Any]:
             return {
-                "training": training_settings(self.args) | {"seed": seed},
-                "model": digest(value for _, value in sorted(model.state_dict().items())),
+                "training": training_settings(self.args) | {"seed": seed, "num_processes": processes.count()},
+                "model": computes(model),
                 "peft_config": None if peft_config is None else peft_config.to_dict(),
-                "examples": _digest_examples(examples),
-                "token_weights": digest(chosen),
+                "saved_as": "adapter" if self._adapters else "model",
+                "examples": digest_examples(examples),
+                "token_weights": hashlib.blake2b(np.concatenate(chosen).tobytes()).hexdigest(),
             }
 
         obtain(self.store, folder, key, make)
@@ -348,7 +358,11 @@ class BoostingTrainer:
         """Return the weight of each answer's tokens in the round's loss, float32: views of one array."""
         drawn = self._attempt_folder(number, attempt) / "loss_weights.npy"
         processes.on_main(self._keep_loss_weights, drawn, self._weights(number), self._seeds(number, attempt)[0])
-        return self._per_answer(map_array(drawn))
+        token_weights = self._per_answer(map_array(drawn))
+        # Once every process has its own copy; they can be drawn again.
+        processes.start().wait_for_everyone()
+        processes.on_main(drawn.unlink)
+        return token_weights
 
     def _keep_loss_weights(self, file: Path, weights: np.ndarray, seed: int) -> None:
         with new_array(file, self.num_units) as out:
@@ -366,8 +380,6 @@ class BoostingTrainer:
         return np.split(tokens, np.cumsum(self._lengths)[:-1])
 
     def _keep_expert(self, folder: Path, trained: Any, cost: TrainingCost) -> None:
-        # Every process has trained: none reads the loss's weights any more, and they can be drawn again.
-        folder.with_name("loss_weights.npy").unlink(missing_ok=True)
         with new_folder(folder) as aside:
             trained.save_pretrained(aside)
             write_json(aside / "cost.json", asdict(cost))
@@ -414,18 +426,19 @@ class BoostingTrainer:
             if model is None:
                 ensemble = TokenEnsemble.from_models([self._load_model(1)], [1.0])
             else:
-                ensemble = self._ensemble([model], [1.0])
+                # "vote" would make probabilities of 0 and 1 of one expert's own.
+                ensemble = self._ensemble([model], [1.0], combine="prob")
             scores = self._score(ensemble, examples, {"model": [1.0]}, "weighted error")["model"]
             processes.on_main(_keep_scores, target, scores)
 
         def key() -> dict[str, Any]:
-            if model is None:
-                source: Any = digest(value for _, value in sorted(self._load_model(1).state_dict().items()))
-            else:
-                # Those of the base, where the expert is an adapter, decide what the expert's own cost file says.
-                source = digest_of_files(sorted(model.glob("*.safetensors")))
-            base = describe_model(self._model_of(1)) if self._adapters else None
-            return {"scores_of": source, "base": [base, self.model_init_kwargs], "examples": _digest_examples(examples)}
+            return {
+                "expert": None if model is None else digest_of_files(_expert_files(model)),
+                "base": self._base_computes if model is None or self._adapters else None,
+                "examples": digest_examples(examples),
+                # Which rows share a batch, and so a length, is in the last bits of the scores.
+                "batch_size": self.args.per_device_eval_batch_size,
+            }
 
         obtain(self.store, target, key, make)
 
@@ -453,7 +466,7 @@ class BoostingTrainer:
         if self._eval is None:
             return None
         earlier = self._accepted(before=number)
-        weights = [weight for _, weight in earlier] + [expert_weight]
+        weights = self._mixing([weight for _, weight in earlier] + [expert_weight])
         ensemble = self._ensemble([path for path, _ in earlier] + [folder / "expert"], weights)
         mixtures = {"expert": [0.0] * len(earlier) + [1.0], "ensemble": weights}
         scores = self._score(ensemble, self._eval, mixtures, "validation")
@@ -541,7 +554,14 @@ class BoostingTrainer:
             "peft_config": None if self.peft_config is None else self.peft_config.to_dict(),
             "question_format": asdict(self.question_format),
             "train_dataset": digest_questions(self.train_questions),
+            # Where validation questions only measure, a run may go on with others.
+            "eval_dataset": self._digest_of_deciding_questions(),
         }
+
+    def _digest_of_deciding_questions(self) -> str | None:
+        if self.eval_questions is None or not self.args.needs_validation:
+            return None
+        return digest_questions(self.eval_questions)
 
     # Models
 
@@ -574,8 +594,12 @@ class BoostingTrainer:
             return copy.deepcopy(model)
         return on_device(load_model(model, **self.model_init_kwargs), self.args)
 
-    def _ensemble(self, folders: list[Path], expert_weights: list[float]) -> TokenEnsemble:
-        combine = self.args.combine
+    @functools.cached_property
+    def _base_computes(self) -> dict[str, Any]:
+        return computes(self._load_model(1))
+
+    def _ensemble(self, folders: list[Path], expert_weights: list[float], combine: str | None = None) -> TokenEnsemble:
+        combine = combine or self.args.combine
         if not self._adapters:
             models = [on_device(load_model(folder), self.args) for folder in folders]
             return TokenEnsemble.from_models(models, expert_weights, combine=combine)
@@ -640,35 +664,12 @@ def _keep_scores(target: Path, scores: AnswerScores) -> None:
         write_array(aside / "token_log_probs.npy", scores.token_log_probs)
 
 
+def _expert_files(folder: Path) -> list[Path]:
+    """Return the files that make a saved expert what it is."""
+    return sorted(file for file in folder.iterdir() if file.name != "cost.json")
+
+
 def _spent(folder: Path) -> dict[str, float | None]:
     """Return what the models of a round took in all: the expert, and those that judged it out of fold."""
     costs = [read_json(file) for file in sorted(folder.glob("*/cost.json"))]
     return {name: total([cost[name] for cost in costs]) for name in costs[0]}
-
-
-def _digest_examples(examples: Dataset) -> str:
-    return digest(np.asarray(row[name]) for row in examples for name in ("input_ids", "prompt_length"))
-
-
-def describe_model(model: str | os.PathLike[str] | PreTrainedModel) -> str:
-    """Name a model: a source by itself, a model by a hash of its weights."""
-    if not isinstance(model, PreTrainedModel):
-        return str(model)
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return f"{type(model).__name__}:{digest.hexdigest()}"
-
-
-def digest_questions(questions: Dataset) -> str:
-    """Name questions by a hash of their prompts and answers, in their order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for row in questions.select_columns(["prompt", "answer"]):
-        digest.update(json.dumps([row["prompt"], row["answer"]]).encode())
-    return digest.hexdigest()
-
-
-def plain(value: Any) -> Any:
-    """Turn what JSON does not know (sets, enums, paths) into what it does."""
-    return sorted(value) if isinstance(value, set | frozenset) else str(value)
