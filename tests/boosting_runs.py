@@ -13,8 +13,7 @@ from datasets import Dataset
 from peft import get_peft_model_state_dict
 from transformers import LlamaForCausalLM
 
-from ensemw2s import BoostingConfig, BoostingTrainer
-from ensemw2s import trainer as trainer_module
+from ensemw2s import BoostingConfig, BoostingTrainer, expert_factory
 from ensemw2s.data import tokenize_questions
 from ensemw2s.training import fine_tune
 from tests.tiny import END, FORMAT, llama, lora, questions, tokenizer
@@ -55,7 +54,7 @@ class Trainings(list[dict[str, Any]]):
 
 def record_trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
     """Note from now on what every fine-tuning of a `BoostingTrainer` is given."""
-    calls, own = Trainings(), trainer_module.fine_tune
+    calls, own = Trainings(), expert_factory.fine_tune
 
     def recorded(model: Any, examples: Dataset, args: Any, **options: Any) -> Any:
         if len(calls) + 1 == calls.die_at:
@@ -70,5 +69,5 @@ def record_trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
         })  # fmt: skip
         return own(model, examples, args, **options)
 
-    monkeypatch.setattr(trainer_module, "fine_tune", recorded)
+    monkeypatch.setattr(expert_factory, "fine_tune", recorded)
     return calls
