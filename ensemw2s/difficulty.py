@@ -18,9 +18,9 @@ from ensemw2s import processes
 from ensemw2s.checkpoints import discard_checkpoints
 from ensemw2s.data import QuestionFormat, check_disjoint, check_questions, question_key, tokenize_questions
 from ensemw2s.files import read_json, write_json
+from ensemw2s.identity import describe_model, digest_questions, plain
 from ensemw2s.models import load_model, load_tokenizer, source_of
 from ensemw2s.scoring import AnswerScores, score_answers
-from ensemw2s.trainer import describe_model, digest_questions, plain
 from ensemw2s.training import PRESENTATION, AnswerTrainingArguments, fine_tune, on_device
 
 if TYPE_CHECKING:

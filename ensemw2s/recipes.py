@@ -165,6 +165,11 @@ class BoostingConfig(AnswerTrainingArguments):
         if ranks is not None and (len(ranks) != self.num_rounds or min(ranks) < 1):
             raise ValueError(f"lora_ranks must list a rank of at least 1 for each of {self.num_rounds} rounds: {ranks}")
 
+        if ranks is not None and self.warm_start:
+            raise ValueError(
+                "lora_ranks gives every round a new adapter, and warm_start goes on with the one before: leave one out"
+            )
+
     def _try_values(self) -> None:
         """Let the functions that will use a value refuse it now rather than after the first expert."""
         two = boosting.initial_weights(2)

@@ -12,6 +12,7 @@ from typing import Any
 
 from ensemw2s import processes
 from ensemw2s.files import new_folder
+from ensemw2s.identity import plain
 
 
 class Store:
@@ -31,7 +32,7 @@ class Store:
 
         Args:
             target: where it shall be; nothing happens if it exists.
-            key: plain JSON values that say what decides the result.
+            key: what decides the result, in values that JSON or `identity.plain` knows.
             make: computes it and writes `target`, whole or not at all.
         """
         kept = self.folder / _hash(key)
@@ -57,7 +58,7 @@ def obtain(store: Store | None, target: Path, key: Callable[[], Any], make: Call
 
 
 def _hash(key: Any) -> str:
-    text = json.dumps(key, sort_keys=True, default=str)
+    text = json.dumps(key, sort_keys=True, default=plain)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

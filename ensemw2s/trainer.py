@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
 import os
 import shutil
@@ -14,29 +12,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from ensemw2s import boosting, processes
-from ensemw2s.checkpoints import digest, discard_checkpoints
 from ensemw2s.cost import total
-from ensemw2s.data import QuestionFormat, answer_lengths, check_disjoint, check_questions, tokenize_questions
+from ensemw2s.data import QuestionFormat, check_disjoint, check_questions, tokenize_questions
 from ensemw2s.ensemble import TokenEnsemble
+from ensemw2s.expert_factory import ExpertFactory
 from ensemw2s.files import (
-    digest_of_files,
     map_array,
     new_array,
-    new_folder,
     read_array,
     read_json,
     write_array,
     write_json,
 )
-from ensemw2s.models import load_model, load_tokenizer, source_of
+from ensemw2s.identity import describe_model, digest_questions, plain
+from ensemw2s.models import load_tokenizer, source_of
 from ensemw2s.recipes import BoostingConfig
-from ensemw2s.scoring import AnswerScores, score_mixtures
-from ensemw2s.store import Store, obtain
-from ensemw2s.training import PRESENTATION, TrainingCost, fine_tune, on_device, training_settings
+from ensemw2s.scoring import AnswerScores
+from ensemw2s.store import Store
+from ensemw2s.training import PRESENTATION
+from ensemw2s.units import AnswerUnits, informative_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -101,21 +98,35 @@ class BoostingTrainer:
         _check_settings(args, len(self.models), peft_config, eval_dataset)
         self.args = args
         self.peft_config = peft_config
-        self.store = store
         self.question_format = question_format or QuestionFormat()
         self.model_init_kwargs = dict(model_init_kwargs or {})
         self.on_round = on_round or (lambda record: None)
         self.processing_class = processing_class or load_tokenizer(source_of(self.models[0]))
         self.folder = Path(str(args.output_dir))
+        self._factory = ExpertFactory(
+            self.models,
+            args,
+            pad_token_id=self.processing_class.eos_token_id,
+            peft_config=peft_config,
+            model_init_kwargs=self.model_init_kwargs,
+            store=store,
+        )
         self.train_questions = check_questions(train_dataset, "train_dataset")
         self.eval_questions = None if eval_dataset is None else check_questions(eval_dataset, "eval_dataset")
         if self.eval_questions is not None:
             check_disjoint({"train_dataset": self.train_questions, "eval_dataset": self.eval_questions})
         self._train = self._tokenize(self.train_questions, "train_dataset")
         self._eval = None if self.eval_questions is None else self._tokenize(self.eval_questions, "eval_dataset")
-        self._lengths = answer_lengths(self._train)
-        self._boosted = self._boosted_tokens()
-        self.num_units = int(self._unit_index()[-1]) + 1
+        boosted = None
+        if args.boosted_tokens == "informative":
+            boosted = informative_tokens(self._train, self.processing_class)
+        self._units = AnswerUnits(self._train, boosted, args.unit, args.window)
+        if args.error_folds is not None and args.error_folds > len(self._train):
+            raise ValueError(
+                f"error_folds={args.error_folds} leaves folds without an answer: train_dataset has {len(self._train)} "
+                "questions, give at most as many folds"
+            )
+        self.num_units = int(self._units.index()[-1]) + 1
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -164,7 +175,7 @@ class BoostingTrainer:
                 f"no expert beats the pre-trained model: {self.stop_reason}. Train longer or with another learning "
                 f"rate (now {self.args.num_train_epochs:g} epochs at {self.args.learning_rate:g})"
             )
-        return self._ensemble(self.expert_folders(), self.mixture()["expert_weights"])
+        return self._factory.ensemble(self.expert_folders(), self.mixture()["expert_weights"])
 
     def expert_folders(self) -> list[Path]:
         """Return where the experts of the ensemble are saved, in their order."""
@@ -177,7 +188,7 @@ class BoostingTrainer:
             `num_experts`, `expert_weights` (as many), and `log_likelihoods`: where validation questions decided, the
             mean log-probability (nats) of a validation token under the mixture of the first 1, 2, ... experts.
         """
-        weights = [1.0 if self.args.mixture_weights == "uniform" else weight for _, weight in self._accepted()]
+        weights = self._mixing([weight for _, weight in self._accepted()])
         record = {"kind": "mixture", "num_experts": len(weights), "expert_weights": weights, "log_likelihoods": None}
         if not self.args.needs_validation:
             return record
@@ -186,6 +197,9 @@ class BoostingTrainer:
             decided = self._fitted(weights) if self.args.mixture_weights == "validation" else self._chosen(weights)
             processes.on_main(write_json, file, record | decided)
         return dict(processes.on_main(read_json, file))
+
+    def _mixing(self, expert_weights: list[float]) -> list[float]:
+        return [1.0] * len(expert_weights) if self.args.mixture_weights == "uniform" else expert_weights
 
     def _fitted(self, weights: list[float]) -> dict[str, Any]:
         count = len(weights)
@@ -202,7 +216,7 @@ class BoostingTrainer:
 
     def _validation_scores(self, mixtures: Mapping[str, Sequence[float]]) -> dict[str, AnswerScores]:
         folders = [folder for folder, _ in self._accepted()]
-        return self._score(self._ensemble(folders, [1.0] * len(folders)), self._eval, mixtures, "validation")
+        return self._score_validation(folders, mixtures)
 
     def record(self) -> dict[str, Any]:
         """Return the run's account, to be saved with the ensemble: settings, records, why it stopped."""
@@ -290,55 +304,15 @@ class BoostingTrainer:
         # A sentence of which no token was drawn has no loss.
         kept = [int(row) for row in rows if token_weights[row].any()]
         chosen, examples = [token_weights[row] for row in kept], self._train.select(kept)
-        peft_config = self._round_peft_config(number)
-        model = self._starting_model(number, folder.name)
-        new_adapter = None if hasattr(model, "peft_config") else peft_config
+        start = self._warm_start(number, folder.name)
+        self._factory.train(folder, number, examples, chosen, seed=seed, description=description, start=start)
 
-        def make() -> None:
-            trained, cost = fine_tune(
-                model,
-                examples,
-                self.args,
-                pad_token_id=self.processing_class.eos_token_id,
-                seed=seed,
-                description=description,
-                token_weights=chosen,
-                peft_config=new_adapter,
-            )
-            if peft_config is not None and not self._adapters:
-                trained = trained.merge_and_unload()
-            processes.on_main(self._keep_expert, folder, trained, cost)
-
-        def key() -> dict[str, Any]:
-            return {
-                "training": training_settings(self.args) | {"seed": seed},
-                "model": digest(value for _, value in sorted(model.state_dict().items())),
-                "peft_config": None if peft_config is None else peft_config.to_dict(),
-                "examples": _digest_examples(examples),
-                "token_weights": digest(chosen),
-            }
-
-        obtain(self.store, folder, key, make)
-
-    def _starting_model(self, number: int, name: str) -> Any:
-        """Return the pre-trained model, or with `warm_start` the one called `name` of the round before."""
+    def _warm_start(self, number: int, name: str) -> Path | None:
+        """Return the model called `name` of the round before, if this round's goes on from it."""
         if number == 1 or not self.args.warm_start:
-            return self._load_model(number)
+            return None
         before = next(r for r in reversed(self.records) if r["accepted"] and r["round"] == number - 1)
-        folder = self._attempt_folder(number - 1, before["attempt"]) / name
-        if not self._adapters:
-            return on_device(load_model(folder), self.args)
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(self._load_model(number), str(folder), is_trainable=True)
-
-    def _round_peft_config(self, number: int) -> Any:
-        if self.args.lora_ranks is None:
-            return self.peft_config
-        config: Any = copy.deepcopy(self.peft_config)
-        rank = self.args.lora_ranks[number - 1]
-        config.lora_alpha, config.r = config.lora_alpha * rank / config.r, rank
-        return config
+        return self._attempt_folder(number - 1, before["attempt"]) / name
 
     def _seeds(self, number: int, attempt: int) -> tuple[int, int]:
         """Return the seeds of the round's draws and of its training."""
@@ -351,30 +325,15 @@ class BoostingTrainer:
         """Return the weight of each answer's tokens in the round's loss, float32: views of one array."""
         drawn = self._attempt_folder(number, attempt) / "loss_weights.npy"
         processes.on_main(self._keep_loss_weights, drawn, self._weights(number), self._seeds(number, attempt)[0])
-        return self._per_answer(map_array(drawn))
+        token_weights = self._units.token_weights(map_array(drawn), map_array(self.folder / "units.npy"))
+        # Once every process has its own copy; they can be drawn again.
+        processes.start().wait_for_everyone()
+        processes.on_main(drawn.unlink)
+        return token_weights
 
     def _keep_loss_weights(self, file: Path, weights: np.ndarray, seed: int) -> None:
         with new_array(file, self.num_units) as out:
             self.args.loss_weights(weights, np.random.default_rng(seed), out)
-
-    def _per_answer(self, unit_weights: np.ndarray) -> list[np.ndarray]:
-        units = map_array(self.folder / "units.npy")
-        boosted = np.empty(units.size, dtype=np.float32)
-        for start in range(0, units.size, boosting.BLOCK):
-            boosted[start : start + boosting.BLOCK] = unit_weights[units[start : start + boosting.BLOCK]]
-        tokens = boosted
-        if self._boosted is not None:
-            tokens = np.ones(self._boosted.size, dtype=np.float32)
-            tokens[self._boosted] = boosted
-        return np.split(tokens, np.cumsum(self._lengths)[:-1])
-
-    def _keep_expert(self, folder: Path, trained: Any, cost: TrainingCost) -> None:
-        # Every process has trained: none reads the loss's weights any more, and they can be drawn again.
-        folder.with_name("loss_weights.npy").unlink(missing_ok=True)
-        with new_folder(folder) as aside:
-            trained.save_pretrained(aside)
-            write_json(aside / "cost.json", asdict(cost))
-        discard_checkpoints(self.args.output_dir)
 
     # Errors
 
@@ -384,7 +343,7 @@ class BoostingTrainer:
         file = folder / "losses.npy"
         if not processes.on_main(file.exists):
             if self.args.error_folds is None:
-                self._score_training(folder / "training_scores", folder / "expert", np.arange(len(self._train)))
+                self._factory.score_alone(folder / "training_scores", folder / "expert", self._train)
                 token_losses = self._token_losses(folder / "training_scores")
             else:
                 token_losses = self._losses_out_of_fold(number, attempt, self.args.error_folds)
@@ -395,7 +354,7 @@ class BoostingTrainer:
         """Return the loss of every answer token under a model that was not trained on its answer."""
         folder = self._attempt_folder(number, attempt)
         of_row = np.random.default_rng(self.args.seed).permutation(len(self._train)) % count
-        of_token = np.repeat(of_row, self._lengths)
+        of_token = np.repeat(of_row, self._units.lengths)
         losses = np.empty(of_token.size, dtype=bool if self.args.errors == "hard" else np.float32)
         for fold in range(count):
             name = f"fold-{fold + 1}"
@@ -403,34 +362,9 @@ class BoostingTrainer:
             description = f"round {number}: out of fold {fold + 1} of {count}"
             self._train_on(folder / name, number, attempt, np.flatnonzero(of_row != fold), seed, description)
             scores = folder / f"{name}-scores"
-            self._score_training(scores, folder / name, np.flatnonzero(of_row == fold))
+            self._factory.score_alone(scores, folder / name, self._train.select(np.flatnonzero(of_row == fold)))
             losses[of_token == fold] = self._token_losses(scores)
         return losses
-
-    def _score_training(self, target: Path, model: Path | None, rows: np.ndarray) -> None:
-        """Leave in `target` how a saved model, or the one before fine-tuning, does on the answers in `rows`."""
-        if processes.on_main(target.exists):
-            return
-        examples = self._train.select(rows)
-
-        def make() -> None:
-            if model is None:
-                ensemble = TokenEnsemble.from_models([self._load_model(1)], [1.0])
-            else:
-                ensemble = self._ensemble([model], [1.0])
-            scores = self._score(ensemble, examples, {"model": [1.0]}, "weighted error")["model"]
-            processes.on_main(_keep_scores, target, scores)
-
-        def key() -> dict[str, Any]:
-            if model is None:
-                source: Any = digest(value for _, value in sorted(self._load_model(1).state_dict().items()))
-            else:
-                # Those of the base, where the expert is an adapter, decide what the expert's own cost file says.
-                source = digest_of_files(sorted(model.glob("*.safetensors")))
-            base = describe_model(self._model_of(1)) if self._adapters else None
-            return {"scores_of": source, "base": [base, self.model_init_kwargs], "examples": _digest_examples(examples)}
-
-        obtain(self.store, target, key, make)
 
     def _token_losses(self, scores: Path) -> np.ndarray:
         if self.args.errors == "hard":
@@ -438,14 +372,13 @@ class BoostingTrainer:
         return np.clip(-np.expm1(read_array(scores / "token_log_probs.npy")), 0.0, 1.0)
 
     def _unit_losses(self, token_losses: np.ndarray) -> np.ndarray:
-        boosted = token_losses if self._boosted is None else token_losses[self._boosted]
-        return boosting.unit_losses(boosted, map_array(self.folder / "units.npy"))
+        return self._units.losses(token_losses, map_array(self.folder / "units.npy"))
 
     def _prior_error(self, weights: np.ndarray) -> float:
         pretrained = None
         if self.args.prior == "pretrained":
             scores = self.folder / "pretrained_scores"
-            self._score_training(scores, None, np.arange(len(self._train)))
+            self._factory.score_alone(scores, None, self._train)
             measured_under = self._weights(1) if self.args.prior_weights == "initial" else weights
             error = boosting.weighted_error(measured_under, self._unit_losses(self._token_losses(scores)))
             pretrained, _ = boosting.clamp_error(error, self.num_units)
@@ -456,36 +389,22 @@ class BoostingTrainer:
         if self._eval is None:
             return None
         earlier = self._accepted(before=number)
-        weights = [weight for _, weight in earlier] + [expert_weight]
-        ensemble = self._ensemble([path for path, _ in earlier] + [folder / "expert"], weights)
+        weights = self._mixing([weight for _, weight in earlier] + [expert_weight])
         mixtures = {"expert": [0.0] * len(earlier) + [1.0], "ensemble": weights}
-        scores = self._score(ensemble, self._eval, mixtures, "validation")
+        scores = self._score_validation([path for path, _ in earlier] + [folder / "expert"], mixtures)
         return {
             "expert": scores["expert"].accuracy,
             "ensemble": scores["ensemble"].accuracy,
             "token_error": scores["ensemble"].token_error,
         }
 
+    def _score_validation(
+        self, folders: list[Path], mixtures: Mapping[str, Sequence[float]]
+    ) -> dict[str, AnswerScores]:
+        ensemble = self._factory.ensemble(folders, [1.0] * len(folders))
+        return self._factory.score(ensemble, self._eval, mixtures, "validation")
+
     # What is kept, and where
-
-    def _unit_index(self) -> np.ndarray:
-        lengths = self._lengths
-        if self._boosted is not None:
-            lengths = np.add.reduceat(self._boosted.astype(np.int64), np.cumsum(lengths) - lengths)
-        return boosting.unit_index(lengths, self.args.unit, self.args.window)
-
-    def _boosted_tokens(self) -> np.ndarray | None:
-        """Return bool [n_tokens], the answer tokens that carry a weight; None if all do."""
-        if self.args.boosted_tokens == "all":
-            return None
-        answers = [row["input_ids"][row["prompt_length"] :] for row in self._train]
-        trivial = {
-            token for token in {token for answer in answers for token in answer}
-            if token == self.processing_class.eos_token_id or not self.processing_class.decode([token]).strip()
-        }  # fmt: skip
-        informative = [np.array([token not in trivial for token in answer]) for answer in answers]
-        # An answer of nothing else (white space that is to be written) keeps all its tokens.
-        return np.concatenate([mask if mask.any() else np.ones_like(mask) for mask in informative])
 
     def _round_folder(self, number: int) -> Path:
         return self.folder / "rounds" / str(number)
@@ -526,7 +445,7 @@ class BoostingTrainer:
             shutil.rmtree(self.folder / "pretrained_scores", ignore_errors=True)
             for chosen in self.folder.glob("mixture-of-*.json"):
                 chosen.unlink()
-        write_array(self.folder / "units.npy", self._unit_index())
+        write_array(self.folder / "units.npy", self._units.index())
         write_json(file, mine)
 
     def _start_weights(self) -> None:
@@ -544,49 +463,14 @@ class BoostingTrainer:
             "peft_config": None if self.peft_config is None else self.peft_config.to_dict(),
             "question_format": asdict(self.question_format),
             "train_dataset": digest_questions(self.train_questions),
+            # Where validation questions only measure, a run may go on with others.
+            "eval_dataset": self._digest_of_deciding_questions(),
         }
 
-    # Models
-
-    @property
-    def _adapters(self) -> bool:
-        return self.peft_config is not None and len(self.models) == 1
-
-    def _score(
-        self,
-        ensemble: TokenEnsemble,
-        examples: Dataset,
-        mixtures: Mapping[str, Sequence[float]],
-        description: str,
-    ) -> dict[str, AnswerScores]:
-        return score_mixtures(
-            ensemble,
-            examples,
-            mixtures,
-            pad_token_id=self.processing_class.eos_token_id,
-            batch_size=self.args.per_device_eval_batch_size,
-            description=None if self.args.disable_tqdm else description,
-        )
-
-    def _model_of(self, number: int) -> Any:
-        return self.models[0] if len(self.models) == 1 else self.models[number - 1]
-
-    def _load_model(self, number: int) -> Any:
-        model = self._model_of(number)
-        if isinstance(model, PreTrainedModel):
-            return copy.deepcopy(model)
-        return on_device(load_model(model, **self.model_init_kwargs), self.args)
-
-    def _ensemble(self, folders: list[Path], expert_weights: list[float]) -> TokenEnsemble:
-        combine = self.args.combine
-        if not self._adapters:
-            models = [on_device(load_model(folder), self.args) for folder in folders]
-            return TokenEnsemble.from_models(models, expert_weights, combine=combine)
-        source = self.models[0]
-        reference = None if isinstance(source, PreTrainedModel) else {"source": source, **self.model_init_kwargs}
-        return TokenEnsemble.from_adapters(
-            self._load_model(1), folders, expert_weights, combine=combine, base_reference=reference
-        )
+    def _digest_of_deciding_questions(self) -> str | None:
+        if self.eval_questions is None or not self.args.needs_validation:
+            return None
+        return digest_questions(self.eval_questions)
 
     def _tokenize(self, questions: Dataset, name: str) -> Dataset:
         return tokenize_questions(questions, self.processing_class, self.question_format, name)
@@ -637,41 +521,7 @@ def _check_settings(args: BoostingConfig, num_models: int, peft_config: Any, eva
         raise ValueError("lora_ranks needs a LoRA configuration: pass peft_config=LoraConfig(...)")
 
 
-def _keep_scores(target: Path, scores: AnswerScores) -> None:
-    with new_folder(target) as aside:
-        write_array(aside / "token_wrong.npy", scores.token_wrong)
-        write_array(aside / "token_log_probs.npy", scores.token_log_probs)
-
-
 def _spent(folder: Path) -> dict[str, float | None]:
     """Return what the models of a round took in all: the expert, and those that judged it out of fold."""
     costs = [read_json(file) for file in sorted(folder.glob("*/cost.json"))]
     return {name: total([cost[name] for cost in costs]) for name in costs[0]}
-
-
-def _digest_examples(examples: Dataset) -> str:
-    return digest(np.asarray(row[name]) for row in examples for name in ("input_ids", "prompt_length"))
-
-
-def describe_model(model: str | os.PathLike[str] | PreTrainedModel) -> str:
-    """Name a model: a source by itself, a model by a hash of its weights."""
-    if not isinstance(model, PreTrainedModel):
-        return str(model)
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return f"{type(model).__name__}:{digest.hexdigest()}"
-
-
-def digest_questions(questions: Dataset) -> str:
-    """Name questions by a hash of their prompts and answers, in their order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for row in questions.select_columns(["prompt", "answer"]):
-        digest.update(json.dumps([row["prompt"], row["answer"]]).encode())
-    return digest.hexdigest()
-
-
-def plain(value: Any) -> Any:
-    """Turn what JSON does not know (sets, enums, paths) into what it does."""
-    return sorted(value) if isinstance(value, set | frozenset) else str(value)

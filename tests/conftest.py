@@ -12,6 +12,7 @@ import torch
 
 if TYPE_CHECKING:
     from ensemw2s import TokenEnsemble
+    from tests.boosting_runs import Trainings
 
 # Read by huggingface_hub when it is imported: a test that reaches for the hub fails at once instead of waiting.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -55,3 +56,10 @@ def of_models() -> TokenEnsemble:
 @pytest.fixture(params=["of_adapters", "of_models"])
 def ensemble(request: pytest.FixtureRequest) -> TokenEnsemble:
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
+    from tests.boosting_runs import record_trainings
+
+    return record_trainings(monkeypatch)

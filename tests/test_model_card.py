@@ -16,10 +16,10 @@ from tests.reference import WEIGHTS, model_ensemble, ragged_prompts
 from tests.tiny import llama, saved_adapters, saved_model, tokenizer
 
 RECORD: dict[str, Any] = {
-    "recipe": "stabilised",
+    "recipe": "tempered",
     "sampling": "reweight",
-    "shrinkage": 0.3,
-    "uniform_mix": 0.5,
+    "shrinkage": 0.6,
+    "uniform_mix": 0.2,
     "unit": "token",
     "seed": 7,
     "rounds": [
@@ -108,7 +108,7 @@ def test_experts_and_rounds_have_their_tables(of_models: TokenEnsemble) -> None:
     ]  # fmt: skip
     assert rows[2] == ["3", "1", "0.3000", "-0.2500", "no", "321.0987", "654"]
     assert [row[4] for row in rows] == ["yes", "yes", "no", "yes"]
-    assert "recipe `stabilised`, sampling `reweight`, shrinkage `0.3`, uniform_mix `0.5`, unit `token`" in card
+    assert "recipe `tempered`, sampling `reweight`, shrinkage `0.6`, uniform_mix `0.2`, unit `token`" in card
     assert "The error before any fine-tuning is 0.7500." in card
     assert "Why boosting ended: all rounds were run." in card
     stopped = model_card(of_models, RECORD | {"stop_reason": "round 4 stopped boosting"})

@@ -315,14 +315,14 @@ from ensemw2s.cli import main
 from ensemw2s.trainer import BoostingTrainer
 
 # The second process dies while the first is on its way to the weights of round 2.
-score = BoostingTrainer._score
+losses = BoostingTrainer._losses
 
 def mortal(self, *args):
     if (self.folder / "rounds/1/attempt-1/expert").exists() and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
-    return score(self, *args)
+    return losses(self, *args)
 
-BoostingTrainer._score = mortal
+BoostingTrainer._losses = mortal
 raise SystemExit(main(["boost", sys.argv[1]]))
 """
 
