@@ -111,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     study.add_argument("config", help="a YAML or JSON file: an experiment's keys, tasks, seeds, comparisons")
     study.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seeds=3 boosting.num_rounds=5")
+    study.add_argument("--tasks", help="run the cells of these tasks only: names with commas between them")
     study.add_argument("--records", help="the file of the figures (default: records.jsonl in the study's folder)")
     study.add_argument("--jobs", type=int, default=1, help="cells at the same time, a process each (default: 1)")
     study.add_argument("--minutes", type=float, help="begin no further cell after this time")
@@ -182,7 +183,10 @@ def _study(options: argparse.Namespace) -> None:
     from ensemw2s.study import Study, load_study
 
     quiet_libraries()
-    study = Study(load_study(options.config, options.overrides), options.records, say=_say)
+    config = load_study(options.config, options.overrides)
+    if options.tasks:
+        config = config.with_tasks(options.tasks.split(","))
+    study = Study(config, options.records, say=_say)
     study.run(options.jobs, options.minutes)
     print(study.file)
 

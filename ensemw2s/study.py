@@ -8,6 +8,7 @@ records are not run again, whether their folders are still there or not.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -63,6 +64,17 @@ class StudyConfig:
     def name(self) -> str:
         """Return the study's name."""
         return str(self.settings["name"])
+
+    def with_tasks(self, names: Sequence[str]) -> StudyConfig:
+        """Return the study of these tasks alone; what the records hold of others stays in them.
+
+        Raises:
+            ValueError: a name that is none of the tasks.
+        """
+        unknown = [name for name in names if name not in self.tasks]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is none of the study's tasks {', '.join(self.tasks)}")
+        return dataclasses.replace(self, tasks={name: self.tasks[name] for name in names})
 
     def cells(self) -> Iterator[Cell]:
         """Yield the cells, all tasks with one seed before any with the next."""

@@ -23,7 +23,7 @@ from ensemw2s.data import (
 )
 from ensemw2s.models import load_tokenizer
 
-STUDY = Path(__file__).parent.parent / "examples" / "study_real.yaml"
+STUDY = Path(__file__).parent.parent / "examples" / "real.yaml"
 TASKS = yaml.safe_load(STUDY.read_text())["tasks"]
 
 
