@@ -249,9 +249,20 @@ class ExperimentConfig:
         return None if self.lora is None else LoraConfig(**{"task_type": "CAUSAL_LM", **self.lora})
 
     def results_key(self) -> dict[str, Any]:
-        """Return what decides the results, as plain JSON: everything but where they are kept."""
+        """Return what decides the results, as plain JSON: everything but where they are kept.
+
+        `resolved` holds what recipes and defaults stand for, so that results of another version's are not mistaken.
+        """
         plain = json.loads(json.dumps(dataclasses.asdict(self)))
+        plain["resolved"] = {arm: self._resolved(arm) for arm in ("ensemble", *self.ensembles)}
         return {key: value for key, value in plain.items() if key not in ("name", "output_dir", "store")}
+
+    def _resolved(self, arm: str) -> dict[str, Any]:
+        """Return the settings of an arm that say how its experts are boosted."""
+        args = self.ensemble_config(arm, "")
+        training = {field.name for field in dataclasses.fields(AnswerTrainingArguments)}
+        own = [field.name for field in dataclasses.fields(BoostingConfig) if field.name not in training]
+        return {name: getattr(args, name) for name in own if name != "overwrite"}
 
 
 def load_config(
@@ -281,6 +292,8 @@ def read_settings(
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a YAML or JSON file, or the folder of an earlier run")
     settings = _parse(path)
+    # What a run's folder says beside its settings.
+    settings.pop("resolved", None)
     small = settings.pop("quick", None)
     if quick:
         if not isinstance(small, dict):

@@ -19,6 +19,7 @@ from ensemw2s.data import tokenize_questions
 from ensemw2s.distillation import read_labels
 from ensemw2s.experiment import PHASES, Experiment, round_line
 from ensemw2s.files import read_json
+from ensemw2s.recipes import RECIPES
 from ensemw2s.records import POOLED_KINDS, answers_array, questions_digest
 from ensemw2s.scoring import score_answers
 from ensemw2s.tables import results_table
@@ -390,6 +391,14 @@ def test_a_folder_of_another_configuration_names_what_differs(finished: Path) ->
     with pytest.raises(ValueError, match=r"differing: boosting\.num_rounds, seed\. .*--overwrite"):
         Experiment(build_config(changed))
     assert (finished / "results.jsonl").exists()
+
+
+def test_a_recipe_that_means_something_else_now_is_another_configuration(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RECIPES, "tempered", RECIPES["tempered"] | {"effective_sample_size_floor": 0.6})
+    with pytest.raises(ValueError, match=r"differing: resolved\.ensemble\.effective_sample_size_floor\."):
+        Experiment(build_config(settings(finished.parent.parent)))
 
 
 def test_overwrite_deletes_the_other_run(tmp_path: Path) -> None:
