@@ -40,7 +40,7 @@ def test_one_key_turns_to_the_recipe_as_published(tmp_path: Path) -> None:
     path = write(tmp_path, settings(tmp_path))
     ours = load_config(path).boosting_config(tmp_path)
     paper = load_config(path, ["boosting.recipe=paper"]).boosting_config(tmp_path)
-    assert (ours.sampling, ours.shrinkage, ours.uniform_mix) == ("reweight", 0.3, 0.5)
+    assert (ours.sampling, ours.errors, ours.effective_sample_size_floor) == ("reweight", "soft", 0.7)
     assert (paper.sampling, paper.shrinkage, paper.uniform_mix) == ("draw", 1.0, 0.0)
 
 
@@ -125,12 +125,12 @@ def test_layers_and_dtype_reach_the_model(tmp_path: Path) -> None:
 
 def test_soft_students_get_the_cache_that_they_read(tmp_path: Path) -> None:
     path = write(tmp_path, settings(tmp_path))
-    assert load_config(path).cache_settings() == {}
-    assert load_config(path, ["student.top_logprobs=8"]).cache_settings() == {}
-    assert load_config(path, ["student.variant=soft"]).cache_settings() == {}
+    assert load_config(path).cache_settings("ensemble") == {}
+    assert load_config(path, ["student.top_logprobs=8"]).cache_settings("ensemble") == {}
+    assert load_config(path, ["student.variant=soft"]).cache_settings("ensemble") == {}
     soft = ["student.variant=soft", "student.top_logprobs=8", "student.temperature=2"]
-    assert load_config(path, soft).cache_settings() == {"top_logprobs": 8, "top_temperature": 2}
-    with pytest.raises(ValueError, match=r"student\.variant=soft needs a teacher with a distribution.*combine=vote"):
+    assert load_config(path, soft).cache_settings("ensemble") == {"top_logprobs": 8, "top_temperature": 2}
+    with pytest.raises(ValueError, match="variant=soft needs a teacher with a distribution.*combine=vote"):
         load_config(path, ["student.variant=soft", "boosting.combine=vote"])
 
 

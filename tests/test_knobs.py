@@ -90,15 +90,16 @@ def weights_of(folder: Path, number: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        ("paper", ("draw", 1.0, 0.0, "hard")),
-        ("tempered", ("reweight", 0.6, 0.2, "soft")),
-        ("bagging", ("bagging", 1.0, 0.0, "hard")),
-        ("deep_ensemble", ("all", 1.0, 0.0, "hard")),
+        ("paper", ("draw", "hard", 0.0)),
+        ("tempered", ("reweight", "soft", 0.7)),
+        ("bagging", ("bagging", "hard", 0.0)),
+        ("deep_ensemble", ("all", "hard", 0.0)),
     ],
 )
 def test_a_recipe_fills_in_what_is_not_given(recipe: str, expected: tuple[Any, ...], tmp_path: Path) -> None:
     config = BoostingConfig(output_dir=str(tmp_path), recipe=recipe)
-    assert (config.sampling, config.shrinkage, config.uniform_mix, config.errors) == expected
+    assert (config.sampling, config.errors, config.effective_sample_size_floor) == expected
+    assert (config.shrinkage, config.uniform_mix) == (1.0, 0.0)
     assert BoostingConfig(output_dir=str(tmp_path), recipe=recipe, errors="soft").errors == "soft"
 
 
@@ -129,6 +130,37 @@ def test_a_draw_without_replacement_takes_its_share_of_the_tokens_once(tmp_path:
         )
         drawn.append([(ids, *w) for ids, w in zip(training["rows"], training["weights"], strict=True)])
     assert drawn[0] != drawn[1]
+
+
+# Updates
+
+
+@pytest.mark.parametrize("errors", ["soft", "hard"])
+def test_an_update_keeps_the_effective_sample_size_at_the_floor_and_says_how_far_it_went(
+    errors: str, tmp_path: Path
+) -> None:
+    runner = boost(tmp_path, errors=errors, effective_sample_size_floor=0.995, num_rounds=3)
+    runner.train()
+    records = [record for record in runner.records if record["accepted"]]
+    assert any(0 < record["shrinkage"] < 1 for record in records)
+    for record in records:
+        before, after = (weights_of(tmp_path, record["round"] + more) for more in (0, 1))
+        attempt = tmp_path / f"rounds/{record['round']}/attempt-{record['attempt']}"
+        losses = read_array(attempt / "losses.npy").astype(float)
+        # At the floor, an update that leads further away from it is not made.
+        expected = updated(before, losses, record["shrinkage"] * record["expert_weight"])
+        np.testing.assert_allclose(after, expected, rtol=1e-9)
+        share = 1 / np.sum(after**2) / len(after)
+        assert share == pytest.approx(record["effective_sample_size"] / record["num_units"])
+        assert share >= 0.995
+        # As far as it goes: the floor is reached, or the update was taken whole.
+        assert record["shrinkage"] == 1.0 or share == pytest.approx(0.995, abs=1e-4)
+
+
+def test_without_a_floor_the_update_is_the_paper_s(tmp_path: Path) -> None:
+    runner = boost(tmp_path, recipe="paper", sampling="reweight", num_rounds=1)
+    runner.train()
+    assert runner.records[0]["shrinkage"] == 1.0
 
 
 # Errors
