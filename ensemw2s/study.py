@@ -34,7 +34,7 @@ KEPT: dict[str, tuple[str, ...] | None] = {
     "mixture": ("arm", "num_experts", "expert_weights"),
     "round": (
         "arm", "round", "attempt", "error", "prior_error", "expert_weight", "accepted", "effective_sample_size",
-        "num_units", "train_tokens",
+        "num_units", "shrinkage", "train_tokens",
     ),
 }  # fmt: skip
 _ROUND_SUMMARY = "round_summary"

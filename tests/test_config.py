@@ -130,7 +130,7 @@ def test_soft_students_get_the_cache_that_they_read(tmp_path: Path) -> None:
     assert load_config(path, ["student.variant=soft"]).cache_settings("ensemble") == {}
     soft = ["student.variant=soft", "student.top_logprobs=8", "student.temperature=2"]
     assert load_config(path, soft).cache_settings("ensemble") == {"top_logprobs": 8, "top_temperature": 2}
-    with pytest.raises(ValueError, match="variant=soft needs a teacher with a distribution.*combine=vote"):
+    with pytest.raises(ValueError, match=r"variant=soft needs a teacher with a distribution.*combine=vote"):
         load_config(path, ["student.variant=soft", "boosting.combine=vote"])
 
 
