@@ -408,14 +408,19 @@ class _Planner:
         )
 
     def _evaluate(self, plain: _Speed, strong: _Speed, mixed: _Speed) -> PhaseEstimate:
-        rounds = sum(self._args(arm).num_rounds for arm in self.trial.expert_arms())
+        arms = self.trial.expert_arms()
+        # Experts that arms share are scored once; choices once more for every way to combine distributions, of which
+        # the majority vote is one.
+        experts = sum(self._args(arm).num_rounds - self._is_single_expert(arm) for arm in arms)
+        ways = len({"prob", "vote", *(self._args(arm).combine for arm in arms)})
         # Every arm turns the test questions into tokens, as this does.
         with measured() as preparing:
             weak = self._test_work(self.config.weak)
+        mixtures = self._test_work(self.config.weak, ways)
         other = self._test_work(self.config.strong)
         parts = [
             (_Task.of(weak, self.weak.infers_plain), plain, self.weak.load),
-            (_Task.of(weak, self.weak.infers, rounds), mixed, self._load_experts(rounds)),
+            (_Task.of(mixtures, self.weak.infers, experts), mixed, self._load_experts(experts)),
             (_Task.of(other, self.strong.infers_plain), strong, self.strong.load),
             *[(_Task.of(other, self.strong.infers), strong, self.strong.load_trained)] * len(self.config.students),
         ]
@@ -437,13 +442,14 @@ class _Planner:
     def _tokenizer(self, model: ModelConfig) -> Any:
         return self.weak_tokenizer if model is self.config.weak else self.strong_tokenizer
 
-    def _test_work(self, model: ModelConfig) -> Work:
+    def _test_work(self, model: ModelConfig, ways: int = 1) -> Work:
+        """Return the work of one model on all test questions, choices being scored in several ways."""
         total = Work()
         for split in TEST_SPLITS.values():
             total += scoring_work(*self._lengths(split, model), _SCORING_BATCH)
             if self.with_choices:
                 rows = tokenize_choices(self.trial._questions(split), self._tokenizer(model), self.format)
-                total += choosing_work(rows, list(batches_of_choices(rows, _SCORING_BATCH)))
+                total += choosing_work(rows, list(batches_of_choices(rows, _SCORING_BATCH))) * ways
         return total
 
     # Measurements

@@ -61,7 +61,9 @@ def test_the_estimated_memory_and_disk_are_those_of_the_run(both: Any) -> None:
     for phase, estimate in estimates.items():
         assert estimate.peak_memory == pytest.approx(taken[phase]["peak_memory"], rel=0.25)
         assert estimate.seconds > 0
-    models = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and f.suffix in (".safetensors", ".json"))
+    # Experts that arms share are links to one file.
+    files = [f.stat() for f in folder.rglob("*") if f.is_file() and f.suffix in (".safetensors", ".json")]
+    models = sum({file.st_ino: file.st_size for file in files}.values())
     assert estimates["boost"].disk + estimates["student"].disk == pytest.approx(models, rel=0.25)
 
 

