@@ -135,7 +135,9 @@ def score_mixtures(
     # An expert that no mixture uses is not run.
     used = [t for t in range(ensemble.num_experts) if any(weights[t] > 0 for weights in mixtures.values())]
     parts = {name: [place for place, t in enumerate(used) if weights[t] > 0] for name, weights in mixtures.items()}
-    rows = {name: torch.tensor([weights[t] for t in used if weights[t] > 0]) for name, weights in mixtures.items()}
+    rows = {
+        name: torch.tensor([float(weights[t]) for t in used if weights[t] > 0]) for name, weights in mixtures.items()
+    }
     ways = dict.fromkeys(mixtures, ensemble.config.combine) | dict(combine or {})
 
     def judge(logits: list[Tensor], labels: Tensor) -> dict[str, TokenScores]:

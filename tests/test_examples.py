@@ -9,22 +9,33 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ensemw2s.cli import main
 from ensemw2s.config import load_config
 from ensemw2s.experiment import Experiment
 from ensemw2s.models import load_tokenizer
+from ensemw2s.study import load_study
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-# A study's file is no configuration by itself: `test_study_tasks.py` reads it.
-CONFIGURATIONS = sorted(path for path in EXAMPLES.glob("*.yaml") if not path.name.startswith("study_"))
+FILES = sorted(EXAMPLES.glob("*.yaml"))
+# A study's file is no configuration by itself.
+STUDIES = [path for path in FILES if "tasks" in yaml.safe_load(path.read_text())]
+CONFIGURATIONS = [path for path in FILES if path not in STUDIES]
 
 
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.name)
 def test_every_configuration_is_valid(path: Path) -> None:
     assert load_config(path).name == path.stem
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_every_study_is_valid(path: Path) -> None:
+    study = load_study(path)
+    assert study.name == path.stem
+    assert study.comparisons
 
 
 def test_the_example_with_choices_has_one_token_answers_and_enough_questions(tmp_path: Path) -> None:

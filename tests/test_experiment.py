@@ -388,7 +388,7 @@ def test_a_folder_of_another_configuration_names_what_differs(finished: Path) ->
     folder = finished.parent.parent
     changed = settings(folder, seed=3)
     changed["boosting"] = changed["boosting"] | {"num_rounds": 1}
-    with pytest.raises(ValueError, match=r"differing: boosting\.num_rounds, seed\. .*--overwrite"):
+    with pytest.raises(ValueError, match=r"differing: boosting\.num_rounds, resolved\..*, seed\. .*--overwrite"):
         Experiment(build_config(changed))
     assert (finished / "results.jsonl").exists()
 
