@@ -144,7 +144,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
         # A shell that starts this suite in the background lets it, and what it starts, ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    single = tmp_path / "run" / "small" / "ensembles" / "single_expert"
+    single = tmp_path / "run/small/ensembles/single_expert/boosting/rounds/1/attempt-1/expert/adapter_model.safetensors"
     deadline = time.monotonic() + 120
     while not single.exists() and time.monotonic() < deadline and running.poll() is None:
         time.sleep(0.05)
