@@ -128,6 +128,17 @@ def test_no_cell_begins_after_the_time_is_over(tmp_path: Path, monkeypatch: pyte
     assert said[-1] == "4 cells are left: the same command goes on with them"
 
 
+def test_some_tasks_alone_leave_the_others_records_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fake_cells(monkeypatch)
+    file, kept = write_study(tmp_path), tmp_path / "kept.jsonl"
+    assert main(["study", str(file), "--tasks", "letters", "--records", str(kept)]) == 0
+    assert main(["study", str(file), "seeds=1", "--tasks", "plain", "--records", str(kept)]) == 0
+    assert run == [("letters", 0), ("letters", 1), ("plain", 0)]
+    assert sorted((r["task"], r["seed"]) for r in read_complete_lines(kept) if r["kind"] == "cell") == sorted(run)
+    with pytest.raises(ValueError, match="'words' is none of the study's tasks plain, letters"):
+        load_study(file).with_tasks(["words"])
+
+
 def test_cells_side_by_side_give_the_same_records(finished: Path, tmp_path: Path) -> None:
     for name in ("weak", "strong", "easy.jsonl", "hard.jsonl"):
         source = finished.parent / name
