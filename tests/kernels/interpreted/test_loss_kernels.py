@@ -321,10 +321,11 @@ class TestPublicOps:
         plain, plain_gradients = case.with_gradients(case.call, case.leaves, impl="reference")
         loss, gradients = case.with_gradients(case.call, case.leaves, impl="triton")
         assert (loss - exact).abs() <= 2 * (plain - exact).abs() + 1e-5 * exact.abs() + 1e-6
-        # In 16 bits a gradient is a rounded sum of rounded products, and each chunk's is rounded before it is added.
+        # In 16 bits a gradient is a rounded sum of rounded products. Each chunk's is rounded before it is added, which
+        # rounds again: by half a unit each time, and with a handful of chunks hardly by more than two units in all.
         unit = torch.finfo(dtype).eps
         for ours, theirs, truth in zip(gradients, plain_gradients, exact_gradients, strict=True):
-            allowed = 2 * (theirs.double() - truth).abs().max() + (unit + 1e-6) * truth.abs().max()
+            allowed = 2 * (theirs.double() - truth).abs().max() + (2 * unit + 1e-6) * truth.abs().max()
             assert (ours.double() - truth).abs().max() <= allowed
 
     @pytest.mark.parametrize("name", NAMES)
