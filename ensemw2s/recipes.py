@@ -21,10 +21,17 @@ RECIPES: dict[str, dict[str, Any]] = {
     "paper": {"sampling": "draw", "errors": "hard"},
     # Ours: the paper's collapses on real models, because one full update leaves a small effective sample size.
     "tempered": {"sampling": "reweight", "errors": "soft", "effective_sample_size_floor": 0.7},
+    # Ours for experts that would still gain by longer training, as adapters on few questions do: together the rounds are
+    # one long training, and later experts, which are the better ones, weigh more.
+    "chained": {
+        "sampling": "reweight", "errors": "soft", "effective_sample_size_floor": 0.7, "warm_start": True,
+        "mixture_weights": "validation",
+    },
     # The baselines, with equal votes: uniform draws, and every token in every round.
     "bagging": {"sampling": "bagging", "errors": "hard"},
     "deep_ensemble": {"sampling": "all", "errors": "hard"},
 }
+_UNLESS_THE_RECIPE_SAYS = {"effective_sample_size_floor": 0.0, "warm_start": False, "mixture_weights": "alpha"}
 # These draw or weigh tokens whatever an expert got wrong: there is nothing to update and no expert to refuse.
 BASELINES = ("bagging", "all")
 
@@ -37,8 +44,9 @@ class BoostingConfig(AnswerTrainingArguments):
 
     Attributes:
         num_rounds: T, the number of experts wanted; at least 1.
-        recipe: a key of `RECIPES`: "tempered" (ours, the default), "paper", or the baselines "bagging" and
-            "deep_ensemble". Fills in `sampling`, `errors` and `effective_sample_size_floor` where they are None.
+        recipe: a key of `RECIPES`: "tempered" (ours, the default), "chained" (ours, needs validation questions), "paper",
+            or the baselines "bagging" and "deep_ensemble". Fills in `sampling`, `errors`, `effective_sample_size_floor`,
+            `warm_start` and `mixture_weights` where they are None.
         sampling: "draw" (the paper), "without_replacement", "reweight", "bagging" or "all"; see
             `boosting.loss_weights`.
         shrinkage: s in (0, 1]; the update uses s * a_t, the mixture a_t.
@@ -97,10 +105,10 @@ class BoostingConfig(AnswerTrainingArguments):
     prior_weights: PriorWeights = "initial"
     error_folds: int | None = None
     boosted_tokens: BoostedTokens = "all"
-    warm_start: bool = False
+    warm_start: bool = None  # type: ignore[assignment]
     vary_seed: bool = True
     lora_ranks: list[int] | None = None
-    mixture_weights: MixtureWeights = "alpha"
+    mixture_weights: MixtureWeights = None  # type: ignore[assignment]
     choose_num_experts: bool = False
     validate_rounds: bool = True
     overwrite: bool = False
@@ -109,7 +117,7 @@ class BoostingConfig(AnswerTrainingArguments):
         super().__post_init__()
         if self.recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
-        for name, value in ({"effective_sample_size_floor": 0.0} | RECIPES[self.recipe]).items():
+        for name, value in (_UNLESS_THE_RECIPE_SAYS | RECIPES[self.recipe]).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.num_rounds < 1:

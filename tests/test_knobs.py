@@ -92,6 +92,7 @@ def weights_of(folder: Path, number: int) -> np.ndarray:
     [
         ("paper", ("draw", "hard", 0.0)),
         ("tempered", ("reweight", "soft", 0.7)),
+        ("chained", ("reweight", "soft", 0.7)),
         ("bagging", ("bagging", "hard", 0.0)),
         ("deep_ensemble", ("all", "hard", 0.0)),
     ],
@@ -100,7 +101,10 @@ def test_a_recipe_fills_in_what_is_not_given(recipe: str, expected: tuple[Any, .
     config = BoostingConfig(output_dir=str(tmp_path), recipe=recipe)
     assert (config.sampling, config.errors, config.effective_sample_size_floor) == expected
     assert (config.shrinkage, config.uniform_mix) == (1.0, 0.0)
+    own = (True, "validation") if recipe == "chained" else (False, "alpha")
+    assert (config.warm_start, config.mixture_weights) == own
     assert BoostingConfig(output_dir=str(tmp_path), recipe=recipe, errors="soft").errors == "soft"
+    assert not BoostingConfig(output_dir=str(tmp_path), recipe=recipe, warm_start=False).warm_start
 
 
 def test_a_deep_ensemble_trains_on_every_token_with_equal_votes(tmp_path: Path, trainings: Trainings) -> None:
@@ -520,7 +524,7 @@ def test_validation_questions_that_decide_belong_to_the_run(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"recipe": "stabilised"}, "recipe must be one of paper, tempered, bagging, deep_ensemble, got 'stabilised'"),
+        ({"recipe": "stabilised"}, "recipe must be one of paper, tempered, chained, bagging, deep_ensemble, got 'stabilised'"),
         ({"errors": "harsh"}, "errors must be one of hard, soft, got 'harsh'"),
         ({"prior_weights": "last"}, "prior_weights must be one of initial, current, got 'last'"),
         ({"boosted_tokens": "some"}, "boosted_tokens must be one of all, informative, got 'some'"),
