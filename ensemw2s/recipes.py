@@ -21,10 +21,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "paper": {"sampling": "draw", "errors": "hard"},
     # Ours: the paper's collapses on real models, because one full update leaves a small effective sample size.
     "tempered": {"sampling": "reweight", "errors": "soft", "effective_sample_size_floor": 0.7},
-    # Ours for experts that would still gain by longer training, as adapters on few questions do: together the rounds are
-    # one long training, and later experts, which are the better ones, weigh more.
+    # The same in a chain, for experts that would still gain by longer training, as adapters on few questions do: its
+    # rounds are one long training, and later experts, which are the better ones, may weigh more.
     "chained": {
-        "sampling": "reweight", "errors": "soft", "effective_sample_size_floor": 0.7, "warm_start": True,
+        "sampling": "reweight",
+        "errors": "soft",
+        "effective_sample_size_floor": 0.7,
+        "warm_start": True,
         "mixture_weights": "validation",
     },
     # The baselines, with equal votes: uniform draws, and every token in every round.
@@ -44,9 +47,9 @@ class BoostingConfig(AnswerTrainingArguments):
 
     Attributes:
         num_rounds: T, the number of experts wanted; at least 1.
-        recipe: a key of `RECIPES`: "tempered" (ours, the default), "chained" (ours, needs validation questions), "paper",
-            or the baselines "bagging" and "deep_ensemble". Fills in `sampling`, `errors`, `effective_sample_size_floor`,
-            `warm_start` and `mixture_weights` where they are None.
+        recipe: a key of `RECIPES`: "tempered" (ours, the default), "chained" (ours in a chain; it needs validation
+            questions), "paper", or the baselines "bagging" and "deep_ensemble". Fills in `sampling`, `errors`,
+            `effective_sample_size_floor`, `warm_start` and `mixture_weights` where they are None.
         sampling: "draw" (the paper), "without_replacement", "reweight", "bagging" or "all"; see
             `boosting.loss_weights`.
         shrinkage: s in (0, 1]; the update uses s * a_t, the mixture a_t.
