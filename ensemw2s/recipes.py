@@ -16,20 +16,15 @@ PriorWeights = Literal["initial", "current"]
 BoostedTokens = Literal["all", "informative"]
 MixtureWeights = Literal["alpha", "uniform", "validation"]
 
+# Ours: the paper's collapses on real models, because one full update leaves a small effective sample size.
+_TEMPERED = {"sampling": "reweight", "errors": "soft", "effective_sample_size_floor": 0.7}
 RECIPES: dict[str, dict[str, Any]] = {
     # The paper's, to the letter.
     "paper": {"sampling": "draw", "errors": "hard"},
-    # Ours: the paper's collapses on real models, because one full update leaves a small effective sample size.
-    "tempered": {"sampling": "reweight", "errors": "soft", "effective_sample_size_floor": 0.7},
+    "tempered": _TEMPERED,
     # The same in a chain, for experts that would still gain by longer training, as adapters on few questions do: its
     # rounds are one long training, and later experts, which are the better ones, may weigh more.
-    "chained": {
-        "sampling": "reweight",
-        "errors": "soft",
-        "effective_sample_size_floor": 0.7,
-        "warm_start": True,
-        "mixture_weights": "validation",
-    },
+    "chained": _TEMPERED | {"warm_start": True, "mixture_weights": "validation"},
     # The baselines, with equal votes: uniform draws, and every token in every round.
     "bagging": {"sampling": "bagging", "errors": "hard"},
     "deep_ensemble": {"sampling": "all", "errors": "hard"},

@@ -90,19 +90,18 @@ def weights_of(folder: Path, number: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        ("paper", ("draw", "hard", 0.0)),
-        ("tempered", ("reweight", "soft", 0.7)),
-        ("chained", ("reweight", "soft", 0.7)),
-        ("bagging", ("bagging", "hard", 0.0)),
-        ("deep_ensemble", ("all", "hard", 0.0)),
+        ("paper", ("draw", "hard", 0.0, False, "alpha")),
+        ("tempered", ("reweight", "soft", 0.7, False, "alpha")),
+        ("chained", ("reweight", "soft", 0.7, True, "validation")),
+        ("bagging", ("bagging", "hard", 0.0, False, "alpha")),
+        ("deep_ensemble", ("all", "hard", 0.0, False, "alpha")),
     ],
 )
 def test_a_recipe_fills_in_what_is_not_given(recipe: str, expected: tuple[Any, ...], tmp_path: Path) -> None:
     config = BoostingConfig(output_dir=str(tmp_path), recipe=recipe)
-    assert (config.sampling, config.errors, config.effective_sample_size_floor) == expected
+    names = ("sampling", "errors", "effective_sample_size_floor", "warm_start", "mixture_weights")
+    assert tuple(getattr(config, name) for name in names) == expected
     assert (config.shrinkage, config.uniform_mix) == (1.0, 0.0)
-    own = (True, "validation") if recipe == "chained" else (False, "alpha")
-    assert (config.warm_start, config.mixture_weights) == own
     assert BoostingConfig(output_dir=str(tmp_path), recipe=recipe, errors="soft").errors == "soft"
     assert not BoostingConfig(output_dir=str(tmp_path), recipe=recipe, warm_start=False).warm_start
 
@@ -524,7 +523,10 @@ def test_validation_questions_that_decide_belong_to_the_run(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"recipe": "stabilised"}, "recipe must be one of paper, tempered, chained, bagging, .* got 'stabilised'"),
+        (
+            {"recipe": "stabilised"},
+            "recipe must be one of paper, tempered, chained, bagging, deep_ensemble, got 'stabilised'",
+        ),
         ({"errors": "harsh"}, "errors must be one of hard, soft, got 'harsh'"),
         ({"prior_weights": "last"}, "prior_weights must be one of initial, current, got 'last'"),
         ({"boosted_tokens": "some"}, "boosted_tokens must be one of all, informative, got 'some'"),
