@@ -270,6 +270,8 @@ def load_config(
 ) -> ExperimentConfig:
     """Read an experiment from a YAML or JSON file.
 
+    A key `base` names another such file, relative to this one: keys that this one lacks are taken from there, whole.
+
     Args:
         path: the file, or the folder of a run (which holds its own `config.json`).
         overrides: "dotted.key=value" each, the value in YAML, e.g. "boosting.num_rounds=5".
@@ -277,7 +279,7 @@ def load_config(
 
     Raises:
         FileNotFoundError: no such file, or a folder that is no run.
-        ValueError: unparsable text, an unknown key (names the nearest one), a missing key, or a bad value.
+        ValueError: unparsable text, files that are each other's base, an unknown key (names the nearest one), a missing key, or a bad value.
     """
     return build_config(read_settings(path, overrides, quick=quick))
 
@@ -291,7 +293,7 @@ def read_settings(
         path = path / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a YAML or JSON file, or the folder of an earlier run")
-    settings = _parse(path)
+    settings = _parse_with_base(path)
     # What a run's folder says beside its settings.
     settings.pop("resolved", None)
     small = settings.pop("quick", None)
@@ -373,6 +375,20 @@ def _check_student(config: ExperimentConfig, arm: str, own: Any) -> None:
 
 def _settable(kind: type) -> list[str]:
     return [f.name for f in dataclasses.fields(kind) if f.init and f.name not in ("output_dir", "seed", "overwrite")]
+
+
+def _parse_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    settings = _parse(path)
+    base = settings.pop("base", None)
+    if base is None:
+        return settings
+    file = path.parent / str(base)
+    above = (*above, path.resolve())
+    if file.resolve() in above:
+        raise ValueError(f"{path}: base: {base} has this file as its own base: let one of them do without")
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: base: {file} does not exist: name a YAML or JSON file, relative to this one")
+    return _parse_with_base(file, above) | settings
 
 
 def _parse(path: Path) -> dict[str, Any]:

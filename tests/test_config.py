@@ -44,6 +44,25 @@ def test_one_key_turns_to_the_recipe_as_published(tmp_path: Path) -> None:
     assert (paper.sampling, paper.shrinkage, paper.uniform_mix) == ("draw", 1.0, 0.0)
 
 
+def test_keys_that_a_file_lacks_are_its_bases_whole(tmp_path: Path) -> None:
+    values = settings(tmp_path)
+    (tmp_path / "deeper").mkdir()
+    write(tmp_path, values | {"seed": 4}, "first.yaml")
+    write(tmp_path, {"base": "first.yaml", "seed": 5}, "second.yaml")
+    third = {"base": "../second.yaml", "name": "third", "boosting": {"num_rounds": 1}, "students": {}}
+    config = load_config(write(tmp_path / "deeper", third, "third.json"), ["labelling.batch_size=3"])
+    expected = values | {"name": "third", "seed": 5, "boosting": {"num_rounds": 1}, "students": {}}
+    assert config == build_config(expected | {"labelling": values.get("labelling", {}) | {"batch_size": 3}})
+
+
+def test_a_base_that_is_missing_or_goes_in_circles_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="config.yaml: base: .*gone.yaml does not exist: name a YAML or JSON"):
+        load_config(write(tmp_path, {"base": "gone.yaml"}))
+    write(tmp_path, {"base": "config.yaml"}, "other.yaml")
+    with pytest.raises(ValueError, match="other.yaml: base: config.yaml has this file as its own base"):
+        load_config(write(tmp_path, {"base": "other.yaml"}))
+
+
 def test_the_quick_section_overrides_and_replaces_sources_whole(tmp_path: Path) -> None:
     values = settings(tmp_path)
     quick = {
