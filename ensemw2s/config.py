@@ -279,7 +279,8 @@ def load_config(
 
     Raises:
         FileNotFoundError: no such file, or a folder that is no run.
-        ValueError: unparsable text, files that are each other's base, an unknown key (names the nearest one), a missing key, or a bad value.
+        ValueError: unparsable text, files that are each other's base, an unknown key (names the nearest one), a
+            missing key, or a bad value.
     """
     return build_config(read_settings(path, overrides, quick=quick))
 

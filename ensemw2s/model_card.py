@@ -136,7 +136,8 @@ def _experts_table(ensemble: TokenEnsemble) -> str:
 
 
 def _boosting(record: Mapping[str, Any]) -> list[str]:
-    names = ("recipe", "sampling", "errors", "shrinkage", "uniform_mix", "effective_sample_size_floor", "unit", "seed")
+    names = ("recipe", "sampling", "errors", "shrinkage", "uniform_mix", "effective_sample_size_floor", "warm_start",
+             "mixture_weights", "unit", "seed")  # fmt: skip
     settings = ", ".join(f"{name} `{record[name]}`" for name in names if record.get(name) is not None)
     rounds = [row for row in record.get("rounds", []) if isinstance(row, Mapping)]
     # Rounds that were tried again with another seed have a row for each attempt.

@@ -42,8 +42,8 @@ class BoostingConfig(AnswerTrainingArguments):
 
     Attributes:
         num_rounds: T, the number of experts wanted; at least 1.
-        recipe: a key of `RECIPES`: "tempered" (ours, the default), "chained" (ours in a chain; it needs validation
-            questions), "paper", or the baselines "bagging" and "deep_ensemble". Fills in `sampling`, `errors`,
+        recipe: a key of `RECIPES`: "chained" (ours, the default; it needs validation questions), "tempered" (ours
+            without a chain), "paper", or the baselines "bagging" and "deep_ensemble". Fills in `sampling`, `errors`,
             `effective_sample_size_floor`, `warm_start` and `mixture_weights` where they are None.
         sampling: "draw" (the paper), "without_replacement", "reweight", "bagging" or "all"; see
             `boosting.loss_weights`.
@@ -85,7 +85,7 @@ class BoostingConfig(AnswerTrainingArguments):
     """
 
     num_rounds: int = 5
-    recipe: str = "tempered"
+    recipe: str = "chained"
     sampling: boosting.Sampling = None  # type: ignore[assignment]
     shrinkage: float = 1.0
     uniform_mix: float = 0.0
@@ -144,13 +144,13 @@ class BoostingConfig(AnswerTrainingArguments):
                 raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
         if self.mixture_weights == "validation" and self.choose_num_experts:
             raise ValueError(
-                'choose_num_experts has no use with mixture_weights="validation", which may give an expert the weight '
-                "0: leave one out"
+                'choose_num_experts has no use with mixture_weights="validation" (which recipe="chained" sets), since '
+                'that may give an expert the weight 0: leave it out, or set mixture_weights="alpha"'
             )
         if self.mixture_weights == "validation" and self.combine != "prob":
             raise ValueError(
-                f'mixture_weights="validation" fits a mixture of probabilities and needs combine="prob", got '
-                f"{self.combine!r}"
+                'mixture_weights="validation" (which recipe="chained" sets) fits a mixture of probabilities, and '
+                f'combine is {self.combine!r}: set combine="prob" or mixture_weights="alpha"'
             )
         if self.choose_num_experts and self.combine == "vote":
             raise ValueError('choose_num_experts compares likelihoods, which combine="vote" does not give')
@@ -173,7 +173,8 @@ class BoostingConfig(AnswerTrainingArguments):
 
         if ranks is not None and self.warm_start:
             raise ValueError(
-                "lora_ranks gives every round a new adapter, and warm_start goes on with the one before: leave one out"
+                'lora_ranks gives every round a new adapter, and warm_start (which recipe="chained" sets) goes on with '
+                "the one before: leave it out, or set warm_start to false"
             )
 
     def _try_values(self) -> None:

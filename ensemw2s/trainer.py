@@ -220,8 +220,9 @@ class BoostingTrainer:
 
     def record(self) -> dict[str, Any]:
         """Return the run's account, to be saved with the ensemble: settings, records, why it stopped."""
-        settings = {name: getattr(self.args, name) for name in ("sampling", "shrinkage", "uniform_mix", "errors")}
-        settings["effective_sample_size_floor"] = self.args.effective_sample_size_floor
+        names = ("sampling", "errors", "shrinkage", "uniform_mix", "effective_sample_size_floor", "warm_start",
+                 "mixture_weights")  # fmt: skip
+        settings = {name: getattr(self.args, name) for name in names}
         return {
             "recipe": self.args.recipe, **settings, "unit": self.args.unit, "combine": self.args.combine,
             "seed": self.args.seed, "rounds": self.records, "stop_reason": self.stop_reason,
@@ -514,9 +515,15 @@ def closing_identity(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]
 def _check_settings(args: BoostingConfig, num_models: int, peft_config: Any, eval_dataset: Dataset | None) -> None:
     if args.needs_validation and eval_dataset is None:
         name = "choose_num_experts" if args.choose_num_experts else 'mixture_weights="validation"'
-        raise ValueError(f"{name} needs validation questions: pass eval_dataset")
+        raise ValueError(
+            f"{name} needs validation questions: pass eval_dataset, or choose settings that need none, such as "
+            'recipe="tempered"'
+        )
     if args.warm_start and num_models > 1:
-        raise ValueError("warm_start goes on from the expert before, so it needs one model for all rounds, not a list")
+        raise ValueError(
+            'warm_start (which recipe="chained" sets) goes on from the expert before, so it needs one model for all '
+            "rounds, not a list: pass one, or set warm_start to false"
+        )
     if args.lora_ranks is not None and not hasattr(peft_config, "lora_alpha"):
         raise ValueError("lora_ranks needs a LoRA configuration: pass peft_config=LoraConfig(...)")
 
