@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from ensemw2s.cli import main
-from ensemw2s.config import load_config
+from ensemw2s.config import load_config, read_settings
 from ensemw2s.experiment import Experiment
 from ensemw2s.models import load_tokenizer
 from ensemw2s.study import load_study
@@ -22,7 +21,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 FILES = sorted(EXAMPLES.glob("*.yaml"))
 # A study's file is no configuration by itself.
-STUDIES = [path for path in FILES if "tasks" in yaml.safe_load(path.read_text())]
+STUDIES = [path for path in FILES if "tasks" in read_settings(path)]
 CONFIGURATIONS = [path for path in FILES if path not in STUDIES]
 
 
