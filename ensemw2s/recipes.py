@@ -42,8 +42,8 @@ class BoostingConfig(AnswerTrainingArguments):
 
     Attributes:
         num_rounds: T, the number of experts wanted; at least 1.
-        recipe: a key of `RECIPES`: "chained" (ours, the default; it needs validation questions), "tempered" (ours
-            without a chain), "paper", or the baselines "bagging" and "deep_ensemble". Fills in `sampling`, `errors`,
+        recipe: a key of `RECIPES`: "tempered" (ours, the default), "chained" (ours in a chain; it needs validation
+            questions), "paper", or the baselines "bagging" and "deep_ensemble". Fills in `sampling`, `errors`,
             `effective_sample_size_floor`, `warm_start` and `mixture_weights` where they are None.
         sampling: "draw" (the paper), "without_replacement", "reweight", "bagging" or "all"; see
             `boosting.loss_weights`.
@@ -85,7 +85,7 @@ class BoostingConfig(AnswerTrainingArguments):
     """
 
     num_rounds: int = 5
-    recipe: str = "chained"
+    recipe: str = "tempered"
     sampling: boosting.Sampling = None  # type: ignore[assignment]
     shrinkage: float = 1.0
     uniform_mix: float = 0.0

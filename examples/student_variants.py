@@ -23,15 +23,13 @@ questions = QuestionFormat(prompt_template="{prompt}=", answer_prefix="")
 easy = load_questions({"characters": "reverse", "size": 300, "seed": 1, "min_length": 3, "max_length": 4})
 hard = load_questions({"characters": "reverse", "size": 500, "seed": 2, "min_length": 4, "max_length": 6})
 hard = split_questions(exclude_questions(hard, [easy]), {"unlabelled": 150, "test": 100})
-easy = split_questions(easy, {"train": 250, "validation": 50})
 tokenizer = load_tokenizer("scratch:char-weak")
 settings = {"num_train_epochs": 3, "learning_rate": 1e-3, "per_device_train_batch_size": 16}
 
 ensemble = BoostingTrainer(
     "scratch:char-weak",
     args=BoostingConfig(output_dir=f"{folder}/boosting", num_rounds=2, **settings),
-    train_dataset=easy["train"],
-    eval_dataset=easy["validation"],
+    train_dataset=easy,
     processing_class=tokenizer,
     question_format=questions,
 ).train()

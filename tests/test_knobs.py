@@ -102,7 +102,7 @@ def test_a_recipe_fills_in_what_is_not_given(recipe: str, expected: tuple[Any, .
     names = ("sampling", "errors", "effective_sample_size_floor", "warm_start", "mixture_weights")
     assert tuple(getattr(config, name) for name in names) == expected
     assert (config.shrinkage, config.uniform_mix) == (1.0, 0.0)
-    assert BoostingConfig(output_dir=str(tmp_path)).recipe == "chained"
+    assert BoostingConfig(output_dir=str(tmp_path)).recipe == "tempered"
     assert BoostingConfig(output_dir=str(tmp_path), recipe=recipe, errors="soft").errors == "soft"
     assert not BoostingConfig(output_dir=str(tmp_path), recipe=recipe, warm_start=False).warm_start
 
