@@ -39,9 +39,8 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     questions = load_questions(source | {"size": options.questions, "prompt_regex": ": (.*)$"})
     tokenizer = load_tokenizer(options.model)
     args = BoostingConfig(
-        output_dir=str(folder), recipe="tempered", num_rounds=1, num_train_epochs=1, learning_rate=1e-3,
-        disable_tqdm=True, per_device_train_batch_size=options.batch // processes.count(),
-        per_device_eval_batch_size=options.batch // 2,
+        output_dir=str(folder), num_rounds=1, num_train_epochs=1, learning_rate=1e-3, disable_tqdm=True,
+        per_device_train_batch_size=options.batch // processes.count(), per_device_eval_batch_size=options.batch // 2,
     )  # fmt: skip
     trainer = BoostingTrainer(
         load_model(options.model), args, questions, processing_class=tokenizer,

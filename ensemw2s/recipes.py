@@ -22,8 +22,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     # The paper's, to the letter.
     "paper": {"sampling": "draw", "errors": "hard"},
     "tempered": _TEMPERED,
-    # The same in a chain, for experts that would still gain by longer training, as adapters on few questions do: its
-    # rounds are one long training, and later experts, which are the better ones, may weigh more.
+    # The same in a chain, for experts that are cut short and would still gain by longer training: its rounds are one
+    # long training, and later experts, which are then the better ones, may weigh more.
     "chained": _TEMPERED | {"warm_start": True, "mixture_weights": "validation"},
     # The baselines, with equal votes: uniform draws, and every token in every round.
     "bagging": {"sampling": "bagging", "errors": "hard"},

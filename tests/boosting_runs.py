@@ -19,8 +19,7 @@ from ensemw2s.training import fine_tune
 from tests.tiny import END, FORMAT, llama, lora, questions, tokenizer
 
 FAST: dict[str, Any] = {
-    "recipe": "tempered", "num_rounds": 2, "num_train_epochs": 2, "learning_rate": 2e-2,
-    "per_device_train_batch_size": 6,
+    "num_rounds": 2, "num_train_epochs": 2, "learning_rate": 2e-2, "per_device_train_batch_size": 6,
     "disable_tqdm": True, "lr_scheduler_type": "constant", "validate_rounds": False,
 }  # fmt: skip
 TRAIN = questions(12)

@@ -49,7 +49,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
             "hard": {"file": str(folder / "hard.jsonl")},
             "sizes": {"train": 24, "validation": 12, "test_id": 20, "unlabelled": 24, "test_ood": 20},
         },
-        "boosting": {"recipe": "tempered", "num_rounds": 2, **training},
+        "boosting": {"num_rounds": 2, **training},
         "student": training,
         "labelling": {"max_new_tokens": 6},
     } | changes

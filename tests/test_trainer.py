@@ -22,8 +22,7 @@ from ensemw2s.training import AnswerTrainer
 from tests.tiny import END, FORMAT, llama, lora, questions, saved_model, tokenizer
 
 FAST: dict[str, Any] = {
-    "recipe": "tempered", "num_rounds": 3, "num_train_epochs": 2, "learning_rate": 2e-2,
-    "per_device_train_batch_size": 8,
+    "num_rounds": 3, "num_train_epochs": 2, "learning_rate": 2e-2, "per_device_train_batch_size": 8,
     "disable_tqdm": True, "lr_scheduler_type": "constant",
 }  # fmt: skip
 
@@ -312,9 +311,7 @@ def test_a_question_in_both_datasets_is_refused(model: Path, tmp_path: Path) -> 
 
 def test_a_model_from_nowhere_needs_its_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="processing_class is missing, and the model was not loaded from a folder"):
-        BoostingTrainer(
-            llama(0), BoostingConfig(output_dir=str(tmp_path), recipe="paper"), questions(3), question_format=FORMAT
-        )
+        BoostingTrainer(llama(0), BoostingConfig(output_dir=str(tmp_path)), questions(3), question_format=FORMAT)
 
 
 def test_the_number_of_models_must_fit(tmp_path: Path) -> None:
