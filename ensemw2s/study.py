@@ -13,6 +13,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -163,7 +164,7 @@ class Study:
         """Take cells from `waiting` until `end`, `jobs` at a time."""
         context = multiprocessing.get_context("spawn")
         running: dict[Any, Cell] = {}
-        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet) as pool:
+        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
             while running or (waiting and time.monotonic() < end):
                 while waiting and len(running) < jobs and time.monotonic() < end:
                     cell = waiting.pop(0)
@@ -252,10 +253,19 @@ def _kept(cell: Cell, records: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     return rows
 
 
-def _quiet() -> None:
+def _start_worker() -> None:
     from ensemw2s.cli import quiet_libraries
 
     quiet_libraries()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Leave no cell running behind a study that was killed: the next one would run it a second time beside it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run_cell(cell: Cell) -> list[dict[str, Any]]:

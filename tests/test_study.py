@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -149,6 +154,34 @@ def test_cells_side_by_side_give_the_same_records(finished: Path, tmp_path: Path
         return {json.dumps(row, sort_keys=True) for row in read_complete_lines(file) if row["kind"] == "answers"}
 
     assert outcomes(tmp_path / "kept.jsonl") == outcomes(finished)
+
+
+def test_a_killed_study_leaves_no_cell_running(tmp_path: Path) -> None:
+    endless = settings(tmp_path)["boosting"] | {"num_train_epochs": 100_000}
+    file = write_study(tmp_path, boosting=endless)
+    command = [sys.executable, "-m", "ensemw2s", "study", str(file), "--jobs", "2"]
+    study = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    rounds = Path("ensembles", "single_expert", "boosting", "rounds", "1")
+    begun = [tmp_path / "run" / "tiny" / f"{task}-0" / rounds / "weights.npy" for task in ("plain", "letters")]
+    workers: list[psutil.Process] = []
+    try:
+        wait_until(lambda: all(file.exists() for file in begun))
+        workers = study.children(recursive=True)
+        assert len(workers) >= 2
+        study.kill()
+        _, alive = psutil.wait_procs(workers, timeout=30)
+        assert alive == []
+    finally:
+        for process in [study, *workers]:
+            if process.is_running():
+                process.kill()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the cells did not begin in time"
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize(
