@@ -134,13 +134,13 @@ def mean_cost(pool: Pool, arm: str, field: str, tasks: Sequence[str]) -> float |
 def flops_per_point(pool: Pool, arm: str) -> float | None:
     """Return the training FLOPs beyond the single expert's, per percentage point gained over it on the primary split.
 
-    None (undefined) unless the gain's interval is above 0: the ratio would divide by noise. Also None where costs are
-    unknown.
+    None (undefined) unless the gain's interval is above 0, where the ratio would divide by noise, and unless the arm's
+    training costs more, as a student's need not, whose teacher is left out. Also None where costs are unknown.
     """
     gain = difference(pool, (arm, BASELINE), pool.primary_split)
     tasks = shared_tasks(pool, pool.primary_split, arm, BASELINE)
     more, baseline = (mean_cost(pool, name, "train_flops", tasks) for name in (arm, BASELINE))
-    if gain is None or gain.low <= 0 or more is None or baseline is None:
+    if gain is None or gain.low <= 0 or more is None or baseline is None or more <= baseline:
         return None
     return (more - baseline) / (100 * gain.value)
 

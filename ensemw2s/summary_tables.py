@@ -154,7 +154,8 @@ NOTES = {
     "cost": (
         "Per run: means over tasks of the means over seeds. Costs are those of training an arm itself: an ensemble's "
         "are the sum over its experts, a student's leave out its teacher's. Extra TFLOP per point: training FLOPs "
-        "beyond the single weak expert's, per point gained over it; undefined unless the gain's interval is above 0."
+        "beyond the single weak expert's, per point gained over it; undefined unless there are such, and the gain's "
+        "interval is above 0."
     ),
 }
 

@@ -116,6 +116,14 @@ def test_a_cost_that_one_run_does_not_know_is_unknown(records):
         assert column(summary_tables.cost(pool), "Extra TFLOP per point")["Ensemble"] == ""
 
 
+def test_a_gain_that_took_no_more_training_has_no_price(records):
+    cheap = [r | {"train_flops": 1.0} if (r["kind"], r.get("arm")) == ("cost", "ensemble") else r for r in records]
+    pool = pool_runs(cheap)
+    assert difference(pool, ("ensemble", "single_expert"), "ood").low > 0
+    assert flops_per_point(pool, "ensemble") is None
+    assert column(summary_tables.cost(pool), "Extra TFLOP per point")["Ensemble"] == "undefined"
+
+
 def test_no_gain_no_price(pool):
     per_point = column(summary_tables.cost(pool), "Extra TFLOP per point")
     assert difference(pool, ("no_shrinkage", "single_expert"), "ood").low < 0
