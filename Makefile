@@ -49,7 +49,7 @@ study: $(READY)
 
 results: $(READY)
 	$(BIN)/ensemw2s report --markdown docs/results.md
-	for study in small_pair real; do \
+	for study in small_pair real real_confirm; do \
 		$(BIN)/ensemw2s report docs/results/$$study.jsonl --plot docs/results/$$study.svg || exit 1; \
 	done
 
