@@ -30,6 +30,8 @@ from ensemw2s.records import (
 )
 
 BASELINE, CEILING = "single_expert", "ceiling"
+# Below this the percentile bootstrap over seeds is clearly too narrow: with n seeds by a factor of sqrt((n-1)/n).
+ENOUGH_SEEDS = 5
 COST_FIELDS = tuple(f"{use}_{amount}" for use in ("train", "inference") for amount in ("seconds", "tokens", "flops"))
 
 Pair = tuple[str, str]
@@ -343,7 +345,14 @@ def _limits(given: _Given, seeds: Mapping[str, Sequence[int]]) -> list[str]:
         remarks.append(
             f"One seed in {_listed('task', alone)}: intervals there cover the choice of questions, not the training."
         )
-    several = [task for task in seeds if any(_changes(by_task.get(task, {})) for by_task in given.values())]
+    few = [task for task in seeds if 1 < len(seeds[task]) < ENOUGH_SEEDS]
+    if few:
+        remarks.append(
+            f"Fewer than {ENOUGH_SEEDS} seeds in {_listed('task', few)}: resampling so few understates how far they are "
+            "apart, so that an interval that ends near 0 decides little."
+        )
+    enough = [task for task in seeds if len(seeds[task]) >= ENOUGH_SEEDS]
+    several = [task for task in enough if any(_changes(by_task.get(task, {})) for by_task in given.values())]
     if several:
         remarks.append(
             f"Seeds of {_listed('task', several)} answered different questions, so that intervals are wider than they "
