@@ -348,8 +348,8 @@ def _limits(given: _Given, seeds: Mapping[str, Sequence[int]]) -> list[str]:
     few = [task for task in seeds if 1 < len(seeds[task]) < ENOUGH_SEEDS]
     if few:
         remarks.append(
-            f"Fewer than {ENOUGH_SEEDS} seeds in {_listed('task', few)}: resampling so few understates how far they are "
-            "apart, so that an interval that ends near 0 decides little."
+            f"Fewer than {ENOUGH_SEEDS} seeds in {_listed('task', few)}: resampling so few understates how far they "
+            "are apart, so that an interval that ends near 0 decides little."
         )
     enough = [task for task in seeds if len(seeds[task]) >= ENOUGH_SEEDS]
     several = [task for task in enough if any(_changes(by_task.get(task, {})) for by_task in given.values())]

@@ -21,8 +21,8 @@ from tests.many_runs import COMPARISONS, EASE, SKILL, answer_records, outcomes, 
 
 TASKS = sorted(EASE)
 FEW = (
-    "Fewer than 5 seeds in tasks reversal, sorting, sums: resampling so few understates how far they are apart, so that "
-    "an interval that ends near 0 decides little."
+    "Fewer than 5 seeds in tasks reversal, sorting, sums: resampling so few understates how far they are apart, so "
+    "that an interval that ends near 0 decides little."
 )
 
 
