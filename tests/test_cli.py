@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from ensemw2s import experiment, processes
 from ensemw2s.cli import main
 from ensemw2s.files import write_json_lines
 from tests.many_runs import study_records
+from tests.running import wait_for_files
 from tests.test_experiment import settings
 
 
@@ -145,9 +145,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     single = tmp_path / "run/small/ensembles/single_expert/boosting/rounds/1/attempt-1/expert/adapter_model.safetensors"
-    deadline = time.monotonic() + 120
-    while not single.exists() and time.monotonic() < deadline and running.poll() is None:
-        time.sleep(0.05)
+    wait_for_files(running, single)
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=120)
     assert running.returncode == 130, errors

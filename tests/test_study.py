@@ -6,8 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from ensemw2s.cli import main
 from ensemw2s.files import read_complete_lines
 from ensemw2s.records import read_records
 from ensemw2s.study import Study, load_study
+from tests.running import wait_for_files
 from tests.test_experiment import settings
 
 
@@ -165,7 +164,7 @@ def test_a_killed_study_leaves_no_cell_running(tmp_path: Path) -> None:
     begun = [tmp_path / "run" / "tiny" / f"{task}-0" / rounds / "weights.npy" for task in ("plain", "letters")]
     workers: list[psutil.Process] = []
     try:
-        wait_until(lambda: all(file.exists() for file in begun))
+        wait_for_files(study, *begun)
         workers = study.children(recursive=True)
         assert len(workers) >= 2
         study.kill()
@@ -175,13 +174,6 @@ def test_a_killed_study_leaves_no_cell_running(tmp_path: Path) -> None:
         for process in [study, *workers]:
             if process.is_running():
                 process.kill()
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "the cells did not begin in time"
-        time.sleep(0.2)
 
 
 @pytest.mark.parametrize(
