@@ -9,7 +9,7 @@ BIN   := .venv/bin
 READY := .venv/.ready
 CPP_FILES := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulation/*'
 
-.PHONY: help setup demo quick study results test test-slow lint format benchmarks check-wheel check-sanitizers gpu-check clean
+.PHONY: help setup demo quick study results test test-slow lint format benchmarks check-wheel check-sanitizers check-faults gpu-check clean
 
 help:
 	@echo "make demo        boost, label, teach and measure on a real 135M model (CONFIG=$(CONFIG))"
@@ -21,6 +21,7 @@ help:
 	@echo "make benchmarks  kernel benchmarks         make check-wheel  build and try wheel and sdist"
 	@echo "make gpu-check   build, test and measure on the GPU of this machine, if it has one"
 	@echo "make check-sanitizers  the op tests under AddressSanitizer and UBSan (slow)"
+	@echo "make check-faults      tries to break it: kills, threads, full disks, hostile files, random calls (an hour)"
 
 setup: $(READY)
 
@@ -79,6 +80,10 @@ check-wheel: $(READY)
 
 check-sanitizers: $(READY)
 	bash tests/check_sanitizers.sh $(BIN)/python
+
+# SHORT=1 is the pass that `make test` holds; ARGS="--only kills disks" runs some batteries alone.
+check-faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(if $(SHORT),--short) $(ARGS)
 
 # With this machine's own Python and packages: it needs no .venv and no network.
 gpu-check:
