@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from peft import LoraConfig
 
+from ensemw2s.adapters import check_peft_config
 from ensemw2s.data import SOURCE_KINDS, QuestionFormat
 from ensemw2s.difficulty import check_cut
 from ensemw2s.models import check_dtype
@@ -321,6 +322,7 @@ def build_config(settings: Mapping[str, Any]) -> ExperimentConfig:
     _check_settings(config.student, StudentConfig, "student.", _settable(StudentConfig))
     if config.lora is not None:
         _check_settings(config.lora, LoraConfig, "lora.", [f.name for f in dataclasses.fields(LoraConfig)])
+        _check_lora(config)
     if not config.name:
         raise ValueError("name must not be empty: it names the run's folder")
     if config.task == "":
@@ -343,6 +345,15 @@ def build_config(settings: Mapping[str, Any]) -> ExperimentConfig:
     for arm, own in config.students.items():
         _check_student(config, arm, own)
     return config
+
+
+def _check_lora(config: ExperimentConfig) -> None:
+    try:
+        built = config.peft_config()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora: peft refuses these settings: {error}") from error
+    assert built is not None
+    check_peft_config(built, "lora")
 
 
 def _check_arm(arm: str, own: Any, section: str, taken: Sequence[str]) -> None:

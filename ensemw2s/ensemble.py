@@ -7,6 +7,7 @@ The next-token distribution is a mixture of the experts' (EnsemW2S, section "wea
 from __future__ import annotations
 
 import copy
+import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +29,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ensemw2s import ops
+from ensemw2s.adapters import unchanged_on_error
+from ensemw2s.base_reference import check_base, found, settled, stored
 from ensemw2s.cache import EnsembleCache
 from ensemw2s.cost import count
 from ensemw2s.decoding import Sampling, fused_sample, label_questions, require_tokenizer
@@ -38,18 +41,23 @@ from ensemw2s.experts import (
     StackedAdapters,
     repeat_rows,
 )
-from ensemw2s.files import new_folder, read_json, write_json
+from ensemw2s.files import write_json
 from ensemw2s.heads import only_positions
 from ensemw2s.model_card import model_card
-from ensemw2s.models import CACHE, MODEL_WEIGHTS, load_model
+from ensemw2s.models import CACHE, load_model, load_saved_model
+from ensemw2s.own_files import own_files, whole
 from ensemw2s.saved import (
     HUB_ACCESS,
     HUB_VERSION,
-    add_adapter,
+    check_links,
+    check_model_folder,
+    check_tokens,
     expert_folders,
     local_folder,
+    read_generation_config,
+    read_settings,
     require_one_dtype,
-    require_whole,
+    short,
 )
 
 if TYPE_CHECKING:
@@ -73,8 +81,11 @@ class EnsembleConfig(PreTrainedConfig):
         expert_weights: T positive floats, the boosting weights a_t (natural-log units); normalised when used.
         combine: "prob", "logprob" or "vote" (method, phase 2).
         kind: "adapters" (on one base model) or "models".
-        base: for adapters, where the base model comes from: `{"source": ..., "keep_layers": ...}` as in
-            `models.load_model`, or None if its weights are saved with the ensemble.
+        base: for adapters, where the base model comes from: `source`, and perhaps `keep_layers` and `dtype` as in
+            `models.load_model`; None if its weights are saved with the ensemble.
+
+    Raises:
+        ValueError: any other key in `base`, or a value that cannot be meant.
     """
 
     model_type = "ensemw2s"
@@ -91,7 +102,17 @@ class EnsembleConfig(PreTrainedConfig):
         self.expert_weights = [float(weight) for weight in expert_weights]
         self.combine = combine
         self.kind = kind
-        self.base = dict(base) if base else None
+        self.base = check_base(base, "EnsembleConfig")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> EnsembleConfig:
+        """Return the configuration that a saved ensemble's `config.json` holds.
+
+        Raises:
+            ValueError: a key that no ensemble saves, or a value that is none of its; names both and the file.
+        """
+        _check_settings(config_dict, os.path.join(kwargs.get("name_or_path") or "", "config.json"))
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def of(cls, experts: Experts, **settings: Any) -> EnsembleConfig:
@@ -150,18 +171,20 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             folders: T folders written by peft.
             expert_weights: T positive floats.
             combine: how distributions are combined.
-            base_reference: keyword arguments of `models.load_model` that load `base` again. With it a saved
-                ensemble refers to its base instead of holding a copy.
+            base_reference: `source`, and perhaps `keep_layers` and `dtype`, with which `models.load_model` loads
+                `base` again. With it a saved ensemble refers to its base instead of holding a copy: to a folder by
+                its path, relative if it is beside or below the ensemble's, absolute otherwise.
 
         Raises:
             FileNotFoundError: an adapter's folder lacks its weights or its `adapter_config.json`.
-            ValueError: a damaged adapter, or one that does not fit the base or would change it for all experts.
+            ValueError: a damaged adapter, or one that does not fit the base or would change it for all experts; the
+                base is then as it was. Another key in `base_reference`.
         """
-        experts = AdapterExperts(base)
-        for folder in folders:
-            add_adapter(experts, folder)
-        _check(expert_weights, combine, len(experts))
-        settings = {"expert_weights": expert_weights, "combine": combine, "base": base_reference}
+        reference = settled(check_base(base_reference, "base_reference"))
+        _check(expert_weights, combine, len(folders))
+        with unchanged_on_error(base):
+            experts = AdapterExperts(base, folders)
+        settings = {"expert_weights": expert_weights, "combine": combine, "base": reference}
         return cls(EnsembleConfig.of(experts, **settings), experts)
 
     @classmethod
@@ -205,7 +228,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         if isinstance(self.experts, AdapterExperts):
             if isinstance(expert, PreTrainedModel):
                 raise TypeError("the experts are adapters on one base: give the folder of an adapter, not a model")
-            add_adapter(self.experts, expert)
+            self.experts.add(expert)
         else:
             model: Any = expert
             if not isinstance(expert, PreTrainedModel):
@@ -465,21 +488,29 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Write the ensemble to one folder, whole or not at all; `push_to_hub` does so first.
 
+        What an ensemble that was saved there before consists of is replaced; everything else in the folder stays. A kill
+        leaves the one or the other whole (see `ensemw2s.own_files`).
+
         Args:
-            save_directory: takes the place of what is there.
+            save_directory: a new folder, that of an ensemble, or one without a model.
             processing_class: the experts' tokenizer, saved along.
             record: a JSON-able account of the boosting run, saved as `boosting.json`.
             max_shard_size: the largest file of a whole model's weights, e.g. "2GB"; None leaves it to transformers.
 
         Raises:
             DiskFullError: the disk is full; what was at `save_directory` before is untouched.
+            FileExistsError: another model, or a file that no ensemble of ours wrote, is in the way.
+            PermissionError: the folder cannot be written.
             ValueError: `processing_class` knows tokens that the experts do not.
         """
         if processing_class is not None:
             require_tokenizer(self, processing_class)
+        config = copy.deepcopy(self.config)
+        config.base = stored(config.base, Path(save_directory).expanduser())
+        _check_settings(json.loads(config.to_json_string()), "the ensemble's config")
         options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-        with new_folder(save_directory) as folder:
-            self.config.save_pretrained(folder)
+        with own_files(save_directory, "ensemble") as folder:
+            config.save_pretrained(folder)
             self.generation_config.save_pretrained(folder)
             for index in range(self.num_experts):
                 self.experts.save_expert(index, folder / "experts" / str(index + 1), **options)
@@ -502,44 +533,57 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
     ) -> TokenEnsemble:
         """Load a saved ensemble from a folder or the hub.
 
+        A stranger's folder is safe to load: no code of its is run, nothing is unpickled, and what its files may ask for
+        is an allow-list (see `ensemw2s.saved`).
+
         Args:
             pretrained_model_name_or_path: a folder written by `save_pretrained`, or a hub id.
             config: used in place of the saved one.
             subfolder: where in it the ensemble lies.
             model_init_kwargs: passed on to each model's `from_pretrained` (`dtype`, `device_map`, ...), but for
-                `revision` and `force_download`, which concern the ensemble alone.
+                `revision` and `force_download`, which concern the ensemble alone. `trust_remote_code` is off unless it
+                is passed. `source` names the base model of adapters, if it is not where the ensemble says.
 
         Raises:
-            FileNotFoundError: the folder, an expert's weights or a part of them are missing; names which.
-            ValueError: weights that are damaged, or a number of expert weights other than that of the experts saved.
+            FileNotFoundError: the folder, its base model, an expert's weights or a part of them are missing; names
+                which.
+            OSError: a file cannot be read.
+            ValueError: weights or settings that are damaged, settings that are the caller's to make, or a number of
+                expert weights other than that of the experts saved; names file and key, or the expert.
         """
+        if (model_init_kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path"):
+            raise ValueError(f"{pretrained_model_name_or_path} holds an adapter_config.json beside an ensemble: delete it")
         hub = {name: model_init_kwargs.pop(name) for name in HUB_VERSION if name in model_init_kwargs}
         hub |= {name: model_init_kwargs[name] for name in HUB_ACCESS if name in model_init_kwargs}
         folder = local_folder(pretrained_model_name_or_path, subfolder, hub)
-        config = config or EnsembleConfig.from_pretrained(folder)
-        folders = expert_folders(folder, len(config.expert_weights))
+        files = whole(folder)
+        check_links(files)
+        if config is None:
+            settings = read_settings(files / "config.json", "the ensemble")
+            config = EnsembleConfig.from_dict(settings, name_or_path=str(files))
+        folders = expert_folders(files, len(config.expert_weights))
+        experts: Experts
         if config.kind == "models":
-            for number, path in enumerate(folders, 1):
-                require_whole(path, MODEL_WEIGHTS, f"expert {number} of {len(folders)}")
-            models = [load_model(path, **model_init_kwargs) for path in folders]
-            require_one_dtype(models, range(1, len(models) + 1))
-            experts: Experts = ModelExperts(models)
+            experts = _load_models(folders, model_init_kwargs)
         else:
-            base = {"source": folder / "base", **(config.base or {}), **model_init_kwargs}
-            if Path(base["source"]).is_dir() or config.base is None:
-                require_whole(base["source"], MODEL_WEIGHTS, "the experts' base model")
-            experts = AdapterExperts(load_model(base.pop("source"), **base))
-            for path in folders:
-                add_adapter(experts, path)
+            experts = AdapterExperts(_load_base(config.base, folder, model_init_kwargs), folders)
+        _check_described(config, experts, files)
         ensemble = cls(config, experts)
-        if (folder / "generation_config.json").is_file():
-            ensemble.generation_config = GenerationConfig.from_pretrained(folder)
+        if (files / "generation_config.json").exists():
+            described = {"vocab_size": config.vocab_size}
+            ensemble.generation_config = read_generation_config(
+                files / "generation_config.json", "the ensemble", described
+            )
         return ensemble
 
     @staticmethod
     def read_record(save_directory: str | os.PathLike[str]) -> dict[str, Any]:
-        """Return the boosting record that was saved with the ensemble."""
-        return read_json(Path(save_directory) / RECORD_FILE)
+        """Return the boosting record that was saved with the ensemble.
+
+        Raises:
+            FileNotFoundError, OSError, ValueError: there is none, it cannot be read, or it is damaged.
+        """
+        return read_settings(whole(Path(save_directory)) / RECORD_FILE, "the ensemble's record")
 
     def _check_prompt(self, prompt: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
         """Raise ValueError for a prompt that the experts cannot read, or that leaves nothing to read or to write."""
@@ -617,6 +661,65 @@ def context_lengths(experts: Experts) -> dict[int, int]:
     configs = {t: experts.expert_config(t).get_text_config(decoder=True) for t in range(len(experts))}
     lengths = {t: getattr(config, "max_position_embeddings", None) for t, config in configs.items()}
     return {t: length for t, length in lengths.items() if length is not None}
+
+
+def _load_models(folders: Sequence[Path], model_init_kwargs: Mapping[str, Any]) -> ModelExperts:
+    owners = [f"expert {number} of {len(folders)}" for number in range(1, len(folders) + 1)]
+    for path, owner in zip(folders, owners, strict=True):
+        check_model_folder(path, owner)
+    models = [load_saved_model(path, owner, **model_init_kwargs) for path, owner in zip(folders, owners, strict=True)]
+    require_one_dtype(models, range(1, len(models) + 1))
+    return ModelExperts(models)
+
+
+def _load_base(base: Mapping[str, Any] | None, folder: Path, model_init_kwargs: Mapping[str, Any]) -> PreTrainedModel:
+    """Load the base model of the ensemble in `folder`: the one that `source` names, the one referred to, or its own."""
+    kwargs = dict(model_init_kwargs)
+    source = kwargs.pop("source", None)
+    if source is not None:
+        return load_model(source, **{**(base or {}), **kwargs, "source": source})
+    if base is None:
+        return load_saved_model(whole(folder) / "base", "the experts' base model", **kwargs)
+    return load_model(**{**found(base, folder, kwargs), **kwargs})
+
+
+# What an ensemble's `config.json` holds: the keys of ours, and those that transformers gives every configuration.
+_OURS = ("expert_weights", "combine", "kind", "base", "vocab_size", "max_position_embeddings", *_SPECIAL_TOKENS)
+_EVERY = {"is_decoder", "tie_word_embeddings", "use_cache", "torch_dtype", *PreTrainedConfig().to_dict()}
+
+
+def _check_settings(settings: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError for settings that no ensemble saves; `where` begins the message."""
+    unknown = sorted(map(str, settings.keys() - {*_OURS, *_EVERY}))
+    if unknown:
+        raise ValueError(f"{where}: {short(unknown[0])} is no setting of an ensemble: delete it, or pass it yourself")
+    checks = {
+        "model_type": lambda value: value == EnsembleConfig.model_type,
+        "expert_weights": lambda value: isinstance(value, list) and all(map(_is_weight, value)),
+        "combine": lambda value: value in COMBINE,
+        "kind": lambda value: value in ("adapters", "models"),
+        "vocab_size": lambda value: type(value) is int and value > 0,
+        "max_position_embeddings": lambda value: value is None or (type(value) is int and value > 0),
+    }
+    for key, is_good in checks.items():
+        if key in settings and not is_good(settings[key]):
+            raise ValueError(f"{where}: {key} cannot be {short(settings[key])}")
+    for key in _SPECIAL_TOKENS:
+        check_tokens(key, settings.get(key), settings, where)
+    check_base(settings.get("base"), where)
+
+
+def _is_weight(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
+
+
+def _check_described(config: EnsembleConfig, experts: Experts, folder: Path) -> None:
+    """Raise ValueError for a configuration that promises more than the experts hold."""
+    own = EnsembleConfig.of(experts)
+    for key in ("vocab_size", "max_position_embeddings"):
+        says, has = getattr(config, key, None), getattr(own, key)
+        if has is not None and (says is None or says > has or (key == "vocab_size" and says != has)):
+            raise ValueError(f"{folder / 'config.json'}: {key} is {short(says)}, but the experts' is {has}: correct it")
 
 
 def _longest(input_ids: torch.Tensor, mask: torch.Tensor | None) -> int:

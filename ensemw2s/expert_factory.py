@@ -14,11 +14,13 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ensemw2s import processes
+from ensemw2s.adapters import attach_adapter
+from ensemw2s.base_reference import reference_to
 from ensemw2s.checkpoints import discard_checkpoints
 from ensemw2s.ensemble import TokenEnsemble
 from ensemw2s.files import digest_of_files, new_folder, write_array, write_json
 from ensemw2s.identity import computes, digest_examples
-from ensemw2s.models import load_model
+from ensemw2s.models import load_model, load_saved_model
 from ensemw2s.scoring import AnswerScores, score_mixtures
 from ensemw2s.store import Store, obtain
 from ensemw2s.training import TrainingCost, fine_tune, on_device, training_settings
@@ -148,10 +150,8 @@ class ExpertFactory:
     def _load_expert(self, folder: Path) -> Any:
         """Return a saved expert, to be trained further."""
         if not self.makes_adapters:
-            return on_device(load_model(folder), self.args)
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(self._load(1), str(folder), is_trainable=True)
+            return on_device(load_saved_model(folder, "the expert to go on from"), self.args)
+        return attach_adapter(self._load(1), folder, "the expert to go on from", trainable=True)
 
     def ensemble(
         self, folders: Sequence[Path], expert_weights: Sequence[float], combine: str | None = None
@@ -159,10 +159,12 @@ class ExpertFactory:
         """Return the ensemble of saved experts; `combine` is that of the run unless it is given."""
         combine = combine or self.args.combine
         if not self.makes_adapters:
-            models = [on_device(load_model(folder), self.args) for folder in folders]
+            saved = [load_saved_model(folder, f"expert {number}") for number, folder in enumerate(folders, 1)]
+            models = [on_device(model, self.args) for model in saved]
             return TokenEnsemble.from_models(models, expert_weights, combine=combine)
         source = self.models[0]
-        reference = None if isinstance(source, PreTrainedModel) else {"source": source, **self.model_init_kwargs}
+        given = isinstance(source, PreTrainedModel)
+        reference = None if given else reference_to(source, self.model_init_kwargs)
         return TokenEnsemble.from_adapters(
             self._load(1), folders, expert_weights, combine=combine, base_reference=reference
         )

@@ -22,7 +22,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+from ensemw2s.adapters import attach_adapter
+
 # Up to this many rows and on several threads, MKL takes two thirds of the time for (W x^T)^T that it takes for x W^T,
 # since it shares out the rows of its first factor. With more rows, turning the result round costs what is gained.
 _FEW_ROWS = 64
@@ -86,16 +87,12 @@ class AdapterExperts(Experts):
         for folder in folders:
             self.add(folder)
 
-    def add(self, folder: str | Path) -> None:
-        """Append the adapter saved in `folder`; raises FileNotFoundError unless it holds safetensors weights."""
-        require_weights(folder, (ADAPTER_WEIGHTS,), f"expert {len(self) + 1}")
+    def add(self, folder: str | os.PathLike[str]) -> None:
+        """Append the adapter saved in `folder`; see `adapters.attach_adapter` for errors, which leave all as it was."""
         # Experts that were selected from others share their base, and with it the names already taken.
         taken = self.base.peft_config if isinstance(self.base, PeftModel) else {}
         name = next(name for name in map("expert_{}".format, itertools.count(1)) if name not in taken)
-        if taken:
-            self.base.load_adapter(str(folder), adapter_name=name, low_cpu_mem_usage=True)
-        else:
-            self.base = PeftModel.from_pretrained(self.base, str(folder), adapter_name=name, low_cpu_mem_usage=True)
+        self.base = attach_adapter(self.base, folder, f"expert {len(self) + 1}", name=name)
         self.names.append(name)
         self.base.eval().requires_grad_(False)
 
@@ -125,7 +122,8 @@ class AdapterExperts(Experts):
 
     def save_expert(self, index: int, folder: Path, **options: Any) -> None:
         """Write one adapter, never sharded; peft puts a named one in a folder of its own, which is lifted here."""
-        self.base.save_pretrained(str(folder), selected_adapters=[self.names[index]])
+        # The base's own embeddings are not the adapter's; to find out whether they changed, peft would ask the hub.
+        self.base.save_pretrained(str(folder), selected_adapters=[self.names[index]], save_embedding_layers=False)
         nested = folder / self.names[index]
         for file in nested.iterdir():
             file.rename(folder / file.name)
@@ -136,15 +134,25 @@ class AdapterExperts(Experts):
         if not isinstance(self.base, PeftModel):
             self.base.save_pretrained(folder, **options)
             return
-        prefix: Any = self.base.base_model.prefix
         plain: Any = self.base.get_base_model()
-        # peft moves what it wraps to `.base_layer`, or `.original_module` beside a whole copy, and puts its own there.
         weights = {
-            name.replace(".base_layer.", ".").replace(".original_module.", "."): value
-            for name, value in plain.state_dict().items()
-            if prefix not in name and ".modules_to_save." not in name
+            _unwrapped(name): value for name, value in plain.state_dict().items() if not self._is_adapters(name)
         }
         plain.save_pretrained(folder, state_dict=weights, **options)
+
+
+    def _is_adapters(self, name: str) -> bool:
+        """Return whether a tensor of the wrapped base belongs to an adapter."""
+        parts = name.split(".")
+        own = not set(parts[-2:]).isdisjoint(self.base.peft_config)
+        return own or self.base.base_model.prefix in name or "modules_to_save" in parts
+
+
+def _unwrapped(name: str) -> str:
+    """Return what a tensor is called without peft, which moves what it wraps inwards."""
+    for wrapper in (".base_layer.", ".original_module.", ".token_adapter."):
+        name = name.replace(wrapper, ".")
+    return name
 
 
 def can_stack(base: nn.Module, names: Sequence[str]) -> bool:
@@ -363,16 +371,6 @@ class ModelExperts(Experts):
     def save_expert(self, index: int, folder: Path, **options: Any) -> None:
         """Write one model; `options` are those of transformers' `save_pretrained`."""
         self.models[index].save_pretrained(folder, **options)
-
-
-def require_weights(folder: str | Path, names: Sequence[str], owner: str) -> None:
-    """Raise FileNotFoundError, naming `owner` and the folder, unless one of `names` is there and not empty."""
-    files = [Path(folder) / name for name in names]
-    if not any(file.is_file() and file.stat().st_size for file in files):
-        raise FileNotFoundError(
-            f"{owner}: {folder} holds no weights (expected {' or '.join(names)}). The folder is incomplete or not "
-            "a saved expert: save it again, or copy it whole"
-        )
 
 
 @functools.cache

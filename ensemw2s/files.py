@@ -59,23 +59,21 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give an empty scratch folder that takes the place of folder `path` when the block ends without an error.
+    """Give an empty scratch folder that becomes folder `path` when the block ends without an error.
+
+    Nothing is replaced: `own_files.own_files` replaces what it made itself.
 
     Raises:
-        DiskFullError: the disk is full; `path` is as it was before.
+        DiskFullError: the disk is full; nothing is at `path`.
+        FileExistsError: something other than an empty folder is at `path`.
     """
     path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists, and is not deleted: move it away, or name another folder")
     with _aside(path, _discard_folder) as aside:
         aside.mkdir()
         yield aside
-        if path.exists():
-            retired = path.with_name(f".{path.name}.old")
-            _discard_folder(retired)
-            path.replace(retired)
-            aside.replace(path)
-            _discard_folder(retired)
-        else:
-            aside.replace(path)
+        aside.replace(path)
 
 
 @contextmanager

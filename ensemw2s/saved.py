@@ -1,23 +1,64 @@
-"""Saved experts and ensembles, looked through before anything is loaded: what is missing or damaged is named."""
+"""Saved models and ensembles, looked through before a library reads them: strangers may have written them.
+
+What comes from a file is an allow-list. A library that is handed a folder does much of what its files ask for: it runs
+Python files beside the weights, imports modules by name, unpickles, fetches other models and compiled kernels from the
+hub, or fills in random numbers for what is missing. Here a folder's settings may say what a model computes, and its
+weights are safetensors; everything else is the caller's to say. What is missing or damaged is named.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+import reprlib
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ensemw2s.experts import ADAPTER_WEIGHTS, AdapterExperts, require_weights
-from ensemw2s.files import read_json
-
+MODEL_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 # Which version of a hub repository is meant: a base model lies in another repository, with versions of its own.
 HUB_VERSION = ("revision", "force_download")
 HUB_ACCESS = ("token", "cache_dir", "local_files_only")
+REMEDY = "Save it again, or copy it whole"
+# No file of settings is larger; tokenizers are, and are not read here.
+_MOST_BYTES = 16 << 20
+# Settings of a model that make transformers fetch or replace code, or read other files than the ones looked through.
+_CALLERS = ("use_kernels", "kernel_config", "fusion_config", "distributed_config", "transformers_weights",
+            "configuration_files", "custom_generate", "trust_remote_code", "use_safetensors", "tp_plan")  # fmt: skip
+# How layers compute, as far as that is in transformers itself: other names, and those of packages that are missing,
+# are fetched from the hub.
+_IMPLEMENTATIONS = {
+    "attn_implementation": ("eager", "sdpa"),
+    "_attn_implementation": ("eager", "sdpa"),
+    "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
+    "_experts_implementation": ("eager", "batched_mm", "grouped_mm"),
+}
+# Other formats of compressed weights bring kernels from the hub, or leave it to further packages whether they do.
+_QUANTISED = "bitsandbytes"
+_COUNTS = re.compile(r"n(um)?_.*(layer|block|expert|head)")
+_MOST_COUNTED = 10_000
+# Files of distributed checkpoints, which transformers would read in place of the weights.
+_DISTRIBUTED = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+_FLOATS = ("F16", "BF16", "F32", "F64")
+_cut = reprlib.Repr()
+_cut.maxstring = _cut.maxother = 60
+
+
+def short(value: Any) -> str:
+    """Return a value of a stranger's for an error message, cut to one short line."""
+    return _cut.repr(value)
+
+
+def first_line(error: BaseException) -> str:
+    """Return what went wrong in a library, cut to the first two of perhaps very many lines."""
+    said = " ".join(line.strip() for line in str(error).splitlines()[:2])
+    return said if len(said) <= 300 else said[:300] + " ..."
 
 
 def require_one_dtype(models: Sequence[PreTrainedModel], numbers: Sequence[int]) -> None:
@@ -29,7 +70,90 @@ def require_one_dtype(models: Sequence[PreTrainedModel], numbers: Sequence[int])
             )
 
 
-def require_whole(folder: str | os.PathLike[str], names: Sequence[str], owner: str) -> None:
+# Files
+
+
+def read_settings(file: Path, owner: str) -> dict[str, Any]:
+    """Return the JSON object in a file that a stranger may have written.
+
+    Args:
+        file: of at most 16 MiB.
+        owner: whom an error names, e.g. "expert 2 of 3".
+
+    Raises:
+        FileNotFoundError: it is missing.
+        OSError: it cannot be read.
+        ValueError: it is no plain file, too large, or no JSON object.
+    """
+    size = _plain_size(file, owner)
+    if size is None:
+        raise FileNotFoundError(f"{owner}: {file.parent} has no {file.name}. The folder is incomplete: {REMEDY.lower()}")
+    if size > _MOST_BYTES:
+        raise ValueError(f"{owner}: {file} holds {size:,} bytes, far more than settings do. {REMEDY}")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _unreadable(file, owner, error) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{owner}: {file} is not valid JSON ({first_line(error)}). {REMEDY}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{owner}: {file} must hold a JSON object, got {short(value)}. {REMEDY}")
+    return value
+
+
+def _plain_size(file: Path, owner: str) -> int | None:
+    """Return the size of a file, None if nothing is there; raises ValueError for what is no file, such as a pipe."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unreadable(file, owner, error) from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = "folder" if stat.S_ISDIR(found.st_mode) else "device or pipe"
+        raise ValueError(f"{owner}: {file} is a {kind} in place of a file. {REMEDY}")
+    return found.st_size
+
+
+def _unreadable(file: Path, owner: str, error: OSError) -> OSError:
+    return OSError(error.errno, f"{owner}: {file} cannot be read ({error.strerror}): make it readable, or copy it")
+
+
+def check_links(folder: Path) -> None:
+    """Raise ValueError if a saved ensemble's files are links out of its folder (or of its repository in the hub's cache).
+
+    A folder that was unpacked or cloned could otherwise name any file of this machine as its own.
+    """
+    home = folder.resolve()
+    within = next((up.parent for up in home.parents if up.name == "snapshots" and (up.parent / "blobs").is_dir()), home)
+    for path in _own_paths(folder):
+        if path.is_symlink() and not path.resolve().is_relative_to(within):
+            raise ValueError(
+                f"{path} is a link out of the ensemble's folder, to {path.resolve()}: copy what it points to into the "
+                "folder, or delete it"
+            )
+
+
+def _own_paths(folder: Path) -> Iterator[Path]:
+    for pattern in ("*.json", "base", "base/*", "experts", "experts/*", "experts/*/*"):
+        yield from sorted(folder.glob(pattern))
+
+
+# Weights
+
+
+def require_weights(folder: str | os.PathLike[str], names: Sequence[str], owner: str) -> Path:
+    """Return the first of `names` that is in a folder; raises FileNotFoundError if none is there or it is empty."""
+    for name in names:
+        if _plain_size(Path(folder) / name, owner):
+            return Path(folder) / name
+    raise FileNotFoundError(
+        f"{owner}: {folder} holds no weights (expected {' or '.join(names)}). The folder is incomplete or not "
+        "a saved expert: save it again, or copy it whole"
+    )
+
+
+def require_whole(folder: str | os.PathLike[str], names: Sequence[str], owner: str) -> dict[str, str]:
     """Check that a folder's weights are all there and not cut off, from the headers of the files alone.
 
     Args:
@@ -37,86 +161,165 @@ def require_whole(folder: str | os.PathLike[str], names: Sequence[str], owner: s
         names: the file that holds the weights, or lists the files that do; any of these.
         owner: whom an error names, e.g. "expert 2 of 3".
 
+    Returns:
+        The dtype of each tensor by its name, in safetensors' spelling ("F32", "BF16", ...).
+
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged.
+        OSError: a file cannot be read.
+        ValueError: a file is damaged, or a part of the weights lies elsewhere.
     """
     folder = Path(folder)
-    require_weights(folder, names, owner)
-    found = next(folder / name for name in names if (folder / name).is_file())
-    parts = sorted(set(read_json(found)["weight_map"].values())) if found.suffix == ".json" else [found.name]
+    found = require_weights(folder, names, owner)
+    parts = listed_parts(found, owner) if found.suffix == ".json" else [found.name]
+    dtypes = {}
     for part in parts:
-        if not (folder / part).is_file():
+        if _plain_size(folder / part, owner) is None:
             raise FileNotFoundError(
                 f"{owner}: {folder} lacks {part}, one of the {len(parts)} files that {found.name} lists. The folder is "
                 "incomplete: save it again, or copy it whole"
             )
-        try:
-            with safe_open(folder / part, framework="pt"):
-                pass
-        except SafetensorError as error:
+        dtypes |= _dtypes(folder / part, owner)
+    return dtypes
+
+
+def listed_parts(index: Path, owner: str) -> list[str]:
+    """Return the names of the files that an index lists; raises ValueError for anything but safetensors beside it."""
+    listed = read_settings(index, owner)
+    places = listed.get("weight_map")
+    if not isinstance(places, dict) or not places or not isinstance(listed.get("metadata"), dict):
+        raise ValueError(f"{owner}: {index} must hold a `weight_map` and `metadata`. {REMEDY}")
+    for part in places.values():
+        if not isinstance(part, str) or Path(part).name != part or not part.endswith(".safetensors"):
             raise ValueError(
-                f"{owner}: {folder / part} is damaged ({error}). Save it again, or copy it whole"
-            ) from error
+                f"{owner}: {index} says that weights are in {short(part)}, which is no safetensors file beside it. {REMEDY}"
+            )
+    return sorted(set(places.values()))
 
 
-def add_adapter(experts: AdapterExperts, folder: str | os.PathLike[str]) -> None:
-    """Append a saved adapter to `experts`; an error names it and leaves the experts as they were.
+def _dtypes(file: Path, owner: str) -> dict[str, str]:
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118  (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{owner}: {file} is damaged ({first_line(error)}). {REMEDY}") from error
+    except OSError as error:
+        raise _unreadable(file, owner, error) from error
+
+
+# Models
+
+
+def check_model_folder(folder: Path, owner: str) -> None:
+    """Look through a folder that holds a whole model, before transformers reads it.
 
     Raises:
-        FileNotFoundError: weights or `adapter_config.json` are missing.
-        ValueError: the weights are damaged, do not fit the base model, or would replace weights that all share.
+        FileNotFoundError: `config.json` or weights are missing.
+        OSError: a file cannot be read.
+        ValueError: a file is damaged, or asks for more than a model of transformers' own with these weights.
     """
-    owner = f"expert {len(experts) + 1}"
-    require_whole(folder, (ADAPTER_WEIGHTS,), owner)
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise FileNotFoundError(
-            f"{owner}: {folder} has no adapter_config.json. The folder is incomplete: save it again, or copy it whole"
-        )
-    _check_shared(experts.base, Path(folder), owner)
-    known = set(getattr(experts.base, "peft_config", ()))
-    try:
-        experts.add(Path(folder))
-    except (RuntimeError, ValueError) as error:
-        for name in set(getattr(experts.base, "peft_config", ())) - known:
-            experts.base.delete_adapter(name)
-        # The first of many lines, and the first parameter that does not fit.
-        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+    dtypes = require_whole(folder, MODEL_WEIGHTS, owner)
+    config = read_settings(folder / "config.json", owner)
+    check_model_config(config, f"{owner}: {folder / 'config.json'}", len(dtypes))
+    if "quantization_config" not in config:
+        odd = next((name for name, dtype in dtypes.items() if name.endswith(".weight") and dtype not in _FLOATS), None)
+        if odd is not None:
+            raise ValueError(f"{owner}: {folder} holds {odd} as {dtypes[odd]}, not in floating point. {REMEDY}")
+    for file in folder.iterdir():
+        if file.name == "adapter_config.json" or _DISTRIBUTED.fullmatch(file.name):
+            raise ValueError(
+                f"{owner}: {folder} holds {file.name} beside a whole model, and transformers would read that too: give "
+                "a folder with one model alone"
+            )
+    if _plain_size(folder / "generation_config.json", owner) is not None:
+        read_generation_config(folder / "generation_config.json", owner, config)
+
+
+def check_model_config(config: Mapping[str, Any], where: str, count: int) -> None:
+    """Check the settings of a model; `count` is the number of its tensors. `where` begins an error.
+
+    Raises:
+        ValueError: another kind of model than transformers has, a setting that is the caller's to make, or one that no
+            model has.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
-            f"{owner}: the adapter in {folder} does not fit the base model ({reason}): load the base that it was "
-            "trained on"
-        ) from error
+            f"{where}: model_type {short(kind)} is no causal language model of this version of transformers. If it "
+            "comes with code of its own, and you trust that, pass trust_remote_code=True"
+        )
+    if kind == "ensemw2s":
+        raise ValueError(f"{where} is an ensemble's, not a model's: load it with TokenEnsemble.from_pretrained")
+    for key, value in _settings_in(config):
+        _check_setting(key, value, where)
+        if key == "num_hidden_layers" and isinstance(value, int) and value > count:
+            raise ValueError(f"{where}: num_hidden_layers is {short(value)}, but there are {count} tensors. {REMEDY}")
 
 
-def _check_shared(base: Any, folder: Path, owner: str) -> None:
-    """Raise ValueError for an adapter that holds weights of the base itself, unless they are the base's own.
+def _settings_in(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield all keys and values of nested JSON."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key, inner
+            yield from _settings_in(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _settings_in(inner)
 
-    peft saves whole embeddings with an adapter where the vocabulary was resized or the head is adapted, and loads them
-    into the base, where they would replace those of every other expert.
+
+def _check_setting(key: str, value: Any, where: str) -> None:
+    known = _IMPLEMENTATIONS.get(key)
+    chosen = value.values() if isinstance(value, dict) else [value]
+    if known is not None and any(name is not None and name not in known for name in chosen):
+        raise ValueError(f"{where}: {key} may be {' or '.join(known)} in a file, got {short(value)}: pass it yourself")
+    if key in _CALLERS and value:
+        raise ValueError(f"{where}: {key} is not for a file to say, got {short(value)}: delete it, or pass it yourself")
+    if key == "quantization_config" and value is not None:
+        method = value.get("quant_method") if isinstance(value, dict) else value
+        if method != _QUANTISED:
+            raise ValueError(
+                f"{where}: weights compressed by {short(method)} may bring code from the hub. If you trust that, pass "
+                "quantization_config yourself"
+            )
+    if key.startswith("__") or callable(getattr(PreTrainedConfig, key, None)):
+        raise ValueError(f"{where}: {short(key)} is no setting of a model. {REMEDY}")
+    if isinstance(value, int) and (abs(value) >= 2**63 or (_COUNTS.match(key) and value > _MOST_COUNTED)):
+        raise ValueError(f"{where}: {key} is {short(value)}, more than any model has. {REMEDY}")
+
+
+def read_generation_config(file: Path, owner: str, config: Mapping[str, Any]) -> GenerationConfig:
+    """Return the saved generation settings of a model with the configuration `config`.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: as `read_settings`; a setting that transformers refuses, or a token that
+            the vocabulary does not have.
     """
-    plain = base.get_base_model() if isinstance(base, PeftModel) else base
-    shared = {name.replace(".base_layer.", "."): weight for name, weight in plain.named_parameters()}
-    own = PeftConfig.from_pretrained(str(folder))
-    copied = tuple(getattr(own, "modules_to_save", None) or ())
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as saved:
-        for key in saved.keys():  # noqa: SIM118  (not a dict)
-            name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            weight = shared.get(name)
-            if weight is None or not weight.is_floating_point():
-                continue
-            shape = tuple(saved.get_slice(key).get_shape())
-            if shape != tuple(weight.shape):
-                raise ValueError(
-                    f"{owner}: the adapter in {folder} was trained on another base or a resized vocabulary, its "
-                    f"{name} being {list(shape)} and the base model's {list(weight.shape)}: experts mix token by "
-                    "token, so they must share one base and one tokenizer"
-                )
-            is_copy = any(part in name.split(".") for part in copied)
-            if not is_copy and not torch.equal(saved.get_tensor(key).to(weight), weight):
-                raise ValueError(
-                    f"{owner}: the adapter in {folder} brings its own {name}, which would replace the base model's for "
-                    f'all experts: train it with modules_to_save=["{name.split(".")[-2]}"], or save whole models'
-                )
+    settings = read_settings(file, owner)
+    where = f"{owner}: {file}"
+    for key, value in settings.items():
+        if key in _CALLERS or key.startswith("__") or callable(getattr(GenerationConfig, key, None)):
+            raise ValueError(f"{where}: {short(key)} is not for a file to say: delete it")
+        if key in ("eos_token_id", "pad_token_id", "bos_token_id"):
+            check_tokens(key, value, config, where)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where}: {key} is {value}, which is no number. {REMEDY}")
+    try:
+        return GenerationConfig.from_dict(settings)
+    except Exception as error:
+        raise ValueError(f"{where} is no set of generation settings ({first_line(error)}). {REMEDY}") from error
+
+
+def check_tokens(key: str, value: Any, config: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError unless a token, or each of a list, is one of the vocabulary of `config`; None is none."""
+    size = config.get("vocab_size")
+    size = size if isinstance(size, int) else 2**31
+    for token in value if isinstance(value, list) else [value]:
+        # Padding that there is no token for is -1 in some models.
+        if token is not None and not (type(token) is int and -1 <= token < size):
+            raise ValueError(f"{where}: {key} is {short(value)}, not a token of the vocabulary of {size}. {REMEDY}")
+
+
+# Ensembles
 
 
 def expert_folders(folder: Path, count: int) -> list[Path]:
@@ -135,13 +338,19 @@ def local_folder(name: str | os.PathLike[str], subfolder: str, hub: Mapping[str,
     """Return the folder of a saved ensemble, downloaded (`hub` says how) if `name` is a hub id.
 
     Raises:
-        FileNotFoundError: a folder without config.json, or none at all where `name` is a path.
+        FileNotFoundError: a folder without config.json, or none at all where `name` is a path; a hub id that the hub
+            does not know, or that cannot be reached.
     """
-    folder = Path(name) / subfolder
+    folder = Path(name).expanduser() / subfolder
     if (folder / "config.json").is_file():
         return folder
-    if folder.exists() or str(name).count("/") > 1 or str(name).startswith((".", "/")):
+    if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise FileNotFoundError(f"{folder} is not a saved ensemble: it has no config.json")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(name), **hub)) / subfolder
+    try:
+        return Path(snapshot_download(str(name), **hub)) / subfolder
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{name} is neither the folder of a saved ensemble nor one that the hub gives out ({first_line(error)})"
+        ) from error

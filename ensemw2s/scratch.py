@@ -20,14 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ensemw2s.data import IGNORED
-from ensemw2s.files import new_folder
-from ensemw2s.models import cache_folder
+from ensemw2s.models import cached_model
 
 # Questions are about these letters, clutter is made of the others: the word `reverse` shares none with its argument.
 LETTERS = "bdfghijklmnu"
@@ -79,21 +77,19 @@ def scratch_folder(name: str) -> Path:
     Raises:
         ValueError: no model of that name.
         DiskFullError: the disk of the cache folder is full.
+        OSError: the model is not there yet and the cache folder cannot be written.
     """
     if name not in _RECIPES:
         raise ValueError(f"there is no scratch model {name!r}: expected {' or '.join(_RECIPES)}")
     recipe = _RECIPES[name]
-    folder = cache_folder() / f"scratch-{name}-{_digest(recipe)}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Several processes may want the model at once (test workers do): one trains it, the others wait for it.
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if not folder.exists():
-            tokenizer = _make_tokenizer()
-            model = _train(recipe, tokenizer, f"making scratch:{name}, once")
-            with new_folder(folder) as aside:
-                model.save_pretrained(aside)
-                tokenizer.save_pretrained(aside)
-    return folder
+
+    def make(folder: Path) -> None:
+        tokenizer = _make_tokenizer()
+        model = _train(recipe, tokenizer, f"making scratch:{name}, once")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return cached_model(f"scratch-{name}-{_digest(recipe)}", make)
 
 
 def character_questions(task: str, size: int, seed: int, min_length: int, max_length: int) -> list[dict[str, str]]:

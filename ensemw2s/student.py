@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ensemw2s import processes
+from ensemw2s.adapters import ADAPTER_WEIGHTS, attach_adapter, check_peft_config
 from ensemw2s.checkpoints import discard_checkpoints
 from ensemw2s.data import QuestionFormat, answer_lengths, check_questions, tokenize_questions
 from ensemw2s.distillation import (
@@ -26,9 +26,9 @@ from ensemw2s.distillation import (
     top_columns,
     with_columns,
 )
-from ensemw2s.experts import ADAPTER_WEIGHTS
-from ensemw2s.files import new_folder, write_json
-from ensemw2s.models import load_model, load_tokenizer, source_of
+from ensemw2s.files import write_json
+from ensemw2s.models import load_model, load_saved_model, load_tokenizer, source_of
+from ensemw2s.own_files import own_files, whole
 from ensemw2s.training import AnswerTrainingArguments, TrainingCost, fine_tune, on_device
 
 if TYPE_CHECKING:
@@ -150,6 +150,8 @@ class StudentTrainer:
         teacher: TokenEnsemble | None = None,
     ) -> None:
         self.args = args
+        if peft_config is not None:
+            check_peft_config(peft_config, "peft_config")
         self.peft_config = peft_config
         self.description = description
         self.train_dataset = usable_answers(
@@ -280,10 +282,13 @@ class StudentTrainer:
     def save_model(self, folder: str | Path) -> None:
         """Write the student (its adapter alone, if one was trained), tokenizer and cost, whole or not at all.
 
-        Of several processes, all must call this and the main one writes.
+        Of several processes, all must call this and the main one writes. What a student that was saved there before
+        consists of is replaced; everything else in the folder stays.
 
         Raises:
             DiskFullError: the disk is full; what was at `folder` before is untouched.
+            FileExistsError: another model, or a file that no student of ours wrote, is in the way.
+            PermissionError: the folder cannot be written.
             RuntimeError: the student is not trained yet.
         """
         if self.cost is None:
@@ -292,7 +297,7 @@ class StudentTrainer:
 
     def _write(self, folder: str | Path) -> None:
         assert self.cost is not None
-        with new_folder(folder) as aside:
+        with own_files(folder, "student") as aside:
             self.model.save_pretrained(aside)
             self.processing_class.save_pretrained(aside)
             write_json(aside / "cost.json", asdict(self.cost))
@@ -309,14 +314,17 @@ def load_trained(folder: str | Path, source: str | None = None, **model_init_kwa
             weights are saved without the layers that were left out.
 
     Raises:
-        FileNotFoundError: `folder` holds no weights.
-        ValueError: an adapter without `source`.
+        FileNotFoundError: weights, or settings beside them, are missing.
+        OSError: a file cannot be read.
+        ValueError: damaged weights or settings; an adapter without `source`, or one that does not fit it.
     """
-    if not (Path(folder) / ADAPTER_WEIGHTS).is_file():
-        return load_model(folder, **{k: v for k, v in model_init_kwargs.items() if k != "keep_layers"}).eval()
+    files = whole(Path(folder))
+    if not (files / ADAPTER_WEIGHTS).exists():
+        kwargs = {name: value for name, value in model_init_kwargs.items() if name != "keep_layers"}
+        return load_saved_model(files, "the student", **kwargs).eval()
     if source is None:
         raise ValueError(f"{folder} holds an adapter: name the model it was trained on as `source`")
-    return PeftModel.from_pretrained(load_model(source, **model_init_kwargs), str(folder)).eval()
+    return attach_adapter(load_model(source, **model_init_kwargs), files, "the student").eval()
 
 
 def usable_answers(

@@ -15,6 +15,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ensemw2s import boosting, processes
+from ensemw2s.adapters import check_peft_config
 from ensemw2s.cost import total
 from ensemw2s.data import QuestionFormat, check_disjoint, check_questions, tokenize_questions
 from ensemw2s.ensemble import TokenEnsemble
@@ -513,6 +514,8 @@ def closing_identity(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]
 
 
 def _check_settings(args: BoostingConfig, num_models: int, peft_config: Any, eval_dataset: Dataset | None) -> None:
+    if peft_config is not None:
+        check_peft_config(peft_config, "peft_config")
     if args.needs_validation and eval_dataset is None:
         name = "choose_num_experts" if args.choose_num_experts else 'mixture_weights="validation"'
         raise ValueError(

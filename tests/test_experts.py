@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ensemw2s.experts import ADAPTER_WEIGHTS, AdapterExperts, ModelExperts, _linear, require_weights
-from ensemw2s.models import MODEL_WEIGHTS
+from ensemw2s.adapters import ADAPTER_WEIGHTS
+from ensemw2s.experts import AdapterExperts, ModelExperts, _linear
+from ensemw2s.saved import MODEL_WEIGHTS, require_weights
 from tests.tiny import END, VOCAB, gpt2, llama, saved_adapters
 
 IDS = torch.randint(0, VOCAB, (3, 8), generator=torch.Generator().manual_seed(0))

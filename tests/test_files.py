@@ -41,26 +41,25 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert names(tmp_path) == ["value.json"]
 
 
-def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+def test_a_folder_appears_whole_and_replaces_nothing(tmp_path: Path) -> None:
     path = tmp_path / "model"
+    path.mkdir()
     with new_folder(path) as aside:
         (aside / "old").write_text("1")
-    with new_folder(path) as aside:
-        (aside / "new").write_text("2")
-        assert (path / "old").exists()
-    assert [file.name for file in path.iterdir()] == ["new"]
+        assert not names(path)
+    with pytest.raises(FileExistsError, match="model exists, and is not deleted"), new_folder(path) as aside:
+        raise AssertionError("the block must not run")
+    with pytest.raises(FileExistsError, match="old exists"), new_folder(path / "old") as aside:
+        raise AssertionError("the block must not run")
+    assert names(path) == ["old"] and (path / "old").read_text() == "1"
     assert names(tmp_path) == ["model"]
 
 
-def test_a_folder_that_fails_half_way_keeps_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "model"
-    with new_folder(path) as aside:
-        (aside / "old").write_text("1")
-    with pytest.raises(KeyboardInterrupt), new_folder(path) as aside:
+def test_a_folder_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "model") as aside:
         (aside / "new").write_text("2")
         raise KeyboardInterrupt
-    assert [file.name for file in path.iterdir()] == ["old"]
-    assert names(tmp_path) == ["model"]
+    assert not names(tmp_path)
 
 
 def test_a_full_disk_is_named_and_harms_nothing(tmp_path: Path) -> None:
