@@ -1,8 +1,8 @@
 """Adapters that can be experts: which of peft's kinds, and how a saved one is loaded, whole or not at all.
 
-peft does what an adapter's settings ask for, fills in what its weights lack and drops what it has no place for, each
-with a warning at most. Here the settings are an allow-list, every tensor has to fit, and an adapter that does not leaves
-the model as it was, bit for bit.
+peft does what an adapter's settings ask for, fills in what its weights lack and drops what it has no place for, with a
+warning at most. Here the settings are an allow-list, every tensor has to fit, and an adapter that does not leaves the
+model as it was, bit for bit.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ KINDS = (
     "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "PEANUT", "PSOFT", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING",
     "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT",
 )  # fmt: skip
+_NOT_MERGED = ("BEFT", "LILY")
 # Settings of LoRA that may differ from their defaults. The others change the base's weights or layers for all experts,
 # need a pass over data that nobody makes here, or import what they name.
 _LORA = {
@@ -47,13 +48,16 @@ _LOADED_INITS = (*_INITS, "eva")
 _FLOATS = ("F16", "BF16", "F32")
 
 
-def check_peft_config(config: PeftConfig, where: str, *, loaded: bool = False) -> None:
+def check_peft_config(config: PeftConfig, where: str, *, loaded: bool = False, merged: bool = False) -> None:
     """Check that adapters of this configuration can be experts that share one base model.
+
+    Students have the same: the base model stays as it is, and the adapter is all that is saved.
 
     Args:
         config: of peft.
         where: begins an error, e.g. "peft_config".
         loaded: whether the adapter is trained already.
+        merged: whether it will be merged into its base.
 
     Raises:
         ValueError: names the setting.
@@ -61,13 +65,18 @@ def check_peft_config(config: PeftConfig, where: str, *, loaded: bool = False) -
     kind = _kind(config.peft_type)
     if kind not in KINDS:
         raise ValueError(
-            f"{where}: adapters of the kind {short(kind)} cannot be experts, or are not known to work as such: use "
-            f"peft.LoraConfig, or one of {', '.join(KINDS[1:])}"
+            f"{where}: adapters of the kind {short(kind)} cannot be experts of one base model, or are not known to "
+            f"work as such: use peft.LoraConfig, or one of {', '.join(KINDS[1:])}"
         )
     if getattr(config, "bias", "none") != "none":
         raise ValueError(
-            f'{where}: bias={short(getattr(config, "bias", None))} trains biases of the base model, which all experts '
-            'share: use bias="none"'
+            f"{where}: bias={short(getattr(config, 'bias', None))} trains biases of the base model, which has to stay "
+            'as it is (experts share it): use bias="none"'
+        )
+    if merged and (kind in _NOT_MERGED or getattr(config, "lora_bias", False)):
+        raise ValueError(
+            f"{where}: with a model for each round adapters are merged into their models, which peft cannot do with "
+            f"{kind if kind in _NOT_MERGED else 'lora_bias'}: use another kind, or one model for all rounds"
         )
     if kind == "LORA":
         _check_lora(config, where, _LOADED_INITS if loaded else _INITS)
@@ -81,14 +90,16 @@ def _check_lora(config: Any, where: str, inits: tuple[Any, ...]) -> None:
     init = config.init_lora_weights
     if not any(init is known if isinstance(known, bool) else init == known for known in inits):
         raise ValueError(
-            f"{where}: init_lora_weights={short(init)} changes the weights of the base model, which all experts share, "
-            f"or needs a pass over data first: use {', '.join(map(repr, inits))}"
+            f"{where}: init_lora_weights={short(init)} changes the weights of the base model, which has to stay as it "
+            f"is (experts share it), or needs a pass over data first: use {', '.join(map(repr, inits))}"
         )
     plain = type(config)()
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name not in _LORA | _ORIGIN and value and value != getattr(plain, field.name, None):
-            raise ValueError(f"{where}: {field.name}={short(value)} does not work with experts of one base: leave it out")
+            raise ValueError(
+                f"{where}: {field.name}={short(value)} does not work with experts of one base: leave it out"
+            )
     if not (type(config.r) is int and config.r > 0):
         raise ValueError(f"{where}: r must be a whole number, at least 1, got {short(config.r)}")
 
@@ -180,8 +191,8 @@ def attach_adapter(
         raise
     except Exception as error:
         raise ValueError(
-            f"{owner}: the adapter in {folder} does not fit the base model ({first_line(error)}): load the base that it "
-            "was trained on"
+            f"{owner}: the adapter in {folder} does not fit the base model ({first_line(error)}): load the base that "
+            "it was trained on"
         ) from error
     return model
 
@@ -196,7 +207,8 @@ def _check_tensors(folder: Path, dtypes: Mapping[str, str], owner: str) -> None:
         for key, dtype in dtypes.items():
             if dtype not in _FLOATS and key.endswith(("weight", ".lora_A", ".lora_B")):
                 raise ValueError(
-                    f"{owner}: {folder / ADAPTER_WEIGHTS} holds {key} as {dtype}, expected {', '.join(_FLOATS)}. {REMEDY}"
+                    f"{owner}: {folder / ADAPTER_WEIGHTS} holds {key} as {dtype}, expected {', '.join(_FLOATS)}. "
+                    f"{REMEDY}"
                 )
             tensor = saved.get_tensor(key)
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -264,7 +276,7 @@ def _require_every_tensor(model: PeftModel, folder: Path, name: str, owner: str)
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """If the block fails, put the modules and settings of `model` back as they were; weights are taken to be untouched."""
+    """If the block fails, put the modules and settings of `model` back as they were; weights are taken to be so."""
     modules = [(module, dict(vars(module))) for module in model.modules()]
     held = {id(value): value for _, state in modules for value in state.values()}
     containers = [(value, copy.copy(value)) for value in held.values() if isinstance(value, dict | list | set)]

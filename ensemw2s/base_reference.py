@@ -29,7 +29,8 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 def reference_to(source: Any, model_init_kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the reference to a base model that `models.load_model(source, **model_init_kwargs)` loads.
 
-    None if a reference cannot say how (`quantization_config`, `revision`, ...): the base is then saved with the ensemble.
+    None if a reference cannot say how (`quantization_config`, `revision`, ...): the base is then saved with the
+    ensemble.
     """
     settings = {name: value for name, value in model_init_kwargs.items() if name not in _PLACING and value is not None}
     return {"source": source, **settings} if settings.keys() <= set(KEYS) else None
@@ -78,7 +79,7 @@ def settled(base: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def stored(base: Mapping[str, Any] | None, folder: Path) -> dict[str, Any] | None:
     """Return the reference that an ensemble saved in `folder` keeps."""
-    if base is None or not os.path.isabs(base["source"]):
+    if base is None or not Path(base["source"]).is_absolute():
         return None if base is None else dict(base)
     home, source = folder.resolve(), Path(base["source"]).resolve()
     if not source.is_relative_to(home.parent) or home.parent == Path(home.anchor):

@@ -29,7 +29,6 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ensemw2s import ops
-from ensemw2s.adapters import unchanged_on_error
 from ensemw2s.base_reference import check_base, found, settled, stored
 from ensemw2s.cache import EnsembleCache
 from ensemw2s.cost import count
@@ -49,14 +48,15 @@ from ensemw2s.own_files import own_files, whole
 from ensemw2s.saved import (
     HUB_ACCESS,
     HUB_VERSION,
+    MODEL_WEIGHTS,
     check_links,
-    check_model_folder,
     check_tokens,
     expert_folders,
     local_folder,
     read_generation_config,
     read_settings,
     require_one_dtype,
+    require_whole,
     short,
 )
 
@@ -111,7 +111,7 @@ class EnsembleConfig(PreTrainedConfig):
         Raises:
             ValueError: a key that no ensemble saves, or a value that is none of its; names both and the file.
         """
-        _check_settings(config_dict, os.path.join(kwargs.get("name_or_path") or "", "config.json"))
+        _check_settings(config_dict, str(Path(kwargs.get("name_or_path") or "") / "config.json"))
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
@@ -177,13 +177,12 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
 
         Raises:
             FileNotFoundError: an adapter's folder lacks its weights or its `adapter_config.json`.
-            ValueError: a damaged adapter, or one that does not fit the base or would change it for all experts; the
-                base is then as it was. Another key in `base_reference`.
+            ValueError: a damaged adapter, or one that does not fit the base or would change it for all experts;
+                another key in `base_reference`.
         """
         reference = settled(check_base(base_reference, "base_reference"))
         _check(expert_weights, combine, len(folders))
-        with unchanged_on_error(base):
-            experts = AdapterExperts(base, folders)
+        experts = AdapterExperts(base, folders)
         settings = {"expert_weights": expert_weights, "combine": combine, "base": reference}
         return cls(EnsembleConfig.of(experts, **settings), experts)
 
@@ -488,8 +487,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Write the ensemble to one folder, whole or not at all; `push_to_hub` does so first.
 
-        What an ensemble that was saved there before consists of is replaced; everything else in the folder stays. A kill
-        leaves the one or the other whole (see `ensemw2s.own_files`).
+        What an ensemble that was saved there before consists of is replaced; everything else in the folder stays. A
+        kill leaves the one or the other whole (see `ensemw2s.own_files`).
 
         Args:
             save_directory: a new folder, that of an ensemble, or one without a model.
@@ -552,7 +551,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 expert weights other than that of the experts saved; names file and key, or the expert.
         """
         if (model_init_kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path"):
-            raise ValueError(f"{pretrained_model_name_or_path} holds an adapter_config.json beside an ensemble: delete it")
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds an adapter_config.json beside an ensemble: delete it"
+            )
         hub = {name: model_init_kwargs.pop(name) for name in HUB_VERSION if name in model_init_kwargs}
         hub |= {name: model_init_kwargs[name] for name in HUB_ACCESS if name in model_init_kwargs}
         folder = local_folder(pretrained_model_name_or_path, subfolder, hub)
@@ -666,7 +667,7 @@ def context_lengths(experts: Experts) -> dict[int, int]:
 def _load_models(folders: Sequence[Path], model_init_kwargs: Mapping[str, Any]) -> ModelExperts:
     owners = [f"expert {number} of {len(folders)}" for number in range(1, len(folders) + 1)]
     for path, owner in zip(folders, owners, strict=True):
-        check_model_folder(path, owner)
+        require_whole(path, MODEL_WEIGHTS, owner)
     models = [load_saved_model(path, owner, **model_init_kwargs) for path, owner in zip(folders, owners, strict=True)]
     require_one_dtype(models, range(1, len(models) + 1))
     return ModelExperts(models)

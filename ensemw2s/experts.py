@@ -79,7 +79,7 @@ class AdapterExperts(Experts):
 
     kind = "adapters"
 
-    def __init__(self, base: PreTrainedModel | PeftModel, folders: Sequence[str | Path] = ()) -> None:
+    def __init__(self, base: PreTrainedModel | PeftModel, folders: Sequence[str | os.PathLike[str]] = ()) -> None:
         super().__init__()
         # A `PeftModel` from the first adapter on.
         self.base: Any = base
@@ -135,11 +135,8 @@ class AdapterExperts(Experts):
             self.base.save_pretrained(folder, **options)
             return
         plain: Any = self.base.get_base_model()
-        weights = {
-            _unwrapped(name): value for name, value in plain.state_dict().items() if not self._is_adapters(name)
-        }
+        weights = {_unwrapped(name): value for name, value in plain.state_dict().items() if not self._is_adapters(name)}
         plain.save_pretrained(folder, state_dict=weights, **options)
-
 
     def _is_adapters(self, name: str) -> bool:
         """Return whether a tensor of the wrapped base belongs to an adapter."""

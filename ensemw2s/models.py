@@ -28,6 +28,7 @@ from ensemw2s.saved import (
     first_line,
     listed_parts,
     read_settings,
+    require_whole,
     short,
 )
 
@@ -46,7 +47,7 @@ def cache_folder() -> Path:
         return Path(named) if named else Path.home() / ".cache" / "ensemw2s"
     except RuntimeError as error:
         raise FileNotFoundError(
-            f"there is no home folder to keep models in ({error}): set ENSEMW2S_CACHE to a folder that can be written to"
+            f"there is no home folder to keep models in ({error}): set ENSEMW2S_CACHE to a folder that can be written"
         ) from error
 
 
@@ -114,11 +115,13 @@ def load_saved_model(folder: str | os.PathLike[str], owner: str, **model_init_kw
         owner: whom an error names, e.g. "expert 2 of 3".
         model_init_kwargs: as for `load_model`.
     """
+    require_whole(folder, MODEL_WEIGHTS, owner)
     model, loading = _load(os.fspath(folder), model_init_kwargs, owner)
     if loading["unexpected_keys"]:
         names = sorted(loading["unexpected_keys"])
         raise ValueError(
-            f"{owner}: {folder} holds weights that its config.json has no place for: {_some(names)} ({len(names)} tensors). {REMEDY}"
+            f"{owner}: {folder} holds weights that its config.json has no place for: {_some(names)} ({len(names)} "
+            f"tensors). {REMEDY}"
         )
     return model
 
@@ -139,7 +142,9 @@ def _load(named: str, model_init_kwargs: Mapping[str, Any], owner: str) -> tuple
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise ValueError(f"{owner}: {named} cannot be loaded as a language model ({first_line(error)}). {REMEDY}") from error
+        raise ValueError(
+            f"{owner}: {named} cannot be loaded as a language model ({first_line(error)}). {REMEDY}"
+        ) from error
     model, loading = loaded
     # Where the tokenizer, the license and other processes find it.
     model.config._name_or_path = named

@@ -1,10 +1,10 @@
 """Folders in which our files lie beside others': only what we wrote is replaced, all of it or nothing.
 
 What is written lists itself in `ensemw2s.json`, by which we know it again. A folder that is not there yet appears whole
-(`files.new_folder`). In one that is there, the new files are first made whole in a scratch folder inside it; the rename of
-that to `.ensemw2s-ready` is the moment from which they count. They are then linked into their places one by one (copied
-where the file system has no hard links), and the scratch folder goes last. A kill between any two of these steps leaves
-the old files or the new ones whole: readers take those that are ready (`whole`), the next writer finishes the rest.
+(`files.new_folder`). In one that is there, the new files are first made whole in a scratch folder inside it; the rename
+of that to `.ensemw2s-ready` is the moment from which they count. They are then linked into their places one by one
+(copied where the file system has no hard links), and the scratch folder goes last. A kill between any two of these steps
+leaves the old files or the new ones whole: readers take those that are ready (`whole`), the next writer does the rest.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def settle(folder: Path) -> None:
     gone = old.keys() - new.keys()
     for name in gone:
         (folder / name).unlink(missing_ok=True)
-    for up in sorted({up for name in gone for up in (folder / name).parents if up.is_relative_to(folder)}, reverse=True):
+    for up in sorted(
+        {up for name in gone for up in (folder / name).parents if up.is_relative_to(folder)}, reverse=True
+    ):
         if up != folder and not any(up.iterdir()):
             up.rmdir()
     # From here on the ready files do not count, so that a kill while they are deleted does no harm.
@@ -151,7 +153,8 @@ def _listed(folder: Path) -> dict[str, str | None]:
     files = read_settings(folder / MANIFEST, "what was saved here before").get("files")
     if not isinstance(files, Mapping) or not all(_is_inside(folder, name) for name in files):
         raise ValueError(
-            f"{folder / MANIFEST} is no list of the files in its folder: it is not ours, or damaged. Name another folder"
+            f"{folder / MANIFEST} is no list of the files in its folder: it is not ours, or damaged. Name another "
+            "folder"
         )
     return dict(files)
 

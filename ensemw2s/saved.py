@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 MODEL_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 # Which version of a hub repository is meant: a base model lies in another repository, with versions of its own.
@@ -87,7 +93,9 @@ def read_settings(file: Path, owner: str) -> dict[str, Any]:
     """
     size = _plain_size(file, owner)
     if size is None:
-        raise FileNotFoundError(f"{owner}: {file.parent} has no {file.name}. The folder is incomplete: {REMEDY.lower()}")
+        raise FileNotFoundError(
+            f"{owner}: {file.parent} has no {file.name}. The folder is incomplete: {REMEDY.lower()}"
+        )
     if size > _MOST_BYTES:
         raise ValueError(f"{owner}: {file} holds {size:,} bytes, far more than settings do. {REMEDY}")
     try:
@@ -120,7 +128,7 @@ def _unreadable(file: Path, owner: str, error: OSError) -> OSError:
 
 
 def check_links(folder: Path) -> None:
-    """Raise ValueError if a saved ensemble's files are links out of its folder (or of its repository in the hub's cache).
+    """Raise ValueError if files of a saved ensemble are links out of its folder (or its repository in the hub's cache).
 
     A folder that was unpacked or cloned could otherwise name any file of this machine as its own.
     """
@@ -172,7 +180,7 @@ def require_whole(folder: str | os.PathLike[str], names: Sequence[str], owner: s
     folder = Path(folder)
     found = require_weights(folder, names, owner)
     parts = listed_parts(found, owner) if found.suffix == ".json" else [found.name]
-    dtypes = {}
+    dtypes: dict[str, str] = {}
     for part in parts:
         if _plain_size(folder / part, owner) is None:
             raise FileNotFoundError(
@@ -192,7 +200,8 @@ def listed_parts(index: Path, owner: str) -> list[str]:
     for part in places.values():
         if not isinstance(part, str) or Path(part).name != part or not part.endswith(".safetensors"):
             raise ValueError(
-                f"{owner}: {index} says that weights are in {short(part)}, which is no safetensors file beside it. {REMEDY}"
+                f"{owner}: {index} says that weights are in {short(part)}, which is no safetensors file beside it. "
+                f"{REMEDY}"
             )
     return sorted(set(places.values()))
 
@@ -243,7 +252,11 @@ def check_model_config(config: Mapping[str, Any], where: str, count: int) -> Non
             model has.
     """
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if (
+        not isinstance(kind, str)
+        or kind not in CONFIG_MAPPING
+        or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
         raise ValueError(
             f"{where}: model_type {short(kind)} is no causal language model of this version of transformers. If it "
             "comes with code of its own, and you trust that, pass trust_remote_code=True"

@@ -515,7 +515,7 @@ def closing_identity(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]
 
 def _check_settings(args: BoostingConfig, num_models: int, peft_config: Any, eval_dataset: Dataset | None) -> None:
     if peft_config is not None:
-        check_peft_config(peft_config, "peft_config")
+        check_peft_config(peft_config, "peft_config", merged=num_models > 1)
     if args.needs_validation and eval_dataset is None:
         name = "choose_num_experts" if args.choose_num_experts else 'mixture_weights="validation"'
         raise ValueError(
