@@ -277,19 +277,28 @@ def _require_every_tensor(model: PeftModel, folder: Path, name: str, owner: str)
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     """If the block fails, put the modules and settings of `model` back as they were; weights are taken to be so."""
-    modules = [(module, dict(vars(module))) for module in model.modules()]
+    modules = [(vars(module), dict(vars(module))) for module in model.modules()]
     held = {id(value): value for _, state in modules for value in state.values()}
     containers = [(value, copy.copy(value)) for value in held.values() if isinstance(value, dict | list | set)]
     trained = [(weight, weight.requires_grad) for weight in model.parameters()]
     try:
         yield
     except BaseException:
-        for module, state in modules:
-            vars(module).clear()
-            vars(module).update(state)
-        for container, content in containers:
-            container.clear()
-            container.extend(content) if isinstance(container, list) else container.update(content)
+        for now, before in (*modules, *containers):
+            _restore(now, before)
         for weight, requires_grad in trained:
             weight.requires_grad_(requires_grad)
         raise
+
+
+def _restore(now: Any, before: Any) -> None:
+    """Make a dictionary, list or set what it was; what is in both is never missing, since other threads may read it."""
+    if isinstance(now, list):
+        now[:] = before
+    elif isinstance(now, set):
+        now &= before
+        now |= before
+    else:
+        for key in now.keys() - before.keys():
+            del now[key]
+        now.update({key: value for key, value in before.items() if now.get(key, now) is not value})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -77,15 +78,49 @@ class EnsembleCache(Cache):
     reset) reaches every expert; `experts[t]` is the cache that expert t itself sees, holding the same layer objects.
     Experts that run as one model have one cache, `experts[0]`, whose rows are stacked, expert after expert.
 
+    A cache belongs to the experts that it was made for (`members`), and keeps them in memory.
+
     Args:
         configs: one model configuration per cache.
         stacked: the experts as one model, or None.
+        members: what tells each of the T experts from any other (`Experts.members`).
     """
 
-    def __init__(self, configs: Iterable[PreTrainedConfig], stacked: StackedAdapters | None = None) -> None:
+    def __init__(
+        self,
+        configs: Iterable[PreTrainedConfig],
+        stacked: StackedAdapters | None = None,
+        members: Sequence[object] = (),
+    ) -> None:
         self.stacked = stacked
+        self.members = tuple(members)
         self.experts = [growing_cache(config) for config in configs]
         super().__init__(layers=[layer for cache in self.experts for layer in cache.layers])
+
+    def require_fit(self, members: Sequence[object], rows: int) -> None:
+        """Raise ValueError unless the cache was made for these experts and, if it holds anything, for `rows` rows."""
+        if [id(member) for member in self.members] != [id(member) for member in members]:
+            raise ValueError(
+                f"the cache was made for {len(self.members)} experts that are not the {len(members)} of this ensemble "
+                "now: one was added, or the cache is another ensemble's; start a new one with ensemble.new_cache()"
+            )
+        held = (
+            self.layers[0].keys.shape[0] // (self.stacked.count if self.stacked else 1)
+            if self.get_seq_length()
+            else rows
+        )
+        if held != rows:
+            raise ValueError(
+                f"the cache holds {held} rows and the input has {rows}: bring it to as many, as with "
+                "cache.batch_repeat_interleave(n), or start a new one with ensemble.new_cache()"
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EnsembleCache:
+        # What the experts have seen is copied, they themselves are not.
+        memo |= {id(member): member for member in self.members}
+        other: EnsembleCache = object.__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make row i what row `beam_idx[i]` was, for every expert."""

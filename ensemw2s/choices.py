@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from ensemw2s import ops, processes
 from ensemw2s.cost import count
 from ensemw2s.data import PromptCollator, QuestionFormat, answer_with_end, check_choices, fitted_prompt
+from ensemw2s.experts import damaged, expert_names, refuse_damaged
 from ensemw2s.models import CACHE
 
 if TYPE_CHECKING:
@@ -121,12 +122,12 @@ def score_choices(
         description: the name of a progress bar; None shows none.
 
     Raises:
-        FloatingPointError: the model gives NaN; names the question.
+        FloatingPointError: the model, or an expert, gives NaN, +inf or no finite logit; names which and the question.
         ValueError: see `tokenize_choices`; or no questions.
     """
     from ensemw2s.ensemble import TokenEnsemble
 
-    experts = model if isinstance(model, TokenEnsemble) else _Alone(model)
+    experts = model.snapshot() if isinstance(model, TokenEnsemble) else _Alone(model)
     return score_choice_mixtures(
         experts,
         questions,
@@ -167,6 +168,8 @@ def score_choice_mixtures(
         combine: name -> how that mixture combines distributions, where it is not as the ensemble does; "vote" counts
             the experts' chosen choices.
     """
+    if not isinstance(ensemble, _Alone):
+        ensemble = ensemble.snapshot()
     rows = tokenize_choices(questions, tokenizer, question_format or QuestionFormat())
     if not rows:
         raise ValueError("there are no questions to answer: expected at least one")
@@ -301,8 +304,8 @@ def _sums(log_probs: np.ndarray, rows: Sequence[_Question], length_normalised: b
     for row, own in zip(rows, split, strict=True):
         if np.isnan(own).any():
             raise FloatingPointError(
-                f"NaN for a choice of question {row.row_id!r}: a model's weights are damaged or overflow in their "
-                "dtype; load it in float32, or train it again"
+                f"the experts' mixture gives no token a probability along a choice of question {row.row_id!r}: every "
+                'token is impossible for one of them; combine them by "prob"'
             )
     return split
 
@@ -321,11 +324,15 @@ def _token_log_probs(
     logits = ensemble.expert_logits(
         indices, inputs["input_ids"].to(device), mask, position_ids=places, cache=cache, last_only=True
     )
+    used = [t for t in indices if any(values[t] > 0 for values in mixtures.values())]
+    owners = ["the model"] if isinstance(ensemble, _Alone) else expert_names(used)
+    names = [f"question {row.row_id!r}" for row in rows]
     owner = torch.tensor([i for i, row in enumerate(rows) for _ in row.choices], device=device)
     choices = [choice for row in rows for choice in row.choices]
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(c) for c in choices], batch_first=True, padding_value=-1)
     ids = ids.to(device)
     first = [row[:, -1] for row in logits]
+    refuse_damaged(damaged([first[t] for t in used]), owners, names)
     log_probs = {name: torch.zeros(ids.shape, dtype=torch.float64, device=device) for name in weights}
     for name, values in weights.items():
         mixed = ops.mixture_log_probs(first, values, combine=combine)
@@ -340,6 +347,8 @@ def _token_log_probs(
             indices, ids[:, :-1].clamp_min(0), mask, position_ids=places, cache=cache, last_only=False
         )
         kept = [row[later] for row in logits]
+        of_tokens = [names[i] for i in owner[:, None].expand_as(later)[later].tolist()]
+        refuse_damaged(damaged([kept[t] for t in used]), owners, of_tokens)
         for name, values in weights.items():
             scores = ops.mixture_scores(kept, values, ids[:, 1:][later], combine=combine)
             log_probs[name][:, 1:][later] = scores.log_probs.double()

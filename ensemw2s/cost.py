@@ -14,6 +14,7 @@ import copy
 import math
 import resource
 import sys
+import threading
 import time
 import warnings
 import weakref
@@ -106,6 +107,8 @@ class Meter:
 
 
 _METERS: list[Meter] = []
+# Experts that run side by side report at once, and adding to a sum is no single step.
+_COUNTING = threading.Lock()
 _BY_MODEL: weakref.WeakKeyDictionary[Any, dict[bool, ModelFlops]] = weakref.WeakKeyDictionary()
 # Every round loads the pre-trained model again: what models of one kind cost is counted once.
 _BY_SIGNATURE: dict[Any, ModelFlops] = {}
@@ -145,9 +148,10 @@ def count(
     rows, length = input_ids.shape
     past = 0 if attention_mask is None else attention_mask.shape[1] - length
     tokens = rows * length if attention_mask is None else attention_mask[:, past:].sum().to(torch.int64)
-    flops = model_flops(model, training=training).of(Work.of_pass(rows, length, 0, head, past))
-    for meter in _METERS:
-        meter.add(tokens, flops)
+    with _COUNTING:
+        flops = model_flops(model, training=training).of(Work.of_pass(rows, length, 0, head, past))
+        for meter in _METERS:
+            meter.add(tokens, flops)
 
 
 def model_flops(model: torch.nn.Module, *, training: bool = False) -> ModelFlops:

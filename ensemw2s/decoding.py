@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from ensemw2s import ops, processes
 from ensemw2s.choices import choose_answers, tokenize_choices
 from ensemw2s.data import PromptCollator, QuestionFormat, tokenize_prompts
 from ensemw2s.distillation import TOP_COLUMNS, packed_row, top_tokens, unpacked_row
+from ensemw2s.experts import damaged, expert_names, refuse_damaged
 from ensemw2s.files import append_json_lines, read_complete_lines, write_json_lines
 from ensemw2s.models import CACHE
 
@@ -138,15 +139,24 @@ class MixtureDecoder:
         self.position += 1
 
 
-def require_valid(valid: torch.Tensor, names: list[str]) -> None:
-    """Raise FloatingPointError naming the rows in which an expert gave NaN or no finite logit."""
-    if not bool(valid.all()):
-        bad = [name for name, ok in zip(names, valid.tolist(), strict=True) if not ok]
-        raise FloatingPointError(
-            f"an expert gave NaN or no finite logit for {', '.join(bad[:5])}"
-            f"{' and more' if len(bad) > 5 else ''}: its weights are damaged or overflow in their dtype; "
-            "load the experts in float32, or train that expert again"
-        )
+def require_valid(valid: torch.Tensor, names: Sequence[str], logits: Sequence[torch.Tensor]) -> None:
+    """Raise FloatingPointError, naming rows and experts, unless all rows are valid.
+
+    Args:
+        valid: bool [B] or [B, L]: the mixture is a distribution there.
+        names: what messages call the B rows.
+        logits: of T experts, [B, V] or [B, L, V].
+    """
+    if bool(valid.all()):
+        return
+    bad = ~valid
+    damage = (damaged(logits) & bad.to(logits[0].device)).reshape(len(logits), len(bad), -1).any(-1)
+    refuse_damaged(damage, expert_names(range(len(logits))), names)
+    rows = [name for name, is_bad in zip(names, bad.reshape(len(bad), -1).any(-1).tolist(), strict=True) if is_bad]
+    raise FloatingPointError(
+        f"the experts' mixture gives no token a probability for {', '.join(rows[:5])}{' and more' * (len(rows) > 5)}: "
+        'every token is impossible for one of them; combine them by "prob"'
+    )
 
 
 def require_tokenizer(ensemble: TokenEnsemble, processing_class: PreTrainedTokenizerBase) -> None:
@@ -212,9 +222,11 @@ def fused_sample(
     )
     pad = generation_config._pad_token_tensor
     running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    names = model.row_names(len(input_ids))
     while bool(running.any()):
-        choice = decoder.step()
-        require_valid(choice.valid | ~running, [f"row {row} of the batch" for row in range(len(input_ids))])
+        logits = decoder.logits()
+        choice = decoder.choose(logits)
+        require_valid(choice.valid | ~running, names, logits)
         tokens = choice.tokens if pad is None else torch.where(running, choice.tokens, pad)
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
         if streamer is not None:
@@ -411,7 +423,7 @@ def _label_batch(  # type: ignore[no-untyped-def]
     for _ in range(max_new_tokens):
         logits = decoder.logits()
         choice = decoder.choose(logits)
-        require_valid(choice.valid | ~running, [f"question {prompts[i]['id']!r}" for i in batch])
+        require_valid(choice.valid | ~running, [f"question {prompts[i]['id']!r}" for i in batch], logits)
         tokens.append(choice.tokens)
         log_probs.append(choice.log_probs)
         agreement.append((choice.expert_log_probs.exp() > _AGREES).double())

@@ -24,7 +24,7 @@ from ensemw2s.cost import count
 from ensemw2s.data import IGNORED, AnswerCollator, QuestionFormat, tokenize_questions
 from ensemw2s.experts import repeat_rows
 from ensemw2s.files import read_complete_lines
-from ensemw2s.heads import CHUNK_ELEMENTS, for_product, linear_of, obstacle, output_head, states_before
+from ensemw2s.heads import CHUNK_ELEMENTS, for_product, linear_of, obstacle, output_head, own_head, states_before
 from ensemw2s.ops.topk_kl import reference as topk_kl_reference
 from ensemw2s.training import AnswerTokens, AnswerTrainer, next_token_mask
 
@@ -49,18 +49,20 @@ _FILE_DTYPES = {"top_token_ids": "<i4", "top_log_probs": "<f4"}
 @torch.no_grad()
 def linear_head(model: Any) -> Tensor | None:
     """Return the weight [V, d] of a causal language model's head, or None if its logits are not `states @ weight.T`."""
-    head = output_head(model)
     token = torch.zeros((1, 1), dtype=torch.int64, device=model.get_input_embeddings().weight.device)
-    if obstacle(head, model, {"input_ids": token, "use_cache": False}) is not None:
-        return None
-    linear: Any = linear_of(head)
-    return linear.weight
+    with own_head(model) as mine:
+        head = output_head(mine)
+        if obstacle(head, mine, {"input_ids": token, "use_cache": False}) is not None:
+            return None
+        linear: Any = linear_of(head)
+        return linear.weight
 
 
 @torch.no_grad()
 def states_at(model: Any, inputs: Mapping[str, Any], positions: Tensor) -> Tensor:
     """Return the hidden states [n, d] in front of a model's head at `positions` (bool [B, L]); the head is not run."""
-    return states_before(output_head(model), model, inputs, lambda hidden: hidden[positions.to(hidden.device)])
+    with own_head(model) as mine:
+        return states_before(output_head(mine), mine, inputs, lambda hidden: hidden[positions.to(hidden.device)])
 
 
 @dataclass
@@ -176,7 +178,7 @@ class LiveTeacher:
 
         def run(model: Any, index: int) -> Tensor:
             states = states_at(model, inputs, positions)
-            count(model, input_ids, attention_mask, len(states))
+            count(self.ensemble.experts.carrier(index), input_ids, attention_mask, len(states))
             return states
 
         return self.ensemble.experts.map(run, range(self.ensemble.num_experts))

@@ -11,8 +11,6 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +30,7 @@ from ensemw2s import ops
 from ensemw2s.base_reference import check_base, found, settled, stored
 from ensemw2s.cache import EnsembleCache
 from ensemw2s.cost import count
-from ensemw2s.decoding import Sampling, fused_sample, label_questions, require_tokenizer
+from ensemw2s.decoding import Sampling, fused_sample, label_questions, require_tokenizer, require_valid
 from ensemw2s.experts import (
     AdapterExperts,
     Experts,
@@ -41,7 +39,7 @@ from ensemw2s.experts import (
     repeat_rows,
 )
 from ensemw2s.files import write_json
-from ensemw2s.heads import only_positions
+from ensemw2s.heads import only_positions, own_head
 from ensemw2s.model_card import model_card
 from ensemw2s.models import CACHE, load_model, load_saved_model
 from ensemw2s.own_files import own_files, whole
@@ -59,6 +57,7 @@ from ensemw2s.saved import (
     require_whole,
     short,
 )
+from ensemw2s.sharing import turn_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -70,8 +69,8 @@ RECORD_FILE = "boosting.json"
 # What transformers passes to every model's forward and an ensemble has no use for.
 _NOT_NEEDED = ("return_dict", "cache_position")
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Whether the call of `generate` under way may take the fused loop: transformers hands on no argument of ours.
-_fused: ContextVar[bool] = ContextVar("fused", default=True)
+# What the argument that holds a cache is called, by transformers from 5.24 on and before.
+_CACHE_NAMES = ("cache", "past_key_values")
 
 
 class EnsembleConfig(PreTrainedConfig):
@@ -131,6 +130,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
     `generate` does what it does for any transformers model. Build one with `from_adapters` or `from_models`, or load
     a saved one with `from_pretrained`.
 
+    Any number of threads may use an ensemble, its slices and others on the same base at once, each as if it were alone.
+    A call keeps to the experts that were there when it began.
+
     Args:
         config: weights and combination.
         experts: the T experts.
@@ -146,6 +148,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+    # Of the ensemble as one call of `generate` sees it: whether the fused loop may be taken, and the prompts' number.
+    _fused = True
+    _prompts: int | None = None
 
     def __init__(self, config: EnsembleConfig, experts: Experts) -> None:
         _check(config.expert_weights, config.combine, len(experts))
@@ -220,23 +225,49 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             FileNotFoundError, ValueError: as `from_adapters` and `from_models` do; the ensemble stays as it was.
             TypeError: a model given to an ensemble of adapters, or `model_init_kwargs` that nothing reads.
         """
-        expert_weights = [*self.config.expert_weights, float(expert_weight)]
-        _check(expert_weights, self.config.combine, self.num_experts + 1)
-        if model_init_kwargs and (isinstance(self.experts, AdapterExperts) or isinstance(expert, PreTrainedModel)):
-            raise TypeError(f"nothing is loaded that {', '.join(model_init_kwargs)} could change: leave it out")
-        if isinstance(self.experts, AdapterExperts):
-            if isinstance(expert, PreTrainedModel):
-                raise TypeError("the experts are adapters on one base: give the folder of an adapter, not a model")
-            self.experts.add(expert)
-        else:
-            model: Any = expert
-            if not isinstance(expert, PreTrainedModel):
-                model = load_model(expert, **{"dtype": self.dtype, **model_init_kwargs})
-            experts: Any = self.experts
-            require_one_dtype([experts.models[0], model], (1, self.num_experts + 1))
-            experts.add(model.to(self.device))
-        self.config.expert_weights = expert_weights
-        self.config.max_position_embeddings = min(context_lengths(self.experts).values(), default=None)
+        with turn_of(self):
+            expert_weights = [*self.config.expert_weights, float(expert_weight)]
+            _check(expert_weights, self.config.combine, self.num_experts + 1)
+            if model_init_kwargs and (isinstance(self.experts, AdapterExperts) or isinstance(expert, PreTrainedModel)):
+                raise TypeError(f"nothing is loaded that {', '.join(model_init_kwargs)} could change: leave it out")
+            # Calls under way go on with the old ones.
+            experts: Any = self.experts.selected(range(self.num_experts))
+            if isinstance(experts, AdapterExperts):
+                if isinstance(expert, PreTrainedModel):
+                    raise TypeError("the experts are adapters on one base: give the folder of an adapter, not a model")
+                experts.add(expert)
+            else:
+                model: Any = expert
+                if not isinstance(expert, PreTrainedModel):
+                    model = load_model(expert, **{"dtype": self.dtype, **model_init_kwargs})
+                require_one_dtype([experts.models[0], model], (1, self.num_experts + 1))
+                experts.add(model.to(self.device))
+            self.config.max_position_embeddings = min(context_lengths(experts).values(), default=None)
+            self.config.expert_weights = expert_weights
+            self.experts = experts
+
+    def snapshot(self) -> TokenEnsemble:
+        """Return the ensemble as it is now, sharing its weights: experts that are added later are not in it."""
+        experts, weights = self._now()
+        taken: TokenEnsemble = copy.copy(self)
+        taken.__dict__["_modules"] = {**self._modules, "experts": experts}
+        taken.config = copy.copy(self.config)
+        taken.config.expert_weights = weights
+        return taken
+
+    def _now(self) -> tuple[Experts, list[float]]:
+        """Return the experts and their weights, as many of one as of the other."""
+        experts, weights = self.experts, self.config.expert_weights
+        if len(experts) != len(weights):
+            # Perhaps one is just being added.
+            with turn_of(self):
+                experts, weights = self.experts, self.config.expert_weights
+        if len(experts) != len(weights):
+            raise ValueError(
+                f"config.expert_weights has {len(weights)} values for {len(experts)} experts: give one each, and add "
+                "experts with add_expert"
+            )
+        return experts, weights
 
     def without(self, index: int) -> TokenEnsemble:
         """Return the ensemble of all experts but number `index` (from 0; -1 is the last), sharing their weights.
@@ -245,21 +276,23 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             IndexError: no such expert.
             ValueError: it is the only one.
         """
-        if not -self.num_experts <= index < self.num_experts:
-            raise IndexError(f"there is no expert {index}: {self.num_experts} experts are numbered from 0")
-        kept = [t for t in range(self.num_experts) if t != index % self.num_experts]
-        return self.reweighted([self.config.expert_weights[t] for t in kept], kept)
+        _, weights = self._now()
+        if not -len(weights) <= index < len(weights):
+            raise IndexError(f"there is no expert {index}: {len(weights)} experts are numbered from 0")
+        kept = [t for t in range(len(weights)) if t != index % len(weights)]
+        return self.reweighted([weights[t] for t in kept], kept)
 
     def __getitem__(self, index: slice) -> TokenEnsemble:
         """Return the ensemble of some experts, sharing their weights: `ensemble[:3]` is the first three."""
         if not isinstance(index, slice):
             raise TypeError(f"an ensemble is sliced, as in ensemble[:3]; got index {index!r}")
-        return self.reweighted(self.config.expert_weights[index], range(self.num_experts)[index])
+        _, weights = self._now()
+        return self.reweighted(weights[index], range(len(weights))[index])
 
     def reweighted(self, expert_weights: Sequence[float], indices: Sequence[int] | None = None) -> TokenEnsemble:
         """Return an ensemble of the experts `indices` (all of them if None) with other weights, sharing theirs."""
-        indices = range(self.num_experts) if indices is None else indices
-        experts = self.experts.selected(indices)
+        experts, _ = self._now()
+        experts = experts.selected(range(len(experts)) if indices is None else indices)
         _check(expert_weights, self.config.combine, len(experts))
         settings = {"combine": self.config.combine, "base": self.config.base}
         chosen = TokenEnsemble(EnsembleConfig.of(experts, expert_weights=expert_weights, **settings), experts)
@@ -268,9 +301,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
 
     def new_cache(self) -> EnsembleCache:
         """Return an empty cache for all experts, with the adapters as they are now."""
-        stacked = self.experts.stacked()
-        count = 1 if stacked else self.num_experts
-        return EnsembleCache((self.experts.expert_config(t) for t in range(count)), stacked)
+        return _new_cache(self.experts)
 
     def expert_logits(
         self,
@@ -296,8 +327,24 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: more tokens than an expert reads, or (on the CPU, where looking costs nothing) ids outside the
-                vocabulary.
+                vocabulary; a cache of other experts or rows.
         """
+        inputs = (input_ids, attention_mask, position_ids, positions)
+        return self._run(self.experts, list(indices), inputs, cache, last_only)
+
+    def _run(
+        self,
+        experts: Experts,
+        indices: list[int],
+        tensors: tuple[torch.Tensor | None, ...],
+        cache: EnsembleCache | None,
+        last_only: bool,
+    ) -> list[torch.Tensor]:
+        """Do what `expert_logits` does, with these experts."""
+        input_ids, attention_mask, position_ids, positions = tensors
+        assert input_ids is not None
+        if cache is not None:
+            cache.require_fit(experts.members(), input_ids.shape[0])
         self._check_input(input_ids, attention_mask, cache)
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
@@ -310,16 +357,19 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         if last_only:
             inputs["logits_to_keep"] = 1
         if cache is not None and cache.stacked:
-            return _stacked_logits(cache.stacked, cache.experts[0], inputs, list(indices))
+            return _stacked_logits(cache.stacked, cache.experts[0], inputs, indices)
 
         def run(model: torch.nn.Module, index: int) -> torch.Tensor:
             own = {} if cache is None else {CACHE: cache.experts[index]}
-            with nullcontext() if positions is None else only_positions(model, positions):
+            if positions is None:
                 logits = model(**inputs, **own).logits
-            count(model, input_ids, attention_mask, logits.shape[:-1].numel())
+            else:
+                with own_head(model) as mine, only_positions(mine, positions):
+                    logits = mine(**inputs, **own).logits
+            count(experts.carrier(index), input_ids, attention_mask, logits.shape[:-1].numel())
             return logits
 
-        return self.experts.map(run, list(indices))
+        return experts.map(run, indices)
 
     def forward(
         self,
@@ -347,9 +397,13 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             kwargs: `return_dict` and `cache_position`, which transformers passes along and no ensemble needs.
 
         Raises:
-            TypeError: any other keyword with a value, such as `inputs_embeds`: experts share no embedding.
-            ValueError: `labels` with `combine="vote"`, whose log-probabilities are -inf off the vote; or a filled
-                cache that is not an `EnsembleCache`.
+            FloatingPointError: an expert gives NaN, +inf or no finite logit at a position that is no padding; names
+                row and expert. On the CPU alone, or within `generate`: elsewhere looking would make the program wait
+                for the device, and all log-probabilities of such a position are NaN **[choice]**.
+            TypeError: any other keyword with a value, such as `inputs_embeds`: experts share no embedding; or both
+                `cache` and `past_key_values`.
+            ValueError: `labels` with `combine="vote"`, whose log-probabilities are -inf off the vote; a filled
+                cache that is not an `EnsembleCache`, or one of other experts or rows.
         """
         if labels is not None and self.config.combine == "vote":
             raise ValueError('combine="vote" has no loss: its distribution is 0 off the vote; use "prob" or "logprob"')
@@ -358,27 +412,20 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         unknown = sorted(asked.keys() - set(_NOT_NEEDED))
         if unknown:
             raise TypeError(f"an ensemble's forward does not know {', '.join(unknown)}: leave them out")
-        cache = cache if cache is not None else past_key_values
-        if cache is not None and not isinstance(cache, EnsembleCache):
-            if cache.get_seq_length():
-                raise ValueError(
-                    f"cache is a filled {type(cache).__name__}: an ensemble needs the EnsembleCache that it "
-                    "returned, or the one from ensemble.new_cache()"
-                )
-            cache = None
-        if cache is None and use_cache:
-            cache = self.new_cache()
-        logits = self.expert_logits(
-            range(self.num_experts),
-            input_ids,
-            attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            last_only=logits_to_keep == 1,
-        )
+        experts, weights = self._now()
+        seen = _own_cache({"cache": cache, "past_key_values": past_key_values})
+        if seen is None and use_cache:
+            seen = _new_cache(experts)
+        tensors = (input_ids, attention_mask, position_ids, None)
+        logits = self._run(experts, list(range(len(weights))), tensors, seen, logits_to_keep == 1)
         if logits_to_keep > 1:
             logits = [row[:, -logits_to_keep:] for row in logits]
-        log_probs = ops.mixture_log_probs(logits, self.mixture_weights(logits[0].device), combine=self.config.combine)
+        device = logits[0].device
+        log_probs = ops.mixture_log_probs(
+            logits, torch.tensor(weights, dtype=torch.float32, device=device), combine=self.config.combine
+        )
+        if device.type == "cpu" or self._prompts is not None:
+            _require_numbers(log_probs, logits, attention_mask, self.row_names(len(input_ids)))
         loss = None
         if labels is not None:
             loss = torch.nn.functional.nll_loss(
@@ -386,7 +433,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 labels[:, 1:].flatten().to(log_probs.device),
                 ignore_index=-100,
             )
-        return CausalLMOutputWithPast(loss=loss, logits=log_probs, **{CACHE: cache})
+        return CausalLMOutputWithPast(loss=loss, logits=log_probs, **{CACHE: seen})
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *, fused: bool = True, **kwargs: Any) -> Any:
@@ -396,31 +443,53 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         (`ops.mixture_sample`); anything else takes transformers' own loops. Prompt and answer together are never
         longer than the shortest context of the experts: generation stops there, with a warning **[choice]**.
 
+        What the call leaves open is taken from the ensemble's `generation_config`, as for any transformers model. It
+        is a copy of expert 1's, with everything that stands there: sampling, a repetition penalty (Qwen2.5 comes with
+        one), several end tokens, each of which ends a text. To do without, set it on the ensemble, e.g.
+        `ensemble.generation_config.repetition_penalty = 1.0`. (`label` differs in one thing: it is greedy unless it is
+        told otherwise.)
+
         Args:
             inputs: int64 [B, length] prompts, or pass `input_ids`; left-padded if their lengths differ.
             fused: False always takes transformers' own loops.
-            kwargs: as for `transformers.GenerationMixin.generate`.
+            kwargs: as for `transformers.GenerationMixin.generate`. A cache may be called `cache` or
+                `past_key_values`, whatever transformers calls it.
 
         Raises:
+            FloatingPointError: an expert gives NaN, +inf or no finite logit for a text that has not ended, on any
+                path; names row (from 0, of the prompts) and expert.
+            TypeError: both `cache` and `past_key_values`, or something else than a cache.
             ValueError: beam search with `combine="vote"`; a prompt that fills an expert's context; ids outside the
-                vocabulary; a `cache_implementation`; or a cache that leaves no token of the prompt to read.
+                vocabulary; a `cache_implementation`; a cache of another model, other experts or rows, or one that
+                leaves no token of the prompt to read.
         """
+        call = self.snapshot()
+        call._fused = fused
+        return call._generate(inputs, kwargs)
+
+    def _generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
+        """Do what `generate` does, on an ensemble that is this call's own."""
+        cache = _own_cache({name: kwargs.pop(name, None) for name in _CACHE_NAMES})
         settings = self._settings(kwargs)
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if prompt is not None:
-            self._check_prompt(prompt, kwargs)
+            self._check_prompt(prompt, kwargs.get("attention_mask"), cache)
             kwargs |= self._stop_at_context(prompt, settings, kwargs.get("attention_mask"))
         if (settings.num_beams or 1) > 1 and self.config.combine == "vote":
             raise ValueError(
                 'combine="vote" cannot rank beams: it gives one token all the mass; use "prob" or "logprob"'
             )
-        if settings.use_cache is not False and kwargs.get(CACHE) is None:
-            kwargs[CACHE] = self.new_cache()
-        before = _fused.set(fused)
-        try:
-            return super().generate(inputs, **kwargs)
-        finally:
-            _fused.reset(before)
+        if cache is None and settings.use_cache is not False:
+            cache = self.new_cache()
+        if cache is not None:
+            kwargs[CACHE] = cache
+        self._prompts = 1 if prompt is None else len(prompt)
+        return super().generate(inputs, **kwargs)
+
+    def row_names(self, count: int) -> list[str]:
+        """Return what messages call the rows of a batch; within `generate`, several rows may go on from one prompt."""
+        copies = max(1, count // (self._prompts or count or 1))
+        return [f"row {row // copies} of the batch" for row in range(count)]
 
     def _sample(
         self,
@@ -440,7 +509,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         """
         sampling = Sampling.from_processors(logits_processor, bool(generation_config.do_sample))
         cached = isinstance(model_kwargs.get(CACHE), EnsembleCache)
-        general = synced_gpus or generation_config.return_dict_in_generate or not cached or not _fused.get()
+        general = synced_gpus or generation_config.return_dict_in_generate or not cached or not self._fused
         if general or sampling is None:
             return super()._sample(
                 input_ids,
@@ -475,7 +544,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
 
     def label(self, questions: Dataset, processing_class: PreTrainedTokenizerBase, **options: Any) -> Dataset:
         """Answer questions; see `decoding.label_questions`."""
-        return label_questions(self, questions, processing_class, **options)
+        return label_questions(self.snapshot(), questions, processing_class, **options)
 
     def save_pretrained(
         self,
@@ -586,10 +655,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         """
         return read_settings(whole(Path(save_directory)) / RECORD_FILE, "the ensemble's record")
 
-    def _check_prompt(self, prompt: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
+    def _check_prompt(self, prompt: torch.Tensor, mask: torch.Tensor | None, cache: EnsembleCache | None) -> None:
         """Raise ValueError for a prompt that the experts cannot read, or that leaves nothing to read or to write."""
         self._check_ids(prompt)
-        mask, cache = kwargs.get("attention_mask"), kwargs.get(CACHE)
         length, window = _longest(prompt, mask), self.config.max_position_embeddings
         if window is not None and length >= window:
             raise ValueError(
@@ -728,6 +796,45 @@ def _longest(input_ids: torch.Tensor, mask: torch.Tensor | None) -> int:
     return input_ids.shape[1] if mask is None else int(mask.sum(1).max())
 
 
+@torch.compiler.disable
+def _new_cache(experts: Experts) -> EnsembleCache:
+    stacked = experts.stacked()
+    configs = [experts.expert_config(t) for t in range(1 if stacked else len(experts))]
+    return EnsembleCache(configs, stacked, experts.members())
+
+
+def _own_cache(given: Mapping[str, Any]) -> EnsembleCache | None:
+    """Return the one cache among the arguments that may hold one; None for an empty one of transformers' own."""
+    caches = {name: cache for name, cache in given.items() if cache is not None}
+    if len(caches) > 1:
+        raise TypeError(f"{' and '.join(caches)} are two names of one argument: give one of them")
+    for name, cache in caches.items():
+        if isinstance(cache, EnsembleCache):
+            return cache
+        if not isinstance(cache, Cache):
+            raise TypeError(
+                f"{name} is a {type(cache).__name__}: expected an EnsembleCache, as of ensemble.new_cache()"
+            )
+        if cache.get_seq_length():
+            raise ValueError(
+                f"{name} is a filled {type(cache).__name__}: an ensemble needs the EnsembleCache that it returned, or "
+                "the one from ensemble.new_cache()"
+            )
+    return None
+
+
+@torch.compiler.disable
+def _require_numbers(
+    log_probs: torch.Tensor, logits: Sequence[torch.Tensor], mask: torch.Tensor | None, names: Sequence[str]
+) -> None:
+    """Raise FloatingPointError where a distribution, [B, L, V], is none, leaving out padding."""
+    # All of a distribution is NaN or none of it.
+    valid = ~log_probs[..., 0].isnan()
+    if mask is not None and mask.dim() == 2:
+        valid |= (mask[:, -valid.shape[1] :] == 0).to(valid.device)
+    require_valid(valid, names, logits)
+
+
 def _stacked_logits(
     stacked: StackedAdapters, cache: Cache, inputs: dict[str, Any], indices: list[int]
 ) -> list[torch.Tensor]:
@@ -735,7 +842,7 @@ def _stacked_logits(
     repeated = repeat_rows(inputs, stacked.count)
     with stacked.model() as model:
         logits = model(**repeated, **{CACHE: cache}).logits
-    count(model, repeated["input_ids"], repeated["attention_mask"], logits.shape[:-1].numel())
+    count(stacked.base, repeated["input_ids"], repeated["attention_mask"], logits.shape[:-1].numel())
     each = logits.unflatten(0, (stacked.count, -1)).unbind(0)
     return [each[index] for index in indices]
 
@@ -753,9 +860,8 @@ def _check(expert_weights: Sequence[float], combine: str, num_experts: int) -> N
 
 
 def _generation_config(experts: Experts) -> GenerationConfig:
-    with experts.expert(0) as model:
-        settings: Any = model.generation_config
-        return GenerationConfig.from_dict(settings.to_dict())
+    settings: Any = experts.carrier(0).generation_config
+    return GenerationConfig.from_dict(settings.to_dict())
 
 
 AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig)

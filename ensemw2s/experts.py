@@ -5,34 +5,42 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, WeakValueDictionary, finalize, ref
 
 import torch
 from peft import PeftModel, PeftType
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ensemw2s.adapters import attach_adapter
+from ensemw2s.sharing import NotShareable, searched, turn_if_wrapped, turn_of, view
 
 # Up to this many rows and on several threads, MKL takes two thirds of the time for (W x^T)^T that it takes for x W^T,
 # since it shares out the rows of its first factor. With more rows, turning the result round costs what is gained.
 _FEW_ROWS = 64
+# Layers of peft whose forward pass changes nothing; others merge weights or set parametrisations for its time.
+_QUIET_LAYERS = (LoraLinear, Embedding, Conv1d, Conv2d, Conv3d)
 
 Result = TypeVar("Result")
 
 
 class Experts(nn.Module, ABC):
-    """T causal language models over one vocabulary. Experts are numbered from 0."""
+    """T causal language models over one vocabulary. Experts are numbered from 0.
+
+    Any number of threads may run the same experts, and add to them.
+    """
 
     kind: str
 
@@ -41,12 +49,16 @@ class Experts(nn.Module, ABC):
         """Return T."""
 
     @abstractmethod
-    def expert(self, index: int) -> AbstractContextManager[nn.Module]:
-        """Within the block, the yielded module is expert `index`."""
+    def members(self) -> Sequence[object]:
+        """Return what tells each expert from any other; it keeps the expert's weights in memory."""
 
     @abstractmethod
-    def expert_config(self, index: int) -> PreTrainedConfig:
-        """Return the model configuration of expert `index`."""
+    def expert(self, index: int) -> AbstractContextManager[nn.Module]:
+        """Within the block, the yielded module runs as expert `index`. Others may run it too: do not change it."""
+
+    @abstractmethod
+    def carrier(self, index: int) -> nn.Module:
+        """Return the model that carries expert `index`: itself, or the base that its adapter is on."""
 
     @abstractmethod
     def selected(self, indices: Sequence[int]) -> Experts:
@@ -55,6 +67,11 @@ class Experts(nn.Module, ABC):
     @abstractmethod
     def save_expert(self, index: int, folder: Path, **options: Any) -> None:
         """Write expert `index` to `folder` as safetensors; `options` are those of transformers' `save_pretrained`."""
+
+    def expert_config(self, index: int) -> PreTrainedConfig:
+        """Return the model configuration of expert `index`."""
+        config: Any = self.carrier(index).config
+        return config
 
     def stacked(self) -> StackedAdapters | None:
         """Return all experts as one model for stacked rows, or None where each has to run by itself."""
@@ -72,8 +89,13 @@ class Experts(nn.Module, ABC):
 class AdapterExperts(Experts):
     """T adapters (LoRA and its kin, by peft) on one base model, whose weights are held once.
 
+    Whatever shares a base, be it views of one ensemble or ensembles built one by one, shares one `PeftModel` and its
+    one turn (`sharing.turn_of`). An adapter is deleted from the base when no experts and no cache hold it any more;
+    with the last adapter the base is plain again. Adapters that were put there by others are let alone, and so is the
+    choice of the active one.
+
     Args:
-        base: the pre-trained model without adapters.
+        base: the pre-trained model, without adapters or with some of its owner's; it is frozen.
         folders: one saved adapter each.
     """
 
@@ -83,48 +105,94 @@ class AdapterExperts(Experts):
         super().__init__()
         # A `PeftModel` from the first adapter on.
         self.base: Any = base
-        self.names: list[str] = []
+        # Replaced as a whole, never changed: another thread may be reading it.
+        self.adapters: tuple[_Adapter, ...] = ()
         for folder in folders:
             self.add(folder)
 
+    @property
+    def names(self) -> list[str]:
+        """Return what peft calls the adapters on this base."""
+        return [adapter.name for adapter in self.adapters]
+
     def add(self, folder: str | os.PathLike[str]) -> None:
         """Append the adapter saved in `folder`; see `adapters.attach_adapter` for errors, which leave all as it was."""
-        # Experts that were selected from others share their base, and with it the names already taken.
-        taken = self.base.peft_config if isinstance(self.base, PeftModel) else {}
-        name = next(name for name in map("expert_{}".format, itertools.count(1)) if name not in taken)
-        self.base = attach_adapter(self.base, folder, f"expert {len(self) + 1}", name=name)
-        self.names.append(name)
-        self.base.eval().requires_grad_(False)
+        plain = _plain_model(self.base)
+        with turn_of(plain):
+            wrapped = _wrapper_of(self.base)
+            name = _free_name(plain, wrapped)
+            carrier = attach_adapter(wrapped or plain, folder, f"expert {len(self) + 1}", name=name)
+            if wrapped is None:
+                _wrappers[plain] = ref(carrier)
+            if not self.adapters:
+                carrier.eval().requires_grad_(False)
+            else:
+                _freeze_adapter(carrier, name)
+            self.base = carrier
+            self.adapters = (*self.adapters, _Adapter(carrier, name))
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.adapters)
+
+    def members(self) -> Sequence[object]:
+        """Return the adapters."""
+        return self.adapters
 
     @contextmanager
     def expert(self, index: int) -> Iterator[nn.Module]:
-        """Within the block, adapter `index` is the active one."""
-        if self.base.active_adapter != self.names[index]:
-            self.base.set_adapter(self.names[index], inference_mode=True)
-        yield self.base
+        """Within the block, the yielded module is the base with adapter `index`, and that one alone, at work."""
+        model, held = self._ready(index)
+        with held:
+            if model is None:
+                # Only its own modules can run this base: the adapter is made the active one there.
+                if self.base.active_adapter != self.names[index]:
+                    self.base.set_adapter(self.names[index], inference_mode=True)
+                model = self.base
+            yield model
+
+    @torch.compiler.disable
+    def _ready(self, index: int) -> tuple[Any, Any]:
+        """Return a model that runs as expert `index`, or None, and what has to be held for it."""
+        plain, name = _plain_model(self.base), self.names[index]
+        turn = turn_of(plain)
+        with turn:
+            layers = [module for module in searched(plain) if isinstance(module, BaseTunerLayer)]
+            _refuse_merged(layers)
+            if not _switches_layers(self.base, layers):
+                return None, turn
+            try:
+                model = view(self.base, _activation(self.base, layers, name))
+            except NotShareable:
+                return None, turn
+        return model, turn_if_wrapped(plain) if all(type(layer) in _QUIET_LAYERS for layer in layers) else turn
 
     def stacked(self) -> StackedAdapters | None:
         """Return the adapters as they are now for one forward pass, if all of them are plain LoRA on linear layers."""
-        return StackedAdapters(self.base, self.names) if can_stack(self.base, self.names) else None
+        with turn_of(_plain_model(self.base)):
+            if not can_stack(self.base, self.names):
+                return None
+            try:
+                return StackedAdapters(self.base, self.adapters)
+            except NotShareable:
+                return None
 
-    def expert_config(self, index: int) -> PreTrainedConfig:
-        """Return the base model's configuration, which all experts share."""
-        return self.base.config
+    def carrier(self, index: int) -> nn.Module:
+        """Return the base model, which all experts share."""
+        return self.base
 
     def selected(self, indices: Sequence[int]) -> AdapterExperts:
         """Return the named adapters on the same base."""
         chosen = AdapterExperts(self.base)
-        chosen.names = [self.names[index] for index in indices]
+        chosen.adapters = tuple(self.adapters[index] for index in indices)
         return chosen
 
     def save_expert(self, index: int, folder: Path, **options: Any) -> None:
         """Write one adapter, never sharded; peft puts a named one in a folder of its own, which is lifted here."""
-        # The base's own embeddings are not the adapter's; to find out whether they changed, peft would ask the hub.
-        self.base.save_pretrained(str(folder), selected_adapters=[self.names[index]], save_embedding_layers=False)
-        nested = folder / self.names[index]
+        name = self.names[index]
+        with turn_of(_plain_model(self.base)):
+            # The base's own embeddings are not the adapter's; to find out whether they changed, peft would ask the hub.
+            self.base.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+        nested = folder / name
         for file in nested.iterdir():
             file.rename(folder / file.name)
         nested.rmdir()
@@ -135,8 +203,11 @@ class AdapterExperts(Experts):
             self.base.save_pretrained(folder, **options)
             return
         plain: Any = self.base.get_base_model()
-        weights = {_unwrapped(name): value for name, value in plain.state_dict().items() if not self._is_adapters(name)}
-        plain.save_pretrained(folder, state_dict=weights, **options)
+        with turn_of(plain):
+            weights = {
+                _unwrapped(name): value for name, value in plain.state_dict().items() if not self._is_adapters(name)
+            }
+            plain.save_pretrained(folder, state_dict=weights, **options)
 
     def _is_adapters(self, name: str) -> bool:
         """Return whether a tensor of the wrapped base belongs to an adapter."""
@@ -150,6 +221,89 @@ def _unwrapped(name: str) -> str:
     for wrapper in (".base_layer.", ".original_module.", ".token_adapter."):
         name = name.replace(wrapper, ".")
     return name
+
+
+class _Adapter:
+    """One adapter on a base; when nothing refers to this any more, the adapter is deleted from the base."""
+
+    def __init__(self, base: PeftModel, name: str) -> None:
+        self.base, self.name = base, name
+        plain = _plain_model(base)
+        _living.setdefault(plain, WeakValueDictionary())[name] = self
+        finalize(self, turn_of(plain).when_free, partial(_delete_adapter, base, name)).atexit = False
+
+    def __reduce__(self) -> Any:
+        # Of a copy of the base, this becomes one more adapter.
+        return _Adapter, (self.base, self.name)
+
+
+# Of a plain model: the `PeftModel` through which experts carry their adapters on it, and those adapters by name.
+_wrappers: WeakKeyDictionary[nn.Module, ReferenceType[PeftModel]] = WeakKeyDictionary()
+_living: WeakKeyDictionary[nn.Module, WeakValueDictionary[str, _Adapter]] = WeakKeyDictionary()
+
+
+def _plain_model(base: nn.Module) -> Any:
+    return base.get_base_model() if isinstance(base, PeftModel) else base
+
+
+def _wrapper_of(base: nn.Module) -> PeftModel | None:
+    """Return the `PeftModel` that carries adapters on a base, if there is one, for more adapters."""
+    known = _wrappers.get(_plain_model(base), lambda: None)
+    wrapped = base if isinstance(base, PeftModel) else known()
+    return wrapped if wrapped is not None and wrapped.peft_config else None
+
+
+def _free_name(plain: nn.Module, wrapped: PeftModel | None) -> str:
+    taken = {*getattr(plain, "peft_config", {}), *(wrapped.peft_config if wrapped is not None else {})}
+    return next(name for name in map("expert_{}".format, itertools.count(1)) if name not in taken)
+
+
+def _freeze_adapter(base: PeftModel, name: str) -> None:
+    # Others on this base may be in training, by their owner.
+    for path, weight in base.named_parameters():
+        if name in path.split("."):
+            weight.requires_grad_(False)
+
+
+def _delete_adapter(base: PeftModel, name: str) -> None:
+    """Delete an adapter if it is there, and with the last one whatever peft had put around the base's layers."""
+    if name not in base.peft_config or any(name in getattr(x, "merged_adapters", ()) for x in base.modules()):
+        return
+    others = [other for other in base.peft_config if other != name]
+    if others and list(base.active_adapters) == [name]:
+        # Or peft would choose another one itself, warn once per layer, and make it trainable.
+        base.set_adapter(others[0], inference_mode=True)
+    base.delete_adapter(name)
+    if not base.peft_config and isinstance(base.base_model, BaseTuner):
+        base.base_model.unload()
+
+
+def _refuse_merged(layers: Sequence[BaseTunerLayer]) -> None:
+    for layer in layers:
+        if layer.merged:
+            raise ValueError(
+                f"the base model's weights have adapter {layer.merged_adapters[0]!r} merged into them, so no expert "
+                "would be itself: call unmerge_adapter() on the base first"
+            )
+
+
+def _switches_layers(base: Any, layers: Sequence[BaseTunerLayer]) -> bool:
+    """Return whether to make an adapter the active one is to tell each layer so, and nothing more."""
+    tuner = base.base_model
+    plainly = isinstance(tuner, BaseTuner) and type(tuner).set_adapter is BaseTuner.set_adapter
+    return plainly and all(type(layer).set_adapter is BaseTunerLayer.set_adapter for layer in layers)
+
+
+def _activation(base: Any, layers: Sequence[Any], name: str) -> dict[nn.Module, dict[str, Any]]:
+    """Return the attributes of modules with which an adapter is the active one, as `PeftModel.set_adapter` does it."""
+    changes: dict[nn.Module, dict[str, Any]] = {base: {"active_adapter": name, "_adapters_disabled": False}}
+    changes[base.base_model] = {"active_adapter": name}
+    changes |= {layer: {"_active_adapter": [name], "_disable_adapters": False} for layer in layers}
+    for module in searched(base):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            active = [name] if name in module._adapters else []
+            changes[module] = {"_active_adapter": active, "_disable_adapters": False}
+    return changes
 
 
 def can_stack(base: nn.Module, names: Sequence[str]) -> bool:
@@ -192,35 +346,47 @@ class StackedAdapters:
 
     The base's weights are read once per pass for all experts; each adapter's product is added to the rows of its
     expert by one batched product per linear layer. Adapters of one shape are held once: the weights of all adapters
-    on the base become views of one tensor per layer.
+    on the base become views of one tensor per layer. What is run is a `sharing.view` of the base, so that passes of
+    other threads, stacked or not, are none of its business.
 
     Args:
-        base: the model that carries the adapters.
-        names: the T adapters, in the order of their rows.
+        base: the model that carries the adapters; the caller has its turn.
+        adapters: the T adapters, in the order of their rows.
+
+    Raises:
+        NotShareable: the base can only be run by its own modules.
     """
 
-    def __init__(self, base: PeftModel, names: Sequence[str]) -> None:
+    def __init__(self, base: PeftModel, adapters: Sequence[_Adapter]) -> None:
         self.base = base
-        self.count = len(names)
-        self.forwards: dict[Any, Any] = {}
-        for module in _outer_modules(base.get_base_model()):
+        self.adapters = tuple(adapters)
+        names = [adapter.name for adapter in adapters]
+        plain = base.get_base_model()
+        ours = _living[plain]
+        changes: dict[nn.Module, dict[str, Any]] = {base: {"active_adapter": names[0]}}
+        for module in _outer_modules(plain):
             if isinstance(module, LoraLinear):
                 inner: Any = module.base_layer
                 product = partial(_linear, inner) if _is_bare(inner) else inner
-                self.forwards[module] = partial(_stacked_forward, product, *_stack(module, names))
+                changes[module] = {"forward": partial(_stacked_forward, product, *_stack(module, names, ours))}
             elif _is_bare(module):
-                self.forwards[module] = partial(_contiguous_linear, module)
+                changes[module] = {"forward": partial(_contiguous_linear, module)}
+        self._model = view(base, changes)
+
+    @property
+    def count(self) -> int:
+        """Return T."""
+        return len(self.adapters)
 
     @contextmanager
     def model(self) -> Iterator[nn.Module]:
-        """Within the block, the yielded model takes stacked rows."""
-        for module, forward in self.forwards.items():
-            module.forward = forward
-        try:
-            yield self.base
-        finally:
-            for module in self.forwards:
-                del module.forward
+        """Within the block, the yielded model takes stacked rows; other threads run it too, so do not change it."""
+        with turn_if_wrapped(_plain_model(self.base)):
+            yield self._model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StackedAdapters:
+        # A copy of a cache goes on with the same experts.
+        return self
 
 
 def repeat_rows(inputs: Mapping[str, Any], copies: int) -> dict[str, Any]:
@@ -230,14 +396,21 @@ def repeat_rows(inputs: Mapping[str, Any], copies: int) -> dict[str, Any]:
     }
 
 
-def _stack(module: Any, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return `A` [T, rank, in], `B` [T, out, rank] and the scales [T, 1, 1] of a layer; 0 where an adapter has none."""
+def _stack(
+    module: Any, names: Sequence[str], ours: Mapping[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `A` [T, rank, in], `B` [T, out, rank] and the scales [T, 1, 1] of a layer; 0 where an adapter has none.
+
+    `ours` are the names of all experts' adapters on the base.
+    """
     own = [name for name in names if name in module.lora_A]
     weight = module.lora_A[own[0]].weight if own else module.base_layer.weight
     scales = weight.new_tensor([module.scaling[name] if name in own else 0.0 for name in names])[:, None, None]
-    if len(own) == len(names) and len({module.r[name] for name in module.lora_A}) == 1:
-        places = [list(module.lora_A).index(name) for name in names]
-        return _rows(_as_one(module.lora_A), places), _rows(_as_one(module.lora_B), places), scales
+    together = [name for name in module.lora_A if name in ours]
+    if len(own) == len(names) and len({module.r[name] for name in together}) == 1:
+        places = [together.index(name) for name in names]
+        first, second = (_as_one(layers, together) for layers in (module.lora_A, module.lora_B))
+        return _rows(first, places), _rows(second, places), scales
     rank = max((module.r[name] for name in own), default=0)
     first = weight.new_zeros(len(names), rank, module.in_features)
     second = weight.new_zeros(len(names), module.out_features, rank)
@@ -251,16 +424,21 @@ def _stack(module: Any, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tenso
 _stacks: WeakKeyDictionary[nn.Module, torch.Tensor] = WeakKeyDictionary()
 
 
-def _as_one(layers: nn.ModuleDict) -> torch.Tensor:
-    """Return the equally shaped weights of `layers` as one tensor, of which they are views from now on."""
-    weights: list[Any] = [layer.weight for layer in layers.values()]
+def _as_one(layers: nn.ModuleDict, names: Sequence[str]) -> torch.Tensor:
+    """Return the equally shaped weights of some layers as one tensor, of which they are views from now on."""
+    some: list[Any] = [layers[name] for name in names]
+    weights = [layer.weight for layer in some]
     stack = _stacks.get(layers)
     if stack is None or not _are_rows_of(stack, weights):
         # Tensors made in inference mode could never be trained again.
         with torch.inference_mode(False), torch.no_grad():
             stack = torch.stack(weights)
-            for weight, row in zip(weights, stack, strict=True):
-                weight.data = row
+        if any(weight.requires_grad for weight in weights):
+            # An optimizer holds them.
+            return stack
+        for layer, row in zip(some, stack, strict=True):
+            # In one stroke: a thread that reads the old weight keeps it until it is done.
+            layer.weight = nn.Parameter(row, requires_grad=False)
         _stacks[layers] = stack
     return stack
 
@@ -342,14 +520,20 @@ class ModelExperts(Experts):
     def __len__(self) -> int:
         return len(self.models)
 
+    def members(self) -> Sequence[object]:
+        """Return the models."""
+        return tuple(self.models)
+
     @contextmanager
     def expert(self, index: int) -> Iterator[nn.Module]:
         """Within the block, the yielded module is model `index`."""
-        yield self.models[index]
+        model = self.models[index]
+        with turn_if_wrapped(model):
+            yield model
 
-    def expert_config(self, index: int) -> PreTrainedConfig:
-        """Return the configuration of model `index`."""
-        return self.models[index].config
+    def carrier(self, index: int) -> nn.Module:
+        """Return model `index`."""
+        return self.models[index]
 
     def selected(self, indices: Sequence[int]) -> ModelExperts:
         """Return the named models."""
@@ -362,18 +546,63 @@ class ModelExperts(Experts):
         on_cpu = all(next(self.models[index].parameters()).device.type == "cpu" for index in indices)
         if count < 2 or not on_cpu or torch.is_grad_enabled():
             return super().map(run, indices)
-        models = [self.models[index] for index in indices]
-        return list(_workers(count, threads // count).map(_in_modes_of_this_thread(run), models, indices))
+        run = _in_modes_of_this_thread(run)
+
+        def run_one(index: int) -> Result:
+            with self.expert(index) as model:
+                return run(model, index)
+
+        return list(_workers(count, threads // count).map(run_one, indices))
 
     def save_expert(self, index: int, folder: Path, **options: Any) -> None:
         """Write one model; `options` are those of transformers' `save_pretrained`."""
         self.models[index].save_pretrained(folder, **options)
 
 
+def damaged(logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return bool [T, ...]: where an expert's logits [..., V] have NaN, +inf or no finite value."""
+    return torch.stack([~expert.amax(-1).isfinite().to(logits[0].device) for expert in logits])
+
+
+def refuse_damaged(damage: torch.Tensor, owners: Sequence[str], places: Sequence[str]) -> None:
+    """Raise FloatingPointError if any of `damage` (bool [T, n]) is true, naming which of T owners and n places."""
+    said = []
+    for owner, places_of_one in zip(owners, damage.tolist(), strict=True):
+        bad = list(dict.fromkeys(place for place, is_bad in zip(places, places_of_one, strict=True) if is_bad))
+        if bad:
+            more = " and more" if len(bad) > 5 else ""
+            said.append(f"{owner} gave NaN, infinity or no finite logit for {', '.join(bad[:5])}{more}")
+    if said:
+        raise FloatingPointError(
+            f"{'; '.join(said[:5])}: the weights are damaged or overflow in their dtype; load the experts in float32, "
+            "or train what is damaged again"
+        )
+
+
+def expert_names(indices: Iterable[int]) -> list[str]:
+    """Return how messages call the experts `indices` (from 0)."""
+    return [f"expert {index + 1}" for index in indices]
+
+
 @functools.cache
 def _workers(count: int, threads: int) -> ThreadPoolExecutor:
     """Return `count` threads, each of which computes with `threads` of torch's."""
-    return ThreadPoolExecutor(count, "expert", initializer=lambda: torch.set_num_threads(threads))
+    before = torch.get_num_threads()
+    begun = threading.Barrier(count + 1)
+
+    def begin() -> None:
+        # Asked once: at the first question a thread takes over the number that was set last anywhere.
+        torch.get_num_threads()
+        torch.set_num_threads(threads)
+        begun.wait()
+
+    pool = ThreadPoolExecutor(count, "expert", initializer=begin)
+    for _ in range(count):
+        pool.submit(int)
+    begun.wait()
+    # Or every thread that starts from now on would compute with as few.
+    torch.set_num_threads(before)
+    return pool
 
 
 # A forked process inherits the pool but not its threads.

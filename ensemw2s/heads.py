@@ -7,7 +7,7 @@ model's own forward pass, on the head module alone, so that any wrapper for adap
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ensemw2s import ops
+from ensemw2s.sharing import NotShareable, turn_of, view
 
 # Logits made at a time where not all are wanted at once: 32 MiB of float32, few enough to stay small, enough for matrix
 # products at speed.
@@ -36,6 +37,24 @@ def output_head(model: nn.Module) -> nn.Module:
             "expected a causal language model whose last layer maps hidden states to the vocabulary"
         )
     return head
+
+
+@contextmanager
+def own_head(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block, the yielded model is `model` with an output head of its own.
+
+    The functions below change the head of the model that they are given. Where other threads may run that model, they
+    are given this one. A model that only its own modules can run is held by one thread at a time instead.
+
+    Raises:
+        TypeError: the model has no output embeddings.
+    """
+    try:
+        mine = view(model, {output_head(model): {}})
+    except NotShareable:
+        mine = model
+    with turn_of(model) if mine is model else nullcontext():
+        yield mine
 
 
 @contextmanager
@@ -142,12 +161,14 @@ def gives_the_logits(head: nn.Module, model: nn.Module, inputs: dict[str, Any]) 
         return given[-1]
 
     training = model.training
-    model.eval()
+    if training:
+        model.eval()
     try:
         with replaced_head(head, known):
             logits = model(**inputs).logits
     finally:
-        model.train(training)
+        if training:
+            model.train()
     return len(given) == 1 and torch.equal(logits.float(), given[0].to(logits.device).float())
 
 

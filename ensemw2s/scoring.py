@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,8 @@ from ensemw2s import ops, processes
 from ensemw2s.cost import count
 from ensemw2s.data import AnswerCollator, answer_lengths, check_examples
 from ensemw2s.ensemble import TokenEnsemble
-from ensemw2s.experts import repeat_rows
-from ensemw2s.heads import CHUNK_ELEMENTS, gives_the_logits, only_positions, output_head, states_before
+from ensemw2s.experts import damaged, expert_names, refuse_damaged, repeat_rows
+from ensemw2s.heads import CHUNK_ELEMENTS, gives_the_logits, only_positions, output_head, own_head, states_before
 from ensemw2s.ops import TokenScores
 from ensemw2s.training import next_token_mask
 
@@ -81,7 +81,8 @@ def score_answers(
         description: the name of a progress bar; None shows none.
 
     Raises:
-        FloatingPointError: the model gives NaN; names the row.
+        FloatingPointError: the model, or an expert, gives NaN, +inf or no finite logit for a token of an answer; names
+            which and the row.
         ValueError: no examples, a missing column, or an answer without tokens; names the row.
     """
     if isinstance(model, TokenEnsemble):
@@ -98,8 +99,8 @@ def score_answers(
     def judge(logits: list[Tensor], labels: Tensor) -> dict[str, TokenScores]:
         return {"model": ops.token_scores(logits[0], labels)}
 
-    run = _ModelRun(partial(nullcontext, model))
-    return _score([run], judge, examples, pad_token_id, batch_size, description)["model"]
+    run = _ModelRun(partial(nullcontext, model), model)
+    return _score([run], ["the model"], judge, examples, pad_token_id, batch_size, description)["model"]
 
 
 def score_mixtures(
@@ -127,10 +128,12 @@ def score_mixtures(
             ensemble does.
 
     Raises:
-        FloatingPointError: an expert of positive weight gives NaN; names the mixture and the row.
+        FloatingPointError: an expert that a mixture gives a positive weight gives NaN, +inf or no finite logit for a
+            token of an answer; names the expert and the row.
         ValueError: no mixture, or one without T non-negative and finite weights, not all 0; no examples, a
             missing column, or an answer without tokens.
     """
+    ensemble = ensemble.snapshot()
     _check_mixtures(mixtures, ensemble.num_experts)
     # An expert that no mixture uses is not run.
     used = [t for t in range(ensemble.num_experts) if any(weights[t] > 0 for weights in mixtures.values())]
@@ -146,7 +149,8 @@ def score_mixtures(
             for name, weights in rows.items()
         }
 
-    return _score(_expert_runs(ensemble, used), judge, examples, pad_token_id, batch_size, description)
+    runs = _expert_runs(ensemble, used)
+    return _score(runs, expert_names(used), judge, examples, pad_token_id, batch_size, description)
 
 
 class _ModelRun:
@@ -156,18 +160,25 @@ class _ModelRun:
 
     Args:
         context: gives the model.
+        carrier: the model whose cost it is.
         copies: how many stacked experts the model is; their rows follow one another.
     """
 
-    def __init__(self, context: Callable[[], AbstractContextManager[Any]], copies: int = 1) -> None:
-        self.context, self.copies = context, copies
-        with context() as model:
+    def __init__(
+        self, context: Callable[[], AbstractContextManager[Any]], carrier: torch.nn.Module, copies: int = 1
+    ) -> None:
+        self.context, self.carrier, self.copies = context, carrier, copies
+        with self._model() as model:
             self.device = next(model.parameters()).device
-            self.head = output_head(model)
             self.vocabulary = int(model.config.get_text_config().vocab_size)
             # Whose logits are changed behind the head has to make them in its own forward pass.
             token = torch.zeros(copies, 1, dtype=torch.int64, device=self.device)
-            self.ends_in_head = gives_the_logits(self.head, model, {"input_ids": token, "use_cache": False})
+            self.ends_in_head = gives_the_logits(output_head(model), model, {"input_ids": token, "use_cache": False})
+
+    @contextmanager
+    def _model(self) -> Iterator[Any]:
+        with self.context() as model, own_head(model) as mine:
+            yield mine
 
     def answer_rows(self, batch: Mapping[str, Tensor], mask: Tensor) -> Tensor:
         """Return, per copy, the hidden states [copies, n, d] at the true entries of `mask`, or else the logits."""
@@ -176,34 +187,35 @@ class _ModelRun:
         def select(hidden: Tensor) -> Tensor:
             return hidden.unflatten(0, (self.copies, -1))[:, mask.to(hidden.device)]
 
-        with self.context() as model:
+        with self._model() as model:
             if self.ends_in_head:
-                rows = states_before(self.head, model, inputs, select)
+                rows = states_before(output_head(model), model, inputs, select)
             else:
                 with only_positions(model, mask.repeat(self.copies, 1)):
                     rows = model(**inputs, use_cache=False).logits.unflatten(0, (self.copies, -1))
-        # Behind the context, which may have given the model's layers other forward passes.
-        count(model, inputs["input_ids"], inputs["attention_mask"], rows.shape[:-1].numel())
+        count(self.carrier, inputs["input_ids"], inputs["attention_mask"], rows.shape[:-1].numel())
         return rows
 
     def logits(self, rows: Tensor) -> list[Tensor]:
         """Return, per copy, the logits [n, V] of what `answer_rows` returned."""
         if not self.ends_in_head:
             return list(rows)
-        with self.context():
-            return list(self.head(rows))
+        with self._model() as model:
+            return list(output_head(model)(rows))
 
 
 def _expert_runs(ensemble: TokenEnsemble, used: Sequence[int]) -> list[_ModelRun]:
     """Return one run for LoRA experts on one base, or one per expert."""
-    stacked = ensemble.experts.selected(used).stacked()
+    experts = ensemble.experts
+    stacked = experts.selected(used).stacked()
     if stacked is not None:
-        return [_ModelRun(stacked.model, stacked.count)]
-    return [_ModelRun(partial(ensemble.experts.expert, index)) for index in used]
+        return [_ModelRun(stacked.model, stacked.base, stacked.count)]
+    return [_ModelRun(partial(experts.expert, index), experts.carrier(index)) for index in used]
 
 
 def _score(
     runs: Sequence[_ModelRun],
+    owners: Sequence[str],
     judge: Callable[[list[Tensor], Tensor], dict[str, TokenScores]],
     examples: Dataset,
     pad_token_id: int,
@@ -214,6 +226,8 @@ def _score(
 
     Whole batches are shared out: a row meets the same rows (and the same padding) as in one process, so that its
     logits have the same bits.
+
+    `owners` are what messages call those whose logits the runs give, in their order.
     """
     check_examples(examples, description or "the answers to score")
     lengths = answer_lengths(examples)
@@ -222,11 +236,22 @@ def _score(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     rows = np.concatenate([np.empty(0, dtype=np.int64), *processes.share(batches)])
     bar = description if processes.is_main() else None
-    mine = _score_share(runs, judge, examples.select(rows), pad_token_id, batch_size, bar) if len(rows) else {}
-    scores = _merge(lengths, processes.gather((rows, mine)))
+    share = (runs, judge, examples.select(rows), pad_token_id, batch_size, bar)
+    shares = [(own, *found) for own, found in processes.gather((rows, _score_share(*share) if len(rows) else ({}, ())))]
+    for rows, _, damage in shares:
+        if len(rows):
+            refuse_damaged(
+                _by_answer(damage, lengths[rows]), owners, [f"the answer in row {row} of the examples" for row in rows]
+            )
+    scores = _merge(lengths, [(own, part) for own, part, _ in shares])
     for name, values in scores.items():
         _check_scores(name, values.token_log_probs, np.cumsum(lengths) - lengths)
     return scores
+
+
+def _by_answer(damage: np.ndarray, lengths: np.ndarray) -> Tensor:
+    """Return bool [experts, N]: whether any token of an answer is marked in `damage`, bool [experts, tokens]."""
+    return torch.from_numpy(np.logical_or.reduceat(damage, np.cumsum(lengths) - lengths, axis=1))
 
 
 def _merge(lengths: np.ndarray, shares: list[tuple[np.ndarray, dict[str, AnswerScores]]]) -> dict[str, AnswerScores]:
@@ -253,23 +278,30 @@ def _score_share(
     pad_token_id: int,
     batch_size: int,
     description: str | None,
-) -> dict[str, AnswerScores]:
-    """Score the answer tokens in the order of `examples`, in chunks of bounded size."""
+) -> tuple[dict[str, AnswerScores], np.ndarray]:
+    """Score the answer tokens in the order of `examples`, in chunks of bounded size.
+
+    Returns:
+        The scores, and bool [experts, tokens]: whose logits are no numbers (`experts.damaged`).
+    """
     loader = DataLoader(examples, batch_size=batch_size, collate_fn=AnswerCollator(pad_token_id))
     wrong: dict[str, list[np.ndarray]] = defaultdict(list)
     gold: dict[str, list[np.ndarray]] = defaultdict(list)
+    damage: list[np.ndarray] = []
     for batch in tqdm(loader, desc=description, unit="batch", leave=False, disable=description is None):
-        for scores in _in_chunks(runs, judge, {key: value.to(runs[0].device) for key, value in batch.items()}):
+        for scores, bad in _in_chunks(runs, judge, {key: value.to(runs[0].device) for key, value in batch.items()}):
+            damage.append(bad.cpu().numpy())
             for name, values in scores.items():
                 wrong[name].append(~values.correct.cpu().numpy())
                 gold[name].append(values.log_probs.float().cpu().numpy())
     lengths = answer_lengths(examples)
-    return {name: AnswerScores(lengths, np.concatenate(wrong[name]), np.concatenate(gold[name])) for name in wrong}
+    scored = {name: AnswerScores(lengths, np.concatenate(wrong[name]), np.concatenate(gold[name])) for name in wrong}
+    return scored, np.concatenate(damage, axis=1)
 
 
 def _in_chunks(
     runs: Sequence[_ModelRun], judge: Callable[..., dict[str, TokenScores]], batch: Mapping[str, Tensor]
-) -> Iterator[dict[str, TokenScores]]:
+) -> Iterator[tuple[dict[str, TokenScores], Tensor]]:
     mask = next_token_mask(batch["labels"])
     labels = batch["labels"][:, 1:][mask[:, :-1]]
     rows = [run.answer_rows(batch, mask) for run in runs]
@@ -278,9 +310,10 @@ def _in_chunks(
         part = slice(start, start + size)
         logits = [each for run, hidden in zip(runs, rows, strict=True) for each in run.logits(hidden[:, part])]
         scores = judge(logits, labels[part].to(logits[0].device))
+        bad = damaged(logits)
         # Or the next chunk would be made beside this one.
         del logits
-        yield scores
+        yield scores, bad
 
 
 def _check_mixtures(mixtures: Mapping[str, Sequence[float]], num_experts: int) -> None:
@@ -299,6 +332,6 @@ def _check_scores(name: str, log_probs: np.ndarray, starts: np.ndarray) -> None:
     if broken.any():
         row = int(np.searchsorted(starts, broken.argmax(), side="right")) - 1
         raise FloatingPointError(
-            f"{name}: NaN for the answer in row {row} of the examples. A model's weights are damaged or overflow in "
-            "their dtype: load it in float32, or train it again"
+            f"{name}: the experts' mixture gives no token a probability along the answer in row {row} of the examples: "
+            'every token is impossible for one of them; combine them by "prob"'
         )
