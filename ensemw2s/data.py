@@ -555,7 +555,9 @@ def answer_with_end(answer: str, prompt: PromptTokens, question_format: Question
     return ids + end if question_format.end_token else ids
 
 
-def warn_of_unknown(answers: Iterable[tuple[str, Sequence[int]]], tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+def warn_of_unknown(
+    answers: Iterable[tuple[str, Sequence[int]]], tokenizer: PreTrainedTokenizerBase, name: str
+) -> None:
     """Warn of answers, given as ids and tokens, with letters that the tokenizer does not know."""
     token = tokenizer.unk_token_id
     # In some tokenizers it is the end token too.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 # Texts behind which what follows is tokenised where the prompt will not do. Nothing in front is right for byte-level
 # tokenizers; SentencePiece's need something, which must not become one token with what follows.
@@ -89,6 +89,8 @@ class PromptTokens:
         text = prefix + answer
         tried: list[tuple[list[int], str]] = []
         for ids in self._ways(text):
+            if not ids:
+                return ids
             found = self.read(ids)
             if _same(found, text) or (not prefix.strip() and _same(found, answer)):
                 return ids
@@ -99,8 +101,8 @@ class PromptTokens:
         found = tried[0][1] if tried else ""
         raise ValueError(
             f"this tokenizer does not keep {_around(text, found)}: behind the prompt its tokens read "
-            f"{_around(found, text)}. It drops letters, or changes case, white space or special tokens: write the text "
-            "as the tokenizer gives it back, or use another tokenizer"
+            f"{_around(found, text)}. It drops letters, or changes case, white space or special tokens: write the "
+            "text as the tokenizer gives it back, or use another tokenizer"
         )
 
     def read(self, ids: list[int]) -> str:
@@ -134,10 +136,18 @@ class PromptTokens:
         return alike and encode(decode(whole, self.tokenizer), self.tokenizer) != whole
 
 
+def end_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
+    """Return the ids that end an answer, rising: the tokenizer's, and all of the generation config's."""
+    ends = getattr(generation_config, "eos_token_id", None)
+    return sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list | tuple) else [ends])} - {None})
+
+
 def require_readable(prompt: PromptTokens) -> None:
-    """Raise ValueError for a tokenizer whose tokens cannot be turned into text, since its decoder adds spaces."""
-    found = decode(prompt.body, prompt.tokenizer)
-    if _same(found, prompt.text) or encode(found, prompt.tokenizer) == prompt.body:
+    """Raise ValueError for a tokenizer whose tokens cannot be turned into text, since its decoder adds white space."""
+    body = [token for token in prompt.body if token != prompt.tokenizer.unk_token_id]
+    found = decode(body, prompt.tokenizer)
+    added = sum(map(str.isspace, found)) > sum(map(str.isspace, prompt.text))
+    if not added or encode(found, prompt.tokenizer) == body:
         return
     raise ValueError(
         f"this tokenizer cannot turn tokens into text: it reads those of {_around(prompt.text, found)} as "
@@ -153,8 +163,8 @@ def _front(text: str, body: list[int], tokenizer: PreTrainedTokenizerBase) -> li
         if whole[start : start + len(body)] == body:
             return whole[:start] if body else []
     raise ValueError(
-        f"the tokenizer has other tokens for {_around(text, '')} when it adds its special tokens ({whole[:8]} ...) than "
-        f"without them ({body[:8]} ...): special tokens may stand in front of a text or behind it. Use another tokenizer"
+        f"this tokenizer has the tokens {body[:8]} ... for {_around(text, '')}, but not one behind the other where it "
+        f"adds its special tokens ({whole[:8]} ...), which may stand in front of a text or behind it: use another one"
     )
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
 from tokenizers import (
-    AddedToken,
     Tokenizer,
     decoders,
     models,
@@ -59,8 +59,8 @@ def _pieces(split: bool = True) -> tuple[dict[str, int], list[tuple[str, str]]]:
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=split)
     trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=SPECIAL + BYTES, show_progress=False)
-    inner.train_from_iterator([line for line in TEXT.splitlines()], trainer)
-    state = __import__("json").loads(inner.to_str())["model"]
+    inner.train_from_iterator(TEXT.splitlines(), trainer)
+    state = json.loads(inner.to_str())["model"]
     return state["vocab"], [tuple(pair) for pair in state["merges"]]
 
 
@@ -172,4 +172,4 @@ FAITHFUL: dict[str, Callable[[], Any]] = {
         "python": PlainLetters,
     }.items()
 }
-__all__ = ["BOS", "EOS", "FAITHFUL", "AddedToken", "PlainLetters", "byte_level", "legacy_llama", "letters", "words"]
+__all__ = ["BOS", "EOS", "FAITHFUL", "PlainLetters", "byte_level", "legacy_llama", "letters", "words"]
