@@ -22,7 +22,14 @@ from transformers import DynamicCache
 
 from ensemw2s import ops, processes
 from ensemw2s.cost import count
-from ensemw2s.data import PromptCollator, QuestionFormat, answer_with_end, check_choices, fitted_prompt
+from ensemw2s.data import (
+    PromptCollator,
+    QuestionFormat,
+    answer_with_end,
+    check_choices,
+    fitted_prompt,
+    warn_of_unknown,
+)
 from ensemw2s.experts import damaged, expert_names, refuse_damaged
 from ensemw2s.models import CACHE
 
@@ -67,8 +74,9 @@ def tokenize_choices(
     """Turn questions with `id`, `prompt` and `choices` into tokens.
 
     Raises:
-        ValueError: no such column, choices that `data.check_choices` refuses, more tokens than allowed, or a choice
-            whose tokens begin another one's (it could never be the less likely of the two); names the row.
+        ValueError: no such column, choices that `data.check_choices` refuses or that the tokenizer changes, more tokens
+            than allowed, or a choice whose tokens begin another one's (it could never be the less likely of the two);
+            names the row.
     """
     missing = [column for column in ("id", "prompt", "choices") if column not in questions.column_names]
     if missing:
@@ -80,10 +88,12 @@ def tokenize_choices(
     found = []
     for row in questions.select_columns(["id", "prompt", "choices"]):
         place = f"{name}, id {row['id']}"
-        choices = [answer_with_end(choice, tokenizer, question_format, place) for choice in row["choices"]]
-        prompt = fitted_prompt(row["prompt"], max(map(len, choices)), tokenizer, question_format, place)
+        prompt = question_format.prompt(row["prompt"], tokenizer)
+        choices = [answer_with_end(choice, prompt, question_format, place) for choice in row["choices"]]
         _refuse_beginnings(row["choices"], choices, place)
-        found.append(_Question(row["id"], prompt, choices))
+        ids = fitted_prompt(prompt, max(map(len, choices)), question_format, place)
+        found.append(_Question(row["id"], ids, choices))
+    warn_of_unknown(((row.row_id, ids) for row in found for ids in row.choices), tokenizer, name)
     return found
 
 

@@ -13,7 +13,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ import torch
 from torch.utils.data import Sampler
 
 from ensemw2s.known_datasets import binary_question, from_schema
+from ensemw2s.tokens import PromptTokens
 
 # `datasets` is imported where it is used: an ensemble can decode without it.
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ class QuestionFormat:
     Attributes:
         prompt_template: text in which `{prompt}` is replaced by the question.
         answer_prefix: what stands between prompt and answer, counted as part of the answer (most tokenizers attach a
-            space to the word behind it).
+            space to the word behind it). White space beyond it belongs to the answer's text.
         end_token: the end token follows the answer and is one of its tokens [choice]. Without it, answers cannot be
             decoded, since nothing ends them, but answers that are choices can be compared; one-token answers then give
             boosting exactly one unit each, as in AdaBoost.
@@ -65,18 +67,26 @@ class QuestionFormat:
         if "{prompt}" not in self.prompt_template:
             raise ValueError(f"prompt_template must contain {{prompt}}, got {self.prompt_template!r}")
 
-    def prompt_ids(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Return the token ids of a prompt."""
+    def prompt(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> PromptTokens:
+        """Return a prompt in tokens, with what reads and writes behind it; see `ensemw2s.tokens`."""
         text = self.prompt_template.replace("{prompt}", prompt)
         if not self.use_chat_template:
-            return list(tokenizer(text)["input_ids"])
+            return PromptTokens.of(text, tokenizer)
         chat = [{"role": "user", "content": text}]
         rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        return PromptTokens.of(str(rendered), tokenizer, add_special_tokens=False)
 
-    def answer_ids(self, answer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Return the token ids of an answer, without the end token."""
-        return list(tokenizer(self.answer_prefix + answer, add_special_tokens=False)["input_ids"])
+    def prompt_ids(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Return the token ids of a prompt."""
+        return self.prompt(prompt, tokenizer).ids
+
+    def answer_ids(self, answer: str, tokenizer: PreTrainedTokenizerBase, prompt: str = "") -> list[int]:
+        """Return the token ids of an answer behind its prompt, without the end token."""
+        return self.prompt(prompt, tokenizer).followed_by(self.answer_prefix, answer)
+
+    def answer_text(self, ids: Sequence[int], prompt: PromptTokens) -> str:
+        """Return the answer that tokens (without the end token) give behind a prompt, all its white space included."""
+        return prompt.read(list(ids)).removeprefix(self.answer_prefix)
 
 
 # Loading
@@ -490,8 +500,8 @@ def tokenize_questions(
 ) -> Dataset:
     """Turn questions with answers into token ids, the boundary between prompt and answer being a position.
 
-    Prompt and answer are tokenised apart and followed by the end token, which is one of the answer's tokens [choice]
-    unless `question_format.end_token` is False.
+    An answer has the tokens that follow its prompt's where both are tokenised as one text (`ensemw2s.tokens`), and is
+    followed by the end token, which is one of its tokens [choice] unless `question_format.end_token` is False.
 
     Args:
         dataset: columns `prompt` and `answer`.
@@ -505,57 +515,82 @@ def tokenize_questions(
         `id`, `input_ids` (list of int: prompt, answer, end token) and `prompt_length` (int: where the answer starts).
 
     Raises:
-        ValueError: a tokenizer without an end token, an answer of no tokens, a prompt of no tokens, or more tokens
-            than `question_format.max_length` (or the tokenizer's `model_max_length`); names the row.
+        ValueError: a tokenizer without an end token, an answer of no tokens or one that the tokenizer changes, a prompt
+            of no tokens, or more tokens than `question_format.max_length` (or the tokenizer's `model_max_length`);
+            names the row.
     """
     from datasets import Dataset
 
     rows = []
     for index, row in enumerate(check_questions(dataset, name)):
         place = f"{name}, id {row['id']}"
+        prompt = question_format.prompt(row["prompt"], tokenizer)
         if answer_ids is None:
-            answer = answer_with_end(row["answer"], tokenizer, question_format, place)
+            answer = answer_with_end(row["answer"], prompt, question_format, place)
         else:
             answer = list(answer_ids[index])
             if not answer:
                 raise ValueError(f"{place}: the answer {row['answer']!r} has no tokens in answer_ids")
-        prompt = fitted_prompt(row["prompt"], len(answer), tokenizer, question_format, place)
-        rows.append({"id": row["id"], "input_ids": [*prompt, *answer], "prompt_length": len(prompt)})
+        ids = fitted_prompt(prompt, len(answer), question_format, place)
+        rows.append({"id": row["id"], "input_ids": [*ids, *answer], "prompt_length": len(ids)})
+    answers = ((row["id"], row["input_ids"][row["prompt_length"] :]) for row in rows)
+    warn_of_unknown(answers, tokenizer, name)
     return Dataset.from_list(rows)
 
 
-def answer_with_end(
-    answer: str, tokenizer: PreTrainedTokenizerBase, question_format: QuestionFormat, place: str
-) -> list[int]:
-    """Return an answer's tokens, the end token included where the format has one; `place` names the row in errors."""
-    end = [_end_token(tokenizer)]
-    ids = question_format.answer_ids(answer, tokenizer)
-    if not ids or ids == question_format.answer_ids("", tokenizer):
+def answer_with_end(answer: str, prompt: PromptTokens, question_format: QuestionFormat, place: str) -> list[int]:
+    """Return an answer's tokens behind its prompt, the end token included where the format has one.
+
+    Raises:
+        ValueError: a tokenizer without an end token, an answer of no tokens or one that the tokenizer changes; `place`
+            names the row.
+    """
+    end = [_end_token(prompt.tokenizer)]
+    try:
+        ids = prompt.followed_by(question_format.answer_prefix, answer)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    if not ids:
         raise ValueError(f"{place}: the answer {answer!r} has no tokens in this tokenizer")
     return ids + end if question_format.end_token else ids
 
 
+def warn_of_unknown(
+    answers: Iterable[tuple[str, Sequence[int]]], tokenizer: PreTrainedTokenizerBase, name: str
+) -> None:
+    """Warn of answers, given as ids and tokens, with letters that the tokenizer does not know."""
+    token = tokenizer.unk_token_id
+    # In some tokenizers it is the end token too.
+    last = -1 if token == tokenizer.eos_token_id else None
+    unknown = [row_id for row_id, ids in answers if token in ids[:last]]
+    if unknown:
+        warnings.warn(
+            f"{name}: {len(unknown)} answers have letters that this tokenizer does not know, the first of them that of "
+            f"id {unknown[0]}. They become {tokenizer.unk_token!r}, which says nothing: leave these rows out, or use "
+            "another tokenizer",
+            stacklevel=3,
+        )
+
+
 def fitted_prompt(
-    text: str, num_answer_tokens: int, tokenizer: PreTrainedTokenizerBase, question_format: QuestionFormat, place: str
+    prompt: PromptTokens, num_answer_tokens: int, question_format: QuestionFormat, place: str
 ) -> list[int]:
     """Return a prompt's tokens, which leave room for the answer's; `place` names the row in errors.
 
     Raises:
         ValueError: no tokens, or more than fit and `question_format.truncate_prompt` is False.
     """
-    prompt = question_format.prompt_ids(text, tokenizer)
-    limit = _length_limit(tokenizer, question_format)
-    if question_format.truncate_prompt:
-        prompt = _cut_left(prompt, limit, num_answer_tokens)
-    _check_prompt(prompt, limit, place)
-    length = len(prompt) + num_answer_tokens
+    limit = _length_limit(prompt.tokenizer, question_format)
+    ids = _cut_left(prompt, limit, num_answer_tokens) if question_format.truncate_prompt else prompt.ids
+    _check_prompt(ids, limit, place)
+    length = len(ids) + num_answer_tokens
     if limit is not None and length > limit:
         raise ValueError(
             f"{place}: prompt and answer have {length} tokens ({num_answer_tokens} of them the answer), more than the "
             f"{limit} allowed: leave the row out, raise max_length (up to the model's context), or let "
             "truncate_prompt=True shorten prompts"
         )
-    return prompt
+    return ids
 
 
 def tokenize_prompts(
@@ -586,11 +621,10 @@ def tokenize_prompts(
         raise ValueError(f"{name} needs columns id and prompt; it has {', '.join(dataset.column_names) or 'none'}")
     rows = []
     for row in dataset.select_columns(["id", "prompt"]):
-        prompt = question_format.prompt_ids(row["prompt"], tokenizer)
-        if question_format.truncate_prompt:
-            prompt = _cut_left(prompt, limit, answer_length)
-        _check_prompt(prompt, limit, f"{name}, id {row['id']}")
-        rows.append({"id": row["id"], "input_ids": prompt})
+        prompt = question_format.prompt(row["prompt"], tokenizer)
+        ids = _cut_left(prompt, limit, answer_length) if question_format.truncate_prompt else prompt.ids
+        _check_prompt(ids, limit, f"{name}, id {row['id']}")
+        rows.append({"id": row["id"], "input_ids": ids})
     return Dataset.from_list(rows)
 
 
@@ -617,9 +651,11 @@ def _check_prompt(prompt: Sequence[int], limit: int | None, row: str) -> None:
         )
 
 
-def _cut_left(prompt: list[int], limit: int | None, answer_length: int) -> list[int]:
-    """Return the end of `prompt` that leaves room for the answer, and at least one token of it."""
-    return prompt if limit is None else prompt[-max(1, limit - answer_length) :]
+def _cut_left(prompt: PromptTokens, limit: int | None, answer_length: int) -> list[int]:
+    """Return the end of a prompt that leaves room for the answer, at least one token of it, behind what is in front."""
+    if limit is None:
+        return prompt.ids
+    return prompt.front + prompt.body[-max(1, limit - answer_length - len(prompt.front)) :]
 
 
 def answer_lengths(examples: Dataset) -> np.ndarray:

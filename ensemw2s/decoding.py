@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import glob
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import (
+    GenerationConfig,
     LogitsProcessorList,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -22,10 +22,12 @@ from transformers import (
 from ensemw2s import ops, processes
 from ensemw2s.choices import choose_answers, tokenize_choices
 from ensemw2s.data import PromptCollator, QuestionFormat, tokenize_prompts
-from ensemw2s.distillation import TOP_COLUMNS, packed_row, top_tokens, unpacked_row
+from ensemw2s.distillation import TOP_COLUMNS, top_tokens
 from ensemw2s.experts import damaged, expert_names, refuse_damaged
-from ensemw2s.files import append_json_lines, read_complete_lines, write_json_lines
+from ensemw2s.identity import describe_experts, digest_columns, digest_tokenizer, digest_values
+from ensemw2s.label_files import LabelFile, packed_row, unpacked_row
 from ensemw2s.models import CACHE
+from ensemw2s.tokens import end_tokens, require_readable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,6 +35,25 @@ if TYPE_CHECKING:
 
     from ensemw2s.ensemble import EnsembleCache, TokenEnsemble
 
+# Settings of a generation config that play no part in `label`: how `generate` samples (`label` is told by `sampling`),
+# how long its texts are (`max_new_tokens`), how it computes, what it returns, what matters to beams or assistants alone.
+_NO_PART_IN_LABELS = {
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+    "max_length", "max_new_tokens", "early_stopping", "length_penalty", "use_cache", "cache_implementation",
+    "cache_config", "max_cache_len", "prefill_chunk_size", "low_memory", "compile_config", "disable_compile",
+    "continuous_batching_config", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
+    "return_dict_in_generate", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id",
+    "renormalize_logits", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit",
+    "assistant_lookbehind", "target_lookbehind", "transformers_version",
+}  # fmt: skip
+# These do nothing at 1.
+_ONE_DOES_NOTHING = {
+    "repetition_penalty", "encoder_repetition_penalty", "num_beams", "num_beam_groups", "num_return_sequences",
+    "guidance_scale",
+}  # fmt: skip
+# With every other setting, 0 does nothing.
+_ZERO_DOES_SOMETHING = {"forced_bos_token_id", "forced_eos_token_id", "max_time"}
 # An expert that gives a token more than half of its probability has it as its argmax, whatever the rest is.
 _AGREES = 0.5
 
@@ -238,6 +259,22 @@ def fused_sample(
     return input_ids
 
 
+def require_plain(generation_config: GenerationConfig) -> None:
+    """Raise ValueError, naming it, for a setting with which `generate` would not draw from the mixture itself."""
+    known = vars(GenerationConfig())
+    for name, value in vars(generation_config).items():
+        if name.startswith("_") or name not in known or name in _NO_PART_IN_LABELS:
+            continue
+        nothing = 1.0 if name in _ONE_DOES_NOTHING else None
+        zero_counts = name in _ZERO_DOES_SOMETHING and value is not None
+        if (value or zero_counts) and value != nothing:
+            raise ValueError(
+                f"ensemble.generation_config.{name} is {value!r} (it began as a copy of expert 1's generation config). "
+                "generate() obeys it, label() asks for the mixture itself and does not: to label, set "
+                f"ensemble.generation_config.{name} = {nothing} (in a saved ensemble, in its generation_config.json)"
+            )
+
+
 def label_questions(
     ensemble: TokenEnsemble,
     questions: Dataset,
@@ -256,9 +293,21 @@ def label_questions(
     """Let the ensemble answer questions; the answers are pseudo-labels for a student (method, phase 3).
 
     Questions are decoded in batches of similar prompt length, which several processes share out; those with a column
-    `choices` are answered by likelihood (`ensemw2s.choices`) with one of their choices. With `output_file`, finished
-    rows are appended to it (JSON lines) as they come, and a later call goes on behind them, whatever its number of
-    processes. Each process but the main one has a file of its own beside it, until all are done.
+    `choices` are answered by likelihood (`ensemw2s.choices`) with one of their choices.
+
+    **The rule for `generate()` and `label()`.** `generate()` obeys the ensemble's `generation_config` (a copy of expert
+    1's), as any transformers model does. `label()` is greedy unless `sampling` says otherwise, whatever that config
+    says of sampling and of lengths. Every end token id of the config, one or several, and the tokenizer's ends an
+    answer. A setting that would change the distribution (a repetition penalty, n-grams that must not come again, bad
+    words, suppressed or forced tokens, a least length, beams, ...) is refused. So `label()` and greedy `generate()`
+    give the same tokens, up to the first end token.
+
+    With `output_file`, finished rows are appended to it (JSON lines) as they come, and a later call goes on behind
+    them, whatever its number of processes. Each process but the main one has a file of its own beside it, until all are
+    done. What decides an answer is described in `<output_file>.run.json`: experts and base (by a hash of all their
+    weights, which reads each once), expert weights, `combine`, questions, format, tokenizer, and the settings below. A
+    later call that differs in any of it is refused. `batch_size` is no part of it: it moves answers only where two
+    tokens tie to the last bits **[choice]**.
 
     Args:
         ensemble: T experts with their weights.
@@ -272,35 +321,39 @@ def label_questions(
         top_logprobs: keep the mixture's k likeliest tokens at every answer token, for a student of
             `variant="soft"`; None keeps none.
         top_temperature: divides each expert's logits in what `top_logprobs` keeps; it chooses no token.
-        output_file: where to keep finished rows; `distillation.read_labels` reads it.
+        output_file: where to keep finished rows; `label_files.read_labels` reads it.
         description: the name of the progress bar; None shows none.
 
     Returns:
-        One row per question, in the order of `questions`: `id`, `prompt`, `answer` (text), `answer_ids` (list of int32,
-        the chosen tokens, end token included: text may become other tokens again **[choice]**), `num_tokens` (their
-        number), `finished` (the end token came in time), `confidence` (mean log-probability per token under the
-        mixture, nats, before temperature and filters), `agreement` (share of (token, expert) pairs in which the
-        expert gives the chosen token more than half of its probability) **[choice]** and `expert_agreement` (T floats,
-        the same for each expert); with `top_logprobs`, for each answer token also `top_token_ids` (k int32) and
-        `top_log_probs` (k float32, nats, falling; the other tokens have `1 - sum(exp)` together), and
-        `top_temperature`. With choices there is a column `choices` too, `confidence` is the log (nats) of the answer's
-        share of the choices' probability, so `exp(confidence)` is their softmax, and an expert agrees if it would
-        choose the same.
+        One row per question, in the order of `questions`: `id`, `prompt`, `answer` (the text that the tokens add to the
+        prompt, without the format's `answer_prefix`, special tokens and the end; its own white space is kept),
+        `answer_ids` (list of int32, the chosen tokens, with whichever end token came: text may become other tokens
+        again **[choice]**), `num_tokens` (their number), `finished` (an end token came in time), `confidence` (mean
+        log-probability per token under the mixture, nats, before temperature and filters), `agreement` (share of
+        (token, expert) pairs in which the expert gives the chosen token more than half of its probability) **[choice]**
+        and `expert_agreement` (T floats, the same for each expert); with `top_logprobs`, for each answer token also
+        `top_token_ids` (k int32) and `top_log_probs` (k float32, nats, falling; the other tokens have
+        `1 - sum(exp)` together), and `top_temperature`. With choices there is a column `choices` too, `confidence` is
+        the log (nats) of the answer's share of the choices' probability, so `exp(confidence)` is their softmax, and an
+        expert agrees if it would choose the same.
 
     Raises:
         FloatingPointError: an expert gives NaN or no finite logit; names the questions.
-        ValueError: `output_file` holds rows of other questions, or with another `top_logprobs` or `top_temperature`;
-            `top_logprobs` is out of range, or the ensemble votes; the tokenizer is not the experts'; a prompt and its
-            answer do not fit the experts' context; `sampling` or `top_logprobs` for questions with choices; or answers
-            that would have no end, because the format has no end token and there are no choices.
+        ValueError: `output_file` holds rows of another run (says what differs) or damaged ones (names file and line);
+            a generation config that changes the distribution; `top_logprobs` is out of range, or the ensemble votes;
+            the tokenizer is not the experts', or cannot turn tokens into text; a prompt and its answer do not fit the
+            experts' context; `sampling` or `top_logprobs` for questions with choices; or answers that would have no
+            end, because the format has no end token and there are no choices.
     """
     require_tokenizer(ensemble, processing_class)
-    top = None if top_logprobs is None else (top_logprobs, top_temperature)
+    if len(questions) == 0:
+        raise ValueError("there are no questions to label: expected at least one")
     question_format = question_format or QuestionFormat()
     prompts = tokenize_prompts(questions, processing_class, question_format, "questions", max_new_tokens)
     choices = None
+    decoding: dict[str, Any] = {}
     if "choices" in questions.column_names:
-        if sampling not in (None, Sampling()) or top is not None:
+        if sampling not in (None, Sampling()) or top_logprobs is not None:
             raise ValueError(
                 f"questions with choices are answered by likelihood, with neither sampling ({sampling}) nor "
                 f"top_logprobs ({top_logprobs}): leave both out"
@@ -308,18 +361,84 @@ def label_questions(
         choices = tokenize_choices(questions, processing_class, question_format)
     elif question_format.end_token:
         require_room(ensemble, prompts, max_new_tokens)
+        require_plain(ensemble.generation_config)
+        require_readable(question_format.prompt(questions[0]["prompt"], processing_class))
+        decoding = {
+            "max_new_tokens": max_new_tokens,
+            "sampling": sampling or Sampling(),
+            "seed": seed,
+            "top": None if top_logprobs is None else (top_logprobs, top_temperature),
+            "ends": end_tokens(processing_class, ensemble.generation_config),
+        }
     else:
         raise ValueError(
             "the format has end_token=False, so that decoded answers would have no end: use end_token=True, or give "
             "the questions a column `choices`"
         )
-    rows = {row["id"]: unpacked_row(row) for row in processes.on_main(_finished_rows, output_file)}
-    _check_rows(rows, set(prompts["id"]), top, output_file)
+
+    def describe() -> dict[str, Any]:
+        tokens = list(prompts["input_ids"]) if choices is None else [[row.prompt, row.choices] for row in choices]
+        return _description(ensemble, questions, processing_class, question_format, tokens, decoding)
+
+    def answer(batch: list[int]) -> Iterator[dict[str, Any]]:
+        if choices is None:
+            return _label_batch(ensemble, questions, prompts, batch, processing_class, question_format, decoding)
+        return choose_answers(ensemble, questions, choices, batch, processing_class)
+
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]["input_ids"]), i))
     # Batches are cut before finished rows are left out, so that a continued run meets the same batches.
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    todo = processes.share([batch for batch in batches if any(prompts[i]["id"] not in rows for i in batch)])
-    own_file = _own_file(output_file, processes.index())
+    file = None if output_file is None else LabelFile(Path(output_file), describe, questions)
+    rows = _answered(prompts["id"], batches, answer, file, description)
+    from datasets import Dataset
+
+    return Dataset.from_list([rows[row_id] for row_id in prompts["id"]])
+
+
+def _description(
+    ensemble: TokenEnsemble,
+    questions: Dataset,
+    processing_class: PreTrainedTokenizerBase,
+    question_format: QuestionFormat,
+    tokens: list[Any],
+    decoding: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what decides the answers, as plain JSON; `decoding` is empty where they are choices."""
+    columns = [name for name in ("id", "prompt", "choices") if name in questions.column_names]
+    found = {
+        **describe_experts(ensemble.experts),
+        "expert_weights": list(ensemble.config.expert_weights),
+        "combine": ensemble.config.combine,
+        "questions": digest_columns(questions, columns),
+        "format": asdict(question_format),
+        "tokenizer": digest_tokenizer(processing_class),
+        "prompt_tokens": digest_values(tokens),
+    }
+    if decoding:
+        sampling = decoding["sampling"]
+        found |= {
+            "max_new_tokens": decoding["max_new_tokens"],
+            "sampling": asdict(sampling),
+            # Greedy answers draw nothing.
+            "seed": decoding["seed"] if sampling.temperature > 0 else None,
+            "top_logprobs": decoding["top"] and decoding["top"][0],
+            "top_temperature": decoding["top"] and float(decoding["top"][1]),
+            "end_tokens": decoding["ends"],
+        }
+    return found
+
+
+def _answered(
+    ids: Sequence[str],
+    batches: list[list[int]],
+    answer: Callable[[list[int]], Iterator[dict[str, Any]]],
+    file: LabelFile | None,
+    description: str | None,
+) -> dict[str, dict[str, Any]]:
+    """Return a row for every question, by its id, from `file` or made by `answer`; processes share the batches out."""
+    found, digest = ([], "") if file is None else processes.on_main(file.open)
+    rows = {row["id"]: unpacked_row(row) for row in found}
+    todo = processes.share([batch for batch in batches if any(ids[i] not in rows for i in batch)])
     mine: dict[str, dict[str, Any]] = {}
     bar = tqdm(
         total=len(rows) + sum(len(batch) for batch in todo),
@@ -330,97 +449,45 @@ def label_questions(
         disable=description is None or not processes.is_main(),
     )
     for batch in todo:
-        if choices is None:
-            options = (processing_class, max_new_tokens, sampling, seed, top)
-            made = _label_batch(ensemble, questions, prompts, batch, *options)
-        else:
-            made = choose_answers(ensemble, questions, choices, batch, processing_class)
-        fresh = list(made)
-        fresh = [row for row in fresh if row["id"] not in rows]
+        fresh = [row for row in answer(batch) if row["id"] not in rows]
         mine.update((row["id"], row) for row in fresh)
-        if own_file:
-            append_json_lines(own_file, map(packed_row, fresh))
+        if file is not None:
+            file.append(map(packed_row, fresh), digest, processes.index())
         bar.update(len(fresh))
     bar.close()
     for share in processes.gather(mine):
         rows |= share
-    if output_file and processes.count() > 1:
-        processes.on_main(_join_files, output_file, [packed_row(rows[prompts[i]["id"]]) for i in order])
-    from datasets import Dataset
-
-    return Dataset.from_list([rows[row_id] for row_id in prompts["id"]])
-
-
-def _check_rows(
-    rows: Mapping[str, Mapping[str, Any]],
-    ids: set[str],
-    top: tuple[int, float] | None,
-    output_file: str | os.PathLike[str] | None,
-) -> None:
-    """Refuse rows on file that this call would not have written."""
-    strangers = rows.keys() - ids
-    if strangers:
-        raise ValueError(
-            f"{output_file} holds answers to questions that are not in this dataset, e.g. id {min(strangers)!r}: "
-            "it belongs to another run; name another file or delete this one"
-        )
-    for row in rows.values():
-        found = (row["top_log_probs"].shape[1], row["top_temperature"]) if "top_log_probs" in row else None
-        if found != top:
-            raise ValueError(
-                f"{output_file} holds answers with (top_logprobs, top_temperature) = {found}, asked for are {top}: "
-                "name another file or delete this one"
-            )
-
-
-def _own_file(output_file: str | os.PathLike[str] | None, process: int) -> Path | None:
-    """Return where a process keeps its finished rows: the main one in `output_file` itself."""
-    if output_file is None:
-        return None
-    file = Path(output_file)
-    return file if process == 0 else file.with_name(f"{file.name}.process-{process}")
-
-
-def _other_files(output_file: str | os.PathLike[str]) -> list[Path]:
-    return sorted(Path(output_file).parent.glob(f"{glob.escape(Path(output_file).name)}.process-*"))
-
-
-def _finished_rows(output_file: str | os.PathLike[str] | None) -> list[dict[str, Any]]:
-    """Read what any process of an earlier call has finished, and leave it in one file."""
-    if output_file is None:
-        return []
-    rows = read_complete_lines(output_file)
-    others = [row for file in _other_files(output_file) for row in read_complete_lines(file)]
-    if others:
-        rows += others
-        _join_files(output_file, rows)
+    if file is not None and processes.count() > 1:
+        order = [ids[i] for batch in batches for i in batch]
+        processes.on_main(file.join, [packed_row(rows[row_id]) for row_id in order], digest)
     return rows
 
 
-def _join_files(output_file: str | os.PathLike[str], rows: list[dict[str, Any]]) -> None:
-    write_json_lines(output_file, {row["id"]: row for row in rows}.values())
-    for file in _other_files(output_file):
-        file.unlink()
-
-
 @torch.no_grad()
-def _label_batch(  # type: ignore[no-untyped-def]
-    ensemble, questions, prompts, batch, processing_class, max_new_tokens, sampling, seed, top
+def _label_batch(
+    ensemble: TokenEnsemble,
+    questions: Dataset,
+    prompts: Dataset,
+    batch: list[int],
+    processing_class: PreTrainedTokenizerBase,
+    question_format: QuestionFormat,
+    decoding: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    device = ensemble.device
-    end = processing_class.eos_token_id
-    inputs = PromptCollator(end)([{"input_ids": prompts[i]["input_ids"]} for i in batch])
-    seeds = torch.tensor([seed + i for i in batch], dtype=torch.int64, device=device)
+    device, top = ensemble.device, decoding["top"]
+    pad = processing_class.eos_token_id
+    ends = torch.tensor(decoding["ends"], device=device)
+    inputs = PromptCollator(pad)([{"input_ids": prompts[i]["input_ids"]} for i in batch])
+    seeds = torch.tensor([decoding["seed"] + i for i in batch], dtype=torch.int64, device=device)
     decoder = MixtureDecoder(
         ensemble,
         inputs["input_ids"].to(device),
         inputs["attention_mask"].to(device),
         seeds,
-        sampling or Sampling(),
+        decoding["sampling"],
     )
     running = torch.ones(len(batch), dtype=torch.bool, device=device)
     tokens, log_probs, agreement, counted, kept = [], [], [], [], []
-    for _ in range(max_new_tokens):
+    for _ in range(decoding["max_new_tokens"]):
         logits = decoder.logits()
         choice = decoder.choose(logits)
         require_valid(choice.valid | ~running, [f"question {prompts[i]['id']!r}" for i in batch], logits)
@@ -430,11 +497,11 @@ def _label_batch(  # type: ignore[no-untyped-def]
         counted.append(running.clone())
         if top is not None:
             kept.append(top_tokens(ensemble, logits, *top))
-        running &= choice.tokens != end
+        running &= ~torch.isin(choice.tokens, ends)
         if not bool(running.any()):
             break
-        # Rows that are done repeat their end token: it is in no other row's context.
-        decoder.append(torch.where(running, choice.tokens, end))
+        # Rows that are done repeat an end token: it is in no other row's context.
+        decoder.append(torch.where(running, choice.tokens, pad))
     mask = torch.stack(counted, 1)
     length = mask.sum(1)
     confidence = (torch.stack(log_probs, 1).double() * mask).sum(1) / length
@@ -442,16 +509,17 @@ def _label_batch(  # type: ignore[no-untyped-def]
     ids = torch.stack(tokens, 1).int().cpu().numpy()
     caches = [torch.stack(parts, 1).cpu().numpy() for parts in zip(*kept, strict=True)]
     for row, i in enumerate(batch):
-        count = int(length[row])
-        answer = [token for token in ids[row, :count].tolist() if token != end]
+        count, finished = int(length[row]), not bool(running[row])
+        prompt = question_format.prompt(questions[i]["prompt"], processing_class)
+        answer = ids[row, : count - finished].tolist()
         cache = {name: values[row, :count] for name, values in zip(TOP_COLUMNS, caches, strict=True)} if top else {}
         yield {
             "id": prompts[i]["id"],
             "prompt": questions[i]["prompt"],
-            "answer": processing_class.decode(answer, skip_special_tokens=True).strip(),
+            "answer": question_format.answer_text(answer, prompt),
             "answer_ids": ids[row, :count],
             "num_tokens": count,
-            "finished": not bool(running[row]),
+            "finished": finished,
             "confidence": float(confidence[row]),
             "agreement": float(shares[:, row].mean()),
             "expert_agreement": shares[:, row].tolist(),

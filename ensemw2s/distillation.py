@@ -7,7 +7,6 @@ tokens, so that logits `[tokens, V]` are never held where a model's head is a pl
 
 from __future__ import annotations
 
-import base64
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,14 +22,12 @@ from ensemw2s import ops
 from ensemw2s.cost import count
 from ensemw2s.data import IGNORED, AnswerCollator, QuestionFormat, tokenize_questions
 from ensemw2s.experts import repeat_rows
-from ensemw2s.files import read_complete_lines
 from ensemw2s.heads import CHUNK_ELEMENTS, for_product, linear_of, obstacle, output_head, own_head, states_before
 from ensemw2s.ops.topk_kl import reference as topk_kl_reference
+from ensemw2s.tokens import end_tokens
 from ensemw2s.training import AnswerTokens, AnswerTrainer, next_token_mask
 
 if TYPE_CHECKING:
-    import os
-
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -39,8 +36,6 @@ if TYPE_CHECKING:
 # One row per answer token, k wide.
 TOP_COLUMNS = ("top_token_ids", "top_log_probs")
 CACHE_COLUMNS = ("answer_ids", *TOP_COLUMNS, "top_temperature")
-# On file: little-endian, whatever machine wrote it.
-_FILE_DTYPES = {"top_token_ids": "<i4", "top_log_probs": "<f4"}
 
 
 # Predictions at answer tokens: hidden states in front of a linear head, or logits where the head is something else
@@ -308,13 +303,15 @@ def cache_teacher(
         (n lists of float32, nats) and `top_temperature` (float), replaced where they were.
 
     Raises:
-        ValueError: see `data.tokenize_questions` and `top_tokens`.
+        ValueError: see `data.tokenize_questions`, `check_answer_ids` and `top_tokens`.
         FloatingPointError: an expert gives NaN.
     """
+    question_format = question_format or QuestionFormat()
     known = answers["answer_ids"] if "answer_ids" in answers.column_names else None
-    examples = tokenize_questions(
-        answers, processing_class, question_format or QuestionFormat(), "answers", answer_ids=known
-    )
+    if known is not None:
+        ends = end_tokens(processing_class, ensemble.generation_config)
+        check_answer_ids(answers, processing_class, question_format, ends)
+    examples = tokenize_questions(answers, processing_class, question_format, "answers", answer_ids=known)
     top = top_columns(
         LiveTeacher(ensemble),
         examples,
@@ -374,39 +371,6 @@ def top_columns(
     return found
 
 
-# Labelled rows on file
-
-
-def packed_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a labelled row as plain JSON: the arrays of its cache as base64 of their bytes.
-
-    A cache stands in the line of its answer, so that a kill drops both or neither, and keeps every bit; a third of its
-    size is the price.
-    """
-    packed = {**row, "answer_ids": [int(token) for token in row["answer_ids"]]}
-    for name, dtype in _FILE_DTYPES.items():
-        if name in row:
-            packed[name] = base64.b64encode(row[name].astype(dtype).tobytes()).decode("ascii")
-    return packed
-
-
-def unpacked_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `packed_row` was given."""
-    unpacked = dict(row)
-    if "answer_ids" in row:
-        unpacked["answer_ids"] = np.array(row["answer_ids"], dtype=np.int32)
-    for name, dtype in _FILE_DTYPES.items():
-        if name in row:
-            flat = np.frombuffer(base64.b64decode(row[name]), dtype=dtype)
-            unpacked[name] = flat.reshape(len(row["answer_ids"]), -1)
-    return unpacked
-
-
-def read_labels(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read the rows that `TokenEnsemble.label` left in its `output_file`; none if there is no such file."""
-    return [unpacked_row(row) for row in read_complete_lines(path)]
-
-
 # Checks of what a student is given
 
 
@@ -420,24 +384,41 @@ def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTo
         )
 
 
-def check_shared_tokens(answers: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the student's tokenizer reads the teacher's tokens `answer_ids` as the teacher did.
+def check_answer_ids(
+    answers: Dataset, tokenizer: PreTrainedTokenizerBase, question_format: QuestionFormat, ends: Sequence[int]
+) -> None:
+    """Check that a tokenizer reads the tokens `answer_ids` as the teacher did who chose them.
+
+    Args:
+        answers: columns `prompt`, `answer`, `answer_ids` and optionally `id` and `finished` (all are, without it).
+        tokenizer: of the model that is to be trained on them, or to be asked about them.
+        question_format: how a question becomes tokens.
+        ends: the ids that end an answer of that model.
 
     Raises:
-        ValueError: tokens that are another text than `answer`, or do not end as the student's answers do; names the
-            row.
+        ValueError: tokens that are another text than `answer`, or do not end as the model's answers do; names the row.
     """
-    names = [name for name in ("id", "answer", "answer_ids", "finished") if name in answers.column_names]
+    names = [name for name in ("id", "prompt", "answer", "answer_ids", "finished") if name in answers.column_names]
     for index, row in enumerate(answers.select_columns(names)):
-        ids, answer = list(row["answer_ids"]), row["answer"]
-        ends = bool(ids) and ids[-1] == tokenizer.eos_token_id
-        text = tokenizer.decode(ids[:-1] if ends else ids, skip_special_tokens=True).strip()
-        if text != answer.strip() or ends is not row.get("finished", True):
+        ids = [int(token) for token in row["answer_ids"]]
+        ended = bool(ids) and ids[-1] in ends
+        prompt = question_format.prompt(row["prompt"], tokenizer)
+        text = question_format.answer_text(ids[:-1] if ended else ids, prompt).strip()
+        wanted = question_format.end_token and row.get("finished", True)
+        if text != row["answer"].strip() or ended is not wanted:
             raise ValueError(
-                f"train_dataset, id {row.get('id', index)}: the student's tokenizer reads the teacher's tokens as "
-                f"{text!r}{' and an end token' if ends else ''}, the teacher meant {answer!r}: "
-                'variant="soft" needs a student with the teacher\'s tokenizer; use variant="sft" with another one'
+                f"the answers, id {row.get('id', index)}: this tokenizer reads the teacher's tokens as {text!r}"
+                f"{' and an end token' if ended else ''}, the teacher meant {row['answer']!r}"
+                f"{' and an end token' if wanted else ''}: "
+                'variant="soft" needs a student with the teacher\'s tokenizer (use variant="sft" with another one), '
+                "and answers whose `answer` was not changed without their `answer_ids`"
             )
+
+
+def with_own_end(answers: Dataset, end: int, ends: Sequence[int]) -> list[list[int]]:
+    """Return `answer_ids` in which each of the tokens `ends` that ends an answer is `end`, the student's own."""
+    rows = [list(ids) for ids in answers["answer_ids"]]
+    return [[*ids[:-1], end] if ids[-1] in ends else ids for ids in rows]
 
 
 def check_cache(answers: Dataset, temperature: float, top_logprobs: int | None) -> None:
@@ -467,6 +448,13 @@ def check_cache(answers: Dataset, temperature: float, top_logprobs: int | None) 
             raise ValueError(
                 f"train_dataset, row {index}: top_token_ids and top_log_probs have shapes {shapes[0]} and {shapes[1]}, "
                 f"expected {(len(row['answer_ids']), width)}: one row per answer token, as many tokens in every row"
+            )
+        log_probs = np.asarray(row["top_log_probs"], dtype=np.float64)
+        # NaN is at most 0 in no way; rounding may lift a logarithm or a sum a little.
+        if not (bool((log_probs <= 1e-3).all()) and bool((np.exp(log_probs).sum(-1) <= 1 + 1e-3).all())):
+            raise ValueError(
+                f"train_dataset, row {index}: top_log_probs are no log-probabilities (each at most 0, and those of a "
+                "token at most 1 together as probabilities): the cache is damaged; write it again"
             )
     if top_logprobs is not None and (width or 0) < top_logprobs:
         raise ValueError(

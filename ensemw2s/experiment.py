@@ -31,10 +31,11 @@ from ensemw2s.data import (
     tokenize_questions,
 )
 from ensemw2s.difficulty import rate_difficulty, split_by_difficulty
-from ensemw2s.distillation import check_same_tokenizer, read_labels
+from ensemw2s.distillation import check_same_tokenizer
 from ensemw2s.ensemble import TokenEnsemble
 from ensemw2s.evaluate import accuracy, exact_match, performance_gap_recovered, token_error
 from ensemw2s.files import digest_of_files, read_complete_lines, read_json, write_json, write_json_lines
+from ensemw2s.label_files import read_labels
 from ensemw2s.models import load_model, load_tokenizer
 from ensemw2s.records import POOLED_KINDS, answers_text, questions_digest
 from ensemw2s.report import write_report

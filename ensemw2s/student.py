@@ -20,15 +20,17 @@ from ensemw2s.distillation import (
     ConfidenceTrainer,
     LiveTeacher,
     SoftTrainer,
+    check_answer_ids,
     check_cache,
-    check_shared_tokens,
     require_probabilities,
     top_columns,
     with_columns,
+    with_own_end,
 )
 from ensemw2s.files import write_json
 from ensemw2s.models import load_model, load_saved_model, load_tokenizer, source_of
 from ensemw2s.own_files import own_files, whole
+from ensemw2s.tokens import end_tokens
 from ensemw2s.training import AnswerTrainingArguments, TrainingCost, fine_tune, on_device
 
 if TYPE_CHECKING:
@@ -113,9 +115,10 @@ class StudentTrainer:
     "sft" and "confidence" take any tokenizer: answers are tokenised by the student's own. "soft" compares distributions
     token by token, so student and teacher must share one; it trains on the tokens that the teacher chose (`answer_ids`)
     where the dataset has them [choice], and on the answers as the tokenizer cuts them otherwise. What the teacher says
-    comes, in this order: with `teacher` and no `top_logprobs`, from running it at every step; from the cache that is in
-    the dataset (`TokenEnsemble.label(..., top_logprobs=k)`, `distillation.cache_teacher`); from a cache that `train`
-    makes by running `teacher` once over the answers.
+    comes with `teacher` and no `top_logprobs` from running it at every step; with both, from a cache that `train` makes
+    by running `teacher` once over the answers; and without `teacher` from the cache that is in the dataset
+    (`TokenEnsemble.label(..., top_logprobs=k)`, `distillation.cache_teacher`). Answers end with the student's own end
+    token, whichever of several the teacher chose.
 
     Args:
         model: source of `models.load_model`, or a model (which is trained in place).
@@ -186,6 +189,12 @@ class StudentTrainer:
                     "leave it out"
                 )
         elif self._reads_cache:
+            if self.teacher is not None:
+                raise ValueError(
+                    "train_dataset has a cache (top_log_probs) already, which may be another teacher's: leave out "
+                    "teacher to learn from it, remove its columns to have teacher make one, or leave out top_logprobs "
+                    "to have teacher run at every step"
+                )
             check_cache(self.train_dataset, self.args.temperature, self.args.top_logprobs)
         elif self.teacher is None:
             raise ValueError(
@@ -197,8 +206,6 @@ class StudentTrainer:
 
     def _check_vocabulary(self) -> None:
         """Refuse a teacher whose tokens are not the student's."""
-        if "answer_ids" in self.train_dataset.column_names:
-            check_shared_tokens(self.train_dataset, self.processing_class)
         size = self.model.get_output_embeddings().weight.shape[0]
         if self.teacher is not None and self.teacher.config.vocab_size != size:
             raise ValueError(
@@ -210,7 +217,11 @@ class StudentTrainer:
         """Return the examples, with the columns that the variant reads."""
         answers = self.train_dataset
         soft = self.args.variant == "soft"
-        known = answers["answer_ids"] if soft and "answer_ids" in answers.column_names else None
+        known = None
+        if soft and "answer_ids" in answers.column_names:
+            stops = end_tokens(self.processing_class, getattr(self.model, "generation_config", None))
+            check_answer_ids(answers, self.processing_class, question_format, stops)
+            known = with_own_end(answers, self.processing_class.eos_token_id, stops)
         examples = tokenize_questions(
             answers, self.processing_class, question_format, "train_dataset", answer_ids=known
         )

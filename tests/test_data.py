@@ -12,6 +12,8 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from ensemw2s.data import (
     IGNORED,
@@ -265,16 +267,14 @@ def test_a_chat_template_wraps_the_prompt() -> None:
 
 
 def test_answers_without_tokens_and_too_long_ones_are_named_by_id() -> None:
-    class Deaf:
-        """A tokenizer that drops what it does not know."""
-
-        eos_token_id, model_max_length = END, 10**30
-
-        def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
-            return {"input_ids": [ord(c) for c in text if c.isascii()]}
-
+    # It drops what it does not know.
+    deaf = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE({letter: i for i, letter in enumerate("<q:")}, [])), eos_token="<"
+    )
     with pytest.raises(ValueError, match=r"easy, id x: the answer 'é' has no tokens"):
-        tokenize_questions(of([{"prompt": "q", "answer": "é", "id": "x"}]), Deaf(), FORMAT, "easy")
+        tokenize_questions(
+            of([{"prompt": "q", "answer": "é", "id": "x"}]), deaf, QuestionFormat("{prompt}:", ""), "easy"
+        )
     short = QuestionFormat(prompt_template="{prompt}:", max_length=8)
     with pytest.raises(ValueError, match=r"easy, id x: prompt and answer have 9 tokens \(5 of them .* the 8 allowed"):
         tokenize_questions(of([{"prompt": "abc", "answer": "xyz", "id": "x"}]), tokenizer(), short, "easy")

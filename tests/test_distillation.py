@@ -28,12 +28,10 @@ from ensemw2s.distillation import (
     confidence_alpha,
     confidence_loss,
     linear_head,
-    packed_row,
-    read_labels,
     states_at,
     top_tokens,
-    unpacked_row,
 )
+from ensemw2s.label_files import packed_row, read_labels, unpacked_row
 from ensemw2s.training import AnswerTokens, next_token_mask
 from tests.tiny import END, FORMAT, VOCAB, gpt2, llama, lora, questions, saved_adapters, tokenizer
 
@@ -322,23 +320,23 @@ def test_labelling_with_a_cache_goes_on_where_it_was_killed(of_adapters: TokenEn
 
 
 @pytest.mark.parametrize(
-    ("changes", "found", "asked"),
+    ("changes", "differing"),
     [
-        ({"top_logprobs": 4}, r"\(5, 1\.0\)", r"\(4, 1\.0\)"),
-        ({"top_temperature": 2.0}, r"\(5, 1\.0\)", r"\(5, 2\.0\)"),
-        ({"top_logprobs": None}, r"\(5, 1\.0\)", "None"),
+        ({"top_logprobs": 4}, r"top_logprobs \(5 on file, 4 now\)\."),
+        ({"top_temperature": 2.0}, r"top_temperature \(1\.0 on file, 2\.0 now\)\."),
+        ({"top_logprobs": None}, r"top_logprobs \(5 on file, None now\), top_temperature \(1\.0 on file, None now\)\."),
     ],
 )
 def test_labels_with_another_cache_are_not_mixed_in(
-    of_models: TokenEnsemble, tmp_path: Path, changes: dict[str, Any], found: str, asked: str
+    of_models: TokenEnsemble, tmp_path: Path, changes: dict[str, Any], differing: str
 ) -> None:
     options: dict[str, Any] = {
         "question_format": FORMAT, "max_new_tokens": 3, "description": None, "top_logprobs": 5,
         "output_file": tmp_path / "labels.jsonl",
     }  # fmt: skip
     of_models.label(questions(2), tokenizer(), **options)
-    with pytest.raises(ValueError, match=f"= {found}, asked for are {asked}: name another file"):
-        of_models.label(questions(4), tokenizer(), **(options | changes))
+    with pytest.raises(ValueError, match=rf"answers of another run; differing: {differing}.*name another file"):
+        of_models.label(questions(2), tokenizer(), **(options | changes))
 
 
 def test_a_row_on_file_keeps_every_bit_and_little_room() -> None:

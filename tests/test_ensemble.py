@@ -164,7 +164,7 @@ def test_pseudo_answers_are_the_greedy_text_with_its_mean_log_probability(of_mod
             answer.append(token)
         assert row["finished"] == (answer[-1] == END)
         assert row["num_tokens"] == 10 or row["finished"]
-        assert row["answer"] == tokenizer().decode([t for t in answer if t != END], skip_special_tokens=True).strip()
+        assert row["answer"] == tokenizer().decode(answer, skip_special_tokens=True).removeprefix(" ")
         assert row["confidence"] == pytest.approx(total / len(answer), abs=1e-5)
         assert row["expert_agreement"] == pytest.approx([sum(own) / len(own) for own in zip(*agrees, strict=True)])
         assert row["agreement"] == pytest.approx(sum(row["expert_agreement"]) / 3)
@@ -192,6 +192,7 @@ def test_labels_of_other_questions_are_not_overwritten(of_models: TokenEnsemble,
     (tmp_path / "labels.jsonl").write_text(json.dumps({"id": "stranger", "answer": "a"}) + "\n")
     with pytest.raises(ValueError, match=r"'stranger'.*another run"):
         of_models.label(questions(2), tokenizer(), output_file=tmp_path / "labels.jsonl", description=None)
+    assert json.loads((tmp_path / "labels.jsonl").read_text())["id"] == "stranger"
 
 
 # Bad input

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from ensemw2s import TokenEnsemble
 from ensemw2s.config import build_config, load_config
 from ensemw2s.data import tokenize_questions
-from ensemw2s.distillation import read_labels
 from ensemw2s.experiment import PHASES, Experiment, round_line
 from ensemw2s.files import read_json
+from ensemw2s.label_files import read_labels
 from ensemw2s.recipes import RECIPES
 from ensemw2s.records import POOLED_KINDS, answers_array, questions_digest
 from ensemw2s.scoring import score_answers

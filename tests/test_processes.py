@@ -23,7 +23,7 @@ from ensemw2s.config import build_config
 from ensemw2s.data import tokenize_questions
 from ensemw2s.decoding import Sampling
 from ensemw2s.experiment import Experiment
-from ensemw2s.files import map_array, read_array, read_complete_lines, read_json, write_json_lines
+from ensemw2s.files import map_array, read_array, read_complete_lines, read_json
 from ensemw2s.scoring import score_mixtures
 from ensemw2s.training import AnswerTrainer, AnswerTrainingArguments, fine_tune
 from tests.test_experiment import settings
@@ -173,11 +173,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "two.yaml").write_text(yaml.safe_dump(values))
     saved_adapters(folder / "adapters")
     # As if one of three processes had been killed with three answers in its file, one of them cut off.
-    whole = labels(folder / "adapters", folder / "whole.jsonl")
-    write_json_lines(folder / "labels.jsonl", whole[:1])
-    write_json_lines(folder / "labels.jsonl.process-2", whole[5:8])
-    with (folder / "labels.jsonl.process-2").open("a") as file:
-        file.write('{"id": "q9", "pro')
+    labels(folder / "adapters", folder / "whole.jsonl")
+    lines = (folder / "whole.jsonl").read_text().splitlines(keepends=True)
+    (folder / "labels.jsonl").write_text(lines[0])
+    (folder / "labels.jsonl.process-2").write_text("".join(lines[5:8]) + lines[9][:17])
     run = launch("-m", "tests.test_processes", folder, launcher=ACCELERATE)
     assert run.returncode == 0, run.stderr
     (folder / "said.txt").write_text(run.stdout)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ensemw2s.data import QuestionFormat
@@ -47,6 +47,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {"<pad>": PAD, "<end>": END, **{letter: i + 2 for i, letter in enumerate(LETTERS)}}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>")
 
 
