@@ -21,6 +21,7 @@ from transformers import (
 
 from ensemw2s import ops, processes
 from ensemw2s.choices import choose_answers, tokenize_choices
+from ensemw2s.claims import one_at_a_time
 from ensemw2s.data import PromptCollator, QuestionFormat, tokenize_prompts
 from ensemw2s.distillation import TOP_COLUMNS, packed_row, top_tokens, unpacked_row
 from ensemw2s.files import append_json_lines, read_complete_lines, write_json_lines
@@ -226,6 +227,7 @@ def fused_sample(
     return input_ids
 
 
+@one_at_a_time("output_file")
 def label_questions(
     ensemble: TokenEnsemble,
     questions: Dataset,
