@@ -7,10 +7,11 @@ one. Here a checkpoint counts once a list of its files, with their sizes, lies i
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,51 +19,80 @@ import numpy as np
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ensemw2s.files import read_json, write_json
+from ensemw2s import processes
+from ensemw2s.accounts import ACCOUNT, enter_growing, files_in, is_ours
+from ensemw2s.claims import Kind, claimed, description_of, discard, held
+from ensemw2s.files import read_json, sync, write_json
 
 FOLDER = "checkpoints"
-_SEAL, _OWNER = "complete.json", "run.json"
+_KIND = Kind("checkpoints", "checkpoints", files=(f"{PREFIX_CHECKPOINT_DIR}-*",))
+_SEAL = "complete.json"
 # Enough of each weight to tell two models apart without reading all of a large one.
 _SAMPLED_VALUES = 4096
 
 logger = logging.getLogger(__name__)
 
 
+def begin_checkpoint(folder: Path) -> None:
+    """Declare that `folder`, which is about to be written, is ours."""
+    if not is_ours(folder):
+        enter_growing(folder)
+
+
 def seal_checkpoint(folder: Path, spent: Mapping[str, float]) -> None:
-    """Declare that `folder` is complete; `spent` says what training has taken until then."""
-    files = {str(file.relative_to(folder)): file.stat().st_size for file in _files(folder)}
-    write_json(folder / _SEAL, {"spent": spent, "files": files})
+    """Declare that `folder` is complete, once it is on the disk; `spent` says what training has taken until then."""
+    for file in files_in(folder):
+        sync(file)
+    sync(folder)
+    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files_in(folder)}
+    known = {name: None if math.isnan(value) else value for name, value in spent.items()}
+    # What it took is entered with what training leads to, not with what is deleted then.
+    write_json(folder / _SEAL, {"spent": known, "files": sizes}, watched=False)
+    sync(folder.parent)
 
 
 def spent_until(folder: Path) -> dict[str, float]:
-    """Return what training had taken when it wrote the checkpoint `folder`."""
-    return dict(read_json(folder / _SEAL)["spent"])
+    """Return what training had taken when it wrote the checkpoint `folder`; NaN is not known."""
+    return {name: math.nan if value is None else value for name, value in read_json(folder / _SEAL)["spent"].items()}
 
 
-def claim_checkpoints(folder: Path, owner: Mapping[str, Any]) -> Path | None:
-    """Make `folder` the place of one run's checkpoints and return its newest complete one, if there is any.
+@contextmanager
+def claimed_checkpoints(output_dir: str | Path | None, owner: Mapping[str, Any]) -> Iterator[Path | None]:
+    """Within the block, keep one run's checkpoints in `output_dir`; gives the newest complete one, if there is any.
 
-    Checkpoints of another run and incomplete ones are deleted, with a warning in the log.
+    Checkpoints of another run and incomplete ones are deleted, with a warning in the log. Every process must call this.
 
     Args:
-        folder: holds `checkpoint-<step>` folders.
-        owner: what defines the run, as plain JSON values.
+        output_dir: holds a folder `checkpoints` with `checkpoint-<step>` folders.
+        owner: what defines the run, in values that JSON or `identity.plain` knows.
+
+    Raises:
+        InUseError: another process trains there.
+        ValueError: there are checkpoints that are not ours.
     """
-    owner = json.loads(json.dumps(owner, default=str))
-    file = folder / _OWNER
-    theirs = read_json(file) if file.exists() else None
-    if theirs != owner:
-        if theirs is not None and _by_step(folder):
-            differing = sorted(key for key in owner.keys() | theirs.keys() if owner.get(key) != theirs.get(key))
-            logger.warning(
-                "%s holds checkpoints of another training (differing: %s): they are deleted, training begins anew",
-                folder,
-                ", ".join(differing),
+    folder = Path(str(output_dir)) / FOLDER
+    with claimed(folder, _KIND, owner, overwrite=True, on_overwrite=_warn):
+        yield processes.on_main(_newest, folder)
+
+
+def _warn(folder: Path, differing: list[str]) -> None:
+    if _by_step(folder):
+        logger.warning(
+            "%s holds checkpoints of another training (differing: %s): they are deleted, training begins anew",
+            folder,
+            ", ".join(differing),
+        )
+
+
+def _newest(folder: Path) -> Path | None:
+    found = _by_step(folder)
+    for checkpoint in found:
+        if not is_ours(checkpoint):
+            raise ValueError(
+                f"{checkpoint} was not written by this training, which would delete it: move it away, or choose "
+                "another output_dir"
             )
-        shutil.rmtree(folder, ignore_errors=True)
-        write_json(file, owner)
-        return None
-    for checkpoint in _by_step(folder):
+    for checkpoint in found:
         if _is_complete(checkpoint):
             return checkpoint
         logger.warning("%s is incomplete (its writing was cut off) and is deleted", checkpoint)
@@ -71,8 +101,17 @@ def claim_checkpoints(folder: Path, owner: Mapping[str, Any]) -> Path | None:
 
 
 def discard_checkpoints(output_dir: str | Path | None) -> None:
-    """Delete the checkpoints in `output_dir`: what they led to is saved."""
-    shutil.rmtree(Path(str(output_dir)) / FOLDER, ignore_errors=True)
+    """Delete our checkpoints in `output_dir`: what they led to is saved."""
+    folder = Path(str(output_dir)) / FOLDER
+    if description_of(folder, _KIND) is None:
+        return
+    lock = _KIND.lock(folder)
+    with held(lock, str(folder)):
+        discard(folder, _KIND)
+    for file in (_KIND.marker(folder), folder / ACCOUNT, lock):
+        file.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def digest(arrays: Iterable[np.ndarray | torch.Tensor]) -> str:
@@ -96,9 +135,5 @@ def _is_complete(checkpoint: Path) -> bool:
         listed = read_json(checkpoint / _SEAL)["files"]
     except (FileNotFoundError, ValueError):
         return False
-    present = {str(file.relative_to(checkpoint)): file.stat().st_size for file in _files(checkpoint)}
+    present = {str(file.relative_to(checkpoint)): file.stat().st_size for file in files_in(checkpoint)}
     return all(present.get(name) == size for name, size in listed.items())
-
-
-def _files(folder: Path) -> list[Path]:
-    return [file for file in sorted(folder.rglob("*")) if file.is_file()]

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from peft import LoraConfig
 
+from ensemw2s.accounts import RESERVED, absolute
 from ensemw2s.adapters import check_peft_config
 from ensemw2s.data import SOURCE_KINDS, QuestionFormat
 from ensemw2s.difficulty import check_cut
@@ -255,6 +256,8 @@ class ExperimentConfig:
         `resolved` holds what recipes and defaults stand for, so that results of another version's are not mistaken.
         """
         plain = json.loads(json.dumps(dataclasses.asdict(self)))
+        # What a run is called by its records, also after its folder was renamed.
+        plain["task"] = self.task or self.name
         plain["resolved"] = {arm: self._resolved(arm) for arm in ("ensemble", *self.ensembles)}
         return {key: value for key, value in plain.items() if key not in ("name", "output_dir", "store")}
 
@@ -274,7 +277,8 @@ def load_config(
     A key `base` names another such file, relative to this one: keys that this one lacks are taken from there, whole.
 
     Args:
-        path: the file, or the folder of a run (which holds its own `config.json`).
+        path: the file, or the folder of a run (which holds its own `config.json`). It is then this folder that the
+            experiment works in, wherever the run was made, unless an override names another `name` or `output_dir`.
         overrides: "dotted.key=value" each, the value in YAML, e.g. "boosting.num_rounds=5".
         quick: apply the file's section `quick`, which overrides other keys for a small version of the experiment.
 
@@ -291,11 +295,14 @@ def read_settings(
 ) -> dict[str, Any]:
     """Return the keys and values of a file after the overrides, unchecked; see `load_config`."""
     path = Path(path)
-    if path.is_dir():
-        path = path / "config.json"
+    folder = _run_folder(path)
+    path = path if folder is None else folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a YAML or JSON file, or the folder of an earlier run")
     settings = _parse_with_base(path)
+    if folder is not None:
+        # Wherever it was made.
+        settings |= {"name": folder.name, "output_dir": str(folder.parent)}
     # What a run's folder says beside its settings.
     settings.pop("resolved", None)
     small = settings.pop("quick", None)
@@ -315,6 +322,26 @@ def read_settings(
     return settings
 
 
+def _run_folder(path: Path) -> Path | None:
+    """Return the folder of a run that `path` is, or whose own configuration it is; None if it is a file of a user's."""
+    if path.name == "config.json" and (path.parent / f"{RESERVED}run.json").is_file():
+        path = path.parent
+    if not path.is_dir():
+        return None
+    return absolute(path)
+
+
+def check_folder_name(name: str) -> None:
+    """Raise ValueError unless a folder of this name lies in the folder that it is made in."""
+    if not name:
+        raise ValueError("name must not be empty: it names the run's folder")
+    if name in (".", "..") or "/" in name or "\0" in name:
+        raise ValueError(
+            f'name must be the name of one folder, got {name[:60]!r}: without "/", and neither "." nor ".."; '
+            "output_dir says where that folder is made"
+        )
+
+
 def build_config(settings: Mapping[str, Any]) -> ExperimentConfig:
     """Build an experiment from a nested mapping, checking every key and value; see `load_config`."""
     config = _build(ExperimentConfig, settings, "")
@@ -323,8 +350,7 @@ def build_config(settings: Mapping[str, Any]) -> ExperimentConfig:
     if config.lora is not None:
         _check_settings(config.lora, LoraConfig, "lora.", [f.name for f in dataclasses.fields(LoraConfig)])
         _check_lora(config)
-    if not config.name:
-        raise ValueError("name must not be empty: it names the run's folder")
+    check_folder_name(config.name)
     if config.task == "":
         raise ValueError("task must not be empty: name what the runs of several seeds share, or leave it out")
     _check_keys(config.data.sizes, SPLITS, "data.sizes.")

@@ -11,7 +11,9 @@ counts in full.
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
 import resource
 import sys
 import threading
@@ -27,6 +29,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from ensemw2s import files, processes
+from ensemw2s.accounts import append_whole, enter_growing, is_growing
 
 # Shapes (length, rows that reach the head) from which the three unknowns are solved.
 _PROBES = ((4, 4), (4, 2), (8, 4))
@@ -85,9 +90,11 @@ class Meter:
     Attributes:
         tokens: tokens read, padding aside: in training, by every expert, and while decoding.
         flops: floating-point operations; NaN if those of a model could not be counted.
+        seconds_before: what training took, in other processes, until the checkpoint from which it went on here.
     """
 
     flops: float = 0.0
+    seconds_before: float = 0.0
     _tokens: Any = field(default=0)
 
     @property
@@ -100,6 +107,10 @@ class Meter:
         # Tokens may be a tensor on a GPU, which is not waited for until somebody reads the sum.
         self._tokens = self._tokens + tokens
         self.flops += flops
+
+    def clear(self) -> None:
+        """Begin at zero."""
+        self.flops, self.seconds_before, self._tokens = 0.0, 0.0, 0
 
     def record(self) -> dict[str, Any]:
         """Return `tokens` and `flops` (None if unknown) as plain JSON."""
@@ -152,6 +163,13 @@ def count(
         flops = model_flops(model, training=training).of(Work.of_pass(rows, length, 0, head, past))
         for meter in _METERS:
             meter.add(tokens, flops)
+
+
+def count_before(seconds: float, tokens: float, flops: float) -> None:
+    """Report to all meters what training took, in other processes, until the checkpoint from which it goes on here."""
+    for meter in _METERS:
+        meter.add(int(tokens), flops)
+        meter.seconds_before += seconds
 
 
 def model_flops(model: torch.nn.Module, *, training: bool = False) -> ModelFlops:
@@ -246,18 +264,18 @@ def peak_memory() -> Iterator[list[int]]:
     found: list[int] = []
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        yield found
-        found.append(torch.cuda.max_memory_allocated())
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        warnings.warn("this system does not let a process reset its peak memory: peaks never fall", stacklevel=3)
+    else:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            warnings.warn("this system does not let a process reset its peak memory: peaks never fall", stacklevel=3)
     yield found
-    found.append(_resident_peak())
+    found.append(_peak())
 
 
-def _resident_peak() -> int:
+def _peak() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
@@ -277,12 +295,78 @@ def measured() -> Iterator[dict[str, Any]]:
     record |= {"seconds": time.perf_counter() - start, **meter.record()}
 
 
-@contextmanager
-def measured_with_memory() -> Iterator[dict[str, Any]]:
-    """As `measured`, and `peak_memory` in bytes."""
-    with peak_memory() as peak, measured() as record:
-        yield record
-    record["peak_memory"] = peak[0]
+class Ledger:
+    """What something took that several processes may have worked on, one after the other, since each was killed.
+
+    While it runs, whatever `files` keeps is entered with what was spent since the entry before, just before it gets its
+    name. Work whose result was lost with its process is done again and counts once, so that tokens and FLOPs are
+    those of an uninterrupted run.
+
+    Args:
+        file: where it is kept, one JSON object a line. The main process writes it and counts its own work.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._meter = Meter()
+        self._start = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[Ledger]:
+        """Within the block, enter what is kept; ledgers may be nested."""
+        with metered() as self._meter:
+            self._start = time.perf_counter()
+            if processes.is_main():
+                files.watchers.append(self._note)
+            try:
+                yield self
+            finally:
+                files.watchers[:] = [other for other in files.watchers if other != self._note]
+
+    def note(self, path: Path) -> None:
+        """Enter what was spent since the last entry as spent on a file that has grown to its end."""
+        if processes.is_main():
+            self._note(path, "up to the end")
+
+    def total(self, path: Path | None = None) -> dict[str, Any]:
+        """Return `seconds`, `tokens`, `flops` (None if unknown) and `peak_memory` (bytes) of all that is kept.
+
+        Args:
+            path: sum up what was spent on this file alone; None adds what was spent since the last entry.
+        """
+        rows = [row for row in self._rows() if path is None or row["file"] == self._name(path)]
+        rows += [self._spent()] if path is None else []
+        sums = {name: total(row[name] for row in rows) for name in ("seconds", "tokens", "flops")}
+        return sums | {"peak_memory": max((row["peak_memory"] for row in rows), default=0)}
+
+    def _note(self, path: Path, mark: str) -> None:
+        row = {"file": self._name(path), "mark": mark, **self._spent()}
+        files.make_folder(self.file.parent)
+        if not is_growing(self.file):
+            enter_growing(self.file)
+        append_whole(self.file, [json.dumps(row)], lasting=False)
+        # From zero again: the sums of floats do not depend on what was counted before.
+        self._meter.clear()
+        self._start = time.perf_counter()
+
+    def _spent(self) -> dict[str, Any]:
+        seconds = self._meter.seconds_before + time.perf_counter() - self._start
+        return {"seconds": seconds, **self._meter.record(), "peak_memory": _peak()}
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Return the entries that count: of a file written whole the last, of one that grew one for each size."""
+        last: dict[tuple[str, str], dict[str, Any]] = {}
+        for row in files.read_complete_lines(self.file):
+            key = (row["file"], row["mark"] if row["mark"].startswith("up to ") else "")
+            before = last.get(key)
+            if before is not None and before["mark"] == row["mark"]:
+                # The same again: written anew from what was kept, or made anew because it got no name before.
+                row = max(before, row, key=lambda one: one["tokens"])
+            last[key] = row
+        return list(last.values())
+
+    def _name(self, path: Path) -> str:
+        return os.path.relpath(path, self.file.parent)
 
 
 def total(values: Iterable[float | None]) -> float | None:

@@ -21,6 +21,7 @@ from transformers import (
 
 from ensemw2s import ops, processes
 from ensemw2s.choices import choose_answers, tokenize_choices
+from ensemw2s.claims import one_at_a_time
 from ensemw2s.data import PromptCollator, QuestionFormat, tokenize_prompts
 from ensemw2s.distillation import TOP_COLUMNS, top_tokens
 from ensemw2s.experts import damaged, expert_names, refuse_damaged
@@ -275,6 +276,7 @@ def require_plain(generation_config: GenerationConfig) -> None:
             )
 
 
+@one_at_a_time("output_file")
 def label_questions(
     ensemble: TokenEnsemble,
     questions: Dataset,

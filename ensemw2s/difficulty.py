@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from ensemw2s import processes
 from ensemw2s.checkpoints import discard_checkpoints
+from ensemw2s.claims import Kind, claimed
 from ensemw2s.data import QuestionFormat, check_disjoint, check_questions, question_key, tokenize_questions
 from ensemw2s.files import read_json, write_json
-from ensemw2s.identity import describe_model, digest_questions, plain
+from ensemw2s.identity import describe_model, digest_questions
 from ensemw2s.models import load_model, load_tokenizer, source_of
 from ensemw2s.scoring import AnswerScores, score_answers
 from ensemw2s.training import PRESENTATION, AnswerTrainingArguments, fine_tune, on_device
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedTokenizerBase
 
+RATING = Kind("difficulty", "a rating of difficulty", ("fold-*.json",))
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _REMEDY = (
     "Rate them by models that are trained longer (if all seem hard) or shorter (if all seem easy), use a finer scale "
@@ -128,8 +130,11 @@ class _Raters:
         """Return float64 [N]: the difficulty of each question, by its fold (int64 [N])."""
         examples = tokenize_questions(questions, self.tokenizer, self.question_format, "questions")
         folder = Path(str(self.args.output_dir))
-        processes.on_main(_claim_folder, folder, {"folds": folds, **self._fingerprint(questions)})
-        difficulty = np.empty(len(questions))
+        with claimed(folder, RATING, {"folds": folds, **self._fingerprint(questions)}):
+            return self._rate_all(examples, folder, fold, folds)
+
+    def _rate_all(self, examples: Dataset, folder: Path, fold: np.ndarray, folds: int) -> np.ndarray:
+        difficulty = np.empty(len(fold))
         for number in range(folds):
             file, held_out = folder / f"fold-{number}.json", fold == number
             if not processes.on_main(file.exists):
@@ -167,20 +172,6 @@ class _Raters:
             "question_format": asdict(self.question_format),
             "questions": digest_questions(questions),
         }
-
-
-def _claim_folder(folder: Path, configuration: dict[str, Any]) -> None:
-    """Refuse a folder that holds another rating, naming what differs."""
-    file = folder / "difficulty.json"
-    mine = json.loads(json.dumps(configuration, default=plain))
-    theirs = read_json(file) if file.exists() else mine
-    differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-    if differing:
-        raise ValueError(
-            f"{folder} holds another rating of difficulty; differing: {', '.join(differing)}. Choose another "
-            "output_dir, or delete that folder"
-        )
-    write_json(file, mine)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
-import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from datasets import Dataset
 from transformers import set_seed
 
 from ensemw2s import ops, processes
+from ensemw2s.accounts import check, entered
 from ensemw2s.choices import ChoiceScores, score_choice_mixtures, score_choices
+from ensemw2s.claims import Kind, claimed
 from ensemw2s.config import CEILING, SPLITS, TRUTH, ExperimentConfig, ModelConfig
-from ensemw2s.cost import measured, measured_with_memory, total
+from ensemw2s.cost import Ledger, measured, peak_memory, total
 from ensemw2s.data import (
     check_disjoint,
     exclude_questions,
@@ -34,7 +36,7 @@ from ensemw2s.difficulty import rate_difficulty, split_by_difficulty
 from ensemw2s.distillation import check_same_tokenizer
 from ensemw2s.ensemble import TokenEnsemble
 from ensemw2s.evaluate import accuracy, exact_match, performance_gap_recovered, token_error
-from ensemw2s.files import digest_of_files, read_complete_lines, read_json, write_json, write_json_lines
+from ensemw2s.files import digest_of_files, read_json, read_json_lines, settle, write_json, write_json_lines
 from ensemw2s.label_files import read_labels
 from ensemw2s.models import load_model, load_tokenizer
 from ensemw2s.records import POOLED_KINDS, answers_text, questions_digest
@@ -48,6 +50,11 @@ from ensemw2s.training import on_device
 PHASES = ("data", "boost", "label", "student", "evaluate", "report")
 TEST_SPLITS = {"validation": "validation", "id": "test_id", "ood": "test_ood"}
 RESULTS_FILE = "results.jsonl"
+# All that a run keeps in its folder.
+RUN = Kind("run", "a run", (
+    "config.json", "data", "difficulty", "records", "boosting", "ensembles", "ensemble", "labels", "students", "scores",
+    "store", RESULTS_FILE, "report.html",
+), setting="name or output_dir", alone=True)  # fmt: skip
 
 
 class Experiment:
@@ -58,11 +65,13 @@ class Experiment:
 
     Args:
         config: what to do; the run's folder is `config.folder`.
-        overwrite: delete a run of another configuration that is in the folder.
+        overwrite: delete a run of another configuration that is in the folder, as far as its files are ours.
         say: called with each line meant for the reader, on the main process.
 
     Raises:
-        ValueError: the folder holds a run of another configuration; names the differing keys.
+        InUseError: another process works in the folder; names it.
+        ValueError: the folder holds a run of another configuration (names the differing keys), or files that are not
+            ours.
     """
 
     def __init__(
@@ -75,14 +84,21 @@ class Experiment:
         self.config = config
         self.folder = config.folder
         self.say = say if processes.is_main() else lambda line: None
-        processes.on_main(self._claim_folder, overwrite)
+        with self._claimed(overwrite):
+            processes.on_main(self._keep_config)
 
     def run(self, phases: tuple[str, ...] = PHASES) -> list[dict[str, Any]]:
         """Run the named phases in their order and return all records so far.
 
         Raises:
-            FileNotFoundError: an earlier phase that is not among `phases` has not been run.
+            FileNotFoundError: an earlier phase that is not among `phases` has not been run, or what it left is gone.
+            InUseError: another process works in the folder; names it.
+            ValueError: what an earlier phase left is damaged, or the folder was given to another configuration.
         """
+        with self._claimed():
+            return self._run(phases)
+
+    def _run(self, phases: tuple[str, ...]) -> list[dict[str, Any]]:
         threads = self.config.threads or processes.fair_threads()
         if threads is not None:
             torch.set_num_threads(threads)
@@ -93,12 +109,13 @@ class Experiment:
             elif not processes.on_main(self._records_file(phase).exists):
                 # Whatever global generator a library uses, a phase that is run alone sees the same one.
                 set_seed(self.config.seed)
-                with measured_with_memory() as spent:
+                self._costs = Ledger(self.folder / "records" / f"{phase}.costs.jsonl")
+                with peak_memory(), self._costs.running():
                     records = getattr(self, f"_{phase}")()
-                records.append({"kind": "phase", "phase": phase, **spent})
+                    records.append({"kind": "phase", "phase": phase, **processes.on_main(self._costs.total)})
                 processes.on_main(write_json_lines, self._records_file(phase), map(self._of_this_run, records))
             processes.on_main(self._collect_results)
-        return read_complete_lines(self.folder / RESULTS_FILE)
+        return read_json_lines(self.folder / RESULTS_FILE)
 
     # Phases: each returns its records
 
@@ -175,22 +192,27 @@ class Experiment:
         truth = questions["answer"]
         records = []
         for teacher in self.config.teachers():
-            with measured() as spent:
-                answers = self._teacher(teacher).label(
-                    questions,
-                    self._weak_tokenizer(),
-                    question_format=self.config.data.format,
-                    output_file=self.folder / "labels" / f"{teacher}.jsonl",
-                    description=f"{teacher}: answering hard questions",
-                    **dataclasses.asdict(self.config.labelling),
-                    **self.config.cache_settings(teacher),
-                )
+            file = self._labels_file(teacher)
+            if processes.on_main(file.exists):
+                check(file, self._remedy("label"))
+            answers = self._teacher(teacher).label(
+                questions,
+                self._weak_tokenizer(),
+                question_format=self.config.data.format,
+                output_file=file,
+                description=f"{teacher}: answering hard questions",
+                **dataclasses.asdict(self.config.labelling),
+                **self.config.cache_settings(teacher),
+            )
+            self._costs.note(file)
+            spent = processes.on_main(self._costs.total, file)
+            processes.on_main(settle, file)
             right = float(exact_match(answers["answer"], truth).mean())
             self.say(f"{teacher} answered {len(answers)} hard questions, {right:.1%} of them right")
             records.append({
                 "kind": "labels", "teacher": teacher, "accuracy": right, "n": len(answers),
                 "confidence": float(np.mean(answers["confidence"])), "agreement": float(np.mean(answers["agreement"])),
-                **spent,
+                **{name: spent[name] for name in ("seconds", "tokens", "flops")},
             })  # fmt: skip
         return records
 
@@ -255,7 +277,7 @@ class Experiment:
 
     def _boosting_cost(self, arm: str) -> dict[str, float | None]:
         """Return what training the experts of an arm took: seconds, tokens, FLOPs."""
-        files = sorted(self._boosting_folder(arm).glob("rounds/*/attempt-*/record.json"))
+        files = entered(self._boosting_folder(arm), "rounds/*/attempt-*/record.json")
         rounds = [read_json(file) for file in files]
         return {name: total(record[f"train_{name}"] for record in rounds) for name in ("seconds", "tokens", "flops")}
 
@@ -280,16 +302,18 @@ class Experiment:
         )
         trainer.train()
         trainer.save_model(folder)
-        seconds = read_json(folder / "cost.json")["seconds"]
+        seconds = self._left_by("student", folder / "cost.json")["seconds"]
         self.say(f"{arm}: trained on {len(trainer.train_dataset)} answers in {seconds:.0f} s")
 
     def _trained(self, arm: str, model: ModelConfig) -> Any:
+        check(self._student_folder(arm), self._remedy("student"))
         return self._placed(load_trained(self._student_folder(arm), model.source, **model.init_kwargs))
 
     def _untrained(self, model: ModelConfig) -> Any:
         return self._placed(load_model(model.source, **model.init_kwargs))
 
     def _teacher(self, arm: str) -> TokenEnsemble:
+        check(self._ensemble_folder(arm), self._remedy("boost"))
         return self._placed(TokenEnsemble.from_pretrained(self._ensemble_folder(arm)))
 
     def _placed(self, model: Any) -> Any:
@@ -298,7 +322,9 @@ class Experiment:
 
     def _labels(self, teacher: str, questions: Dataset) -> Dataset:
         """Return the teacher's answers to `questions`, which `_label` has left on disk."""
-        rows = {row["id"]: row for row in read_labels(self.folder / "labels" / f"{teacher}.jsonl")}
+        file = self._labels_file(teacher)
+        check(file, self._remedy("label"))
+        rows = {row["id"]: row for row in read_labels(file)}
         return Dataset.from_list([rows[row_id] for row_id in questions["id"]])
 
     # Measuring
@@ -358,7 +384,7 @@ class Experiment:
 
     def _mixtures(self) -> tuple[list[Path], dict[str, list[float]], dict[str, str]]:
         """Return all experts, the arms that are mixtures of them (a weight for each expert), and how they combine."""
-        found = [r for r in read_complete_lines(self._records_file("boost")) if r["kind"] == "mixture"]
+        found = [r for r in self._records("boost") if r["kind"] == "mixture"]
         # Arms share experts; each is scored once.
         experts: dict[str, Path] = {}
         own: dict[str, list[int]] = {}
@@ -384,6 +410,8 @@ class Experiment:
         return list(experts.values()), mixtures, combine
 
     def _of_experts(self, folders: Sequence[Path]) -> TokenEnsemble:
+        for folder in folders:
+            check(folder, self._remedy("boost"))
         ones = [1.0] * len(folders)
         if self.config.lora is None:
             return TokenEnsemble.from_models([load_trained(folder) for folder in folders], ones)
@@ -428,7 +456,7 @@ class Experiment:
         training: dict[str, Any] = {}
         trained_as = "ensemble" if arm in ("uniform_average", "majority_vote") else arm
         if arm in self.config.students:
-            training = read_json(self._student_folder(arm) / "cost.json")
+            training = self._left_by("student", self._student_folder(arm) / "cost.json")
         elif trained_as in self.expert_arms():
             training = self._boosting_cost(trained_as)
         return {
@@ -446,24 +474,16 @@ class Experiment:
 
     # The folder
 
-    def _claim_folder(self, overwrite: bool) -> None:
+    def _claimed(self, overwrite: bool = False) -> AbstractContextManager[None]:
+        """Return the right to work in the run's folder, for a block."""
+        remedy = "pass --overwrite to delete that run"
+        return claimed(self.folder, RUN, self.config.results_key(), overwrite=overwrite, remedy=remedy)
+
+    def _keep_config(self) -> None:
         file = self.folder / "config.json"
-        mine = self.config.results_key()
-        if file.exists():
-            theirs = read_json(file)
-            differing = sorted(_differing(mine, {key: theirs.get(key) for key in mine}))
-            if differing and not overwrite:
-                raise ValueError(
-                    f"{self.folder} holds a run of another configuration; differing: {', '.join(differing)}. "
-                    "Set another name or output_dir, or pass --overwrite to delete that run"
-                )
-            if differing:
-                shutil.rmtree(self.folder)
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(
-                f"{self.folder} is not empty and holds no run of ours (no config.json): set another name or output_dir"
-            )
-        write_json(file, {"name": self.config.name, "output_dir": self.config.output_dir, **mine})
+        if not file.exists():
+            own = {"name": self.config.name, "output_dir": self.config.output_dir}
+            write_json(file, {**own, **self.config.results_key()})
 
     def _require_earlier(self, phase: str) -> None:
         for earlier in PHASES[: PHASES.index(phase)]:
@@ -478,11 +498,29 @@ class Experiment:
         return {**record, **(run if record["kind"] in POOLED_KINDS else {})}
 
     def _collect_results(self) -> None:
-        rows = [row for phase in PHASES for row in read_complete_lines(self._records_file(phase))]
+        done = [phase for phase in PHASES if self._records_file(phase).exists()]
+        rows = [row for phase in done for row in self._records(phase)]
         write_json_lines(self.folder / RESULTS_FILE, rows)
 
     def _records_file(self, phase: str) -> Path:
         return self.folder / "records" / f"{phase}.jsonl"
+
+    def _labels_file(self, teacher: str) -> Path:
+        return self.folder / "labels" / f"{teacher}.jsonl"
+
+    def _records(self, phase: str) -> list[dict[str, Any]]:
+        return read_json_lines(self._records_file(phase))
+
+    def _left_by(self, phase: str, file: Path) -> Any:
+        """Read a JSON file that a phase left."""
+        return read_json(file, self._remedy(phase))
+
+    def _remedy(self, phase: str) -> str:
+        """Say how what a phase left is made anew, if it is damaged."""
+        return (
+            f"Delete it and {self._records_file(phase)}, if they are there, and run the same command again: the phase "
+            f"{phase} makes it anew"
+        )
 
     def _data_file(self, split: str) -> Path:
         return self.folder / "data" / f"{split}.jsonl"
@@ -497,7 +535,7 @@ class Experiment:
         return self.folder / ("ensemble" if arm == "ensemble" else f"ensembles/{arm}/ensemble")
 
     def _questions(self, split: str) -> Dataset:
-        return Dataset.from_list(read_complete_lines(self._data_file(split)))
+        return Dataset.from_list(read_json_lines(self._data_file(split), self._remedy("data")))
 
     def _examples(self, split: str, tokenizer: Any) -> Dataset:
         return tokenize_questions(self._questions(split), tokenizer, self.config.data.format, split)
@@ -558,14 +596,3 @@ def _outcomes(answers: AnswerScores, choices: ChoiceScores | None) -> dict[str, 
         "correct": correct.astype(int).tolist(),
         "by_likelihood": choices is not None,
     }
-
-
-def _differing(mine: Any, theirs: Any, prefix: str = "") -> list[str]:
-    """Return the dotted keys in which two nested mappings differ."""
-    if not (isinstance(mine, Mapping) and isinstance(theirs, Mapping)):
-        return [] if mine == theirs else [prefix.rstrip(".")]
-    return [
-        found
-        for key in mine.keys() | theirs.keys()
-        for found in _differing(mine.get(key), theirs.get(key), f"{prefix}{key}.")
-    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ensemw2s import processes
+from ensemw2s.accounts import check
 from ensemw2s.adapters import attach_adapter
 from ensemw2s.base_reference import reference_to
 from ensemw2s.checkpoints import discard_checkpoints
@@ -22,7 +23,7 @@ from ensemw2s.files import digest_of_files, new_folder, write_array, write_json
 from ensemw2s.identity import computes, digest_examples
 from ensemw2s.models import load_model, load_saved_model
 from ensemw2s.scoring import AnswerScores, score_mixtures
-from ensemw2s.store import Store, obtain
+from ensemw2s.store import Store
 from ensemw2s.training import TrainingCost, fine_tune, on_device, training_settings
 
 if TYPE_CHECKING:
@@ -68,6 +69,20 @@ class ExpertFactory:
 
     # Making
 
+    def is_made(self, folder: Path) -> bool:
+        """Say whether a folder is there already; every process must call this."""
+        there = processes.on_main(folder.exists)
+        if there and self.store is not None:
+            self.store.fulfil(folder)
+        return there
+
+    def _obtain(self, target: Path, key: Callable[[], dict[str, Any]], make: Callable[[], None]) -> None:
+        """Find what belongs to a key in the store, or make it."""
+        if self.store is None:
+            make()
+        else:
+            self.store.obtain(target, key(), make)
+
     def train(
         self,
         folder: Path,
@@ -90,7 +105,7 @@ class ExpertFactory:
             description: shown beside the progress bar.
             start: the folder of an expert to go on from; None starts from the pre-trained model.
         """
-        if processes.on_main(folder.exists):
+        if self.is_made(folder):
             return
         peft_config = self._peft_config(number)
         model = self._load(number) if start is None else self._load_expert(start)
@@ -122,7 +137,7 @@ class ExpertFactory:
                 "token_weights": hashlib.blake2b(np.concatenate(token_weights).tobytes()).hexdigest(),
             }
 
-        obtain(self.store, folder, key, make)
+        self._obtain(folder, key, make)
 
     def _peft_config(self, number: int) -> Any:
         if self.args.lora_ranks is None:
@@ -149,6 +164,7 @@ class ExpertFactory:
 
     def _load_expert(self, folder: Path) -> Any:
         """Return a saved expert, to be trained further."""
+        check(folder)
         if not self.makes_adapters:
             return on_device(load_saved_model(folder, "the expert to go on from"), self.args)
         return attach_adapter(self._load(1), folder, "the expert to go on from", trainable=True)
@@ -158,6 +174,8 @@ class ExpertFactory:
     ) -> TokenEnsemble:
         """Return the ensemble of saved experts; `combine` is that of the run unless it is given."""
         combine = combine or self.args.combine
+        for folder in folders:
+            check(folder)
         if not self.makes_adapters:
             saved = [load_saved_model(folder, f"expert {number}") for number, folder in enumerate(folders, 1)]
             models = [on_device(model, self.args) for model in saved]
@@ -189,7 +207,7 @@ class ExpertFactory:
 
         `token_wrong.npy` and `token_log_probs.npy` are those of `scoring.AnswerScores`.
         """
-        if processes.on_main(target.exists):
+        if self.is_made(target):
             return
 
         def make() -> None:
@@ -210,7 +228,7 @@ class ExpertFactory:
                 "batch_size": self.args.per_device_eval_batch_size,
             }
 
-        obtain(self.store, target, key, make)
+        self._obtain(target, key, make)
 
     @functools.cached_property
     def _base(self) -> dict[str, Any]:

@@ -7,20 +7,40 @@ renamed, so that a file or folder that exists is complete and a later call can t
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
+import platform
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+
+from ensemw2s.accounts import (
+    PARTIAL,
+    account_around,
+    append_whole,
+    check,
+    enter,
+    enter_growing,
+    files_in,
+    is_growing,
+    is_partial,
+)
 
 _FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT}
 # safetensors, NumPy and torch ("unexpected pos 704 vs 598") report a short write in words, without an errno.
 _FULL_DISK_WORDS = ("no space left on device", "disk quota exceeded", "os error 28", "requested and", "unexpected pos")
+# Of a name in that of what is to get it, in bytes: the rest says who writes it.
+_LONGEST_STEM = 100
+# At least, in such a name: .NAME.HOST.PID.TOKEN.partial
+_DOTS = 4
 
 
 class DiskFullError(OSError):
@@ -44,17 +64,22 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 @contextmanager
-def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+def new_file(path: str | os.PathLike[str], *, watched: bool = True) -> Iterator[Path]:
     """Give the path of a scratch file that takes the place of `path` when the block ends without an error.
+
+    Args:
+        path: where it shall be.
+        watched: whether `watchers` are told: a file that does not stay is none of their business.
 
     Raises:
         DiskFullError: the disk is full; `path` is as it was before.
     """
-    with _aside(Path(path), _discard_file) as aside:
+    path = Path(path)
+    with _aside(path) as aside:
         yield aside
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
+        keep(aside, path, watchers if watched else [])
         aside.replace(path)
+        sync(path.parent)
 
 
 @contextmanager
@@ -70,37 +95,109 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists, and is not deleted: move it away, or name another folder")
-    with _aside(path, _discard_folder) as aside:
+    with _aside(path) as aside:
         aside.mkdir()
         yield aside
+        keep(aside, path)
         aside.replace(path)
+        sync(path.parent)
+
+
+# Called with each file or folder that is about to get its name, and with what tells it from another of that name.
+watchers: list[Callable[[Path, str], None]] = []
+
+
+def keep(aside: Path, path: Path, told: list[Callable[[Path, str], None]] = watchers) -> None:
+    """Bring what is written in `aside` to the disk and enter it in the account, before its name becomes `path`."""
+    if any(map(is_partial, path.parts)):
+        # A part of something that will be kept as a whole.
+        return
+    for root, _, _ in os.walk(aside):
+        sync(Path(root))
+    for file in files_in(aside) if aside.is_dir() else [aside]:
+        sync(file)
+    if told or account_around(path):
+        digest = enter(path, aside)
+        for watcher in told:
+            watcher(path, digest)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or the names in a folder, to the disk: a power cut does not undo them any more."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, to last."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
 
 
 @contextmanager
-def _aside(path: Path, discard: Callable[[Path], None]) -> Iterator[Path]:
-    aside = path.with_name(f".{path.name}.partial")
+def _aside(path: Path) -> Iterator[Path]:
+    """Give a name beside `path` that no other process uses; what dead processes have left under such is deleted."""
+    aside = path.with_name(_partial_name(path.name))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        discard(aside)
+        make_folder(path.parent)
+        for left_over in path.parent.glob(f"{glob.escape(_stem(path.name))}.*.*.*{PARTIAL}"):
+            if _is_dead(left_over):
+                _discard(left_over)
         yield aside
     except BaseException as error:
-        discard(aside)
+        _discard(aside)
         if isinstance(error, Exception) and is_disk_full(error) and not isinstance(error, DiskFullError):
             raise DiskFullError(path) from error
         raise
 
 
-def _discard_file(path: Path) -> None:
-    path.unlink(missing_ok=True)
+def _stem(name: str) -> str:
+    # Names may have 255 bytes.
+    long = len(os.fsencode(name)) > _LONGEST_STEM
+    return f".{hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest() if long else name}"
 
 
-def _discard_folder(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
+def _partial_name(name: str) -> str:
+    return f"{_stem(name)}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}"
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` to `path` as JSON, atomically. Floats keep every bit; NaN and infinity are refused."""
-    with new_file(path) as aside:
+def _host() -> str:
+    return re.sub(r"\W", "-", platform.node(), flags=re.ASCII)[:_LONGEST_STEM]
+
+
+def _is_dead(partial: Path) -> bool:
+    """Say whether the process that wrote something not yet complete is known to be gone."""
+    *_, host, pid, _, _ = partial.name.split(".")
+    return host == _host() and pid.isdigit() and not is_alive(int(pid))
+
+
+def is_alive(pid: int) -> bool:
+    """Say whether a process of this machine is there."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _discard(path: Path) -> None:
+    """Delete what is ours and not complete."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Any, *, watched: bool = True) -> None:
+    """Write `value` to `path` as JSON, as `new_file` does. Floats keep every bit; NaN and infinity are refused."""
+    with new_file(path, watched=watched) as aside:
         aside.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
@@ -111,18 +208,29 @@ def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, A
 
 
 def append_json_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append one JSON object a line; a kill may tear the last line, which `read_complete_lines` then drops.
+    """Append one JSON object a line; a kill may tear the last line, which the next reader or writer drops.
 
     Raises:
         DiskFullError: the disk is full.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path, lines = Path(path), [json_line(row).removesuffix("\n") for row in rows]
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json_line(row) for row in rows)
+        make_folder(path.parent)
+        if not is_growing(path):
+            enter_growing(path)
+        if watchers:
+            size = path.stat().st_size if path.exists() else 0
+            size += sum(len(line.encode()) + 1 for line in lines)
+            for watcher in watchers:
+                watcher(path, f"up to {size}")
+        append_whole(path, lines)
     except OSError as error:
         raise (DiskFullError(path) if is_disk_full(error) else error) from error
+
+
+def settle(path: str | os.PathLike[str]) -> None:
+    """Enter a file that was appended to and has reached its end, so that it is checked from now on."""
+    enter(path, Path(path))
 
 
 def json_line(row: Mapping[str, Any]) -> str:
@@ -130,20 +238,48 @@ def json_line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file; a file that does not parse raises ValueError with its name."""
+def read_json(path: str | os.PathLike[str], remedy: str | None = None) -> Any:
+    """Read a JSON file, of which `accounts.check` is asked first.
+
+    Raises:
+        FileNotFoundError, ValueError: it is gone, damaged or no JSON; names it and says what to do (`remedy`).
+    """
+    check(path, remedy)
+    remedy = remedy or "Delete it, and the step that wrote it runs again"
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}). Delete it, and the step that wrote it runs again"
-        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). {remedy}") from error
+
+
+def read_json_lines(path: str | os.PathLike[str], remedy: str | None = None) -> list[dict[str, Any]]:
+    """Read a file of JSON objects, one a line, that was written whole; see `read_json` for what it raises."""
+    check(path, remedy)
+    return _objects(Path(path), Path(path).read_bytes(), remedy)
+
+
+def _objects(path: Path, text: bytes, remedy: str | None) -> list[dict[str, Any]]:
+    rows = []
+    # Bytes break at newlines only; text also breaks at U+2028 and the like.
+    for number, line in enumerate(text.split(b"\n"), start=1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except (ValueError, RecursionError) as error:
+            row = str(error)
+        if not isinstance(row, dict):
+            remedy = remedy or f"Delete {path} and run the same command again, which makes it anew"
+            raise ValueError(f"{path}, line {number}, is damaged: it is no JSON object ({row!s:.100}). {remedy}")
+        rows += [row] if row else []
+    return rows
 
 
 def read_complete_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read the JSON lines of a file that was appended to and may have been cut off in its last line.
 
     The torn last line, if there is one, is removed from the file so that appending can go on.
+
+    Raises:
+        ValueError: another line is no JSON object; names file and line.
     """
     path = Path(path)
     if not path.exists():
@@ -153,7 +289,7 @@ def read_complete_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if len(whole) < len(text):
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    return _objects(path, whole, None)
 
 
 def write_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
@@ -179,13 +315,21 @@ def new_array(path: str | os.PathLike[str], size: int, dtype: Any = np.float64) 
 
 
 def read_array(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read an array written by `write_array`; a pickled one is refused."""
-    return np.load(path, allow_pickle=False)
+    """Read an array written by `write_array`; a damaged or pickled one is refused by a ValueError that names it."""
+    return _load_array(Path(path), None)
 
 
 def map_array(path: str | os.PathLike[str]) -> np.ndarray:
     """Map an array written by `write_array` into memory, read-only: processes share what they read."""
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    return _load_array(Path(path), "r")
+
+
+def _load_array(path: Path, mode: Literal["r"] | None) -> np.ndarray:
+    check(path)
+    try:
+        return np.load(path, mmap_mode=mode, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is no array of ours ({error}). Delete it and run the same command again") from error
 
 
 def digest_of_files(paths: Iterable[Path]) -> str:
@@ -195,3 +339,11 @@ def digest_of_files(paths: Iterable[Path]) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
     return digest.hexdigest()
+
+
+def sweep(folder: Path) -> None:
+    """Delete what dead processes of this machine left unfinished anywhere in a folder of ours."""
+    for root, folders, names in os.walk(folder):
+        for name in [*folders, *names]:
+            if is_partial(name) and name.count(".") > _DOTS and _is_dead(Path(root) / name):
+                _discard(Path(root) / name)

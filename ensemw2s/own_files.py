@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from ensemw2s.files import DiskFullError, is_disk_full, new_folder
+from ensemw2s.files import DiskFullError, is_disk_full, keep, new_folder, sync
 from ensemw2s.saved import read_settings, short
 
 MANIFEST = "ensemw2s.json"
@@ -61,12 +61,14 @@ def own_files(path: str | os.PathLike[str], kind: str) -> Iterator[Path]:
         yield aside
         _leave_out_theirs(folder, aside, kind)
         _write_list(aside, kind, _files_in(aside))
+        keep(aside, folder)
     except BaseException as error:
         _discard(aside)
         if isinstance(error, Exception) and is_disk_full(error) and not isinstance(error, DiskFullError):
             raise DiskFullError(folder) from error
         raise
     aside.rename(folder / _READY)
+    sync(folder)
     settle(folder)
 
 

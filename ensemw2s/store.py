@@ -10,15 +10,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ensemw2s import processes
+from filelock import FileLock
+
+from ensemw2s import accounts, processes
+from ensemw2s.claims import Kind, claim_shared
 from ensemw2s.files import new_folder
 from ensemw2s.identity import plain
+
+_KIND = Kind("store", "a store", files=(), setting="store", alone=True)
 
 
 class Store:
     """A folder of folders, each under the hash of all that decides its content.
 
     Files are hard links where the disk allows it, so that a result takes its space once; they are never written to.
+    Several runs may use a store at the same time.
 
     Args:
         folder: made on first use.
@@ -34,27 +40,37 @@ class Store:
             target: where it shall be; nothing happens if it exists.
             key: what decides the result, in values that JSON or `identity.plain` knows.
             make: computes it and writes `target`, whole or not at all.
+
+        Raises:
+            ValueError: what the store keeps under the key is damaged, or its folder holds files that are not ours.
         """
         kept = self.folder / _hash(key)
         if processes.on_main(self._is_there, kept, target):
             return
+        processes.on_main(accounts.promise, target, kept.name)
         make()
-        processes.on_main(_link, target, kept)
+        processes.on_main(self._keep, target, kept)
+
+    def fulfil(self, target: Path) -> None:
+        """Keep what is at `target` if the process that made it died before it did; every process must call this."""
+        processes.on_main(self._fulfil, target)
+
+    def _fulfil(self, target: Path) -> None:
+        name = accounts.promised(target)
+        if name is not None:
+            self._keep(target, self.folder / name)
 
     def _is_there(self, kept: Path, target: Path) -> bool:
         if not target.exists() and kept.exists():
             _link(kept, target)
         return target.exists()
 
-
-def obtain(store: Store | None, target: Path, key: Callable[[], Any], make: Callable[[], None]) -> None:
-    """Do as `Store.obtain`, or without a store make what is not there."""
-    if processes.on_main(target.exists):
-        return
-    if store is None:
-        make()
-    else:
-        store.obtain(target, key(), make)
+    def _keep(self, target: Path, kept: Path) -> None:
+        if not kept.exists():
+            claim_shared(self.folder, _KIND)
+            # Two runs may have made the same.
+            with FileLock(_KIND.lock(self.folder)):
+                _link(target, kept)
 
 
 def _hash(key: Any) -> str:
@@ -65,6 +81,7 @@ def _hash(key: Any) -> str:
 def _link(source: Path, target: Path) -> None:
     if target.exists():
         return
+    accounts.check(source)
     with new_folder(target) as aside:
         shutil.copytree(source, aside, copy_function=_link_file, dirs_exist_ok=True)
 

@@ -21,8 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ensemw2s.config import ExperimentConfig, build_config, merge_settings, read_settings
-from ensemw2s.files import read_complete_lines, write_json_lines
+from ensemw2s.accounts import enter_growing, is_ours
+from ensemw2s.claims import Kind, claim_shared, held_file
+from ensemw2s.config import ExperimentConfig, build_config, check_folder_name, merge_settings, read_settings
+from ensemw2s.files import read_json_lines, write_json_lines
 
 # What a study keeps of a cell's records: kind -> fields, None for all. Of the rounds it keeps a summary, a kind of its
 # own: tables of rounds are for the report of one run.
@@ -38,6 +40,7 @@ KEPT: dict[str, tuple[str, ...] | None] = {
         "num_units", "shrinkage", "train_tokens",
     ),
 }  # fmt: skip
+_KIND = Kind("study", "a study", files=("*.log",), setting="name or output_dir")
 _ROUND_SUMMARY = "round_summary"
 # A cell's questions are its own: generators start from another seed in each.
 _SEED_STEP = 1000
@@ -132,8 +135,14 @@ class Study:
         self.say = say
 
     def missing(self) -> list[Cell]:
-        """Return the cells whose figures are not in the records, or are those of another configuration."""
-        kept = {(r["task"], r["seed"]): r["key"] for r in self._records() if r["kind"] == "cell"}
+        """Return the cells whose figures are not in the records, or are those of another configuration.
+
+        Raises:
+            ValueError: some of a cell's records are gone or changed; names the file and the cell.
+        """
+        records = self._records()
+        kept = {(r["task"], r["seed"]): r["key"] for r in records if r["kind"] == "cell"}
+        self._check_whole(records)
         return [cell for cell in self.cells if kept.get((cell.task, cell.seed)) != cell.key]
 
     def run(self, jobs: int = 1, minutes: float | None = None) -> None:
@@ -144,10 +153,16 @@ class Study:
             minutes: begin no cell after this time; None runs all.
 
         Raises:
+            InUseError: another process adds to the records, or works in a cell's folder.
             Exception: what a cell raised; the cells that were running are finished first.
         """
         if jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {jobs}")
+        claim_shared(self.cells[0].config.folder.parent, _KIND)
+        with held_file(self.file):
+            self._run(jobs, minutes)
+
+    def _run(self, jobs: int, minutes: float | None) -> None:
         end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
         waiting = self.missing()
         self.say(f"{self.config.name}: {len(self.cells) - len(waiting)} of {len(self.cells)} cells are in {self.file}")
@@ -187,7 +202,20 @@ class Study:
         }  # fmt: skip
 
     def _records(self) -> list[dict[str, Any]]:
-        return read_complete_lines(self.file)
+        if not self.file.exists():
+            return []
+        return read_json_lines(self.file, "Bring back the file as it was, or delete the line")
+
+    def _check_whole(self, records: Sequence[Mapping[str, Any]]) -> None:
+        for cell in (record for record in records if record["kind"] == "cell" and "records" in record):
+            place = (cell["task"], cell["seed"])
+            rows = [r for r in records if r is not cell and (r.get("task"), r.get("seed")) == place]
+            if _digest(rows) != cell["records"]:
+                raise ValueError(
+                    f"{self.file}: the records of {cell['task']}, seed {cell['seed']}, are not those that were "
+                    "measured: some are gone or changed. Bring them back, or delete the line of kind cell, and it is "
+                    "run again"
+                )
 
 
 def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> StudyConfig:
@@ -219,6 +247,7 @@ def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
         raise ValueError(f'{path}: primary_split must be "id" or "ood", got {split!r}')
     if not isinstance(settings.get("name"), str):
         raise ValueError(f"{path}: name must be a text: it names the study")
+    check_folder_name(settings["name"])
     study = StudyConfig(settings, dict(tasks), tuple(numbers), _pairs(path, comparisons), split)
     for cell in study.cells():
         arms = _arms(cell.config)
@@ -243,14 +272,19 @@ def _arms(config: ExperimentConfig) -> list[str]:
 
 def _kept(cell: Cell, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     place = {"task": cell.task, "seed": cell.seed}
-    rows: list[dict[str, Any]] = [{"kind": "cell", **place, "key": cell.key}]
+    rows: list[dict[str, Any]] = []
     for record in records:
         if record["kind"] in KEPT:
             fields = KEPT[record["kind"]]
             chosen = dict(record) if fields is None else {name: record[name] for name in fields if name in record}
             kind = _ROUND_SUMMARY if record["kind"] == "round" else record["kind"]
             rows.append({**chosen, "kind": kind, **place})
-    return rows
+    return [{"kind": "cell", **place, "key": cell.key, "records": _digest(rows)}, *rows]
+
+
+def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a hash of all of a cell's records, by which they are known to be whole."""
+    return hashlib.blake2b(json.dumps(rows, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _start_worker() -> None:
@@ -272,8 +306,11 @@ def _run_cell(cell: Cell) -> list[dict[str, Any]]:
     from ensemw2s.experiment import PHASES, Experiment
 
     folder = cell.config.folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f"{folder.name}.log").open("w") as log, contextlib.redirect_stderr(log):
+    log_file = folder.with_name(f"{folder.name}.log")
+    if log_file.exists() and not is_ours(log_file):
+        raise ValueError(f"{log_file} is no log of this study, which would overwrite it: move it away")
+    enter_growing(log_file)
+    with log_file.open("w") as log, contextlib.redirect_stderr(log):
         experiment = Experiment(cell.config, overwrite=True, say=lambda line: print(line, file=log))
         # A study has a report of its own.
         return experiment.run(tuple(phase for phase in PHASES if phase != "report"))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +13,8 @@ from transformers import PreTrainedModel
 
 from ensemw2s import boosting, processes
 from ensemw2s.adapters import check_peft_config
-from ensemw2s.cost import total
+from ensemw2s.claims import Kind, claimed, description_of
+from ensemw2s.cost import Ledger, total
 from ensemw2s.data import QuestionFormat, check_disjoint, check_questions, tokenize_questions
 from ensemw2s.ensemble import TokenEnsemble
 from ensemw2s.expert_factory import ExpertFactory
@@ -28,7 +26,7 @@ from ensemw2s.files import (
     write_array,
     write_json,
 )
-from ensemw2s.identity import describe_model, digest_questions, plain
+from ensemw2s.identity import describe_model, digest_questions
 from ensemw2s.models import load_tokenizer, source_of
 from ensemw2s.recipes import BoostingConfig
 from ensemw2s.scoring import AnswerScores
@@ -46,6 +44,7 @@ WEIGHT_QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 ATTEMPTS = 2
 # More rounds go on from the ones there are.
 _PRESENTATION = PRESENTATION | {"num_rounds"}
+BOOSTING = Kind("boosting", "a boosting run", ("rounds", "pretrained_scores", "units.npy", "mixture-of-*.json"))
 
 
 class BoostingTrainer:
@@ -164,10 +163,17 @@ class BoostingTrainer:
         """Run or continue the rounds and return the ensemble of the accepted experts.
 
         Raises:
+            InUseError: another process trains in `args.output_dir`.
             RuntimeError: no expert beat the prior, not even in round 1.
+            ValueError: `args.output_dir` belongs to another configuration, holds files that are not ours where ours
+                would be, or ones of ours that are damaged.
         """
-        processes.on_main(self._claim_folder)
-        processes.on_main(self._start_weights)
+        remedy = "pass overwrite=True to delete that run"
+        with claimed(self.folder, BOOSTING, self._fingerprint(), overwrite=self.args.overwrite, remedy=remedy):
+            return self._train_rounds()
+
+    def _train_rounds(self) -> TokenEnsemble:
+        processes.on_main(self._start)
         for number in range(1, self.args.num_rounds + 1):
             if not self._round(number):
                 break
@@ -235,12 +241,19 @@ class BoostingTrainer:
         """Train the round's expert and return whether another round follows."""
         for attempt in range(1, ATTEMPTS + 1):
             file = self._attempt_folder(number, attempt) / "record.json"
-            if not processes.on_main(file.exists):
+            if not processes.on_main(self._is_done, number, file):
                 processes.on_main(self._keep_record, file, self._attempt(number, attempt))
             record = processes.on_main(read_json, file)
             if record["accepted"]:
                 return not self._is_spent(record)
         return False
+
+    def _is_done(self, number: int, record: Path) -> bool:
+        """Say whether an attempt is finished and nothing that it led to was deleted."""
+        if not record.exists() or not read_json(record)["accepted"]:
+            return record.exists()
+        judged = record.with_name("expert").exists() and record.with_name("losses.npy").exists()
+        return judged and (self._round_folder(number + 1) / "weights.npy").exists()
 
     def _is_spent(self, record: Mapping[str, Any]) -> bool:
         return bool(record["effective_sample_size"] < self.args.min_effective_sample_size * self.num_units)
@@ -250,7 +263,13 @@ class BoostingTrainer:
         self.on_round(record)
 
     def _attempt(self, number: int, attempt: int) -> dict[str, Any]:
-        start = time.perf_counter()
+        folder = self._attempt_folder(number, attempt)
+        with Ledger(folder / "costs.jsonl").running() as costs:
+            record = self._judged(number, attempt)
+            return {**record, "seconds": processes.on_main(costs.total)["seconds"]}
+
+    def _judged(self, number: int, attempt: int) -> dict[str, Any]:
+        """Train the expert of an attempt and return its record."""
         folder = self._attempt_folder(number, attempt)
         weights = self._weights(number)
         self._train_expert(number, attempt)
@@ -269,7 +288,6 @@ class BoostingTrainer:
             "num_units": self.num_units, **spread, "num_processes": processes.count(),
             "validation": self._validate(number, folder, expert_weight) if validate else None,
             **{f"train_{name}": value for name, value in _spent(folder).items()},
-            "seconds": time.perf_counter() - start,
         }  # fmt: skip
 
     def _next_weights(self, number: int, losses: np.ndarray, update: float | None, keep: bool) -> dict[str, Any]:
@@ -300,7 +318,7 @@ class BoostingTrainer:
 
     def _train_on(self, folder: Path, number: int, attempt: int, rows: np.ndarray, seed: int, description: str) -> None:
         """Train a model on the answers in `rows` with the round's weights, and leave it in `folder`."""
-        if processes.on_main(folder.exists):
+        if self._factory.is_made(folder):
             return
         token_weights = self._token_weights(number, attempt)
         # A sentence of which no token was drawn has no loss.
@@ -417,8 +435,6 @@ class BoostingTrainer:
     def _weights(self, number: int) -> np.ndarray:
         """Return float64 [N], mapped from the file that the round before wrote."""
         file = self._round_folder(number) / "weights.npy"
-        if not file.exists():
-            raise FileNotFoundError(f"{file} is gone (round {number - 1} wrote it): delete {self.folder}")
         return map_array(file)
 
     def _accepted(self, before: int | None = None) -> list[tuple[Path, float]]:
@@ -429,29 +445,10 @@ class BoostingTrainer:
             if record["accepted"] and (before is None or record["round"] < before)
         ]
 
-    def _claim_folder(self) -> None:
-        """Refuse a folder in which another configuration has worked, naming what differs."""
-        file = self.folder / "boosting_config.json"
-        mine = json.loads(json.dumps(self._fingerprint(), default=plain))
-        if file.exists() and not self.args.overwrite:
-            theirs = read_json(file)
-            differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-            if differing:
-                raise ValueError(
-                    f"{self.folder} holds a boosting run with another configuration; differing: "
-                    f"{', '.join(differing)}. Choose another output_dir, or pass overwrite=True to delete that run"
-                )
-            return
-        if file.exists() and mine != read_json(file):
-            shutil.rmtree(self.folder / "rounds", ignore_errors=True)
-            shutil.rmtree(self.folder / "pretrained_scores", ignore_errors=True)
-            for chosen in self.folder.glob("mixture-of-*.json"):
-                chosen.unlink()
-        write_array(self.folder / "units.npy", self._units.index())
-        write_json(file, mine)
-
-    def _start_weights(self) -> None:
-        first = self._round_folder(1) / "weights.npy"
+    def _start(self) -> None:
+        units, first = self.folder / "units.npy", self._round_folder(1) / "weights.npy"
+        if not units.exists():
+            write_array(units, self._units.index())
         if not first.exists():
             with new_array(first, self.num_units) as weights:
                 boosting.initial_weights(self.num_units, out=weights)
@@ -493,7 +490,9 @@ def closing_identity(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]
         was no update) and `sum_gap` = |sum D - 1|, of the updated weights.
     """
     folder = Path(output_dir)
-    config = read_json(folder / "boosting_config.json")
+    config = description_of(folder, BOOSTING)
+    if config is None:
+        raise FileNotFoundError(f"{folder} holds no boosting run: give the output_dir of a BoostingTrainer")
     checks = []
     for file in sorted(folder.glob("rounds/*/attempt-*/record.json"), key=lambda f: int(f.parts[-3])):
         record = read_json(file)

@@ -12,6 +12,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ensemw2s import ops, processes
-from ensemw2s.checkpoints import FOLDER, claim_checkpoints, digest, seal_checkpoint, spent_until
-from ensemw2s.cost import count, metered
+from ensemw2s.checkpoints import FOLDER, begin_checkpoint, claimed_checkpoints, digest, seal_checkpoint, spent_until
+from ensemw2s.cost import count, count_before, metered
 from ensemw2s.data import AnswerCollator, LengthBucketSampler, answer_lengths, check_examples
 from ensemw2s.files import DiskFullError, is_disk_full
 from ensemw2s.heads import linear_loss, linear_of, obstacle, only_positions, output_head, replaced_head
@@ -227,9 +228,10 @@ class AnswerTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or go on from a checkpoint; see `transformers.Trainer.train`."""
-        self._before = {"seconds": 0.0, "flops": 0.0}
+        self._before = dict.fromkeys(("seconds", "flops", "own_tokens", "own_flops"), 0.0)
         if isinstance(resume_from_checkpoint, str):
             self._before = spent_until(Path(resume_from_checkpoint))
+            count_before(self._before["seconds"], self._before["own_tokens"], self._before["own_flops"])
         self._start = time.perf_counter()
         with metered() as self._meter:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -255,8 +257,12 @@ class AnswerTrainer(Trainer):
         check_weights(self.model, self.args)
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
+            if self.args.should_save:
+                begin_checkpoint(folder)
             super()._save_checkpoint(model, trial)
+            own = {"own_tokens": self._meter.tokens, "own_flops": self._meter.flops}
             spent = {"seconds": self.seconds, "flops": self.flops}
+            spent |= {name: self._before[name] + value for name, value in own.items()}
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 seal_checkpoint(folder, spent)
@@ -435,12 +441,11 @@ def fine_tune(
     args = copy.copy(args)
     args.seed, args.data_seed = seed, seed
     args.include_num_input_tokens_seen = "non_padding"
-    checkpoint = None
+    checkpoints: AbstractContextManager[Path | None] = nullcontext()
     if args.save_strategy != "no":
-        args.output_dir = str(Path(str(args.output_dir)) / FOLDER)
         owner = _run_description(model, examples, args, trainer_class, trainer_options)
-        with args.main_process_first():
-            checkpoint = claim_checkpoints(Path(args.output_dir), owner)
+        checkpoints = claimed_checkpoints(args.output_dir, owner)
+        args.output_dir = str(Path(str(args.output_dir)) / FOLDER)
     trainer = trainer_class(
         model=model,
         args=args,
@@ -453,7 +458,8 @@ def fine_tune(
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with checkpoints as checkpoint:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         check_weights(model, args)
     except FloatingPointError as error:
         raise FloatingPointError(f"{description}: {error}") from error

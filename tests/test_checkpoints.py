@@ -13,7 +13,7 @@ from peft import LoraConfig
 from torch import nn
 
 from ensemw2s.checkpoints import discard_checkpoints
-from ensemw2s.files import DiskFullError
+from ensemw2s.files import DiskFullError, settle
 from ensemw2s.training import AnswerTrainer, TrainingCost, fine_tune
 from tests.test_training import arguments, assert_same_bits, ragged, trained_weights
 from tests.tiny import PAD, llama
@@ -129,6 +129,7 @@ def test_the_seconds_before_the_kill_count(tmp_path: Path) -> None:
     file = tmp_path / "checkpoints/checkpoint-6/complete.json"
     text = file.read_text()
     file.write_text(text.replace('"seconds": ', '"seconds": 1000'))
+    settle(file)
     _, cost = train(tmp_path)
     assert cost.seconds > 1000
 

@@ -171,7 +171,7 @@ def test_a_rating_that_was_cut_off_goes_on_behind_its_last_fold(
 )
 def test_the_folder_of_another_rating_is_refused(tmp_path: Path, changes: dict[str, Any], differing: str) -> None:
     rated(tmp_path, questions(12))
-    message = f"holds another rating of difficulty; differing: {differing}. Choose another output_dir, or delete"
+    message = f"holds a rating of difficulty of another configuration; differing: {differing}. Choose another output_dir, or delete"
     with pytest.raises(ValueError, match=message):
         rated(tmp_path, **({"rows": questions(12)} | changes))
     # How it is shown does not matter.

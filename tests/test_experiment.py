@@ -17,7 +17,7 @@ from ensemw2s import TokenEnsemble
 from ensemw2s.config import build_config, load_config
 from ensemw2s.data import tokenize_questions
 from ensemw2s.experiment import PHASES, Experiment, round_line
-from ensemw2s.files import read_json
+from ensemw2s.files import read_json, settle
 from ensemw2s.label_files import read_labels
 from ensemw2s.recipes import RECIPES
 from ensemw2s.records import POOLED_KINDS, answers_array, questions_digest
@@ -305,9 +305,10 @@ def of_soft_students(folder: Path, finished: Path, **student: Any) -> Path:
     experiment = Experiment(config)
     for name in ("data", "ensembles", "ensemble"):
         shutil.copytree(finished / name, experiment.folder / name)
+        settle(experiment.folder / name)
     (experiment.folder / "records").mkdir()
     for name in ("data", "boost"):
-        shutil.copy(finished / "records" / f"{name}.jsonl", experiment.folder / "records")
+        settle(shutil.copy(finished / "records" / f"{name}.jsonl", experiment.folder / "records"))
     experiment.run(("label", "student"))
     return experiment.folder
 
@@ -413,7 +414,7 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
     config = build_config(settings(tmp_path))
     config.folder.mkdir(parents=True)
     (config.folder / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="is not empty and holds no run of ours"):
+    with pytest.raises(ValueError, match="is not empty and holds no run of ours .*, but thesis.txt"):
         Experiment(config, overwrite=True)
     assert (config.folder / "thesis.txt").exists()
 

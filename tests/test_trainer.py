@@ -50,7 +50,7 @@ def kept(folder: Path) -> dict[str, bytes]:
     """Every file of a run that should be the same in another run, by relative name."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_dir() or path.name == "cost.json":
+        if path.is_dir() or path.name in ("cost.json", "costs.jsonl") or path.name.startswith("ensemw2s."):
             continue
         content = path.read_bytes()
         if path.name == "record.json":
