@@ -23,6 +23,8 @@ import torch
 from torch.utils.data import Sampler
 
 from ensemw2s.known_datasets import binary_question, from_schema
+from ensemw2s.parsing import parse_json, read_text, require_file
+from ensemw2s.values import LARGEST, check_fields, is_finite_number, shown, shown_names
 
 # `datasets` is imported where it is used: an ensemble can decode without it.
 if TYPE_CHECKING:
@@ -62,8 +64,9 @@ class QuestionFormat:
     truncate_prompt: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if "{prompt}" not in self.prompt_template:
-            raise ValueError(f"prompt_template must contain {{prompt}}, got {self.prompt_template!r}")
+            raise ValueError(f"prompt_template must contain {{prompt}}, got {shown(self.prompt_template)}")
 
     def prompt_ids(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Return the token ids of a prompt."""
