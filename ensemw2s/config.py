@@ -8,12 +8,12 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from peft import LoraConfig
 
 from ensemw2s.accounts import RESERVED, absolute
@@ -21,37 +21,28 @@ from ensemw2s.adapters import check_peft_config
 from ensemw2s.data import SOURCE_KINDS, QuestionFormat
 from ensemw2s.difficulty import check_cut
 from ensemw2s.models import check_dtype
+from ensemw2s.parsing import MOST_BYTES, MOST_LEVELS, parse_json, parse_yaml, read_text, require_file
 from ensemw2s.recipes import BoostingConfig
-from ensemw2s.student import StudentConfig
+from ensemw2s.student import USES_OF_SETTINGS, StudentConfig
 from ensemw2s.training import AnswerTrainingArguments
+from ensemw2s.values import LARGEST, IdleSettingError, check_fields, check_value, shown, shown_names
 
 TRUTH = "truth"
 CEILING = "ceiling"
 # Arms that an ensemble cannot be called after.
 _TAKEN = ("single_expert", "equal_cost", "ensemble", "uniform_average", "best_expert", "majority_vote", TRUTH, CEILING)
-_ARM = re.compile(r"[a-z][a-z0-9_]*")
+_ARM = re.compile(r"[a-z][a-z0-9_]{0,99}")
 # What a run measures unless it says otherwise.
 STUDENTS: dict[str, dict[str, Any]] = {
     "student_single": {"teacher": "single_expert"},
     "student_ensemble": {"teacher": "ensemble"},
     "ceiling": {"teacher": "truth"},
 }
-# Plain types that a setting can be declared with; a declaration with any other type is left to whoever uses it.
-_TYPES: dict[str, tuple[type, ...]] = {
-    "bool": (bool,), "int": (int,), "float": (int, float), "str": (str,), "None": (type(None),),
-    "dict[str, Any]": (dict,), "dict[str, int]": (dict,),
-}  # fmt: skip
 SPLITS = ("train", "validation", "test_id", "unlabelled", "test_ood")
 _SOURCES = ("easy", "hard", "questions")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, except that `1e-3` is a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+# What a file system and a page have room for, beside what is put around it.
+_LONGEST_NAME = 200
+_MOST_BASES = 20
 
 
 @dataclass(frozen=True)
@@ -63,6 +54,9 @@ class ModelConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.source:
+            raise ValueError("source must not be empty: name a model's folder, a hub id, package:NAME or scratch:NAME")
         check_dtype(self.dtype)
 
     @property
@@ -89,8 +83,7 @@ class DifficultyConfig:
     resolution: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.folds is not None and self.folds < 2:
-            raise ValueError(f"data.difficulty.folds must be at least 2, or null for an own column; got {self.folds}")
+        check_fields(self)
         try:
             check_cut(self.easy, self.hard, self.tolerance, self.resolution)
         except ValueError as error:
@@ -143,9 +136,7 @@ class LabellingConfig:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"labelling.{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -203,7 +194,7 @@ class ExperimentConfig:
 
     def boosting_config(self, folder: str | os.PathLike[str], **settings: Any) -> BoostingConfig:
         """Return the boosting settings for a trainer that works in `folder`."""
-        return BoostingConfig(**{"output_dir": str(folder), "seed": self.seed, **self.boosting, **settings})
+        return BoostingConfig(**self._placed(folder) | self.boosting | settings)
 
     def ensemble_config(self, arm: str, folder: str | os.PathLike[str], **settings: Any) -> BoostingConfig:
         """Return the settings of an arm that is an ensemble of experts, or one expert (`single_expert`, `equal_cost`).
@@ -220,11 +211,14 @@ class ExperimentConfig:
         if "recipe" in own:
             shared = {field.name for field in dataclasses.fields(AnswerTrainingArguments)} | {"num_rounds"}
             inherited = {key: value for key, value in inherited.items() if key in shared}
-        return BoostingConfig(**{"output_dir": str(folder), "seed": self.seed, **inherited, **own, **settings})
+        return _built(BoostingConfig, self._placed(folder) | inherited, {**own, **settings})
 
     def student_config(self, folder: str | os.PathLike[str], **settings: Any) -> StudentConfig:
-        """Return the student settings for a trainer that works in `folder`."""
-        return StudentConfig(**{"output_dir": str(folder), "seed": self.seed, **self.student, **settings})
+        """Return the student settings for a trainer that works in `folder`, without those that `settings` idle."""
+        return _built(StudentConfig, self._placed(folder) | self.student, settings)
+
+    def _placed(self, folder: str | os.PathLike[str]) -> dict[str, Any]:
+        return {"output_dir": str(folder), "seed": self.seed}
 
     def student_arm_config(self, arm: str, folder: str | os.PathLike[str]) -> StudentConfig:
         """Return the settings of the student called `arm`."""
@@ -269,6 +263,12 @@ class ExperimentConfig:
         return {name: getattr(args, name) for name in own if name != "overwrite"}
 
 
+_NESTED = {
+    "weak": ModelConfig, "strong": ModelConfig, "data": DataConfig, "labelling": LabellingConfig,
+    "format": QuestionFormat, "difficulty": DifficultyConfig,
+}  # fmt: skip
+
+
 def load_config(
     path: str | os.PathLike[str], overrides: Sequence[str] = (), *, quick: bool = False
 ) -> ExperimentConfig:
@@ -294,11 +294,12 @@ def read_settings(
     path: str | os.PathLike[str], overrides: Sequence[str] = (), *, quick: bool = False
 ) -> dict[str, Any]:
     """Return the keys and values of a file after the overrides, unchecked; see `load_config`."""
+    if not os.fspath(path):
+        raise ValueError("the name of the configuration is empty: give a YAML or JSON file, or the folder of a run")
     path = Path(path)
     folder = _run_folder(path)
     path = path if folder is None else folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: give a YAML or JSON file, or the folder of an earlier run")
+    require_file(path, "a YAML or JSON file, or the folder of an earlier run")
     settings = _parse_with_base(path)
     if folder is not None:
         # Wherever it was made.
@@ -310,15 +311,13 @@ def read_settings(
         if not isinstance(small, dict):
             raise ValueError(f"{path} has no section `quick`: add one with the keys to override, or leave --quick out")
         settings = merge_settings(settings, small)
+    known = set()
     for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator or not key:
-            raise ValueError(f"cannot read the override {override!r}: expected key=value, e.g. boosting.num_rounds=5")
-        try:
-            parsed = yaml.load(value, _Loader)
-        except yaml.YAMLError as error:
-            raise ValueError(f"cannot read the override {override!r}: its value is not valid YAML ({error})") from error
-        settings = merge_settings(settings, _nested(key.split("."), parsed))
+        key, change = _override(override)
+        if key in known:
+            raise ValueError(f"the override {shown(key)} is given twice: keep one of them")
+        known.add(key)
+        settings = merge_settings(settings, change)
     return settings
 
 
@@ -337,59 +336,123 @@ def check_folder_name(name: str) -> None:
         raise ValueError("name must not be empty: it names the run's folder")
     if name in (".", "..") or "/" in name or "\0" in name:
         raise ValueError(
-            f'name must be the name of one folder, got {name[:60]!r}: without "/", and neither "." nor ".."; '
+            f'name must be the name of one folder, got {shown(name)}: without "/", and neither "." nor ".."; '
             "output_dir says where that folder is made"
         )
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        raise ValueError(
+            f"name must have at most {_LONGEST_NAME} bytes, since it names the run's folder; got {shown(name)}"
+        )
+
+
+def _override(override: str) -> tuple[str, dict[str, Any]]:
+    """Return the key of an override, and what it changes."""
+    key, separator, value = override.partition("=")
+    if not separator or not all(key.split(".")) or key.count(".") > MOST_LEVELS:
+        raise ValueError(f"cannot read the override {shown(override)}: expected key=value, e.g. boosting.num_rounds=5")
+    parsed = parse_yaml(value, f"cannot read the override {shown(override)}: its value")
+    return key, _nested(key.split("."), parsed)
 
 
 def build_config(settings: Mapping[str, Any]) -> ExperimentConfig:
     """Build an experiment from a nested mapping, checking every key and value; see `load_config`."""
+    _check_plain(settings)
     config = _build(ExperimentConfig, settings, "")
+    _check_names(config)
+    _check_sizes(config.data.sizes)
+    # Building the arguments checks their values now rather than minutes into a run.
     _check_settings(config.boosting, BoostingConfig, "boosting.", _settable(BoostingConfig))
-    _check_settings(config.student, StudentConfig, "student.", _settable(StudentConfig))
+    with _named("boosting.", BoostingConfig, config.boosting):
+        config.boosting_config(config.folder)
     if config.lora is not None:
         _check_settings(config.lora, LoraConfig, "lora.", [f.name for f in dataclasses.fields(LoraConfig)])
-        _check_lora(config)
-    check_folder_name(config.name)
-    if config.task == "":
-        raise ValueError("task must not be empty: name what the runs of several seeds share, or leave it out")
-    _check_keys(config.data.sizes, SPLITS, "data.sizes.")
-    for split in SPLITS:
-        size = config.data.sizes.get(split)
-        if not isinstance(size, int) or size < 2:
-            # One question has no standard error.
-            raise ValueError(f"data.sizes.{split} must be a whole number of questions, at least 2; got {size}")
-    if config.threads is not None and config.threads < 1:
-        raise ValueError(f"threads must be a whole number, at least 1, or null; got {config.threads!r}")
-    # Building the arguments checks their values now rather than minutes into a run.
-    config.boosting_config(config.folder)
+    with _named("lora.", LoraConfig, config.lora or {}):
+        built = config.peft_config()
+    if built is not None:
+        check_peft_config(built, "lora")
     for arm, own in config.ensembles.items():
-        _check_arm(arm, own, "ensembles", _TAKEN)
-        _check_settings(own, BoostingConfig, f"ensembles.{arm}.", _settable(BoostingConfig))
-        config.ensemble_config(arm, config.folder)
-    config.student_config(config.folder)
+        _check_ensemble(config, arm, own)
+    _check_lora_ranks(config)
+    _check_settings(config.student, StudentConfig, "student.", _settable(StudentConfig))
+    with _named("student.", StudentConfig, config.student):
+        config.student_config(config.folder)
     for arm, own in config.students.items():
         _check_student(config, arm, own)
+    _check_student_settings_in_use(config)
     return config
 
 
-def _check_lora(config: ExperimentConfig) -> None:
-    try:
-        built = config.peft_config()
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"lora: peft refuses these settings: {error}") from error
-    assert built is not None
-    check_peft_config(built, "lora")
+def _check_plain(settings: Any, place: str = "", level: int = 1) -> None:
+    """Refuse what is no plain value, and text that no file could hold; `place` is the dotted path, for errors."""
+    if level > MOST_LEVELS:
+        raise ValueError(f"{place:.100} ... is nested more than {MOST_LEVELS} levels deep, expected a few")
+    if isinstance(settings, Mapping | list):
+        for key, value in settings.items() if isinstance(settings, Mapping) else enumerate(settings):
+            _check_plain(key, f"a key of {place or 'the settings'}", level)
+            _check_plain(value, f"{place}.{key}" if place else str(key), level + 1)
+    elif not isinstance(settings, str | bool | int | float | None):
+        raise ValueError(
+            f"{place} must be text, a number, true, false, null, or a list or mapping of these; got {shown(settings)}"
+        )
+    elif isinstance(settings, str) and ("\0" in settings or (not settings.isascii() and _has_surrogates(settings))):
+        raise ValueError(f"{place} holds a character that no file can hold: {shown(settings)}")
+
+
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _check_names(config: ExperimentConfig) -> None:
+    check_folder_name(config.name)
+    if config.task == "":
+        raise ValueError("task must not be empty: name what the runs of several seeds share, or leave it out")
+    for key in ("output_dir", "store"):
+        if getattr(config, key) == "":
+            raise ValueError(f"{key} must not be empty: name a folder, or leave it out")
+
+
+def _check_sizes(sizes: Mapping[str, Any]) -> None:
+    _check_keys(sizes, SPLITS, "data.sizes.")
+    for split in SPLITS:
+        size = sizes.get(split)
+        if type(size) is not int or not 2 <= size <= LARGEST:
+            # One question has no standard error.
+            raise ValueError(f"data.sizes.{split} must be a whole number of questions, at least 2; got {shown(size)}")
+
+
+def _check_ensemble(config: ExperimentConfig, arm: str, own: Any) -> None:
+    _check_arm(arm, own, "ensembles", _TAKEN)
+    _check_settings(own, BoostingConfig, f"ensembles.{arm}.", _settable(BoostingConfig))
+    with _named(f"ensembles.{arm}.", BoostingConfig, own):
+        config.ensemble_config(arm, config.folder)
+
+
+def _check_lora_ranks(config: ExperimentConfig) -> None:
+    sections = {"boosting": config.boosting} | {f"ensembles.{arm}": own for arm, own in config.ensembles.items()}
+    for section, own in sections.items():
+        if own.get("lora_ranks") is not None and config.lora is None:
+            raise ValueError(f"{section}.lora_ranks needs adapters: give `lora` its settings, or leave lora_ranks out")
+
+
+def _check_student_settings_in_use(config: ExperimentConfig) -> None:
+    """Refuse a key of `student` that none of the students reads."""
+    arms = [config.student_arm_config(arm, config.folder) for arm in config.students]
+    for key in USES_OF_SETTINGS.keys() & config.student.keys() if arms else ():
+        if all(getattr(args, key) != config.student[key] for args in arms):
+            raise ValueError(
+                f"student.{key}={shown(config.student[key])} does nothing, because none of {shown_names(config.students)} "
+                f"has {USES_OF_SETTINGS[key][1]}: leave it out, or give one that variant"
+            )
 
 
 def _check_arm(arm: str, own: Any, section: str, taken: Sequence[str]) -> None:
     if not _ARM.fullmatch(arm) or arm in taken or re.fullmatch(r"expert_\d+", arm):
         raise ValueError(
-            f"{section}.{arm}: the name of an arm is made of a-z, 0-9 and _, begins with a letter, and is none of "
-            f"{', '.join(taken)} and expert_<number>"
+            f"{section}.{arm:.60}: the name of an arm is made of a-z, 0-9 and _, begins with a letter, has at most 100 "
+            f"characters, and is none of {', '.join(taken)} and expert_<number>"
         )
     if not isinstance(own, Mapping):
-        raise ValueError(f"{section}.{arm} must be a mapping of settings to values, got {own!r}")
+        raise ValueError(f"{section}.{arm} must be a mapping of settings to values, got {shown(own)}")
 
 
 def _check_student(config: ExperimentConfig, arm: str, own: Any) -> None:
@@ -397,12 +460,15 @@ def _check_student(config: ExperimentConfig, arm: str, own: Any) -> None:
     single = ["single_expert", *(["equal_cost"] if config.equal_cost else [])]
     teachers = [*single, "ensemble", *config.ensembles, TRUTH]
     if own.get("teacher") not in teachers:
-        raise ValueError(f"students.{arm}.teacher must be one of {', '.join(teachers)}, got {own.get('teacher')!r}")
+        raise ValueError(
+            f"students.{arm}.teacher must be one of {shown_names(teachers)}, got {shown(own.get('teacher'))}"
+        )
     if (own["teacher"] == TRUTH) != (arm == CEILING):
         raise ValueError(f"the student taught by {TRUTH} is called {CEILING}, and no other is: got students.{arm}")
     settings = {key: value for key, value in own.items() if key != "teacher"}
     _check_settings(settings, StudentConfig, f"students.{arm}.", _settable(StudentConfig))
-    args = config.student_arm_config(arm, config.folder)
+    with _named(f"students.{arm}.", StudentConfig, settings):
+        args = config.student_arm_config(arm, config.folder)
     teacher = own["teacher"]
     if teacher != TRUTH and args.variant == "soft" and config.ensemble_config(teacher, "").combine == "vote":
         raise ValueError(
@@ -415,25 +481,68 @@ def _settable(kind: type) -> list[str]:
     return [f.name for f in dataclasses.fields(kind) if f.init and f.name not in ("output_dir", "seed", "overwrite")]
 
 
+def _built(kind: type, inherited: Mapping[str, Any], own: Mapping[str, Any]) -> Any:
+    """Return arguments of `kind`; an inherited setting that would do nothing beside the arm's own ones is left out."""
+    inherited = dict(inherited)
+    while True:
+        try:
+            return kind(**{**inherited, **own})
+        except IdleSettingError as error:
+            if error.setting in own or error.setting not in inherited:
+                raise
+            del inherited[error.setting]
+
+
+@contextmanager
+def _named(prefix: str, kind: type, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Write in front of an error where the setting stands that it speaks of."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        message, fields = str(error), [f.name for f in dataclasses.fields(kind)]
+        if re.split(r"\W", message, maxsplit=1)[0] in fields:
+            message = f"{prefix}{message}"
+        elif prefix.rstrip(".") not in message:
+            message = f"{f'{prefix}{_culprit(kind, settings)}'.rstrip('.')}: {message}"
+        raise ValueError(message) from error
+
+
+def _culprit(kind: type, settings: Mapping[str, Any]) -> str:
+    """Return the setting that is refused by itself: transformers' errors do not always name it. "" if there is none."""
+    for name, value in settings.items():
+        try:
+            kind(**{name: value})
+        except (ValueError, TypeError):
+            return name
+    return ""
+
+
 def _parse_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     settings = _parse(path)
     base = settings.pop("base", None)
     if base is None:
         return settings
-    file = path.parent / str(base)
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{path}: base must be the name of a YAML or JSON file, got {shown(base)}")
+    file = path.parent / base
     above = (*above, path.resolve())
     if file.resolve() in above:
         raise ValueError(f"{path}: base: {base} has this file as its own base: let one of them do without")
-    if not file.is_file():
-        raise FileNotFoundError(f"{path}: base: {file} does not exist: name a YAML or JSON file, relative to this one")
+    if len(above) > _MOST_BASES:
+        raise ValueError(
+            f"{path}: base: {base} is the {len(above)}th in a chain of bases: expected at most {_MOST_BASES}"
+        )
+    try:
+        require_file(file, "a YAML or JSON file, relative to this one")
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{path}: base: {error}") from error
     return _parse_with_base(file, above) | settings
 
 
 def _parse(path: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is neither valid YAML nor JSON: {error}") from error
+    text = read_text(path, most_bytes=MOST_BYTES)
+    # Not one reader for both: YAML reads what JSON writes for an emoji as two halves of a character.
+    settings = parse_json(text, str(path)) if path.suffix == ".json" else parse_yaml(text, str(path))
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold a mapping of keys to values, got {type(settings).__name__}")
     return settings
@@ -464,27 +573,24 @@ def _check_keys(settings: Mapping[str, Any], allowed: Sequence[str], prefix: str
         if key not in allowed:
             near = difflib.get_close_matches(str(key), allowed, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"valid keys are {', '.join(sorted(allowed))}"
-            raise ValueError(f"unknown key {prefix}{key}: {hint}")
+            raise ValueError(f"unknown key {prefix}{key!s:.100}: {hint}")
 
 
 def _check_settings(settings: Mapping[str, Any], kind: type, prefix: str, allowed: Sequence[str]) -> None:
     """Check keys, and values against the types that the dataclass `kind` declares."""
     _check_keys(settings, allowed, prefix)
-    declared = {f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type) for f in dataclasses.fields(kind)}
-    for key, value in settings.items():
-        names = declared[key].split(" | ")
-        # Not isinstance: a bool is an int to Python, and True is no number of rounds.
-        if all(name in _TYPES for name in names) and not any(type(value) in _TYPES[name] for name in names):
-            raise ValueError(f"{prefix}{key} must be {declared[key]}, got {value!r}")
+    for key in settings.keys() - _NESTED.keys():
+        try:
+            check_value(kind, key, settings[key], prefix)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
 
 
 def _build(kind: type, settings: Any, prefix: str) -> Any:
     if not isinstance(settings, Mapping):
-        raise ValueError(f"{prefix.rstrip('.')} must be a mapping of keys to values, got {settings!r}")
+        raise ValueError(f"{prefix.rstrip('.')} must be a mapping of keys to values, got {shown(settings)}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
     _check_settings(settings, kind, prefix, list(fields))
-    nested = {"weak": ModelConfig, "strong": ModelConfig, "data": DataConfig, "labelling": LabellingConfig,
-              "format": QuestionFormat, "difficulty": DifficultyConfig}  # fmt: skip
     missing = [
         name
         for name, f in fields.items()
@@ -492,7 +598,9 @@ def _build(kind: type, settings: Any, prefix: str) -> Any:
     ]
     if missing:
         raise ValueError(f"missing key {prefix}{missing[0]} (needed: {', '.join(prefix + name for name in missing)})")
-    return kind(**{
-        key: _build(nested[key], value, f"{prefix}{key}.") if key in nested else value
+    values = {
+        key: _build(_NESTED[key], value, f"{prefix}{key}.") if key in _NESTED else value
         for key, value in settings.items()
-    })  # fmt: skip
+    }
+    with _named(prefix, kind, {}):
+        return kind(**values)

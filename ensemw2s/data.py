@@ -25,6 +25,7 @@ from torch.utils.data import Sampler
 
 from ensemw2s.known_datasets import binary_question, from_schema
 from ensemw2s.tokens import PromptTokens
+from ensemw2s.values import check_fields, shown
 
 # `datasets` is imported where it is used: an ensemble can decode without it.
 if TYPE_CHECKING:
@@ -64,8 +65,9 @@ class QuestionFormat:
     truncate_prompt: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if "{prompt}" not in self.prompt_template:
-            raise ValueError(f"prompt_template must contain {{prompt}}, got {self.prompt_template!r}")
+            raise ValueError(f"prompt_template must contain {{prompt}}, got {shown(self.prompt_template)}")
 
     def prompt(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> PromptTokens:
         """Return a prompt in tokens, with what reads and writes behind it; see `ensemw2s.tokens`."""

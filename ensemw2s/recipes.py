@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
 from ensemw2s import boosting
-from ensemw2s.ensemble import COMBINE
 from ensemw2s.training import AnswerTrainingArguments
+from ensemw2s.values import Uses, check_in_use, shown
 
 Errors = Literal["hard", "soft"]
 PriorWeights = Literal["initial", "current"]
 BoostedTokens = Literal["all", "informative"]
 MixtureWeights = Literal["alpha", "uniform", "validation"]
+Recipe = Literal["paper", "tempered", "chained", "bagging", "deep_ensemble"]
+Combine = Literal["prob", "logprob", "vote"]
 
 # Ours: the paper's collapses on real models, because one full update leaves a small effective sample size.
 _TEMPERED = {"sampling": "reweight", "errors": "soft", "effective_sample_size_floor": 0.7}
@@ -32,6 +34,23 @@ RECIPES: dict[str, dict[str, Any]] = {
 _UNLESS_THE_RECIPE_SAYS = {"effective_sample_size_floor": 0.0, "warm_start": False, "mixture_weights": "alpha"}
 # These draw or weigh tokens whatever an expert got wrong: there is nothing to update and no expert to refuse.
 BASELINES = ("bagging", "all")
+
+
+def _updates_weights(args: BoostingConfig) -> bool:
+    return not args.is_baseline
+
+
+_UPDATING = 'weights that are updated (sampling="draw", "without_replacement" or "reweight")'
+# Settings that act beside some others only.
+_USES_OF_SETTINGS: Uses = {
+    **dict.fromkeys(
+        ("shrinkage", "uniform_mix", "effective_sample_size_floor", "weight_cap", "min_effective_sample_size", "prior"),
+        (_updates_weights, _UPDATING),
+    ),
+    "prior_weights": (lambda args: _updates_weights(args) and args.prior == "pretrained", 'prior="pretrained"'),
+    "num_classes": (lambda args: _updates_weights(args) and args.prior == "uniform", 'prior="uniform"'),
+    "draw_fraction": (lambda args: args.sampling == "without_replacement", 'sampling="without_replacement"'),
+}
 
 
 @dataclass
@@ -85,18 +104,18 @@ class BoostingConfig(AnswerTrainingArguments):
     """
 
     num_rounds: int = 5
-    recipe: str = "tempered"
+    recipe: Recipe = "tempered"
     sampling: boosting.Sampling = None  # type: ignore[assignment]
     shrinkage: float = 1.0
     uniform_mix: float = 0.0
     errors: Errors = None  # type: ignore[assignment]
     deduplicate: bool = False
     draw_fraction: float = 0.5
-    prior: Any = field(default="pretrained")
+    prior: boosting.Prior = "pretrained"
     num_classes: int | None = None
     unit: boosting.Unit = "token"
     window: int | None = None
-    combine: str = "prob"
+    combine: Combine = "prob"
     effective_sample_size_floor: float = None  # type: ignore[assignment]
     weight_cap: float | None = None
     min_effective_sample_size: float = 0.0
@@ -113,16 +132,14 @@ class BoostingConfig(AnswerTrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.recipe not in RECIPES:
-            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
-        for name, value in (_UNLESS_THE_RECIPE_SAYS | RECIPES[self.recipe]).items():
+        filled = _UNLESS_THE_RECIPE_SAYS | RECIPES[self.recipe]
+        for name, value in filled.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if self.num_rounds < 1:
-            raise ValueError(f"num_rounds must be at least 1, got {self.num_rounds}")
         self._check_choices()
         self._check_ranges()
         self._try_values()
+        check_in_use(self, _USES_OF_SETTINGS, filled)
 
     @property
     def is_baseline(self) -> bool:
@@ -135,13 +152,6 @@ class BoostingConfig(AnswerTrainingArguments):
         return self.choose_num_experts or self.mixture_weights == "validation"
 
     def _check_choices(self) -> None:
-        allowed = {
-            "combine": COMBINE, "errors": get_args(Errors), "prior_weights": get_args(PriorWeights),
-            "boosted_tokens": get_args(BoostedTokens), "mixture_weights": get_args(MixtureWeights),
-        }  # fmt: skip
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
         if self.mixture_weights == "validation" and self.choose_num_experts:
             raise ValueError(
                 'choose_num_experts has no use with mixture_weights="validation" (which recipe="chained" sets), since '
@@ -156,21 +166,11 @@ class BoostingConfig(AnswerTrainingArguments):
             raise ValueError('choose_num_experts compares likelihoods, which combine="vote" does not give')
 
     def _check_ranges(self) -> None:
-        if not 0.0 <= self.effective_sample_size_floor < 1.0:
-            raise ValueError(
-                "effective_sample_size_floor is a share of the units, in [0, 1), got "
-                f"{self.effective_sample_size_floor}"
-            )
-        if not 0.0 <= self.min_effective_sample_size < 1.0:
-            raise ValueError(
-                f"min_effective_sample_size is a share of the units, in [0, 1), got {self.min_effective_sample_size}"
-            )
-        if self.error_folds is not None and self.error_folds < 2:
-            raise ValueError(f"error_folds must be at least 2, or None, got {self.error_folds}")
         ranks = self.lora_ranks
         if ranks is not None and (len(ranks) != self.num_rounds or min(ranks) < 1):
-            raise ValueError(f"lora_ranks must list a rank of at least 1 for each of {self.num_rounds} rounds: {ranks}")
-
+            raise ValueError(
+                f"lora_ranks must list a rank of at least 1 for each of {self.num_rounds} rounds, got {shown(ranks)}"
+            )
         if ranks is not None and self.warm_start:
             raise ValueError(
                 'lora_ranks gives every round a new adapter, and warm_start (which recipe="chained" sets) goes on with '

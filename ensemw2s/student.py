@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -32,6 +32,7 @@ from ensemw2s.models import load_model, load_saved_model, load_tokenizer, source
 from ensemw2s.own_files import own_files, whole
 from ensemw2s.tokens import end_tokens
 from ensemw2s.training import AnswerTrainingArguments, TrainingCost, fine_tune, on_device
+from ensemw2s.values import Uses, check_in_use
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,7 +42,17 @@ if TYPE_CHECKING:
     from ensemw2s.ensemble import TokenEnsemble
 
 
-VARIANTS = ("sft", "soft", "confidence")
+Variant = Literal["sft", "soft", "confidence"]
+# Settings that act on one variant only.
+USES_OF_SETTINGS: Uses = {
+    **dict.fromkeys(
+        ("temperature", "soft_weight", "top_logprobs"), (lambda args: args.variant == "soft", 'variant="soft"')
+    ),
+    **dict.fromkeys(
+        ("confidence_alpha", "confidence_warmup"),
+        (lambda args: args.variant == "confidence", 'variant="confidence"'),
+    ),
+}
 
 
 @dataclass
@@ -69,10 +80,11 @@ class StudentConfig(AnswerTrainingArguments):
             `max_new_tokens` chose. Kept ones have no end token.
 
     Raises:
-        ValueError: a value outside its range; names it.
+        TypeError: a value of another type than is declared; names it.
+        ValueError: a value outside its range, or a setting that the variant does not read; names it.
     """
 
-    variant: str = "sft"
+    variant: Variant = "sft"
     temperature: float = 1.0
     soft_weight: float = 1.0
     top_logprobs: int | None = None
@@ -84,21 +96,7 @@ class StudentConfig(AnswerTrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
-        if not 0 < self.soft_weight <= 1:
-            raise ValueError(f'soft_weight must be in (0, 1], got {self.soft_weight}; for 0 use variant="sft"')
-        if self.top_logprobs is not None and self.top_logprobs < 1:
-            raise ValueError(f"top_logprobs must be at least 1, or None, got {self.top_logprobs}")
-        for name in ("confidence_alpha", "confidence_warmup"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.min_confidence is not None and not self.min_confidence <= 0:
-            raise ValueError(f"min_confidence is a mean log-probability and at most 0, got {self.min_confidence}")
-        if self.keep_fraction is not None and not 0 < self.keep_fraction <= 1:
-            raise ValueError(f"keep_fraction must be in (0, 1], got {self.keep_fraction}")
+        check_in_use(self, USES_OF_SETTINGS)
 
     @property
     def on_truth(self) -> dict[str, Any]:

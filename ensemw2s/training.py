@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from ensemw2s.data import AnswerCollator, LengthBucketSampler, answer_lengths, c
 from ensemw2s.files import DiskFullError, is_disk_full
 from ensemw2s.heads import linear_loss, linear_of, obstacle, only_positions, output_head, replaced_head
 from ensemw2s.packing import keeps_rows_apart, pack_rows, wants_one_line
+from ensemw2s.values import check_fields
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,7 +62,7 @@ class AnswerTrainingArguments(TrainingArguments):
     # there while the next is written.
     save_strategy: str = "no"
     save_total_limit: int | None = 2
-    train_sampling_strategy: str = "random"
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length", "batch_rebalance"] = "random"
     padding_free: bool = True
     # The columns go to our own collator.
     remove_unused_columns: bool = False
@@ -72,6 +73,7 @@ class AnswerTrainingArguments(TrainingArguments):
     disable_tqdm: bool | None = False
 
     def __post_init__(self) -> None:
+        check_fields(self, inherited=TrainingArguments)
         # Before transformers asks for a device: it would overlook several processes without a GPU.
         processes.start()
         super().__post_init__()
@@ -427,7 +429,7 @@ def fine_tune(
         DiskFullError: the disk filled up during a checkpoint; the one before is whole, and the same call goes on there.
         FloatingPointError: the loss or a trained weight became NaN or infinite; names step and examples.
         ValueError: `examples` miss a column or hold an answer without tokens; `token_weights` do not fit the examples,
-            or are negative, not finite, or all 0.
+            or are negative, not finite, or all 0; settings with which no step is made.
     """
     check_examples(examples, description)
     if token_weights is not None:
@@ -460,12 +462,24 @@ def fine_tune(
     try:
         with checkpoints as checkpoint:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        _require_steps(trainer, args, description)
         check_weights(model, args)
     except FloatingPointError as error:
         raise FloatingPointError(f"{description}: {error}") from error
     flops = None if math.isnan(trainer.flops) else trainer.flops
     cost = TrainingCost(trainer.seconds, trainer.state.num_input_tokens_seen, flops)
     return model.eval(), cost
+
+
+def _require_steps(trainer: Trainer, args: TrainingArguments, description: str) -> None:
+    """Refuse a training that made no step, whatever setting it was: its model is the untrained one."""
+    if trainer.state.global_step < 1:
+        raise ValueError(
+            f"{description}: not one step was made on {len(trainer.train_dataset)} examples, with "
+            f"num_train_epochs={args.num_train_epochs}, max_steps={args.max_steps}, "
+            f"per_device_train_batch_size={args.per_device_train_batch_size} and "
+            f"dataloader_drop_last={args.dataloader_drop_last}: train for longer, or in smaller batches"
+        )
 
 
 # Arguments that change where a run is kept, how it is shown or when it is saved, but not what it computes.

@@ -90,13 +90,13 @@ def test_the_quick_section_overrides_and_replaces_sources_whole(tmp_path: Path) 
         ("lora.rank=4", r"unknown key lora\.rank"),
         ("student.output_dir=x", r"unknown key student\.output_dir"),
         ("zzz=1", "unknown key zzz: valid keys are .*boosting"),
-        ("boosting.num_rounds=0", "num_rounds must be at least 1, got 0"),
+        ("boosting.num_rounds=0", r"boosting\.num_rounds must be from 1 to 10000, got 0"),
         ("boosting.prior=1.5", r"prior must be .* number in \(0, 1\), got 1\.5"),
         ("data.sizes.train=1", r"data\.sizes\.train must be a whole number of questions, at least 2; got 1"),
         ("student.min_confidence=0.5", "at most 0, got 0.5"),
         ("student.variant=softly", "variant must be one of sft, soft, confidence, got 'softly'"),
         ("student.top_logprobs=many", r"student\.top_logprobs must be int \| None, got 'many'"),
-        ("threads=0", "threads must be a whole number, at least 1"),
+        ("threads=0", "threads must be from 1 to 1024, got 0"),
         ("weak=5", "weak must be a mapping"),
         ("boosting.num_rounds=two", r"boosting\.num_rounds must be int, got 'two'"),
         ("boosting.num_rounds=", r"boosting\.num_rounds must be int, got None"),
@@ -118,7 +118,7 @@ def test_the_quick_section_overrides_and_replaces_sources_whole(tmp_path: Path) 
         ("weak.keep_layers=0", r"weak\.keep_layers must be str \| None, got 0"),
         ("strong.dtype=flot32", "dtype must be .* got 'flot32'"),
         ("task=''", "task must not be empty: name what the runs of several seeds share"),
-        ("seed=[", r"cannot read the override 'seed=\[': its value is not valid YAML"),
+        ("seed=[", r"cannot read the override 'seed=\[': its value cannot be read as YAML, line 1, column 2"),
         ("seed", "cannot read the override 'seed': expected key=value"),
     ],
 )
@@ -145,7 +145,6 @@ def test_layers_and_dtype_reach_the_model(tmp_path: Path) -> None:
 def test_soft_students_get_the_cache_that_they_read(tmp_path: Path) -> None:
     path = write(tmp_path, settings(tmp_path))
     assert load_config(path).cache_settings("ensemble") == {}
-    assert load_config(path, ["student.top_logprobs=8"]).cache_settings("ensemble") == {}
     assert load_config(path, ["student.variant=soft"]).cache_settings("ensemble") == {}
     soft = ["student.variant=soft", "student.top_logprobs=8", "student.temperature=2"]
     assert load_config(path, soft).cache_settings("ensemble") == {"top_logprobs": 8, "top_temperature": 2}
@@ -161,7 +160,7 @@ def test_missing_keys_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.sizes\.train must be .* got None"):
         build_config(settings(tmp_path) | {"data": settings(tmp_path)["data"] | {"sizes": {}}})
     (tmp_path / "broken.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match=r"broken\.yaml is neither valid YAML nor JSON"):
+    with pytest.raises(ValueError, match=r"broken\.yaml cannot be read as YAML, line 1, column 5"):
         load_config(tmp_path / "broken.yaml")
     with pytest.raises(ValueError, match="must hold a mapping of keys to values, got list"):
         load_config(write(tmp_path, [1]))
@@ -195,13 +194,13 @@ def test_one_source_may_take_the_place_of_two(tmp_path: Path) -> None:
         (["data.difficulty.folds=5"], r"data\.difficulty splits data\.questions, which is not given"),
         (
             [ONE, *NONE_OF_TWO, "data.difficulty.folds=1"],
-            r"data\.difficulty\.folds must be at least 2, or null .* got 1",
+            r"data\.difficulty\.folds must be at least 2, got 1",
         ),
         (
             [ONE, *NONE_OF_TWO, "data.difficulty.easy=0.7"],
             r"data\.difficulty: easy and hard must be shares .* easy=0\.7",
         ),
-        ([ONE, *NONE_OF_TWO, "data.difficulty.tolerance=2"], r"data\.difficulty: tolerance must be a share"),
+        ([ONE, *NONE_OF_TWO, "data.difficulty.tolerance=2"], r"data\.difficulty\.tolerance must be in \[0, 1\], got 2"),
         ([ONE, *NONE_OF_TWO, "data.difficulty.fold=2"], r"unknown key data\.difficulty\.fold: did you mean .*\.folds"),
         ([ONE, *NONE_OF_TWO, "data.difficulty.folds=all"], r"data\.difficulty\.folds must be int \| None, got 'all'"),
         ([*NONE_OF_TWO, "data.questions=5"], r"data\.questions must be dict.* got 5"),

@@ -1,0 +1,278 @@
+"""What a value that is given from outside may be: its declared type, its range, and how much of a bad one is shown.
+
+A dataclass of settings declares types; `RANGES` says which of their values make sense, by the setting's name. Every
+message begins with that name, so that whoever knows where the setting stands (`config`) can write its path in front.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import reprlib
+import sys
+import types
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 120, 120
+_LONGEST, _MOST_NAMES = 200, 12
+# PyTorch, NumPy and C++ count in 32 bits here and there; no setting means anything beyond.
+LARGEST = 2**31 - 1
+SEEDS = f"[0, {2**32 - 1}]"
+
+# The values that a setting may have, by its name, or by class and name where two settings share one.
+RANGES: dict[str, str] = {
+    # Of transformers' own arguments those that would break a training or void it.
+    "num_train_epochs": "(0, inf)",
+    "max_steps": "-1 or [1, inf)",
+    "per_device_train_batch_size": "[1, inf)",
+    "per_device_eval_batch_size": "[1, inf)",
+    "gradient_accumulation_steps": "[1, inf)",
+    "learning_rate": "[0, inf)",
+    "weight_decay": "[0, inf)",
+    "max_grad_norm": "[0, inf)",
+    "adam_beta1": "[0, 1)",
+    "adam_beta2": "[0, 1)",
+    "adam_epsilon": "[0, inf)",
+    "warmup_steps": "[0, inf)",
+    "seed": SEEDS,
+    "data_seed": SEEDS,
+    "logging_steps": "(0, inf)",
+    "save_steps": "(0, inf)",
+    "save_total_limit": "[1, inf)",
+    # BoostingConfig
+    "num_rounds": "[1, 10000]",
+    "shrinkage": "(0, 1]",
+    "uniform_mix": "[0, 1)",
+    "draw_fraction": "(0, 1]",
+    "num_classes": "[2, inf)",
+    "window": "[1, inf)",
+    "effective_sample_size_floor": "[0, 1)",
+    "weight_cap": "[1, inf)",
+    "min_effective_sample_size": "[0, 1)",
+    "error_folds": "[2, inf)",
+    # StudentConfig
+    "temperature": "(0, inf)",
+    "soft_weight": "(0, 1]",
+    "top_logprobs": "[1, inf)",
+    "confidence_alpha": "[0, 1]",
+    "confidence_warmup": "[0, 1]",
+    "min_confidence": "(-inf, 0]",
+    "keep_fraction": "(0, 1]",
+    # Questions, labelling and decoding
+    "max_length": "[2, inf)",
+    "folds": "[2, inf)",
+    "tolerance": "[0, 1]",
+    "resolution": "[0, inf)",
+    "min_values": "[2, inf)",
+    "max_new_tokens": "[1, inf)",
+    "batch_size": "[1, inf)",
+    "top_temperature": "(0, inf)",
+    "Sampling.temperature": "[0, inf)",
+    "top_k": "[0, inf)",
+    "top_p": "(0, 1]",
+    "min_p": "[0, 1]",
+    # peft's LoraConfig
+    "r": "[1, inf)",
+    "lora_alpha": "(0, inf)",
+    "lora_dropout": "[0, 1)",
+    # An experiment, and a study of many
+    "threads": "[1, 1024]",
+    "jobs": "[1, 1024]",
+    "minutes": "[0, inf)",
+}
+
+
+# Setting -> whether it does something, given the others, and when it does in words.
+Uses = Mapping[str, tuple[Callable[[Any], bool], str]]
+
+
+class IdleSettingError(ValueError):
+    """A setting that would do nothing, because of another one."""
+
+    def __init__(self, setting: str, message: str) -> None:
+        super().__init__(message)
+        self.setting = setting
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error shows it: its `repr`, cut to 200 characters, however large or deep it is."""
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:
+        # Python does not turn whole numbers of more than 4,300 digits into text.
+        text = f"a whole number of {value.bit_length()} bits" if isinstance(value, int) else object.__repr__(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def shown_names(names: Iterable[Any]) -> str:
+    """Return names as an error lists them, the first twelve; "none" if there are none."""
+    known = list(names)
+    first = ", ".join(name if len(name := str(item)) <= 60 else f"{name[:57]}..." for item in known[:_MOST_NAMES])
+    more = f" and {len(known) - _MOST_NAMES} more" if len(known) > _MOST_NAMES else ""
+    return f"{first or 'none'}{more}"
+
+
+def check_number(name: str, value: Any, range_name: str | None = None, *, whole: bool = False) -> None:
+    """Refuse what is no number, or one outside its range.
+
+    Args:
+        name: what errors call the value.
+        value: the value.
+        range_name: the key of `RANGES`; None is `name`.
+        whole: refuse numbers that are no `int`.
+
+    Raises:
+        TypeError: no number (a bool is none), or not a whole one.
+        ValueError: a number outside its range; NaN is in none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise TypeError(f"{name} must be a {'whole ' if whole else ''}number, got {shown(value)}")
+    _check_range(name, value, RANGES[range_name or name])
+
+
+def check_fields(settings: Any, inherited: type | None = None) -> None:
+    """Check all fields of a dataclass of settings by their declared types and `RANGES`.
+
+    Args:
+        settings: an instance.
+        inherited: a base class of another package; of the fields that it alone declares, those in `RANGES` are checked.
+
+    Raises:
+        TypeError: a value of another type than is declared.
+        ValueError: a value outside its range, or none of those that are declared.
+    """
+    kind = type(settings)
+    own = {name for base in kind.__mro__ if base not in getattr(inherited, "__mro__", ()) for name in _annotated(base)}
+    for field in dataclasses.fields(kind):
+        if field.name in RANGES or field.name in own:
+            check_value(kind, field.name, getattr(settings, field.name))
+
+
+def check_value(kind: type, name: str, value: Any, prefix: str = "") -> None:
+    """Check a value for the field `name` of the dataclass `kind`; see `check_fields`. Errors begin with `prefix`."""
+    declared = _declarations(kind)[name]
+    if value is None and getattr(kind, name, ...) is None:
+        # Filled in by a recipe.
+        return
+    if not _fits(value, declared):
+        if choices := _choices(declared):
+            raise ValueError(f"{prefix}{name} must be one of {', '.join(choices)}, got {shown(value)}")
+        raise TypeError(f"{prefix}{name} must be {_in_words(declared)}, got {shown(value)}")
+    allowed = RANGES.get(f"{kind.__name__}.{name}", RANGES.get(name))
+    if allowed and isinstance(value, (int, float)):
+        _check_range(f"{prefix}{name}", value, allowed)
+
+
+def check_in_use(settings: Any, uses: Uses, defaults: Mapping[str, Any] | None = None) -> None:
+    """Refuse settings that would do nothing.
+
+    Args:
+        settings: an instance of a dataclass.
+        uses: of each setting, whether it does something, and the words for when it does.
+        defaults: values that settings have if nobody sets them, where they are not those of the class.
+
+    Raises:
+        IdleSettingError: a setting that is set and does nothing.
+    """
+    for name, (is_used, when) in uses.items():
+        value = getattr(settings, name)
+        unset = (defaults or {}).get(name, getattr(type(settings), name))
+        if value != unset and not is_used(settings):
+            raise IdleSettingError(
+                name, f"{name}={shown(value)} does nothing without {when}: set that, or leave it out"
+            )
+
+
+def _annotated(kind: type) -> Iterable[str]:
+    return vars(kind).get("__annotations__", ())
+
+
+@cache
+def _declarations(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _alternatives(declared: Any) -> tuple[Any, ...]:
+    return get_args(declared) if get_origin(declared) in (Union, types.UnionType) else (declared,)
+
+
+def _fits(value: Any, declared: Any) -> bool:
+    origin = get_origin(declared)
+    if declared is Any:
+        return True
+    if len(_alternatives(declared)) > 1:
+        return any(_fits(value, alternative) for alternative in _alternatives(declared))
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in get_args(declared))
+    if declared in (int, float):
+        # A bool is an int to Python, and True is no number of rounds.
+        return isinstance(value, int if declared is int else (int, float)) and not isinstance(value, bool)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, get_args(declared)[0]) for item in value)
+    if origin is dict:
+        key, item = get_args(declared)
+        return isinstance(value, dict) and all(_fits(k, key) and _fits(v, item) for k, v in value.items())
+    return isinstance(value, declared) if isinstance(declared, type) else True
+
+
+def _choices(declared: Any) -> list[str]:
+    """Return the values that are declared one by one, if there is no other alternative than None."""
+    alternatives = [alternative for alternative in _alternatives(declared) if alternative is not type(None)]
+    if len(alternatives) == 1 and get_origin(alternatives[0]) is Literal:
+        return [str(choice) for choice in get_args(alternatives[0])]
+    return []
+
+
+def _in_words(declared: Any) -> str:
+    if len(_alternatives(declared)) > 1:
+        return " | ".join(map(_in_words, _alternatives(declared)))
+    if declared is type(None):
+        return "None"
+    if get_origin(declared) is Literal:
+        return " | ".join(map(repr, get_args(declared)))
+    return declared.__name__ if isinstance(declared, type) and not get_args(declared) else str(declared)
+
+
+def _check_range(name: str, value: float, allowed: str) -> None:
+    if isinstance(value, int) and allowed.endswith("inf)") and value > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST}, got {shown(value)}")
+    if not any(_contains(part, value) for part in allowed.split(" or ")):
+        raise ValueError(f"{name} must be {_range_in_words(allowed)}, got {shown(value)}")
+
+
+def _contains(part: str, value: float) -> bool:
+    if part[0] not in "[(":
+        return value == float(part)
+    low, high = map(float, part[1:-1].split(","))
+    above = value >= low if part[0] == "[" else value > low
+    below = value <= high if part[-1] == "]" else value < high
+    # A whole number beyond any float would overflow wherever it is used.
+    return above and below and abs(value) <= sys.float_info.max
+
+
+def _range_in_words(allowed: str) -> str:
+    words = []
+    for part in allowed.split(" or "):
+        low, _, high = part.strip("[]()").partition(", ")
+        if part.startswith("[") and high == "inf":
+            words.append(f"at least {low}")
+        elif part == "(0, inf)":
+            words.append("above 0 and finite")
+        elif low == "-inf":
+            words.append(f"at most {high}")
+        elif high.isdigit() and int(high) > 1 and part.endswith("]"):
+            words.append(f"from {low} to {high}")
+        else:
+            words.append(f"in {part}" if high else low)
+    return " or ".join(words)
+
+
+def is_finite_number(value: Any) -> bool:
+    """Say whether a value, also as text, is a finite number."""
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
