@@ -18,6 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from ensemw2s.parsing import parse_json, read_text, require_file
+from ensemw2s.values import shown
+
 _FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT}
 # safetensors, NumPy and torch ("unexpected pos 704 vs 598") report a short write in words, without an errno.
 _FULL_DISK_WORDS = ("no space left on device", "disk quota exceeded", "os error 28", "requested and", "unexpected pos")
@@ -133,29 +136,43 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file; a file that does not parse raises ValueError with its name."""
+    """Read a JSON file; one that `parsing.parse_json` refuses raises ValueError with its name."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}). Delete it, and the step that wrote it runs again"
-        ) from error
+        return parse_json(read_text(path), str(path))
+    except ValueError as error:
+        raise ValueError(f"{error}. Delete it, and the step that wrote it runs again") from error
 
 
 def read_complete_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read the JSON lines of a file that was appended to and may have been cut off in its last line.
 
-    The torn last line, if there is one, is removed from the file so that appending can go on.
+    The torn last line, if there is one, is removed from the file so that appending can go on; not from a file that
+    holds anything but such lines.
+
+    Raises:
+        ValueError: a line is no JSON object; names file and line.
     """
     path = Path(path)
     if not path.exists():
         return []
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
+    text = require_file(path, "name a file with one JSON object a line").read_bytes()
+    end = text.rfind(b"\n") + 1
+    rows = [_row(line, f"{path}, line {number}") for number, line in enumerate(text[:end].splitlines(), start=1)]
+    torn = text[end:]
+    # All lines that we write begin like this.
+    if torn and not torn.startswith(b'{"'[: len(torn)]):
+        raise ValueError(f"{path} is no file of ours: its end {shown(torn)} is no part of a line with a JSON object")
+    if torn:
         with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+            file.truncate(end)
+    return rows
+
+
+def _row(line: bytes, place: str) -> dict[str, Any]:
+    row = parse_json(line, place)
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: expected a JSON object, got {shown(row)}")
+    return row
 
 
 def write_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
