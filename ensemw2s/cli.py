@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import io
 import json
 import os
 import signal
@@ -12,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# Little is imported here: an interrupt while Python loads a large library, before `main`, would end in a traceback.
 from ensemw2s import __version__
-from ensemw2s.files import is_disk_full
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,35 +37,118 @@ EXAMPLES = """examples:
   ensemw2s report run/words_seed_0 run/words_seed_1 run/words_seed_2
   ensemw2s report docs/results/study.jsonl --plot docs/study.svg --markdown README.md
   accelerate launch --num_processes 2 -m ensemw2s run examples/reverse_words.yaml
+
+exit codes:
+  0 done; 1 an unexpected error, which is a fault of ensemw2s; 2 something was wrong with the input or the machine, and
+  a sentence says what; 130 interrupted; 141 nobody reads the output any more
+
+ENSEMW2S_DEBUG=1 in front of a command shows the traceback of every error.
 """
+# What to do about what the system refuses.
+_ADVICE = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "This user may not: change the permissions, or name another place"),
+    errno.EROFS: "This disk can only be read: name another place (output_dir, --output, --records)",
+    **dict.fromkeys(
+        (errno.ENOTDIR, errno.EEXIST), "A file is where a folder should be: name another place, or move it away"
+    ),
+    errno.EISDIR: "A folder is where a file should be: name a file",
+    errno.ENAMETOOLONG: "File systems take names of up to 255 bytes: shorten it",
+    errno.EFBIG: "No file may grow so large here: raise the limit (ulimit -f), or name another disk",
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Raise the limit of open files (ulimit -n)"),
+    errno.ELOOP: "A link leads to itself: name another place",
+    errno.ENOENT: "Name a place that is there",
+    errno.ENOMEM: "Free some memory, or make batches smaller",
+}
+# Libraries whose errors are made for the person who gave the input.
+_LIBRARIES = ("csv", "datasets", "httpx", "huggingface_hub", "pyarrow", "requests", "safetensors", "yaml", "zipfile")
+_LONGEST_MESSAGE = 2000
+_MOST_THREADS = 1024
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 2 bad input, 130 interrupted."""
+    """Run the command line and return its exit code, see `EXAMPLES`."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    _prepare_streams()
+    try:
+        try:
+            _run_command(arguments)
+        finally:
+            # Now, not when Python ends: a full disk or a closed pipe is still ours to tell.
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        if argv is None:
+            # Another one ends what is left of this process at once.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        _explain_interrupt(arguments)
+        return 130
+    except BrokenPipeError:
+        _drop_output()
+        return 141
+    except Exception as error:
+        _drop_output()
+        if os.environ.get("ENSEMW2S_DEBUG"):
+            raise
+        return _explain(error)
+    return 0
+
+
+def _run_command(arguments: Sequence[str]) -> None:
+    _check_environment()
     # Read by OpenMP when torch is imported, further down. Threads that wait by spinning slow a busy machine tenfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = _parse(arguments)
+    options.command(options)
+
+
+def _prepare_streams() -> None:
+    """Let every print succeed: closed streams lead nowhere, and characters that a terminal lacks are spelt out."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # Takes the lowest number that is free: no file of ours shall get what is meant for the terminal.
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Forget what cannot be written to standard output, or Python would complain about it when it ends."""
     try:
-        options.command(options)
-    except KeyboardInterrupt:
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        if not several:
-            _complain(f"interrupted. {_go_on(arguments)}")
-        elif os.environ.get("RANK") == "0":
-            _complain(f"interrupted, or ended by the launcher because another process failed. {_go_on(arguments)}")
-        return 130
-    except (ValueError, TypeError, FileNotFoundError, RuntimeError, FloatingPointError, ImportError) as error:
-        if os.environ.get("ENSEMW2S_DEBUG"):
-            raise
-        _explain(error)
-        return 2
-    except Exception as error:
-        if not is_disk_full(error):
-            raise
-        _complain(f"error: {error}\nWhat was finished is kept: free some space and run the same command again")
-        return 2
-    return 0
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _check_environment() -> None:
+    """Refuse environment variables that would be misread further down, or end the process there."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        value = os.environ.get(name, "1")
+        if not value.isdecimal() or not int(name.endswith("SIZE")) <= int(value) < 2**31:
+            raise ValueError(
+                f"the environment variable {name} must be a whole number, as launchers set it; got {value:.50}"
+            )
+    if int(os.environ.get("RANK", "0")) >= int(os.environ.get("WORLD_SIZE", "1")):
+        raise ValueError(
+            f"the environment variable RANK is {os.environ['RANK']}, and WORLD_SIZE says that there are "
+            f"{os.environ.get('WORLD_SIZE', '1')} processes: expected a lower number; unset both to run one process"
+        )
+    for value in os.environ.get("OMP_NUM_THREADS", "1").split(","):
+        if not value.strip().isdecimal() or not 1 <= int(value) <= _MOST_THREADS:
+            raise ValueError(
+                f"the environment variable OMP_NUM_THREADS must be a number of threads from 1 to {_MOST_THREADS}, "
+                f"got {value:.50}"
+            )
+    if not os.environ.get("ENSEMW2S_CACHE", "unset"):
+        raise ValueError("the environment variable ENSEMW2S_CACHE is empty: name a folder for models, or unset it")
+    if "ENSEMW2S_IMPL" in os.environ:
+        from ensemw2s import ops
+
+        ops.backend_for("mixture_sample")
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -109,10 +195,14 @@ def _parser() -> argparse.ArgumentParser:
         "study", help="an experiment on many tasks with many seeds, in pieces, its figures in one file",
         description="Run the cells (task and seed) of a study that are not in its records yet.",
     )  # fmt: skip
-    study.add_argument("config", help="a YAML or JSON file: an experiment's keys, tasks, seeds, comparisons")
+    study.add_argument(
+        "config", type=_text, help="a YAML or JSON file: an experiment's keys, tasks, seeds, comparisons"
+    )
     study.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seeds=3 boosting.num_rounds=5")
-    study.add_argument("--tasks", help="run the cells of these tasks only: names with commas between them")
-    study.add_argument("--records", help="the file of the figures (default: records.jsonl in the study's folder)")
+    study.add_argument("--tasks", type=_text, help="run the cells of these tasks only: names with commas between them")
+    study.add_argument(
+        "--records", type=_text, help="the file of the figures (default: records.jsonl in the study's folder)"
+    )
     study.add_argument("--jobs", type=int, default=1, help="cells at the same time, a process each (default: 1)")
     study.add_argument("--minutes", type=float, help="begin no further cell after this time")
     study.set_defaults(command=_study)
@@ -122,13 +212,20 @@ def _parser() -> argparse.ArgumentParser:
         description="Report on runs and studies. Runs with the same settings but for task, questions and seed are "
         "pooled; others stand side by side. The page is written unless --plot is all that is asked of the paths.",
     )  # fmt: skip
-    report.add_argument("paths", nargs="*", metavar="PATH", help="folders of runs, or .jsonl files of studies")
     report.add_argument(
-        "--output", help="the HTML file (default: report.html in the first run's folder, or beside the first study)"
+        "paths", nargs="*", type=_text, metavar="PATH", help="folders of runs, or .jsonl files of studies"
     )
-    report.add_argument("--plot", metavar="FILE", help="draw the comparisons to this .svg or .png file")
     report.add_argument(
-        "--markdown", metavar="FILE", help="refresh the tables of this Markdown file, which names its own records"
+        "--output",
+        type=_text,
+        help="the HTML file (default: report.html in the first run's folder, or beside the first study)",
+    )
+    report.add_argument("--plot", type=_text, metavar="FILE", help="draw the comparisons to this .svg or .png file")
+    report.add_argument(
+        "--markdown",
+        type=_text,
+        metavar="FILE",
+        help="refresh the tables of this Markdown file, which names its own records",
     )
     report.set_defaults(command=_report)
 
@@ -138,8 +235,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _text(value: str) -> str:
+    if not value:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return value
+
+
 def _add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="a YAML or JSON file, or the folder of an earlier run")
+    parser.add_argument("config", type=_text, help="a YAML or JSON file, or the folder of an earlier run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. boosting.num_rounds=5 seed=1")
     parser.add_argument(
         "--quick", action="store_true", help="the small version that the file's section `quick` describes"
@@ -256,20 +359,72 @@ def _go_on(arguments: Sequence[str]) -> str:
     return f"What was finished is kept; go on with the same command:\n  ensemw2s {' '.join(arguments)}"
 
 
-def _explain(error: Exception) -> None:
-    """Say what went wrong, once: not on a process that failed because the main one did."""
-    from ensemw2s import processes
+def _explain_interrupt(arguments: Sequence[str]) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        _complain(f"interrupted. {_go_on(arguments)}")
+    elif os.environ.get("RANK") == "0":
+        _complain(f"interrupted, or ended by the launcher because another process failed. {_go_on(arguments)}")
 
-    place = f"process {processes.index()} of {processes.count()}: " if processes.count() > 1 else ""
-    if processes.is_lost_contact(error):
+
+def _explain(error: Exception) -> int:
+    """Say what went wrong, once: not on a process that failed because the main one did. Return the exit code."""
+    processes = _known_processes()
+    place = f"process {processes.index()} of {processes.count()}: " if processes and processes.count() > 1 else ""
+    if processes and processes.is_lost_contact(error):
         _complain(
             f"{place}another process is gone or does not answer ({error}). Its own message, if it had time for one, is "
             "above; the kernel's log tells of a lack of memory. What was finished is kept: run the same command again, "
             "with any number of processes"
         )
-    elif not isinstance(error, processes.MainProcessError):
-        _complain(f"{place}error: {error}")
+        return 2
+    if processes and isinstance(error, processes.MainProcessError):
+        return 2
+    sentence = _sentence(error)
+    if sentence is not None:
+        _complain(f"{place}error: {sentence}")
+        return 2
+    _complain(
+        f"{place}unexpected error, a fault of ensemw2s: {type(error).__name__}: {error}. Please report it, with what "
+        "the same command prints when ENSEMW2S_DEBUG=1 stands in front of it"
+    )
+    return 1
+
+
+def _known_processes() -> Any:
+    """Return the module that knows about other processes; None while, as far as messages go, there are none."""
+    module = sys.modules.get("ensemw2s.processes")
+    try:
+        return module if module and module.count() else None
+    except Exception:
+        # The launcher's variables are wrong, which is then the error that is told.
+        return None
+
+
+def _sentence(error: Exception) -> str | None:
+    """Return what a person can do something about; None for what is no error of theirs."""
+    from ensemw2s.files import is_disk_full
+
+    if is_disk_full(error):
+        return f"{error}\nWhat was finished is kept: free some space and run the same command again"
+    if isinstance(error, OSError) and error.errno is not None:
+        named = ", ".join(dict.fromkeys(str(name) for name in (error.filename, error.filename2) if name is not None))
+        return f"{f'{named}: ' if named else ''}{error.strerror}. {_ADVICE.get(error.errno, '')}".rstrip()
+    if isinstance(error, MemoryError):
+        return "there is not enough memory: make batches or files smaller, or run on a machine with more"
+    if isinstance(error, RecursionError):
+        return "something in the input is nested too deeply: expected a few levels"
+    # RuntimeError: of torch, of a GPU without memory, of libraries that have no other.
+    ours = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, ImportError, OverflowError)
+    if isinstance(error, ours) or type(error).__module__.partition(".")[0].lstrip("_") in _LIBRARIES:
+        return str(error) or type(error).__name__
+    return None
 
 
 def _complain(message: str) -> None:
-    print(message, file=sys.stderr)
+    """Print to standard error, within bounds and without what a terminal would obey."""
+    if len(message) > _LONGEST_MESSAGE:
+        message = f"{message[:_LONGEST_MESSAGE]}..."
+    printable = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
+    # Nobody may be listening.
+    with contextlib.suppress(OSError):
+        print("".join(printable), file=sys.stderr, flush=True)

@@ -25,7 +25,7 @@ from ensemw2s.parsing import MOST_BYTES, MOST_LEVELS, parse_json, parse_yaml, re
 from ensemw2s.recipes import BoostingConfig
 from ensemw2s.student import USES_OF_SETTINGS, StudentConfig
 from ensemw2s.training import AnswerTrainingArguments
-from ensemw2s.values import LARGEST, IdleSettingError, check_fields, check_value, shown, shown_names
+from ensemw2s.values import LARGEST, IdleSettingError, check_fields, check_value, has_surrogates, shown, shown_names
 
 TRUTH = "truth"
 CEILING = "ceiling"
@@ -299,7 +299,7 @@ def read_settings(
     path = Path(path)
     folder = _run_folder(path)
     path = path if folder is None else folder / "config.json"
-    require_file(path, "a YAML or JSON file, or the folder of an earlier run")
+    require_file(path, "give a YAML or JSON file, or the folder of an earlier run")
     settings = _parse_with_base(path)
     if folder is not None:
         # Wherever it was made.
@@ -394,12 +394,8 @@ def _check_plain(settings: Any, place: str = "", level: int = 1) -> None:
         raise ValueError(
             f"{place} must be text, a number, true, false, null, or a list or mapping of these; got {shown(settings)}"
         )
-    elif isinstance(settings, str) and ("\0" in settings or (not settings.isascii() and _has_surrogates(settings))):
+    elif isinstance(settings, str) and ("\0" in settings or has_surrogates(settings)):
         raise ValueError(f"{place} holds a character that no file can hold: {shown(settings)}")
-
-
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _check_names(config: ExperimentConfig) -> None:
@@ -440,8 +436,8 @@ def _check_student_settings_in_use(config: ExperimentConfig) -> None:
     for key in USES_OF_SETTINGS.keys() & config.student.keys() if arms else ():
         if all(getattr(args, key) != config.student[key] for args in arms):
             raise ValueError(
-                f"student.{key}={shown(config.student[key])} does nothing, because none of {shown_names(config.students)} "
-                f"has {USES_OF_SETTINGS[key][1]}: leave it out, or give one that variant"
+                f"student.{key}={shown(config.student[key])} does nothing, because none of "
+                f"{shown_names(config.students)} has {USES_OF_SETTINGS[key][1]}: leave it out, or give one that variant"
             )
 
 
@@ -533,7 +529,7 @@ def _parse_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]
             f"{path}: base: {base} is the {len(above)}th in a chain of bases: expected at most {_MOST_BASES}"
         )
     try:
-        require_file(file, "a YAML or JSON file, relative to this one")
+        require_file(file, "name a YAML or JSON file, relative to this one")
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{path}: base: {error}") from error
     return _parse_with_base(file, above) | settings

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,9 @@ import torch
 from torch.utils.data import Sampler
 
 from ensemw2s.known_datasets import binary_question, from_schema
+from ensemw2s.parsing import parse_json, read_text, require_file
 from ensemw2s.tokens import PromptTokens
-from ensemw2s.values import check_fields, shown
+from ensemw2s.values import LARGEST, check_fields, shown, shown_names
 
 # `datasets` is imported where it is used: an ensemble can decode without it.
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 SOURCE_KINDS = ("file", "hub", "reasoning_gym", "characters")
+_COLUMNS = ("prompt", "answer", "choices", "difficulty", "id")
 _OPTIONS = ("columns", "schema", "context", "choices", "binary", "prompt_regex")
 # A generator is asked for this many batches of questions before its distinct prompts count as exhausted.
 _MAX_TRIES = 8
@@ -132,11 +135,11 @@ def load_questions(source: Mapping[str, Any] | str | os.PathLike[str]) -> Datase
     kinds = [kind for kind in SOURCE_KINDS if kind in source]
     if len(kinds) != 1:
         raise ValueError(
-            f"a source of questions needs exactly one of {', '.join(SOURCE_KINDS)}; got {', '.join(source) or 'none'}"
+            f"a source of questions needs exactly one of {', '.join(SOURCE_KINDS)}; got {shown_names(source)}"
         )
     kind = kinds[0]
-    if not isinstance(source[kind], str | os.PathLike):
-        raise ValueError(f"{kind} of a source of questions must be text, got {source[kind]!r}")
+    if not isinstance(source[kind], str | os.PathLike) or not os.fspath(source[kind]):
+        raise ValueError(f"{kind} of a source of questions must be text, got {shown(source[kind])}")
     columns, schema, context, choices, binary, regex = (source.pop(name, None) for name in _OPTIONS)
     if kind in ("reasoning_gym", "characters"):
         for option, value in (("columns", columns), ("schema", schema), ("context", context)):
@@ -150,7 +153,7 @@ def load_questions(source: Mapping[str, Any] | str | os.PathLike[str]) -> Datase
         raise ValueError(f"{name}: `context` belongs to a `schema`; give both or neither")
     if schema is not None:
         if columns is not None:
-            raise ValueError(f"{name}: the schema {schema!r} names all columns, leave `columns` out")
+            raise ValueError(f"{name}: the schema {shown(schema)} names all columns, leave `columns` out")
         loaded = from_schema(loaded, schema, context, name)
     loaded = _renamed(loaded, columns or {}, name)
     rows = [_cut_prompt(row, regex) for row in check_questions(loaded, name)]
@@ -163,10 +166,10 @@ def _answered_by_choice(dataset: Dataset, choices: Sequence[str] | None, binary:
         if "choices" in dataset.column_names:
             raise ValueError(f"{name} has a column `choices` already: leave the option `choices` out")
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-            raise ValueError(f"choices must be a list of texts (quote yes and no in YAML), got {choices!r}")
+            raise ValueError(f"choices must be a list of texts (quote yes and no in YAML), got {shown(choices)}")
         dataset = check_questions(dataset.add_column("choices", [choices] * len(dataset)), name)
-    if binary not in (None, True, False):
-        raise ValueError(f"binary must be true or false, got {binary!r}")
+    if not isinstance(binary, bool | None):
+        raise ValueError(f"binary must be true or false, got {shown(binary)}")
     if binary and "choices" not in dataset.column_names:
         raise ValueError(f"{name}: binary questions are made of questions with choices, and there is no such column")
     if not binary:
@@ -178,13 +181,18 @@ def _renamed(dataset: Dataset, columns: Mapping[str, str], name: str) -> Dataset
     """Give the columns our names; what held one of our names before, and is not asked for, is left out."""
     if not isinstance(columns, Mapping):
         raise ValueError(
-            f'columns must map our names to those of {name}, e.g. {{"prompt": "question"}}; got {columns!r}'
+            f'columns must map our names to those of {name}, e.g. {{"prompt": "question"}}; got {shown(columns)}'
         )
     for ours, theirs in columns.items():
+        if ours not in _COLUMNS:
+            raise ValueError(f"columns: {shown(ours)} is none of our columns {', '.join(_COLUMNS)}")
         if theirs not in dataset.column_names:
             raise ValueError(
-                f"{name} has no column {theirs!r} (for {ours}); its columns are {', '.join(dataset.column_names)}"
+                f"{name} has no column {shown(theirs)} (for {ours}); its columns are "
+                f"{shown_names(dataset.column_names)}"
             )
+    if len(set(columns.values())) < len(columns):
+        raise ValueError(f"columns maps two of our names to one column of {name}: {shown(columns)}; give each its own")
     dropped = [ours for ours in columns if ours in dataset.column_names and ours not in columns.values()]
     return dataset.remove_columns(dropped).rename_columns({theirs: ours for ours, theirs in columns.items()})
 
@@ -193,21 +201,19 @@ def _from_file(source: Mapping[str, Any]) -> Dataset:
     path = Path(source["file"])
     _no_more_settings(source, ("file",))
     if path.suffix not in _READERS:
-        raise ValueError(f"{path}: expected a file that ends in {', '.join(_READERS)}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: name a local file of questions")
-    return _READERS[path.suffix](path)
+        raise ValueError(f"{shown(str(path))[1:-1]}: expected a file that ends in {', '.join(_READERS)}")
+    return _READERS[path.suffix](require_file(path, "name a local file of questions"))
 
 
 def _read_json(path: Path) -> Dataset:
     """Read a list of objects, or one object a line."""
-    text = _read_text(path)
-    # Not splitlines: it cuts at characters that JSON allows inside a string (U+2028 and others).
-    lines = [line for line in text.split("\n") if line.strip()]
-    try:
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    text = read_text(path)
+    if path.suffix == ".json":
+        rows = parse_json(text, str(path)) if text.strip() else []
+    else:
+        # Not splitlines: it cuts at characters that JSON allows inside a string (U+2028 and others).
+        lines = enumerate(text.split("\n"), start=1)
+        rows = [parse_json(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected a list of objects with prompt and answer")
     return _table(rows, path)
@@ -215,7 +221,20 @@ def _read_json(path: Path) -> Dataset:
 
 def _read_csv(path: Path) -> Dataset:
     """Read every field as text: a reader that guesses types turns the answer 007 into 7."""
-    rows = list(csv.DictReader(io.StringIO(_read_text(path), newline="")))
+    text = read_text(path)
+    # A prompt may be as long as the file, which is in memory already.
+    limit = csv.field_size_limit(max(len(text), 1))
+    try:
+        # Strict: a quote that nobody closes would make the rest of the file one field.
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows = list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num} is not valid CSV: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path} has the column {shown(twice[0])} twice: keep one of them")
     for index, row in enumerate(rows):
         if None in row:
             raise ValueError(f"{path}, row {index} has more fields than the header: quote fields that contain a comma")
@@ -223,34 +242,48 @@ def _read_csv(path: Path) -> Dataset:
 
 
 def _read_parquet(path: Path) -> Dataset:
-    import datasets
+    import pyarrow as pa
     from datasets import Dataset
+    from datasets.table import InMemoryTable
+    from pyarrow.parquet import ParquetFile
 
     try:
-        return Dataset.from_parquet(str(path))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{path} is not a Parquet file: {error}") from error
-
-
-def _read_text(path: Path) -> str:
-    """Read UTF-8, with or without the mark that some spreadsheets put in front."""
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+        # Without the notes that other programs leave beside the columns, and with text that is text.
+        table = ParquetFile(path).read().replace_schema_metadata(None)
+        table.validate(full=True)
+        return Dataset(InMemoryTable(table))
+    except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
+        raise ValueError(f"{path} is not a Parquet file that can be read: {error}") from error
 
 
 def _table(rows: Sequence[Mapping[str, Any]], path: Path) -> Dataset:
     """Return rows as a dataset with every column that any row has."""
+    import pyarrow as pa
     from datasets import Dataset
+    from datasets.table import InMemoryTable
 
     if not rows:
         raise ValueError(f"{path} is empty: expected questions with columns prompt and answer")
     columns = dict.fromkeys(column for row in rows for column in row)
+    made: dict[str, Any] = {}
+    for column in columns:
+        values = [row.get(column) for row in rows]
+        if column == "id":
+            # Whole numbers as long as any, and text.
+            values = [
+                str(value) if isinstance(value, int) and not isinstance(value, bool) else value for value in values
+            ]
+        try:
+            made[column] = pa.array(values)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(
+                f"{path}: the values of column {shown(column)} must be of one type, text that is whole, or numbers of "
+                f"up to 64 bits ({error})"
+            ) from error
     try:
-        return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: the values of a column must be of one type ({error})") from error
+        return Dataset(InMemoryTable.from_pydict(made))
+    except ValueError as error:
+        raise ValueError(f"{path}: a column has a name that is no text, {shown_names(map(shown, made))}") from error
 
 
 _READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
@@ -260,13 +293,18 @@ def _from_hub(source: Mapping[str, Any]) -> Dataset:
     import datasets
 
     _no_more_settings(source, ("hub", "name", "split"))
+    for option in ("name", "split"):
+        if not isinstance(source.get(option, ""), str):
+            raise ValueError(f"{option} of a hub source must be text, got {shown(source[option])}")
     try:
-        return datasets.load_dataset(source["hub"], source.get("name"), split=source.get("split", "train"))
-    except (OSError, ValueError, RuntimeError) as error:
+        loaded = datasets.load_dataset(source["hub"], source.get("name"), split=source.get("split", "train"))
+    except Exception as error:
+        # Of whatever library the hub was asked by.
         raise ValueError(
             f"cannot load {source['hub']} (name {source.get('name')}, split {source.get('split', 'train')}) from the "
             f"hub: {error}. Check its id and your connection, or name a local file"
         ) from error
+    return loaded
 
 
 def _generated(kind: str, source: Mapping[str, Any], regex: str | None) -> Dataset:
@@ -274,16 +312,18 @@ def _generated(kind: str, source: Mapping[str, Any], regex: str | None) -> Datas
 
     settings = dict(source)
     task, size, seed = settings.pop(kind), settings.pop("size", None), settings.pop("seed", 0)
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"{kind} {task}: size must be a whole number of questions, at least 1; got {size}")
+    if type(size) is not int or not 1 <= size <= LARGEST:
+        raise ValueError(f"{kind} {task}: size must be a whole number of questions, at least 1; got {shown(size)}")
+    if type(seed) is not int:
+        raise ValueError(f"{kind} {task}: seed must be a whole number, got {shown(seed)}")
     make = _reasoning_gym_rows if kind == "reasoning_gym" else _character_rows
     rows: list[dict[str, Any]] = []
     for attempt in range(_MAX_TRIES):
         # A generator repeats itself; ask for more under fresh seeds until there are `size` distinct prompts.
         try:
             fresh = make(task, size, _stream(seed, attempt, kind, task, settings), settings)
-        except (TypeError, AssertionError) as error:
-            raise ValueError(f"{kind} {task} refuses the settings {settings}: {error}") from error
+        except (TypeError, AssertionError, AttributeError, LookupError, OverflowError) as error:
+            raise ValueError(f"{kind} {task} refuses the settings {shown(settings)}: {error}") from error
         rows = _distinct(rows + [_cut_prompt(row, regex) for row in fresh])
         if len(rows) >= size:
             return Dataset.from_list(rows[:size])
@@ -310,7 +350,7 @@ def _reasoning_gym_rows(task: str, size: int, seed: int, settings: Mapping[str, 
         raise ImportError("questions from reasoning_gym need that package: pip install reasoning-gym") from error
     if task not in DATASETS:
         near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.4)
-        raise ValueError(f"reasoning_gym has no task {task!r}; the nearest are {', '.join(near) or 'none'}")
+        raise ValueError(f"reasoning_gym has no task {shown(task)}; the nearest are {', '.join(near) or 'none'}")
     made = reasoning_gym.create_dataset(task, size=size, seed=seed, **settings)
     rows = list(made)
     if any(row["answer"] is None for row in rows):
@@ -328,7 +368,7 @@ def _no_more_settings(source: Mapping[str, Any], known: Sequence[str]) -> None:
     unknown = [key for key in source if key not in known]
     if unknown:
         raise ValueError(
-            f"unknown setting {unknown[0]} of a {known[0]} source: it takes {', '.join((*known, *_OPTIONS))}"
+            f"unknown setting {unknown[0]!s:.100} of a {known[0]} source: it takes {', '.join((*known, *_OPTIONS))}"
         )
 
 
@@ -337,10 +377,10 @@ def _cut_prompt(row: dict[str, Any], regex: str | None) -> dict[str, Any]:
         return row
     try:
         found = re.search(regex, row["prompt"].strip())
-    except re.error as error:
-        raise ValueError(f"prompt_regex {regex!r} is no regular expression: {error}") from error
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"prompt_regex {shown(regex)} is no regular expression: {error}") from error
     if found is None or not any(found.groups()[:1]):
-        raise ValueError(f"prompt_regex {regex!r} finds no group in the prompt {row['prompt']!r}")
+        raise ValueError(f"prompt_regex {shown(regex)} finds no group in the prompt {shown(row['prompt'])}")
     return row | {"prompt": found.group(1)}
 
 
@@ -369,7 +409,7 @@ def check_questions(dataset: Dataset, name: str) -> Dataset:
     for column in ("prompt", "answer"):
         if column not in dataset.column_names:
             raise ValueError(
-                f"{name} has no column {column!r}; its columns are {', '.join(dataset.column_names) or 'none'}. "
+                f"{name} has no column {column!r}; its columns are {shown_names(dataset.column_names)}. "
                 "Rename yours, or map them with `columns`"
             )
     if len(dataset) == 0:
@@ -377,19 +417,27 @@ def check_questions(dataset: Dataset, name: str) -> Dataset:
     for index, row in enumerate(dataset.select_columns(["prompt", "answer"])):
         for column, value in row.items():
             if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"{name}, row {index}: {column} is {value!r}, expected text that is not empty")
+                raise ValueError(f"{name}, row {index}: {column} is {shown(value)}, expected text that is not empty")
     if "id" not in dataset.column_names:
         ids = [_content_id(row["prompt"], row["answer"]) for row in dataset]
         dataset = dataset.add_column("id", ids if len(set(ids)) == len(ids) else _numbered(ids))
-    ids = [str(value) for value in dataset["id"]]
-    if len(set(ids)) < len(ids):
-        twice = next(value for value in ids if ids.count(value) > 1)
-        raise ValueError(f"{name} has the id {twice!r} more than once: ids must be unique")
+    ids = [_checked_id(value, f"{name}, row {index}") for index, value in enumerate(dataset["id"])]
+    twice = [value for value, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise ValueError(f"{name} has the id {shown(twice[0])} more than once: ids must be unique")
     if not isinstance(dataset[0]["id"], str):
         dataset = dataset.remove_columns("id").add_column("id", ids)
     if "choices" in dataset.column_names:
         check_choices(dataset, name)
     return dataset
+
+
+def _checked_id(value: Any, place: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "" or value != value:
+        raise ValueError(
+            f"{place}: id is {shown(value)}, expected text or a number. Fill it in every row, or remove the column"
+        )
+    return str(value)
 
 
 def check_choices(dataset: Dataset, name: str) -> None:
@@ -401,19 +449,23 @@ def check_choices(dataset: Dataset, name: str) -> None:
     """
     columns = [column for column in ("id", "choices", "answer") if column in dataset.column_names]
     for row in dataset.select_columns(columns):
-        choices, place = row["choices"], f"{name}, id {row['id']}"
+        choices, place = row["choices"], f"{name}, id {row['id']!s:.60}"
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
             raise ValueError(
-                f"{place}: choices is {choices!r}, expected a list of texts. Fill it in every row, or remove the column"
+                f"{place}: choices is {shown(choices)}, expected a list of texts. Fill it in every row, or remove the "
+                "column"
             )
         if len(choices) < 2:
-            raise ValueError(f"{place}: choices is {choices!r}, expected at least 2 to choose from: leave the row out")
+            raise ValueError(
+                f"{place}: choices is {shown(choices)}, expected at least 2 to choose from: leave the row out"
+            )
         stripped = [choice.strip() for choice in choices]
         if "" in stripped or len(set(stripped)) < len(stripped):
-            raise ValueError(f"{place}: choices is {choices!r}, expected different texts, none of them empty")
+            raise ValueError(f"{place}: choices is {shown(choices)}, expected different texts, none of them empty")
         if row.get("answer", choices[0]) not in choices:
             raise ValueError(
-                f"{place}: the answer {row['answer']!r} is not among the choices {choices!r}: write it exactly as there"
+                f"{place}: the answer {shown(row['answer'])} is not among the choices {shown(choices)}: write it "
+                "exactly as there"
             )
 
 
@@ -438,7 +490,7 @@ def check_disjoint(splits: Mapping[str, Dataset]) -> None:
             other = home.setdefault(question_key(prompt), name)
             if other != name:
                 raise ValueError(
-                    f"the question {prompt!r} is in both {other} and {name}: remove it from one "
+                    f"the question {shown(prompt)} is in both {other} and {name}: remove it from one "
                     "(exclude_questions does), or what is measured is memory"
                 )
 
@@ -468,8 +520,8 @@ def split_questions(dataset: Dataset, sizes: Mapping[str, int], seed: int = 0) -
     from datasets import DatasetDict
 
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"split {name} must have at least 1 question, got {size}")
+        if type(size) is not int or size < 1:
+            raise ValueError(f"split {name} must have at least 1 question, got {shown(size)}")
     first: dict[str, int] = {}
     # Of rows that repeat a prompt the one whose content sorts first is used, so that their order plays no part.
     contents = zip(dataset["prompt"], dataset["answer"], strict=True)
@@ -532,7 +584,7 @@ def tokenize_questions(
         else:
             answer = list(answer_ids[index])
             if not answer:
-                raise ValueError(f"{place}: the answer {row['answer']!r} has no tokens in answer_ids")
+                raise ValueError(f"{place}: the answer {shown(row['answer'])} has no tokens in answer_ids")
         ids = fitted_prompt(prompt, len(answer), question_format, place)
         rows.append({"id": row["id"], "input_ids": [*ids, *answer], "prompt_length": len(ids)})
     answers = ((row["id"], row["input_ids"][row["prompt_length"] :]) for row in rows)
@@ -553,7 +605,7 @@ def answer_with_end(answer: str, prompt: PromptTokens, question_format: Question
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     if not ids:
-        raise ValueError(f"{place}: the answer {answer!r} has no tokens in this tokenizer")
+        raise ValueError(f"{place}: the answer {shown(answer)} has no tokens in this tokenizer")
     return ids + end if question_format.end_token else ids
 
 
@@ -675,7 +727,7 @@ def check_examples(examples: Dataset, name: str) -> None:
     for column in ("input_ids", "prompt_length"):
         if column not in examples.column_names:
             raise ValueError(
-                f"{name}: the examples have no column {column!r}, only {', '.join(examples.column_names) or 'none'}: "
+                f"{name}: the examples have no column {column!r}, only {shown_names(examples.column_names)}: "
                 "make them with data.tokenize_questions"
             )
     if len(examples) == 0:

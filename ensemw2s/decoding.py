@@ -29,6 +29,7 @@ from ensemw2s.identity import describe_experts, digest_columns, digest_tokenizer
 from ensemw2s.label_files import LabelFile, packed_row, unpacked_row
 from ensemw2s.models import CACHE
 from ensemw2s.tokens import end_tokens, require_readable
+from ensemw2s.values import check_fields, check_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,6 +68,9 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @classmethod
     def from_processors(cls, processors: LogitsProcessorList, do_sample: bool) -> Sampling | None:
@@ -347,6 +351,16 @@ def label_questions(
             experts' context; `sampling` or `top_logprobs` for questions with choices; or answers that would have no
             end, because the format has no end token and there are no choices.
     """
+    numbers = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "top_logprobs": top_logprobs}
+    for name, value in numbers.items():
+        if name != "top_logprobs" or value is not None:
+            check_number(name, value, whole=True)
+    check_number("seed", seed, "first_seed", whole=True)
+    check_number("top_temperature", top_temperature)
+    if top_logprobs is None and top_temperature != 1:
+        raise ValueError(
+            f"top_temperature={top_temperature} does nothing without top_logprobs: set it, or leave both out"
+        )
     require_tokenizer(ensemble, processing_class)
     if len(questions) == 0:
         raise ValueError("there are no questions to label: expected at least one")

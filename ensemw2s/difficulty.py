@@ -23,6 +23,7 @@ from ensemw2s.identity import describe_model, digest_questions
 from ensemw2s.models import load_model, load_tokenizer, source_of
 from ensemw2s.scoring import AnswerScores, score_answers
 from ensemw2s.training import PRESENTATION, AnswerTrainingArguments, fine_tune, on_device
+from ensemw2s.values import check_number, is_finite_number, shown, shown_names
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -97,9 +98,10 @@ def assign_folds(questions: Dataset, folds: int, seed: int = 0) -> np.ndarray:
     Raises:
         ValueError: `folds` is below 2 or above the number of distinct questions.
     """
+    check_number("folds", folds, whole=True)
     keys = [question_key(prompt) for prompt in questions["prompt"]]
     ranked = sorted(set(keys), key=lambda key: _rank(seed, key))
-    if not 2 <= folds <= len(ranked):
+    if folds > len(ranked):
         raise ValueError(f"folds must be between 2 and the number of distinct questions, {len(ranked)}; got {folds}")
     fold = {key: rank % folds for rank, key in enumerate(ranked)}
     return np.array([fold[key] for key in keys], dtype=np.int64)
@@ -221,14 +223,15 @@ def split_by_difficulty(
             there), a question in both parts, or a setting outside its range.
     """
     check_cut(easy, hard, tolerance, resolution)
+    check_number("min_values", min_values, whole=True)
     questions = check_questions(questions, "questions")
     values = _difficulties(questions)
     levels = np.round(values / resolution) if resolution else values
     distinct = len(np.unique(levels))
-    if distinct < max(2, min_values):
+    if distinct < min_values:
         raise ValueError(
             f"the difficulties of {len(values)} questions have {distinct} distinct values (to within {resolution:g}), "
-            f"expected at least {max(2, min_values)}. {_REMEDY}"
+            f"expected at least {min_values}. {_REMEDY}"
         )
     # One cut where nothing is left between: two roundings could choose two.
     shares = {"easy": easy, "hard": easy if math.isclose(easy + hard, 1) else 1 - hard}
@@ -265,33 +268,26 @@ def _cut(values: np.ndarray, levels: np.ndarray, part: str, below: float, tolera
 
 
 def check_cut(easy: float, hard: float, tolerance: float, resolution: float) -> None:
-    """Raise ValueError, naming it, if a setting of `split_by_difficulty` is outside its range."""
-    if not (easy > 0 and hard > 0 and easy + hard <= 1 + 1e-9):
+    """Raise ValueError or TypeError, naming it, if a setting of `split_by_difficulty` is outside its range."""
+    for name, value in (("easy", easy), ("hard", hard)):
+        check_number(name, value, "share")
+    if not easy + hard <= 1 + 1e-9:
         raise ValueError(f"easy and hard must be shares above 0, at most 1 together; got easy={easy} and hard={hard}")
-    if not 0 <= tolerance <= 1:
-        raise ValueError(f"tolerance must be a share in [0, 1], got {tolerance}")
-    if not 0 <= resolution < math.inf:
-        raise ValueError(f"resolution must be at least 0 and finite, got {resolution}")
+    check_number("tolerance", tolerance)
+    check_number("resolution", resolution)
 
 
 def _difficulties(questions: Dataset) -> np.ndarray:
     """Return float64 [N], the column `difficulty`."""
     if "difficulty" not in questions.column_names:
         raise ValueError(
-            f"the questions have no column 'difficulty', only {', '.join(questions.column_names)}: rate them with "
+            f"the questions have no column 'difficulty', only {shown_names(questions.column_names)}: rate them with "
             "rate_difficulty (in an experiment: data.difficulty.folds=5), or name the column that holds it (`columns`)"
         )
     for row in questions.select_columns(["id", "difficulty"]):
-        if not _is_finite_number(row["difficulty"]):
+        if not is_finite_number(row["difficulty"]):
             raise ValueError(
-                f"questions, id {row['id']}: difficulty is {row['difficulty']!r}, expected a finite number. Fill it "
-                "in, or leave the row out"
+                f"questions, id {row['id']:.60}: difficulty is {shown(row['difficulty'])}, expected a finite number. "
+                "Fill it in, or leave the row out"
             )
     return np.array(questions["difficulty"], dtype=np.float64)
-
-
-def _is_finite_number(value: Any) -> bool:
-    try:
-        return math.isfinite(float(value))
-    except (TypeError, ValueError):
-        return False

@@ -33,6 +33,8 @@ from ensemw2s.accounts import (
     is_growing,
     is_partial,
 )
+from ensemw2s.parsing import parse_json, read_text, require_file
+from ensemw2s.values import shown
 
 _FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT}
 # safetensors, NumPy and torch ("unexpected pos 704 vs 598") report a short write in words, without an errno.
@@ -242,54 +244,62 @@ def read_json(path: str | os.PathLike[str], remedy: str | None = None) -> Any:
     """Read a JSON file, of which `accounts.check` is asked first.
 
     Raises:
-        FileNotFoundError, ValueError: it is gone, damaged or no JSON; names it and says what to do (`remedy`).
+        FileNotFoundError, ValueError: it is gone, damaged or refused by `parsing.parse_json`; names it and says what to
+            do (`remedy`).
     """
     check(path, remedy)
-    remedy = remedy or "Delete it, and the step that wrote it runs again"
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). {remedy}") from error
+        return parse_json(read_text(path), str(path))
+    except ValueError as error:
+        raise ValueError(f"{error}. {remedy or 'Delete it, and the step that wrote it runs again'}") from error
 
 
 def read_json_lines(path: str | os.PathLike[str], remedy: str | None = None) -> list[dict[str, Any]]:
     """Read a file of JSON objects, one a line, that was written whole; see `read_json` for what it raises."""
     check(path, remedy)
-    return _objects(Path(path), Path(path).read_bytes(), remedy)
+    try:
+        return _rows(Path(path), require_file(path, "name a file with one JSON object a line").read_bytes())
+    except ValueError as error:
+        remedy = remedy or f"Delete {path} and run the same command again, which makes it anew"
+        raise ValueError(f"{error}. {remedy}") from error
 
 
-def _objects(path: Path, text: bytes, remedy: str | None) -> list[dict[str, Any]]:
-    rows = []
+def _rows(path: Path, text: bytes) -> list[dict[str, Any]]:
     # Bytes break at newlines only; text also breaks at U+2028 and the like.
-    for number, line in enumerate(text.split(b"\n"), start=1):
-        try:
-            row = json.loads(line) if line.strip() else {}
-        except (ValueError, RecursionError) as error:
-            row = str(error)
-        if not isinstance(row, dict):
-            remedy = remedy or f"Delete {path} and run the same command again, which makes it anew"
-            raise ValueError(f"{path}, line {number}, is damaged: it is no JSON object ({row!s:.100}). {remedy}")
-        rows += [row] if row else []
-    return rows
+    lines = enumerate(text.split(b"\n"), start=1)
+    return [_row(line, f"{path}, line {number}") for number, line in lines if line.strip()]
 
 
 def read_complete_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read the JSON lines of a file that was appended to and may have been cut off in its last line.
 
-    The torn last line, if there is one, is removed from the file so that appending can go on.
+    The torn last line, if there is one, is removed from the file so that appending can go on; not from a file that
+    holds anything but such lines.
 
     Raises:
-        ValueError: another line is no JSON object; names file and line.
+        ValueError: a line is no JSON object; names file and line.
     """
     path = Path(path)
     if not path.exists():
         return []
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
+    text = require_file(path, "name a file with one JSON object a line").read_bytes()
+    end = text.rfind(b"\n") + 1
+    rows = [_row(line, f"{path}, line {number}") for number, line in enumerate(text[:end].splitlines(), start=1)]
+    torn = text[end:]
+    # All lines that we write begin like this.
+    if torn and not torn.startswith(b'{"'[: len(torn)]):
+        raise ValueError(f"{path} is no file of ours: its end {shown(torn)} is no part of a line with a JSON object")
+    if torn:
         with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return _objects(path, whole, None)
+            file.truncate(end)
+    return rows
+
+
+def _row(line: bytes, place: str) -> dict[str, Any]:
+    row = parse_json(line, place)
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: expected a JSON object, got {shown(row)}")
+    return row
 
 
 def write_array(path: str | os.PathLike[str], array: np.ndarray) -> None:

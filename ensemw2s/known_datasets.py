@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ensemw2s.values import shown, shown_names
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -60,17 +62,19 @@ def from_schema(dataset: Dataset, schema: str, context: bool | None, name: str) 
     """
     from datasets import Dataset
 
-    if schema not in SCHEMAS:
-        raise ValueError(f"{name}: unknown schema {schema!r}, expected one of {', '.join(SCHEMAS)}")
+    if not isinstance(schema, str) or schema not in SCHEMAS:
+        raise ValueError(f"{name}: unknown schema {shown(schema)}, expected one of {', '.join(SCHEMAS)}")
     known = SCHEMAS[schema]
     missing = [column for column in known.columns if column not in dataset.column_names]
     if missing:
         raise ValueError(
             f"{name} has no column {missing[0]!r}, which {schema} has (its columns are "
-            f"{', '.join(dataset.column_names)}): name another schema, or map the columns with `columns`"
+            f"{shown_names(dataset.column_names)}): name another schema, or map the columns with `columns`"
         )
-    if context not in (None, True, False) or (context and known.passage is None):
-        raise ValueError(f"{name}: context must be true or false, and {schema} needs a passage for it; got {context!r}")
+    if not isinstance(context, bool | None) or (context and known.passage is None):
+        raise ValueError(
+            f"{name}: context must be true or false, and {schema} needs a passage for it; got {shown(context)}"
+        )
     with_passage = known.context if context is None else context
     rows = []
     for index, row in enumerate(dataset):
@@ -86,19 +90,30 @@ def _answer(row: Mapping[str, Any], schema: str, place: str) -> dict[str, Any]:
     if schema == "gsm8k":
         _, found, final = str(row["answer"]).rpartition(_FINAL_ANSWER)
         if not found or not final.strip():
-            raise ValueError(f"{place}: the answer {row['answer']!r} has nothing behind {_FINAL_ANSWER}")
+            raise ValueError(f"{place}: the answer {shown(row['answer'])} has nothing behind {_FINAL_ANSWER}")
         return {"answer": final.strip().replace(",", "")}
     if schema == "sciq":
         texts = [row["correct_answer"], row["distractor1"], row["distractor2"], row["distractor3"]]
         answer, *others = [str(text or "").strip() for text in texts]
         return {"answer": answer, "choices": sorted({answer, *filter(None, others)})}
     choices, key = row["choices"], row["answerKey"]
-    if not isinstance(choices, Mapping) or not {"text", "label"} <= choices.keys():
-        raise ValueError(f"{place}: choices is {choices!r}, expected an object with the lists text and label")
-    by_label = dict(zip(choices["label"], (str(text).strip() for text in choices["text"]), strict=True))
-    if key not in by_label:
-        raise ValueError(f"{place}: answerKey is {key!r}, expected one of the labels {', '.join(by_label)}")
+    if not _are_labelled(choices):
+        raise ValueError(
+            f"{place}: choices is {shown(choices)}, expected an object with text and label, lists of as many texts"
+        )
+    by_label = {label: text.strip() for label, text in zip(choices["label"], choices["text"], strict=True)}
+    if not isinstance(key, str) or key not in by_label:
+        raise ValueError(f"{place}: answerKey is {shown(key)}, expected one of the labels {shown_names(by_label)}")
     return {"answer": by_label[key], "choices": list(dict.fromkeys(by_label.values()))}
+
+
+def _are_labelled(choices: Any) -> bool:
+    if not isinstance(choices, Mapping) or not {"text", "label"} <= choices.keys():
+        return False
+    lists = choices["text"], choices["label"]
+    return all(isinstance(items, list) and all(isinstance(item, str) for item in items) for items in lists) and len(
+        lists[0]
+    ) == len(lists[1])
 
 
 def binary_question(row: Mapping[str, Any]) -> dict[str, Any]:

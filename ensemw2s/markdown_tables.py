@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from ensemw2s.files import new_file
+from ensemw2s.parsing import require_file
 from ensemw2s.records import read_records
 from ensemw2s.summary import Pool, pool_runs
 from ensemw2s.summary_tables import NOTES, TABLES, extent
 from ensemw2s.tables import Rows
+from ensemw2s.values import shown
 
 _START = re.compile(r"\s*<!--(.*\brecords\s*:.*)-->\s*$")
 _END = re.compile(r"\s*<!--\s*end\s*-->\s*$")
@@ -41,10 +43,9 @@ def refresh_tables(path: str | os.PathLike[str]) -> int:
             pooled; names file and line of the marker.
     """
     file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: give the Markdown file whose tables should be refreshed")
+    require_file(file, "give the Markdown file whose tables should be refreshed")
     # Bytes, since reading as text would turn \r\n into \n.
-    before = file.read_bytes().decode("utf-8")
+    before = _decoded(file)
     lines = before.splitlines(keepends=True)
     blocks = list(_blocks(lines, file))
     if not blocks:
@@ -65,6 +66,13 @@ def refresh_tables(path: str | os.PathLike[str]) -> int:
     return len(blocks)
 
 
+def _decoded(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error}): save it as UTF-8") from error
+
+
 def markdown_table(content: Rows) -> list[str]:
     """Return a table as lines of Markdown: the first column to the left, figures to the right."""
     headers, rows = content
@@ -73,7 +81,8 @@ def markdown_table(content: Rows) -> list[str]:
 
 
 def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|")
+    # A name may hold line breaks, a row of a table may not.
+    return " ".join(cell.split()).replace("|", "\\|")
 
 
 def _blocks(lines: Sequence[str], file: Path) -> Iterator[tuple[int, int]]:
@@ -98,14 +107,16 @@ def _blocks(lines: Sequence[str], file: Path) -> Iterator[tuple[int, int]]:
 
 def _table(marker: str, folder: Path, pools: dict[tuple[Path, ...], Pool]) -> list[str]:
     options = _options(marker)
+    if "records" not in options:
+        raise ValueError("the key records is missing: name the file of a study, or the folder of a run")
     paths = tuple(folder / path for path in options.pop("records"))
     name = options.pop("table", "")
     if name not in TABLES:
-        raise ValueError(f"table must be one of {', '.join(TABLES)}, got {name!r}")
+        raise ValueError(f"table must be one of {', '.join(TABLES)}, got {shown(name)}")
     takes = list(inspect.signature(TABLES[name]).parameters)[1:]
     for key in options:
         if key not in takes:
-            raise ValueError(f"unknown key {key!r}: table {name} takes records, table, {', '.join(takes)}")
+            raise ValueError(f"unknown key {shown(key)}: table {name} takes records, table, {', '.join(takes)}")
     if paths not in pools:
         pools[paths] = pool_runs(record for path in paths for record in read_records(path))
     pool = pools[paths]
@@ -121,6 +132,8 @@ def _options(marker: str) -> dict[str, Any]:
     for part in match[1].split(";"):
         key, separator, value = (word.strip() for word in part.partition(":"))
         if not separator or not value or key in options:
-            raise ValueError(f"cannot read {part.strip()!r}: expected each key once, as key: value, separated by ;")
+            raise ValueError(
+                f"cannot read {shown(part.strip())}: expected each key once, as key: value, separated by ;"
+            )
         options[key] = [item.strip() for item in value.split(",")] if key in _LISTS else value
     return options

@@ -36,8 +36,8 @@ class _RepeatedKeyError(ValueError):
         self.key = key
 
 
-def require_file(path: str | os.PathLike[str], what: str) -> Path:
-    """Return `path` if it is a regular file; `what` says in words what should be there ("a local file of questions").
+def require_file(path: str | os.PathLike[str], advice: str) -> Path:
+    """Return `path` if it is a regular file; `advice` ends every error ("name a local file of questions").
 
     Raises:
         FileNotFoundError: nothing is there, or a link to nothing.
@@ -48,15 +48,13 @@ def require_file(path: str | os.PathLike[str], what: str) -> Path:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
         if path.is_symlink():
-            raise FileNotFoundError(
-                f"{path} is a link to {path.readlink()}, which does not exist: name {what}"
-            ) from error
-        raise FileNotFoundError(f"{path} does not exist: name {what}") from error
+            raise FileNotFoundError(f"{path} is a link to {path.readlink()}, which does not exist: {advice}") from error
+        raise FileNotFoundError(f"{path} does not exist: {advice}") from error
     except ValueError as error:
-        raise ValueError(f"{shown(str(path))} is no name of a file ({error}): name {what}") from error
+        raise ValueError(f"{shown(str(path))} is no name of a file ({error}): {advice}") from error
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
-        raise ValueError(f"{path} is {kind}, not a file: name {what}")
+        raise ValueError(f"{path} is {kind}, not a file: {advice}")
     return path
 
 
@@ -110,7 +108,8 @@ def parse_json(text: str | bytes, place: str) -> Any:
         raise ValueError(_TOO_DEEP.format(place)) from error
     except _RepeatedKeyError as error:
         raise ValueError(
-            f"{place}: the key {shown(error.key)} stands twice in one object{_lines_of(error.key, text)}: keep one of them"
+            f"{place}: the key {shown(error.key)} stands twice in one object{_lines_of(error.key, text)}: keep "
+            "one of them"
         ) from error
     except ValueError as error:
         # Of a number; and Python reads no whole number of more than 4,300 digits.
@@ -191,7 +190,7 @@ class _Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
         return node
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Before `<<` adds what it merges, which may name a key again.
         node = super().compose_mapping_node(anchor)
         first: dict[str, yaml.Mark] = {}
@@ -232,8 +231,8 @@ def _refuse_two_meanings(loader: _Loader, node: yaml.ScalarNode) -> NoReturn:
     word = node.value
     meant = "true or false" if word.isalpha() else "plain digits without zeros in front"
     raise yaml.MarkedYAMLError(
-        problem=f'{shown(word)[1:-1]} means one thing in YAML 1.1 and another in YAML 1.2: write {meant}, or "{word}" in '
-        "quotes if it is text",
+        problem=f"{word:.60} means one thing in YAML 1.1 and another in YAML 1.2: write {meant}, or put it in quotes if "
+        "it is text",
         problem_mark=node.start_mark,
     )
 

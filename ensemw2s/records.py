@@ -8,9 +8,9 @@ record of kind `study` that names the comparisons declared beforehand. Both hold
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -19,6 +19,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from ensemw2s.parsing import parse_json, require_file
+from ensemw2s.values import has_surrogates, shown
 
 RESULTS_FILE = "results.jsonl"
 TEST_SPLITS = {"id": "ID", "ood": "OOD"}
@@ -148,7 +151,7 @@ QUANTILE_LEVELS = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 
 def _is_number(value: Any) -> bool:
     # A JSON reader turns 1e999 into infinity.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_share(value: Any) -> bool:
@@ -166,18 +169,23 @@ def _is_validation(value: Any) -> bool:
 
 
 def _is_count(value: Any, least: int) -> bool:
-    return _is_number(value) and value >= least and value == int(value)
+    return _is_number(value) and least <= value < 2**63 and value == int(value)
+
+
+def _is_text(value: Any) -> bool:
+    # It becomes a cell of a table and a label of a figure; half of a character can be in no file.
+    return isinstance(value, str) and len(value) <= 200 and not has_surrogates(value)
 
 
 def _is_pairs(value: Any) -> bool:
     return isinstance(value, list) and all(
-        isinstance(pair, list) and len(pair) == 2 and all(isinstance(arm, str) for arm in pair) for pair in value
+        isinstance(pair, list) and len(pair) == 2 and all(_is_text(arm) for arm in pair) for pair in value
     )
 
 
 # The forms that a field may have, by the words in which an error asks for them.
 FORMS: dict[str, Callable[[Any], bool]] = {
-    "text": lambda value: isinstance(value, str),
+    "text of at most 200 characters": _is_text,
     "true or false": lambda value: isinstance(value, bool),
     "a number": _is_number,
     "a number or null": lambda value: value is None or _is_number(value),
@@ -239,40 +247,31 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     path = Path(path)
     file = path if path.is_file() or path.suffix == ".jsonl" else path / RESULTS_FILE
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} does not exist: give the folder of a run (`ensemw2s run` makes one), or the .jsonl file of a study"
-        )
+    require_file(file, "give the folder of a run (`ensemw2s run` makes one), or the .jsonl file of a study")
     records: list[dict[str, Any]] = []
     first_lines: dict[tuple[Any, ...], int] = {}
     # Bytes break at newlines only; text also breaks at U+2028 and the like, which a task's name may hold.
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
-            record = _parse_record(line)
+            record = _parse_record(line, f"{file}, line {number}")
             first = first_lines.setdefault(_figure_key(record, number), number)
             if first != number:
                 raise ValueError(f"gives the same figure as line {first}; each task and seed has one run")
         except ValueError as error:
-            raise ValueError(f"{file}, line {number}: {error}") from error
+            place = f"{file}, line {number}"
+            raise ValueError(str(error) if place in str(error) else f"{place}: {error}") from error
         records.append(record)
     if not any(record["kind"] in ("arm", "round") for record in records):
         raise ValueError(f"{file} holds neither rounds nor measured arms: run boost or evaluate first")
     return records
 
 
-def _parse_record(line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"not valid JSON ({error})") from error
+def _parse_record(line: bytes, place: str) -> dict[str, Any]:
+    record = parse_json(line, place)
     if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
         raise ValueError('expected a JSON object with a text field "kind"')
     _check_fields(record)
     return record
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number that a record may hold")
 
 
 def _check_fields(record: Mapping[str, Any]) -> None:
@@ -281,10 +280,10 @@ def _check_fields(record: Mapping[str, Any]) -> None:
     required = required | _RUN if kind in POOLED_KINDS else required
     missing = [name for name in required if name not in record]
     if missing:
-        raise ValueError(f"a record of kind {kind!r} lacks {', '.join(missing)}")
+        raise ValueError(f"a record of kind {shown(kind)} lacks {', '.join(missing)}")
     for name, form in (required | optional).items():
         if name in record and not FORMS[form](record[name]):
-            raise ValueError(f"{name} of a record of kind {kind!r} must be {form}, got {json.dumps(record[name]):.60}")
+            raise ValueError(f"{name} of a record of kind {shown(kind)} must be {form}, got {shown(record[name])}")
     if kind == "pgr" and record["defined"] and None in (record["value"], record["low"], record["high"]):
         raise ValueError("a defined pgr needs numbers for value, low and high")
 

@@ -119,7 +119,19 @@ def _load_run(path: Path) -> Run:
     records = read_records(path)
     config_file = path / CONFIG_FILE
     name = path.resolve().name.removesuffix(".jsonl")
-    return Run(name, records, read_json(config_file) if config_file.exists() else None)
+    return Run(name, records, _read_config(config_file) if config_file.exists() else None)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    config = read_json(file)
+    mappings = (
+        (config, *(config.get(key, {}) for key in ("weak", "strong", "boosting"))) if isinstance(config, dict) else ()
+    )
+    if not mappings or not all(isinstance(part, dict) for part in mappings):
+        raise ValueError(
+            f"{file} is no configuration of a run: expected an object with the objects weak, strong, boosting"
+        )
+    return config
 
 
 def _with_distinct_names(runs: Sequence[Run], paths: Sequence[str | os.PathLike[str]]) -> list[Run]:

@@ -25,6 +25,7 @@ from ensemw2s.accounts import enter_growing, is_ours
 from ensemw2s.claims import Kind, claim_shared, held_file
 from ensemw2s.config import ExperimentConfig, build_config, check_folder_name, merge_settings, read_settings
 from ensemw2s.files import read_json_lines, write_json_lines
+from ensemw2s.values import check_number, shown, shown_names
 
 # What a study keeps of a cell's records: kind -> fields, None for all. Of the rounds it keeps a summary, a kind of its
 # own: tables of rounds are for the report of one run.
@@ -44,6 +45,7 @@ _KIND = Kind("study", "a study", files=("*.log",), setting="name or output_dir")
 _ROUND_SUMMARY = "round_summary"
 # A cell's questions are its own: generators start from another seed in each.
 _SEED_STEP = 1000
+_MOST_SEEDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class StudyConfig:
         """
         unknown = [name for name in names if name not in self.tasks]
         if unknown:
-            raise ValueError(f"{unknown[0]!r} is none of the study's tasks {', '.join(self.tasks)}")
+            raise ValueError(f"{shown(unknown[0])} is none of the study's tasks {shown_names(self.tasks)}")
         return dataclasses.replace(self, tasks={name: self.tasks[name] for name in names})
 
     def cells(self) -> Iterator[Cell]:
@@ -93,8 +95,11 @@ class StudyConfig:
                "store": settings.get("store") or str(Path(folder) / "store")}  # fmt: skip
         for source in ("easy", "hard"):
             sources = settings.get("data", {})
-            if isinstance(sources.get(source), Mapping) and "seed" in sources[source]:
-                shifted = sources[source]["seed"] + _SEED_STEP * seed
+            if isinstance(sources, Mapping) and isinstance(sources.get(source), Mapping) and "seed" in sources[source]:
+                first = sources[source]["seed"]
+                if type(first) is not int:
+                    raise ValueError(f"data.{source}.seed must be a whole number, got {shown(first)}")
+                shifted = first + _SEED_STEP * seed
                 own = merge_settings(own, {"data": {source: {**sources[source], "seed": shifted}}})
         return build_config(merge_settings(settings, own))
 
@@ -141,7 +146,7 @@ class Study:
             ValueError: some of a cell's records are gone or changed; names the file and the cell.
         """
         records = self._records()
-        kept = {(r["task"], r["seed"]): r["key"] for r in records if r["kind"] == "cell"}
+        kept = {(r.get("task"), r.get("seed")): r.get("key") for r in records if r["kind"] == "cell"}
         self._check_whole(records)
         return [cell for cell in self.cells if kept.get((cell.task, cell.seed)) != cell.key]
 
@@ -156,8 +161,9 @@ class Study:
             InUseError: another process adds to the records, or works in a cell's folder.
             Exception: what a cell raised; the cells that were running are finished first.
         """
-        if jobs < 1:
-            raise ValueError(f"jobs must be at least 1, got {jobs}")
+        check_number("jobs", jobs, whole=True)
+        if minutes is not None:
+            check_number("minutes", minutes)
         claim_shared(self.cells[0].config.folder.parent, _KIND)
         with held_file(self.file):
             self._run(jobs, minutes)
@@ -179,7 +185,7 @@ class Study:
         """Take cells from `waiting` until `end`, `jobs` at a time."""
         context = multiprocessing.get_context("spawn")
         running: dict[Any, Cell] = {}
-        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
+        with ProcessPoolExecutor(min(jobs, len(waiting) or 1), mp_context=context, initializer=_start_worker) as pool:
             while running or (waiting and time.monotonic() < end):
                 while waiting and len(running) < jobs and time.monotonic() < end:
                     cell = waiting.pop(0)
@@ -204,7 +210,12 @@ class Study:
     def _records(self) -> list[dict[str, Any]]:
         if not self.file.exists():
             return []
-        return read_json_lines(self.file, "Bring back the file as it was, or delete the line")
+        rows = read_json_lines(self.file, "Bring back the file as it was, or delete the line")
+        if not all(isinstance(row.get("kind"), str) for row in rows):
+            raise ValueError(
+                f'{self.file} is no file of a study\'s records: expected a text field "kind" in every line'
+            )
+        return rows
 
     def _check_whole(self, records: Sequence[Mapping[str, Any]]) -> None:
         for cell in (record for record in records if record["kind"] == "cell" and "records" in record):
@@ -239,28 +250,45 @@ def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     tasks, seeds = settings.pop("tasks", None), settings.pop("seeds", None)
     comparisons, split = settings.pop("comparisons", []), settings.pop("primary_split", "ood")
     if not isinstance(tasks, Mapping) or not tasks or not all(isinstance(task, Mapping) for task in tasks.values()):
-        raise ValueError(f"{path}: tasks must be a mapping of names to settings of an experiment, got {tasks!r}")
-    numbers = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
-    if not isinstance(numbers, list) or not numbers or not all(isinstance(s, int) and s >= 0 for s in numbers):
-        raise ValueError(f"{path}: seeds must be a number of seeds, or a list of whole numbers, got {seeds!r}")
+        raise ValueError(f"{path}: tasks must be a mapping of names to settings of an experiment, got {shown(tasks)}")
     if split not in ("id", "ood"):
-        raise ValueError(f'{path}: primary_split must be "id" or "ood", got {split!r}')
+        raise ValueError(f'{path}: primary_split must be "id" or "ood", got {shown(split)}')
     if not isinstance(settings.get("name"), str):
         raise ValueError(f"{path}: name must be a text: it names the study")
     check_folder_name(settings["name"])
-    study = StudyConfig(settings, dict(tasks), tuple(numbers), _pairs(path, comparisons), split)
+    for section, own in {"": settings, **{f"tasks.{task}.": own for task, own in tasks.items()}}.items():
+        idle = [key for key in ("seed", "task", *(["name"] if section else ())) if own.get(key) is not None]
+        if idle:
+            raise ValueError(
+                f"{path}: {section}{idle[0]} does nothing in a study, whose cells have names, tasks and seeds of their "
+                "own (keys `tasks` and `seeds`): leave it out"
+            )
+    study = StudyConfig(settings, dict(tasks), _seeds(path, seeds), _pairs(path, comparisons), split)
     for cell in study.cells():
         arms = _arms(cell.config)
         unknown = [arm for pair in study.comparisons for arm in pair if arm not in arms]
         if unknown:
-            raise ValueError(f"{path}: comparisons name {unknown[0]}, which is none of the arms {', '.join(arms)}")
+            raise ValueError(f"{path}: comparisons name {unknown[0]:.100}, which is none of the arms {', '.join(arms)}")
     return study
 
 
+def _seeds(path: str | os.PathLike[str], seeds: Any) -> tuple[int, ...]:
+    numbers = range(min(seeds, _MOST_SEEDS + 1)) if type(seeds) is int else seeds
+    good = isinstance(numbers, list | range) and all(type(seed) is int and seed >= 0 for seed in numbers)
+    if not good or not 1 <= len(numbers) <= _MOST_SEEDS or len(set(numbers)) < len(numbers):
+        raise ValueError(
+            f"{path}: seeds must be a number of seeds, or a list of different whole numbers, 1 to {_MOST_SEEDS} of "
+            f"them; got {shown(seeds)}"
+        )
+    return tuple(numbers)
+
+
 def _pairs(path: str | os.PathLike[str], comparisons: Any) -> tuple[tuple[str, str], ...]:
-    good = isinstance(comparisons, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in comparisons)
+    good = isinstance(comparisons, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and pair[0] != pair[1] for pair in comparisons
+    )
     if not good:
-        raise ValueError(f"{path}: comparisons must be a list of pairs of arms, got {comparisons!r}")
+        raise ValueError(f"{path}: comparisons must be a list of pairs of different arms, got {shown(comparisons)}")
     return tuple((str(first), str(second)) for first, second in comparisons)
 
 

@@ -64,12 +64,15 @@ RANGES: dict[str, str] = {
     # Questions, labelling and decoding
     "max_length": "[2, inf)",
     "folds": "[2, inf)",
+    "share": "(0, 1]",
     "tolerance": "[0, 1]",
     "resolution": "[0, inf)",
     "min_values": "[2, inf)",
     "max_new_tokens": "[1, inf)",
     "batch_size": "[1, inf)",
     "top_temperature": "(0, inf)",
+    # Question i draws from this number + i, in 64 bits.
+    "first_seed": f"[0, {2**62}]",
     "Sampling.temperature": "[0, inf)",
     "top_k": "[0, inf)",
     "top_p": "(0, 1]",
@@ -268,6 +271,11 @@ def _range_in_words(allowed: str) -> str:
         else:
             words.append(f"in {part}" if high else low)
     return " or ".join(words)
+
+
+def has_surrogates(text: str) -> bool:
+    """Say whether a text holds halves of characters, which no file can (JSON's escapes can make them)."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def is_finite_number(value: Any) -> bool:

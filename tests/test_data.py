@@ -150,7 +150,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"empty\.csv is empty"):
         load_questions(str(tmp_path / "empty.csv"))
     (tmp_path / "broken.jsonl").write_text('{"prompt": ')
-    with pytest.raises(ValueError, match=r"broken\.jsonl is not valid JSON"):
+    with pytest.raises(ValueError, match=r"broken\.jsonl, line 1 is not valid JSON"):
         load_questions(str(tmp_path / "broken.jsonl"))
     of([{"question": "q", "answer": "a"}]).to_json(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"has no column 'query' .*its columns are question, answer"):
@@ -166,7 +166,11 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         ("a.csv", b"prompt,answer\na\n", r"a\.csv, row 0: answer is None"),
         ("a.csv", "prompt,answer\n\u00e9,b\n".encode("latin-1"), r"a\.csv is not UTF-8 text .*save it as UTF-8"),
         ("a.json", b'{"prompt": "a"}', r"a\.json: expected a list of objects"),
-        ("a.jsonl", b'{"prompt":"a","answer":"x"}\n{"prompt":"b","answer":7}', "a column must be of one type"),
+        (
+            "a.jsonl",
+            b'{"prompt":"a","answer":"x"}\n{"prompt":"b","answer":7}',
+            "column 'answer' must be of one type",
+        ),
         ("a.jsonl", b'{"prompt":"a"}\n{"prompt":"b","answer":"y"}', r"a\.jsonl, row 0: answer is None"),
         ("a.parquet", b"prompt", r"a\.parquet is not a Parquet file"),
     ],

@@ -109,7 +109,11 @@ def test_one_list_of_choices_serves_all_questions() -> None:
         (ARC, {"schema": "arc", "columns": {"prompt": "question"}}, "the schema 'arc' names all columns, leave `col"),
         (ARC, {"context": True}, "`context` belongs to a `schema`"),
         ([{**ARC[0], "answerKey": "E"}], {"schema": "arc"}, "row 0: answerKey is 'E', expected one of the labels A, B"),
-        ([{**ARC[0], "choices": ["a", "b"]}], {"schema": "arc"}, "row 0: choices is .* the lists text and label"),
+        (
+            [{**ARC[0], "choices": ["a", "b"]}],
+            {"schema": "arc"},
+            "row 0: choices is .* text and label, lists of as",
+        ),
         ([{**GSM8K[0], "answer": "4"}], {"schema": "gsm8k"}, "row 0: the answer '4' has nothing behind ####"),
         ([{**SCIQ[0], "correct_answer": "wax", "distractor1": None}], {"schema": "sciq"}, "expected at least 2"),
         (SCIQ, {"schema": "sciq", "choices": ["a", "b"]}, "has a column `choices` already: leave the option"),

@@ -196,15 +196,15 @@ def test_a_folder_without_results_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"kind": "arm", "arm"', "line 3: not valid JSON"),
-        ("", "line 3: not valid JSON"),
+        ('{"kind": "arm", "arm"', "line 3 is not valid JSON"),
+        ("", "line 3 is not valid JSON"),
         ("[1, 2]", 'line 3: expected a JSON object with a text field "kind"'),
         ('{"arm": "ensemble"}', "line 3: expected a JSON object"),
         ('{"kind": "arm", "arm": "x", "split": "id", "metric": "accuracy"}', "lacks value, standard_error, n"),
-        ('{"kind": "phase", "phase": "boost", "seconds": NaN}', "line 3: NaN is not a number"),
+        ('{"kind": "phase", "phase": "boost", "seconds": NaN}', "line 3 holds a number that cannot be read: NaN is no JSON"),
         ('{"kind": "cost", "arm": "ceiling", "task": "demo", "seed": 0}', "line 3: gives the same figure as line 1"),
         ('{"kind": "cost", "arm": "ceiling"}', "line 3: a record of kind 'cost' lacks task, seed"),
-        ("\xff", "line 3: not valid JSON ('utf-8' codec can't decode"),
+        ("\xff", "line 3 is not UTF-8 text ('utf-8' codec can't decode"),
     ],
 )
 def test_a_corrupt_record_is_named_by_file_and_line(tmp_path, line, message):
@@ -232,9 +232,9 @@ def test_a_corrupt_record_is_named_by_file_and_line(tmp_path, line, message):
         ("round", "weight_quantiles", {"0.5": 1.0}, "an object of numbers by level (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)"),
         ("round", "validation", {"expert": 0.5}, "null or an object with shares expert and ensemble"),
         ("arm", "value", 45.0, "a number from 0 to 1"), ("arm", "standard_error", None, "a number"),
-        ("arm", "arm", ["ensemble"], "text"), ("answers", "correct", "012", 'text of "0" and "1"'),
+        ("arm", "arm", ["ensemble"], "text of at most 200"), ("answers", "correct", "012", 'text of "0" and "1"'),
         ("answers", "correct", [0, 1], 'text of "0" and "1"'), ("answers", "questions", "xyz", "16 hex digits"),
-        ("answers", "seed", -1, "a whole number, 0 or above"), ("round", "task", 7, "text"),
+        ("answers", "seed", -1, "a whole number, 0 or above"), ("round", "task", 7, "text of at most 200"),
         ("cost", "train_flops", True, "a number or null"),
         ("labels", "agreement", 2, "a number from 0 to 1 or null"), ("phase", "seconds", "long", "a number"),
         ("identity", "sum_gap", None, "a number"),
@@ -253,7 +253,7 @@ def test_a_field_of_another_form_is_named_by_file_and_line(tmp_path, kind, field
 def test_a_number_too_large_to_read_is_refused(run):
     file = run / "results.jsonl"
     file.write_text(file.read_text().replace('"seconds": 250.0', '"seconds": 1e999'))
-    with pytest.raises(ValueError, match="seconds of a record of kind 'phase' must be a number, got Infinity"):
+    with pytest.raises(ValueError, match="holds a number that cannot be read: 1e999 is beyond the largest float"):
         read_records(run)
 
 
