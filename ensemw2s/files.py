@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +74,17 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     with _aside(path, _discard_folder) as aside:
         aside.mkdir()
         yield aside
+        share_as_usual(aside)
         aside.replace(path)
+
+
+def share_as_usual(folder: Path) -> None:
+    """Let those read the files in a new folder who may read any new file: safetensors keeps its files to their owner."""
+    usual = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        mode = file.lstat().st_mode
+        if stat.S_ISREG(mode) and usual & ~mode:
+            file.chmod(stat.S_IMODE(mode) | usual)
 
 
 @contextmanager
