@@ -189,6 +189,9 @@ def attach_adapter(
             _require_every_tensor(model, folder, name, owner)
     except (MemoryError, torch.OutOfMemoryError, _Unfit):
         raise
+    except KeyError as error:
+        # Of a module that is saved whole.
+        raise _unfit(folder, owner, "lacks", [str(error.args[0])]) from error
     except Exception as error:
         raise ValueError(
             f"{owner}: the adapter in {folder} does not fit the base model ({first_line(error)}): load the base that "
@@ -267,11 +270,14 @@ def _require_every_tensor(model: PeftModel, folder: Path, name: str, owner: str)
     missing = sorted(wanted - held) or empty
     for what, keys in (("lacks", missing), ("holds besides what belongs there", extra)):
         if keys:
-            shown = ", ".join(keys[:3])
-            raise _Unfit(
-                f"{owner}: {folder / ADAPTER_WEIGHTS} {what} {shown} ({len(keys)} tensors in all): it is damaged, or "
-                f"belongs to another base model. {REMEDY}"
-            )
+            raise _unfit(folder, owner, what, keys)
+
+
+def _unfit(folder: Path, owner: str, what: str, keys: list[str]) -> _Unfit:
+    return _Unfit(
+        f"{owner}: {folder / ADAPTER_WEIGHTS} {what} {', '.join(keys[:3])} ({len(keys)} tensors in all): it is damaged, "
+        f"or belongs to another base model or configuration. {REMEDY}"
+    )
 
 
 @contextmanager

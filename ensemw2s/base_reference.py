@@ -88,34 +88,37 @@ def stored(base: Mapping[str, Any] | None, folder: Path) -> dict[str, Any] | Non
     return dict(base, source=relative if relative.startswith("..") else f"./{relative}")
 
 
-def found(base: Mapping[str, Any], folder: Path, hub: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `models.load_model` for the base model of an ensemble saved in `folder`.
-
-    Args:
-        base: as it was saved.
-        folder: the ensemble's.
-        hub: how the hub is reached.
+def found(base: Mapping[str, Any] | None, folder: Path) -> dict[str, Any] | None:
+    """Return the reference that the ensemble in `folder` keeps, its source named in full if it is a folder.
 
     Raises:
-        FileNotFoundError: the folder of the base is not there, or the hub does not have it.
-        ValueError: a source that could be the name of a folder or of a model on the hub.
+        FileNotFoundError: the folder of the base is not there, or the source could be the name of a folder or of a
+            model on the hub.
     """
+    if base is None:
+        return None
     source = base["source"]
-    if _MADE_HERE.fullmatch(source):
-        return dict(base)
     if source.startswith(("./", "../", "/")):
-        place = folder / source
+        place = (folder / source).resolve()
         if not place.is_dir():
             raise FileNotFoundError(
-                f"{folder}/config.json: the experts' base model was saved as the folder {place.resolve()}, which does "
-                "not exist: put it there, or name its place in `base`, `source`. To pass an ensemble on, save it with "
-                "its base: build it without base_reference"
+                f"{folder}/config.json: the experts' base model was saved as the folder {place}, which does not exist: "
+                "put it there, or pass source=... to from_pretrained. To hand an ensemble on, save it with its base: "
+                "build it without base_reference"
             )
-        return dict(base, source=str(place.resolve()))
-    if not _HUB_ID.fullmatch(source):
+        return dict(base, source=str(place))
+    if not (_MADE_HERE.fullmatch(source) or _HUB_ID.fullmatch(source)):
         raise FileNotFoundError(
             f"{folder}/config.json: base: {short(source)} is neither a path (./, ../ or / in front), nor package:NAME, "
             "scratch:NAME or the id of a model on the hub (owner/name)"
         )
+    return dict(base)
+
+
+def arguments(base: Mapping[str, Any], hub: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `models.load_model` for a reference that was `found`; `hub` says how that is reached."""
+    if not _HUB_ID.fullmatch(base["source"]):
+        return dict(base)
     # Never a folder of that name in the working directory.
-    return dict(base, source=hub_folder(source, hub))
+    access = {name: hub[name] for name in HUB_ACCESS if name in hub}
+    return dict(base, source=hub_folder(base["source"], access))

@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ensemw2s import ops
-from ensemw2s.base_reference import check_base, found, settled, stored
+from ensemw2s.base_reference import arguments, check_base, found, settled, stored
 from ensemw2s.cache import EnsembleCache
 from ensemw2s.cost import count
 from ensemw2s.decoding import Sampling, fused_sample, label_questions, require_tokenizer, require_valid
@@ -636,6 +636,11 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         if config.kind == "models":
             experts = _load_models(folders, model_init_kwargs)
         else:
+            source = model_init_kwargs.pop("source", None)
+            if source is None:
+                config.base = found(config.base, folder)
+            else:
+                config.base = settled(check_base({**(config.base or {}), "source": source}, "from_pretrained"))
             experts = AdapterExperts(_load_base(config.base, folder, model_init_kwargs), folders)
         _check_described(config, experts, files)
         ensemble = cls(config, experts)
@@ -742,14 +747,13 @@ def _load_models(folders: Sequence[Path], model_init_kwargs: Mapping[str, Any]) 
 
 
 def _load_base(base: Mapping[str, Any] | None, folder: Path, model_init_kwargs: Mapping[str, Any]) -> PreTrainedModel:
-    """Load the base model of the ensemble in `folder`: the one that `source` names, the one referred to, or its own."""
-    kwargs = dict(model_init_kwargs)
-    source = kwargs.pop("source", None)
-    if source is not None:
-        return load_model(source, **{**(base or {}), **kwargs, "source": source})
+    """Load the base model of the ensemble in `folder`: the one that it refers to, or its own."""
     if base is None:
-        return load_saved_model(whole(folder) / "base", "the experts' base model", **kwargs)
-    return load_model(**{**found(base, folder, kwargs), **kwargs})
+        return load_saved_model(whole(folder) / "base", "the experts' base model", **model_init_kwargs)
+    try:
+        return load_model(**{**arguments(base, model_init_kwargs), **model_init_kwargs})
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        raise type(error)(f"{folder / 'config.json'}: the experts' base model cannot be had: {error}") from error
 
 
 # What an ensemble's `config.json` holds: the keys of ours, and those that transformers gives every configuration.

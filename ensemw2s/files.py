@@ -15,6 +15,7 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,6 +101,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     with _aside(path) as aside:
         aside.mkdir()
         yield aside
+        share_as_usual(aside)
         keep(aside, path)
         aside.replace(path)
         sync(path.parent)
@@ -139,6 +141,15 @@ def make_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
         sync(folder.parent)
+
+
+def share_as_usual(folder: Path) -> None:
+    """Let those read the files in a new folder who may read any new file: safetensors keeps its files to their owner."""
+    usual = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        mode = file.lstat().st_mode
+        if stat.S_ISREG(mode) and usual & ~mode:
+            file.chmod(stat.S_IMODE(mode) | usual)
 
 
 @contextmanager

@@ -273,12 +273,13 @@ def parse_layers(keep_layers: str, count: int) -> list[int]:
     for part in str(keep_layers).split(","):
         found = _LAYER_RANGE.match(part.strip())
         if found is None:
-            raise ValueError(f'keep_layers must look like "0-11,22-29", got {keep_layers!r}')
+            raise ValueError(f'keep_layers must look like "0-11,22-29", got {short(keep_layers)}')
         first, last = int(found[1]), int(found[2] or found[1])
-        layers += range(first, last + 1)
+        # Not beyond the first that is not there: the text may name any number of them.
+        layers += range(first, min(last, count) + 1)
     if not layers or layers != sorted(set(layers)) or layers[-1] >= count:
         raise ValueError(
-            f"keep_layers {keep_layers!r} must name layers between 0 and {count - 1} in rising order, each once"
+            f"keep_layers {short(keep_layers)} must name layers between 0 and {count - 1} in rising order, each once"
         )
     return layers
 
@@ -312,14 +313,19 @@ def _resolve(source: str | os.PathLike[str]) -> str:
         return str(scratch_folder(name))
     folder = Path(source).expanduser()
     if folder.is_dir():
-        if not any((folder / weights).is_file() for weights in MODEL_WEIGHTS):
-            raise FileNotFoundError(
-                f"{folder} holds no model weights (expected {' or '.join(MODEL_WEIGHTS)}): give a folder written by "
-                "save_pretrained; pickled weights (.bin, .pt) are not read"
-            )
+        require_model(folder)
     elif separator or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise FileNotFoundError(f"{source} does not exist: give a model folder, a hub id, package:NAME or scratch:NAME")
     return str(folder)
+
+
+def require_model(folder: Path) -> None:
+    """Raise FileNotFoundError unless a folder holds the weights of a whole model."""
+    if not any((folder / weights).is_file() for weights in MODEL_WEIGHTS):
+        raise FileNotFoundError(
+            f"{folder} holds no model weights (expected {' or '.join(MODEL_WEIGHTS)}): give a folder written by "
+            "save_pretrained; pickled weights (.bin, .pt) are not read"
+        )
 
 
 def _converted_package(name: str) -> Path:

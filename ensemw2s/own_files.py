@@ -3,8 +3,9 @@
 What is written lists itself in `ensemw2s.json`, by which we know it again. A folder that is not there yet appears whole
 (`files.new_folder`). In one that is there, the new files are first made whole in a scratch folder inside it; the rename
 of that to `.ensemw2s-ready` is the moment from which they count. They are then linked into their places one by one
-(copied where the file system has no hard links), and the scratch folder goes last. A kill between any two of these steps
-leaves the old files or the new ones whole: readers take those that are ready (`whole`), the next writer does the rest.
+(copied where the file system has no hard links), and the scratch folder goes last. A kill between any two of these
+steps leaves the old files or the new ones whole: readers take those that are ready (`whole`), the next writer does the
+rest.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from ensemw2s.files import DiskFullError, is_disk_full, keep, new_folder, sync
+from ensemw2s.files import DiskFullError, is_disk_full, keep, new_folder, share_as_usual, sync
 from ensemw2s.saved import read_settings, short
 
 MANIFEST = "ensemw2s.json"
@@ -60,6 +61,7 @@ def own_files(path: str | os.PathLike[str], kind: str) -> Iterator[Path]:
         (aside / MANIFEST).touch()
         yield aside
         _leave_out_theirs(folder, aside, kind)
+        share_as_usual(aside)
         _write_list(aside, kind, _files_in(aside))
         keep(aside, folder)
     except BaseException as error:
@@ -83,7 +85,7 @@ def settle(folder: Path) -> None:
     if not _is_scratch(ready):
         return
     old, new = _listed(folder), _listed(ready)
-    for name in [*new, MANIFEST]:
+    for name in new:
         _put(ready / name, folder / name)
     gone = old.keys() - new.keys()
     for name in gone:
@@ -91,8 +93,10 @@ def settle(folder: Path) -> None:
     for up in sorted(
         {up for name in gone for up in (folder / name).parents if up.is_relative_to(folder)}, reverse=True
     ):
-        if up != folder and not any(up.iterdir()):
+        if up != folder and up.is_dir() and not any(up.iterdir()):
             up.rmdir()
+    # Until here the old list says what is ours, should this have to be done again.
+    _put(ready / MANIFEST, folder / MANIFEST)
     # From here on the ready files do not count, so that a kill while they are deleted does no harm.
     _discard(folder / _PARTIAL)
     ready.rename(folder / _PARTIAL)

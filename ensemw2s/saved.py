@@ -8,6 +8,7 @@ weights are safetensors; everything else is the caller's to say. What is missing
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -124,7 +125,8 @@ def _plain_size(file: Path, owner: str) -> int | None:
 
 
 def _unreadable(file: Path, owner: str, error: OSError) -> OSError:
-    return OSError(error.errno, f"{owner}: {file} cannot be read ({error.strerror}): make it readable, or copy it")
+    reason = error.strerror or first_line(error)
+    return OSError(error.errno or errno.EIO, f"{owner}: {file} cannot be read ({reason}): make it readable, or copy it")
 
 
 def check_links(folder: Path) -> None:
@@ -208,6 +210,8 @@ def listed_parts(index: Path, owner: str) -> list[str]:
 
 def _dtypes(file: Path, owner: str) -> dict[str, str]:
     try:
+        # safetensors takes what it may not read for missing.
+        file.open("rb").close()
         with safe_open(file, framework="pt") as weights:
             return {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118  (not a dict)
     except SafetensorError as error:
@@ -296,6 +300,8 @@ def _check_setting(key: str, value: Any, where: str) -> None:
             )
     if key.startswith("__") or callable(getattr(PreTrainedConfig, key, None)):
         raise ValueError(f"{where}: {short(key)} is no setting of a model. {REMEDY}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: {key} is {value}, which is no number. {REMEDY}")
     if isinstance(value, int) and (abs(value) >= 2**63 or (_COUNTS.match(key) and value > _MOST_COUNTED)):
         raise ValueError(f"{where}: {key} is {short(value)}, more than any model has. {REMEDY}")
 
@@ -326,7 +332,9 @@ def check_tokens(key: str, value: Any, config: Mapping[str, Any], where: str) ->
     """Raise ValueError unless a token, or each of a list, is one of the vocabulary of `config`; None is none."""
     size = config.get("vocab_size")
     size = size if isinstance(size, int) else 2**31
-    for token in value if isinstance(value, list) else [value]:
+    # Only ends may be several.
+    several = isinstance(value, list) and key == "eos_token_id"
+    for token in value if several else [value]:
         # Padding that there is no token for is -1 in some models.
         if token is not None and not (type(token) is int and -1 <= token < size):
             raise ValueError(f"{where}: {key} is {short(value)}, not a token of the vocabulary of {size}. {REMEDY}")

@@ -28,7 +28,7 @@ from ensemw2s.distillation import (
     with_own_end,
 )
 from ensemw2s.files import write_json
-from ensemw2s.models import load_model, load_saved_model, load_tokenizer, source_of
+from ensemw2s.models import load_model, load_saved_model, load_tokenizer, require_model, source_of
 from ensemw2s.own_files import own_files, whole
 from ensemw2s.tokens import end_tokens
 from ensemw2s.training import AnswerTrainingArguments, TrainingCost, fine_tune, on_device
@@ -330,6 +330,7 @@ def load_trained(folder: str | Path, source: str | None = None, **model_init_kwa
     """
     files = whole(Path(folder))
     if not (files / ADAPTER_WEIGHTS).exists():
+        require_model(files)
         kwargs = {name: value for name, value in model_init_kwargs.items() if name != "keep_layers"}
         return load_saved_model(files, "the student", **kwargs).eval()
     if source is None:
