@@ -22,11 +22,14 @@ beside the result little memory is used, however large N is. Only `weight_quanti
 """
 
 import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from ensemw2s.values import require_numbers, shown
 
 __all__ = [
     "cap_weights",
@@ -97,6 +100,8 @@ def unit_index(answer_lengths: ArrayLike, unit: Unit = "token", window: int | No
             "drop the examples without an answer"
         )
     if unit == "window":
+        if window is not None:
+            require_numbers(whole=True, window=window)
         if window is None or window < 1:
             raise ValueError(f'unit="window" needs window >= 1 (tokens per window), got {window}')
         units_per_answer = -(-lengths // window)
@@ -176,6 +181,7 @@ def mix_uniform(weights: ArrayLike, uniform_mix: float) -> NDArray[np.float64]:
 
 
 def _mixed(distribution: NDArray[np.float64], uniform_mix: float) -> _WeightsOf:
+    require_numbers(uniform_mix=uniform_mix)
     if not 0.0 <= uniform_mix < 1.0:
         raise ValueError(f"uniform_mix must be in [0, 1), got {uniform_mix}; 0 turns the mixing off")
 
@@ -245,6 +251,7 @@ def clamp_error(error: float, num_units: int) -> tuple[float, bool]:
         ValueError: `error` outside [0, 1] or NaN, or `num_units < 1`.
     """
     _check_num_units(num_units)
+    require_numbers(error=error)
     if not 0.0 <= error <= 1.0:
         raise ValueError(f"error must be in [0, 1], got {error}")
     margin = 0.5 / num_units
@@ -278,14 +285,14 @@ def prior_error(
             `num_classes`, `"pretrained"` without a clamped `pretrained_error`.
     """
     _check_choice("unit", unit, Unit)
-    if prior == "pretrained":
+    if isinstance(prior, str) and prior == "pretrained":
         if pretrained_error is None or not 0.0 < pretrained_error < 1.0:
             raise ValueError(
                 'prior="pretrained" needs pretrained_error in (0, 1), measured before fine-tuning and '
                 f"clamped by clamp_error; got {pretrained_error}"
             )
         return float(pretrained_error)
-    if prior == "uniform":
+    if isinstance(prior, str) and prior == "uniform":
         if unit != "token":
             raise ValueError(
                 f'prior="uniform" needs unit="token", got unit={unit!r}: use prior="pretrained" or a number'
@@ -295,8 +302,8 @@ def prior_error(
                 f'prior="uniform" needs num_classes >= 2 (for instance the size of the vocabulary), got {num_classes}'
             )
         return 1.0 - 1.0 / num_classes
-    if isinstance(prior, (str, bool)) or not 0.0 < prior < 1.0:
-        raise ValueError(f'prior must be "pretrained", "uniform" or a number in (0, 1), got {prior!r}')
+    if isinstance(prior, bool) or not isinstance(prior, numbers.Real) or not 0.0 < prior < 1.0:
+        raise ValueError(f'prior must be "pretrained", "uniform" or a number in (0, 1), got {shown(prior)}')
     return float(prior)
 
 
@@ -311,6 +318,7 @@ def expert_weight(error: float, prior_error: float) -> float:
     Raises:
         ValueError: either error outside (0, 1); see `clamp_error`.
     """
+    require_numbers(error=error, prior_error=prior_error)
     for name, value in (("error", error), ("prior_error", prior_error)):
         if not 0.0 < value < 1.0:
             raise ValueError(f"{name} must be in (0, 1), got {value}: pass it through clamp_error first")
@@ -349,6 +357,7 @@ def update_weights(
     """
     distribution = _distribution(weights)
     of_units = _losses("losses", losses, distribution.size)
+    require_numbers(expert_weight=expert_weight, shrinkage=shrinkage)
     if not (math.isfinite(expert_weight) and expert_weight > 0.0):
         raise ValueError(
             f"expert_weight must be positive and finite, got {expert_weight}: an expert that is no better "
@@ -396,6 +405,7 @@ def tempered_shrinkage(
     Raises:
         ValueError: `floor` outside (0, 1), or whatever `update_weights` refuses.
     """
+    require_numbers(floor=floor, shrinkage=shrinkage)
     if not 0.0 < floor < 1.0:
         raise ValueError(f"floor is a share of the units, in (0, 1), got {floor}")
     distribution = _distribution(weights)
@@ -429,6 +439,7 @@ def cap_weights(weights: ArrayLike, cap: float, out: NDArray[np.float64] | None 
             of zero that the others cannot take it all.
     """
     distribution = _distribution(weights)
+    require_numbers(cap=cap)
     if not cap >= 1.0:
         raise ValueError(f"cap must be at least 1 (the uniform weight), got {cap}")
     limit, scale = cap / distribution.size, 1.0
@@ -476,9 +487,16 @@ def fit_mixture_weights(
         float64 `[T]`, non-negative and summing to 1.
 
     Raises:
-        ValueError: another shape, a value above 0 or NaN, or a token to which no expert gives any probability.
+        ValueError: a setting out of range, another shape, a value above 0 or NaN, or a token to which no expert gives any probability.
     """
-    table = np.asarray(log_probs, dtype=np.float64)
+    require_numbers(step_size=step_size, tolerance=tolerance)
+    require_numbers(whole=True, max_steps=max_steps)
+    if not (0.0 < step_size < math.inf and tolerance >= 0.0 and max_steps >= 1):
+        raise ValueError(
+            "step_size must be above 0 and finite, tolerance at least 0 and max_steps at least 1, got "
+            f"{step_size}, {tolerance} and {max_steps}"
+        )
+    table = _floats("log_probs", log_probs)
     if table.ndim != 2 or table.size == 0:
         raise ValueError(f"log_probs must have shape [experts, tokens] and not be empty, got {table.shape}")
     # Rounding in float32 can leave a log-probability a little above 0.
@@ -534,6 +552,7 @@ def draw_counts(
     """
     distribution = _distribution(weights)
     _check_choice("method", method, DrawMethod)
+    require_numbers(whole=True, size=size)
     if size < 0:
         raise ValueError(f"size (the number of draws) must be at least 0, got {size}")
     counts = np.zeros(distribution.size, dtype=np.int64)
@@ -585,6 +604,7 @@ def loss_weights(
     size = distribution.size
     if deduplicate and sampling not in ("draw", "bagging"):
         raise ValueError('deduplicate only applies to draws: use sampling="draw" or "bagging", or leave it off')
+    require_numbers(draw_fraction=draw_fraction)
     if not 0.0 < draw_fraction <= 1.0:
         raise ValueError(f"draw_fraction must be in (0, 1], got {draw_fraction}")
     result = _result(out, size)
@@ -626,6 +646,7 @@ def draw_without_replacement(weights: ArrayLike, size: int, generator: np.random
         ValueError: weights that are no distribution, a negative `size`, or one above the number of units with weight.
     """
     distribution = _distribution(weights)
+    require_numbers(whole=True, size=size)
     return _draw_distinct(lambda part: distribution[part], distribution.size, size, generator)
 
 
@@ -725,11 +746,12 @@ def _result(out: NDArray[np.float64] | None, size: int) -> NDArray[np.float64]:
 
 def _check_choice(name: str, value: object, allowed: object) -> None:
     choices = get_args(allowed)
-    if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(map(repr, choices))}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"unknown {name} {shown(value)}; choose one of {', '.join(map(repr, choices))}")
 
 
 def _check_num_units(num_units: int) -> None:
+    require_numbers(whole=True, num_units=num_units)
     if num_units < 1:
         raise ValueError(f"num_units must be at least 1, got {num_units}: there is nothing to boost")
 
@@ -755,8 +777,15 @@ def _losses(name: str, losses: ArrayLike, length: int) -> NDArray[Any]:
     return array
 
 
+def _floats(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{name} must be real numbers, got {array.dtype}")
+    return array.astype(np.float64, copy=False)
+
+
 def _distribution(weights: ArrayLike) -> NDArray[np.float64]:
-    array = np.asarray(weights, dtype=np.float64)
+    array = _floats("weights", weights)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"weights must be a non-empty vector, got shape {array.shape}")
     # min and sum both propagate NaN and need no temporary array of N elements.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import reprlib
 import sys
 import types
@@ -125,15 +126,22 @@ def check_number(name: str, value: Any, range_name: str | None = None, *, whole:
         name: what errors call the value.
         value: the value.
         range_name: the key of `RANGES`; None is `name`.
-        whole: refuse numbers that are no `int`.
+        whole: refuse numbers that are not whole.
 
     Raises:
         TypeError: no number (a bool is none), or not a whole one.
         ValueError: a number outside its range; NaN is in none.
     """
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        raise TypeError(f"{name} must be a {'whole ' if whole else ''}number, got {shown(value)}")
+    require_numbers(whole=whole, **{name: value})
     _check_range(name, value, RANGES[range_name or name])
+
+
+def require_numbers(*, whole: bool = False, **values: Any) -> None:
+    """Raise TypeError, naming it, for a value that is no number (a bool is none), or not a whole one; NaN passes."""
+    for name, value in values.items():
+        # NumPy's numbers are such numbers, too.
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
+            raise TypeError(f"{name} must be a {'whole ' if whole else ''}number, got {shown(value)}")
 
 
 def check_fields(settings: Any, inherited: type | None = None) -> None:
@@ -240,7 +248,7 @@ def _in_words(declared: Any) -> str:
 
 
 def _check_range(name: str, value: float, allowed: str) -> None:
-    if isinstance(value, int) and allowed.endswith("inf)") and value > LARGEST:
+    if isinstance(value, numbers.Integral) and allowed.endswith("inf)") and value > LARGEST:
         raise ValueError(f"{name} must be at most {LARGEST}, got {shown(value)}")
     if not any(_contains(part, value) for part in allowed.split(" or ")):
         raise ValueError(f"{name} must be {_range_in_words(allowed)}, got {shown(value)}")
