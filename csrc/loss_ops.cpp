@@ -19,23 +19,16 @@ std::vector<int64_t> leading_shape(const Tensor& tensor) {
   return std::vector<int64_t>(sizes.begin(), sizes.end() - 1);
 }
 
-const void* dense(const Tensor& tensor, ScalarType dtype, int64_t count, const char* name) {
-  ENSEMW2S_CHECK(tensor.scalar_type() == dtype && tensor.numel() == count && tensor.is_contiguous(), name,
-                 " must be contiguous, of the right dtype and have ", count, " elements");
-  return tensor.const_data_ptr();
-}
-
-const float* row_weights_of(const Tensor& tensor, int64_t rows) {
-  return static_cast<const float*>(dense(tensor, ScalarType::Float, rows, "row weights"));
-}
+Dense<float> row_weights_of(const Tensor& tensor, int64_t rows) { return {tensor, rows, "row weights"}; }
 
 // Labels in [0, vocabulary), or the masked label; where `row_weights` is 0 they do not matter.
-const int64_t* labels_of(const Tensor& tensor, const Logits& logits, const float* row_weights = nullptr) {
-  const int64_t* labels = static_cast<const int64_t*>(dense(tensor, ScalarType::Long, logits.rows, "labels"));
+Dense<int64_t> labels_of(const Tensor& tensor, const Logits& logits, const float* row_weights = nullptr) {
+  const Dense<int64_t> labels(tensor, logits.rows, "labels");
   for (int64_t i = 0; i < logits.rows; ++i) {
-    const bool needed = row_weights ? row_weights[i] != 0 : labels[i] != kMaskedLabel;
-    ENSEMW2S_CHECK(!needed || (labels[i] >= 0 && labels[i] < logits.vocabulary), "labels must be in [0, ",
-                   logits.vocabulary, ") or ", kMaskedLabel, ", got labels[", i, "] = ", labels[i]);
+    const int64_t label = labels.data[i];
+    const bool needed = row_weights ? row_weights[i] != 0 : label != kMaskedLabel;
+    ENSEMW2S_CHECK(!needed || (label >= 0 && label < logits.vocabulary), "labels must be in [0, ",
+                   logits.vocabulary, ") or ", kMaskedLabel, ", got labels[", i, "] = ", label);
   }
   return labels;
 }
@@ -79,7 +72,7 @@ struct NewLosses {
 std::tuple<Tensor, Tensor, Tensor> token_scores_cpu(Tensor logits, Tensor labels) {
   const Logits input = logits_of(logits);
   const NewScores scores(logits);
-  token_scores(input, labels_of(labels, input), scores.pointers());
+  token_scores(input, labels_of(labels, input).data, scores.pointers());
   return scores.tensors();
 }
 
@@ -87,16 +80,16 @@ std::tuple<Tensor, Tensor, Tensor> mixture_scores_cpu(std::vector<Tensor> logits
                                                       Tensor labels, int64_t combine) {
   const MixtureOfTensors mixture(logits, weights, combine);
   const NewScores scores(logits[0]);
-  mixture_scores(*mixture, labels_of(labels, logits_of(logits[0])), scores.pointers());
+  mixture_scores(*mixture, labels_of(labels, logits_of(logits[0])).data, scores.pointers());
   return scores.tensors();
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_rows_cpu(Tensor logits, Tensor labels, Tensor row_weights,
                                                   bool with_gradient) {
   const Logits input = logits_of(logits);
-  const float* weights = row_weights_of(row_weights, input.rows);
+  const Dense<float> weights = row_weights_of(row_weights, input.rows);
   const NewLosses out(logits, with_gradient);
-  cross_entropy_rows(input, labels_of(labels, input, weights), weights, out.loss_pointer(),
+  cross_entropy_rows(input, labels_of(labels, input, weights.data).data, weights.data, out.loss_pointer(),
                      out.gradient_pointer());
   return out.tensors();
 }
@@ -109,7 +102,7 @@ std::tuple<Tensor, Tensor> mixture_kl_rows_cpu(Tensor student, std::vector<Tenso
                      (*teacher).dtype == input.dtype,
                  "student and experts need one shape and dtype");
   const NewLosses out(student, with_gradient);
-  mixture_kl_rows(input, *teacher, row_weights_of(row_weights, input.rows), out.loss_pointer(),
+  mixture_kl_rows(input, *teacher, row_weights_of(row_weights, input.rows).data, out.loss_pointer(),
                   out.gradient_pointer());
   return out.tensors();
 }
@@ -119,15 +112,14 @@ std::tuple<Tensor, Tensor> topk_kl_rows_cpu(Tensor student, Tensor token_ids, Te
   const Logits input = logits_of(student);
   ENSEMW2S_CHECK(token_ids.dim() >= 1, "token_ids must be [..., k]");
   const int64_t k = token_ids.size(token_ids.dim() - 1), count = input.rows * k;
-  const int64_t* ids = static_cast<const int64_t*>(dense(token_ids, ScalarType::Long, count, "token_ids"));
+  const Dense<int64_t> ids(token_ids, count, "token_ids");
+  const Dense<float> kept(log_probs, count, "log_probs");
   for (int64_t i = 0; i < count; ++i)
-    ENSEMW2S_CHECK(ids[i] >= 0 && ids[i] < input.vocabulary, "token_ids must be in [0, ", input.vocabulary,
-                   "), got ", ids[i]);
-  const TopK teacher{ids, static_cast<const float*>(dense(log_probs, ScalarType::Float, count, "log_probs")),
-                     k};
+    ENSEMW2S_CHECK(ids.data[i] >= 0 && ids.data[i] < input.vocabulary, "token_ids must be in [0, ",
+                   input.vocabulary, "), got ", ids.data[i]);
   const NewLosses out(student, with_gradient);
-  topk_kl_rows(input, teacher, row_weights_of(row_weights, input.rows), out.loss_pointer(),
-               out.gradient_pointer());
+  topk_kl_rows(input, {ids.data, kept.data, k}, row_weights_of(row_weights, input.rows).data,
+               out.loss_pointer(), out.gradient_pointer());
   return out.tensors();
 }
 

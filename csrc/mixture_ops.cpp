@@ -11,12 +11,6 @@ Tensor mixture_log_probs_cpu(std::vector<Tensor> logits, Tensor weights, int64_t
   return out;
 }
 
-static const int64_t* int64_rows(const Tensor& tensor, int64_t rows, const char* name) {
-  ENSEMW2S_CHECK(tensor.scalar_type() == ScalarType::Long && tensor.dim() == 1 && tensor.size(0) == rows &&
-                     tensor.is_contiguous(),
-                 name, " must be a contiguous int64 [", rows, "]");
-  return static_cast<const int64_t*>(tensor.const_data_ptr());
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_sample_cpu(std::vector<Tensor> logits, Tensor weights,
                                                               double temperature, int64_t top_k, double top_p,
@@ -25,12 +19,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_sample_cpu(std::vector<Tensor
   const MixtureOfTensors mixture(logits, weights, combine);
   const int64_t experts = int64_t(logits.size()), rows = (*mixture).rows;
   ENSEMW2S_CHECK(logits[0].dim() == 2, "logits must be T tensors [B, V]");
-  const SampleSettings settings{temperature,
-                                top_k,
-                                top_p,
-                                min_p,
-                                int64_rows(seeds, rows, "seeds"),
-                                int64_rows(positions, rows, "positions")};
+  const Dense<int64_t> dense_seeds(seeds, rows, "seeds"), dense_positions(positions, rows, "positions");
+  const SampleSettings settings{temperature, top_k, top_p, min_p, dense_seeds.data, dense_positions.data};
   Tensor tokens = new_tensor(logits[0], {rows}, ScalarType::Long);
   Tensor log_probs = new_tensor(logits[0], {rows}, ScalarType::Float);
   Tensor expert_log_probs = new_tensor(logits[0], {experts, rows}, ScalarType::Float);

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "mixture.h"
@@ -49,6 +50,22 @@ inline Tensor new_tensor(const Tensor& like, std::vector<int64_t> shape, ScalarT
   return torch::stable::new_empty(like, shape, dtype);
 }
 
+template <class V>
+constexpr ScalarType kScalarType = std::is_same<V, float>::value ? ScalarType::Float : ScalarType::Long;
+
+// The elements of a float32 or int64 tensor in order, whatever its strides.
+template <class V>
+struct Dense {
+  Tensor tensor;
+  const V* data;
+
+  Dense(const Tensor& given, int64_t count, const char* name) : tensor(torch::stable::contiguous(given)) {
+    ENSEMW2S_CHECK(tensor.scalar_type() == kScalarType<V> && tensor.numel() == count, name, " must be ",
+                   std::is_same<V, float>::value ? "float32" : "int64", " and have ", count, " elements");
+    data = static_cast<const V*>(tensor.const_data_ptr());
+  }
+};
+
 // Owns what a Mixture points to.
 class MixtureOfTensors {
  public:
@@ -81,10 +98,8 @@ class MixtureOfTensors {
   }
 
   void read_weights(const Tensor& weights) {
-    ENSEMW2S_CHECK(weights.dim() == 1 && weights.numel() == int64_t(rows_.size()) &&
-                       weights.scalar_type() == ScalarType::Float && weights.is_contiguous(),
-                   "weights must be a contiguous float32 [T] with T = ", rows_.size());
-    const float* values = static_cast<const float*>(weights.const_data_ptr());
+    const Dense<float> dense(weights, int64_t(rows_.size()), "weights");
+    const float* values = dense.data;
     double total = 0;
     for (size_t t = 0; t < rows_.size(); ++t) {
       ENSEMW2S_CHECK(std::isfinite(values[t]) && values[t] >= 0,

@@ -35,7 +35,8 @@ constexpr int kRowThreads = ENSEMW2S_ROW_THREADS, kRowWarps = kRowThreads / kWar
 template <class T>
 constexpr int kVector = 16 / int(sizeof(T));
 
-// The chunk-wise results, in scratch memory.
+// The chunk-wise results, in scratch memory. The product's scores are taken beside the experts' largest logits
+// in the chunk.
 struct Partial {
   float max, sum;  // log-sum-exp in two numbers
 };
@@ -93,8 +94,9 @@ ENSEMW2S_DEVICE void load_group(const T* row, int vocabulary, int group, float* 
 
 // ---- scan ----
 
-// The group's largest value into *group_max, the warp's normaliser into *partial.
-ENSEMW2S_DEVICE void reduce_chunk(const float* values, float* group_max, Partial* partial) {
+// The group's largest value into *group_max, the warp's normaliser into *partial; returns the warp's largest
+// value.
+ENSEMW2S_DEVICE float reduce_chunk(const float* values, float* group_max, Partial* partial) {
   float top = values[0];
 #pragma unroll
   for (int i = 1; i < kGroup; ++i) top = fmaxf(top, values[i]);
@@ -105,6 +107,13 @@ ENSEMW2S_DEVICE void reduce_chunk(const float* values, float* group_max, Partial
   for (int i = 0; i < kGroup; ++i) sum += fast_exp(values[i] - max);
   sum = reduce_warp(sum, [](float a, float b) { return a + b; });
   if (lane_index() == 0) *partial = {max, sum};
+  return max;
+}
+
+// w (z - top), an expert's part in the product's score of a token, where `top` is at least z. By halves,
+// because z - top may be more than a float holds.
+ENSEMW2S_DEVICE float product_term(float weight, float logit, float top) {
+  return 2 * weight * (0.5f * logit - 0.5f * top);
 }
 
 // Sum of the weights in a fixed order; NaN if one of them cannot be a weight.
@@ -138,11 +147,11 @@ ENSEMW2S_DEVICE void scan_product(const DeviceMixture& mixture, const ScanResult
   float logits[kGroup], scores[kGroup] = {};
   for (int t = 0; t < mixture.num_experts; ++t) {
     load_group(row_of<T>(mixture, t, row), mixture.vocabulary, group, logits);
-    reduce_chunk(logits, group_max, partials + int64_t(t) * shape.chunks);
+    const float top = reduce_chunk(logits, group_max, partials + int64_t(t) * shape.chunks);
     const float weight = float(mixture.weights[t] / total);
     if (weight != 0) {
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) scores[i] += weight * logits[i];
+      for (int i = 0; i < kGroup; ++i) scores[i] += product_term(weight, logits[i], top);
     }
   }
   reduce_chunk(scores, group_max, partials + int64_t(mixture.num_experts) * shape.chunks);
@@ -187,51 +196,132 @@ scan_kernel(const DeviceMixture mixture, const SampleSettings settings, const Sc
 // ---- finish ----
 
 struct Normaliser {
-  float max;
-  float unused;  // whole words: shuffles carry no padding
-  double sum;
+  double max = -DBL_MAX;
+  double sum = 0;
 };
 
 ENSEMW2S_DEVICE Normaliser merged(const Normaliser& a, const Normaliser& b) {
-  const float top = fmaxf(a.max, b.max);
-  return {top, 0, a.sum * exp(double(a.max) - top) + b.sum * exp(double(b.max) - top)};
+  const double top = fmax(a.max, b.max);
+  return {top, a.sum * exp(a.max - top) + b.sum * exp(b.max - top)};
 }
 
 // What is known of a row after its scan. Index T is the product of experts.
 struct RowState {
   double weight[kMaxExperts];  // normalised
   double log_sum[kMaxExperts + 1];
-  float max[kMaxExperts + 1];
+  float max[kMaxExperts + 1];  // of the product: the likeliest token's score, as a float
+  double product_max;          // and as a double
   float shift[kMaxExperts];  // (z - max) + shift = log(weight * probability)
   bool usable[kMaxExperts + 1];
   int winner[kMaxExperts];  // vote: the expert's first argmax, -1 for weight 0
   bool valid;
 };
 
+// Keeps an expert's or the product's normaliser. By a single thread.
+ENSEMW2S_DEVICE void keep_normaliser(RowState& state, int t, const Normaliser& all) {
+  state.max[t] = float(all.max);
+  state.log_sum[t] = log(all.sum);
+  state.usable[t] = all.sum > 0 && all.max <= FLT_MAX && all.sum <= DBL_MAX;
+}
+
+// What leads from the product's scores in a chunk to those beside the experts' largest logits in the row.
+ENSEMW2S_DEVICE double descent(const DeviceMixture& mixture, const RowState& state, const Partial* partials,
+                               int chunk) {
+  double sum = 0;
+  for (int t = 0; t < mixture.num_experts; ++t) {
+    const float top = partials[int64_t(t) * shape_of(mixture).chunks + chunk].max;
+    if (state.weight[t] > 0) sum += state.weight[t] * (double(top) - state.max[t]);
+  }
+  return sum;
+}
+
+// The product's score of a token beside the experts' largest logits, where logit(t) is expert t's logit of it.
+template <class Logit>
+ENSEMW2S_DEVICE float product_score(const DeviceMixture& mixture, const RowState& state, const Logit& logit) {
+  float score = 0;
+  for (int t = 0; t < mixture.num_experts; ++t)
+    if (state.weight[t] > 0) score += product_term(float(state.weight[t]), logit(t), state.max[t]);
+  return score;
+}
+
+template <class Logit>
+ENSEMW2S_DEVICE double exact_product_score(const DeviceMixture& mixture, const RowState& state,
+                                           const Logit& logit) {
+  double score = 0;
+  for (int t = 0; t < mixture.num_experts; ++t)
+    if (state.weight[t] > 0) score += state.weight[t] * (double(logit(t)) - state.max[t]);
+  return score;
+}
+
+// Of the chunks of one row, the largest score and its chunk.
+struct BestChunk {
+  double max;
+  int chunk;
+  int unused;  // whole words: shuffles carry no padding
+};
+
+// The product's normaliser, by one warp. Where the experts disagree by far the scores are large numbers, and
+// roundings of them too. So that the likeliest token is likely in the arithmetic of everything that follows,
+// its score there is what the others are compared with.
+template <class T>
+ENSEMW2S_DEVICE void merge_product(const DeviceMixture& mixture, const ScanResults& results, int64_t row,
+                                   RowState& state) {
+  const int chunks = shape_of(mixture).chunks, experts = mixture.num_experts;
+  const Partial* partials = results.partials + row * (experts + 1) * chunks;
+  Normaliser all;
+  BestChunk best{-DBL_MAX, 0, 0};
+  for (int chunk = lane_index(); chunk < chunks; chunk += kWarp) {
+    const Partial partial = partials[int64_t(experts) * chunks + chunk];
+    const double max = partial.max + descent(mixture, state, partials, chunk);
+    all = merged(all, {max, partial.sum});
+    if (partial.sum > 0 && max > best.max) best = {max, chunk, 0};
+  }
+  all = reduce_warp(all, merged);
+  best = reduce_warp(best, [](const BestChunk& a, const BestChunk& b) {
+    return a.max > b.max || (a.max == b.max && a.chunk < b.chunk) ? a : b;
+  });
+  const float* group_max = results.group_max + row * shape_of(mixture).groups + best.chunk * kWarp;
+  const float top = partials[int64_t(experts) * chunks + best.chunk].max;
+  const uint32_t holders = ballot(group_max[lane_index()] == top);
+  const int group = best.chunk * kWarp + (holders ? lowest_bit(holders) : 0);
+  const int token = token_of<T>(group, lane_index());
+  const auto logit = [&](int t) {
+    return token < mixture.vocabulary ? to_float(row_of<T>(mixture, t, row)[token]) : -kInfinity;
+  };
+  const auto larger = [](double a, double b) { return fmax(a, b); };
+  const double exact = reduce_warp(exact_product_score(mixture, state, logit), larger);
+  const double rounded = reduce_warp(double(product_score(mixture, state, logit)), larger);
+  if (lane_index() != 0) return;
+  keep_normaliser(state, experts, all);
+  state.product_max = exact;
+  state.max[experts] = float(rounded);
+}
+
 // Merges the chunks' normalisers, a warp for each expert. Between this call and the use of `state` a barrier
 // is needed.
+template <class T>
 ENSEMW2S_DEVICE void merge_partials(const DeviceMixture& mixture, const ScanResults& results, int64_t row,
                                     RowState& state) {
   const int chunks = shape_of(mixture).chunks, experts = mixture.num_experts;
   const double total = total_weight(mixture);
   const Partial* partials = results.partials + row * (experts + 1) * chunks;
-  for (int t = warp_index(); t < experts + is_product(mixture); t += kRowWarps) {
-    Normaliser all{kLowest, 0, 0};
+  for (int t = warp_index(); t < experts; t += kRowWarps) {
+    Normaliser all;
     for (int chunk = lane_index(); chunk < chunks; chunk += kWarp) {
       const Partial partial = partials[int64_t(t) * chunks + chunk];
-      all = merged(all, {partial.max, 0, partial.sum});
+      all = merged(all, {partial.max, partial.sum});
     }
     all = reduce_warp(all, merged);
     if (lane_index() != 0) continue;
-    state.max[t] = all.max;
-    state.log_sum[t] = log(all.sum);
-    state.usable[t] = all.sum > 0 && all.max <= FLT_MAX && all.sum <= DBL_MAX;
-    if (t == experts) continue;
+    keep_normaliser(state, t, all);
     const double weight = mixture.weights[t] / total;
     state.weight[t] = float(weight) > 0 ? weight : 0;  // as the scan sees it
     state.shift[t] = float(log(state.weight[t]) - state.log_sum[t]);
     state.winner[t] = -1;
   }
+  if (!is_product(mixture)) return;
+  barrier();
+  if (warp_index() == 0) merge_product<T>(mixture, results, row, state);
 }
 
 // Whether the row can be used; every thread finds the same.
@@ -290,10 +380,9 @@ template <class Logit>
 ENSEMW2S_DEVICE float float_log_prob(const DeviceMixture& mixture, const RowState& state,
                                      const Logit& logit) {
   if (is_product(mixture)) {
-    float score = 0;
-    for (int t = 0; t < mixture.num_experts; ++t)
-      if (state.weight[t] > 0) score += float(state.weight[t]) * logit(t);
-    return (score - state.max[mixture.num_experts]) - float(state.log_sum[mixture.num_experts]);
+    const int experts = mixture.num_experts;
+    const float score = product_score(mixture, state, logit);
+    return fminf(0, (score - state.max[experts]) - float(state.log_sum[experts]));
   }
   LogSum total;
   for (int t = 0; t < mixture.num_experts; ++t)

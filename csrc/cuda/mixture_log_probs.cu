@@ -8,7 +8,7 @@ template <class T>
 ENSEMW2S_KERNEL(kRowThreads, 1)
 finish_kernel(const DeviceMixture mixture, const ScanResults results, RowState* states) {
   RowState& state = states[block_index()];
-  merge_partials(mixture, results, block_index(), state);
+  merge_partials<T>(mixture, results, block_index(), state);
   barrier();
   const bool valid = is_valid(mixture, state);
   if (valid && mixture.combine == Combine::kVote) find_winners<T>(mixture, results, block_index(), state);
@@ -38,10 +38,11 @@ ENSEMW2S_DEVICE void log_probs_of_vector(const DeviceMixture& mixture, const Row
     for (int t = 0; t < experts; ++t) {
       if (!(state.weight[t] > 0)) continue;
       load_vector(row_of<T>(mixture, t, row), mixture.vocabulary, first, logits);
-      for (int e = 0; e < kVector<T>; ++e) out[e] += float(state.weight[t]) * logits[e];
+      for (int e = 0; e < kVector<T>; ++e)
+        out[e] += product_term(float(state.weight[t]), logits[e], state.max[t]);
     }
     for (int e = 0; e < kVector<T>; ++e)
-      out[e] = (out[e] - state.max[experts]) - float(state.log_sum[experts]);
+      out[e] = fminf(0, (out[e] - state.max[experts]) - float(state.log_sum[experts]));
     return;
   }
   LogSum totals[kVector<T>];

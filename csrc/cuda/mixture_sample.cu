@@ -24,9 +24,6 @@ struct RowShared {
   float log_probs[kSharedCandidates];
 };
 
-// Rounding that a bound or a float32 log-probability of this size may have.
-ENSEMW2S_DEVICE float slack(float log_prob) { return 2e-5f + 1e-6f * fabsf(log_prob); }
-
 struct Best {
   double score;
   int token;   // -1: none yet
@@ -95,12 +92,14 @@ struct RowSampler {
   const RowState& state;
   int64_t row;
   int groups;
+  const Partial* partials;
   const float* group_max;
   const uint32_t* least_words;
   float *upper, *lower;
   int32_t* spilled_ids;
   float* spilled_log_probs;
   float largest_lower;
+  double anchor = 0;  // of the race: near the likeliest token's log-probability
 
   ENSEMW2S_DEVICE RowSampler(const DeviceMixture& a_mixture, const SampleSettings& a_settings,
                              const ScanResults& results, const SampleScratch& scratch, RowShared& a_shared,
@@ -111,6 +110,7 @@ struct RowSampler {
         state(a_shared.state),
         row(a_row),
         groups(shape_of(a_mixture).groups),
+        partials(results.partials + row * (mixture.num_experts + 1) * shape_of(a_mixture).chunks),
         group_max(results.group_max + row * groups * (is_product(mixture) ? 1 : mixture.num_experts)),
         least_words(results.least_words + row * groups),
         upper(scratch.upper + row * groups),
@@ -120,13 +120,19 @@ struct RowSampler {
 
   ENSEMW2S_DEVICE bool is_vote() const { return mixture.combine == Combine::kVote; }
 
+  // The row is valid: it has a likeliest token, and that is the one where the race has no winner.
   ENSEMW2S_DEVICE int draw() {
-    if (is_vote()) {
+    if (is_vote())
       collect_votes();
-      return settings.temperature == 0 ? most_voted() : filter_and_race(false);
-    }
-    bound_groups();
-    if (settings.temperature == 0) return most_probable();
+    else
+      bound_groups();
+    const int winner = settings.temperature == 0 ? -1 : race();
+    if (winner >= 0) return winner;
+    return is_vote() ? most_voted() : most_probable();
+  }
+
+  ENSEMW2S_DEVICE int race() {
+    if (is_vote()) return filter_and_race(false);
     if (settings.top_k == 0 && settings.top_p == 1) return race_all();
     return filter_and_race(collect_for_filters());
   }
@@ -147,10 +153,8 @@ struct RowSampler {
     const int experts = mixture.num_experts;
     if (is_vote()) return log_votes(mixture, state, token);
     if (is_product(mixture)) {
-      double score = 0;
-      for (int t = 0; t < experts; ++t)
-        if (state.weight[t] > 0) score += state.weight[t] * logit(t, token);
-      return score - state.max[experts] - state.log_sum[experts];
+      const double score = exact_product_score(mixture, state, [&](int t) { return logit(t, token); });
+      return fmin(0.0, score - state.product_max - state.log_sum[experts]);
     }
     double sum = 0, largest = -kInfinity;  // the largest term stands for all where the sum underflows
     for (int t = 0; t < experts; ++t) {
@@ -162,14 +166,21 @@ struct RowSampler {
     return sum > 0 ? log(sum) : largest;
   }
 
+  // Rounding that a bound or a float32 log-probability of this size may have.
+  ENSEMW2S_DEVICE float slack(float log_prob) const {
+    const float of_product =
+        is_product(mixture) ? 1e-7f * (8 + mixture.num_experts) * fabsf(state.max[mixture.num_experts]) : 0;
+    return 2e-5f + of_product + 1e-6f * fabsf(log_prob);
+  }
+
   // ---- groups ----
 
   ENSEMW2S_DEVICE void bound_groups() {
     float largest = -kInfinity;
     for (int g = thread_index(); g < groups; g += kRowThreads) {
       if (is_product(mixture)) {
-        const int experts = mixture.num_experts;
-        upper[g] = lower[g] = (group_max[g] - state.max[experts]) - float(state.log_sum[experts]);
+        const double fall = descent(mixture, state, partials, g / kWarp) - state.product_max;
+        upper[g] = lower[g] = group_max[g] + float(fall - state.log_sum[mixture.num_experts]);
       } else {
         float term = -kInfinity;
         for (int t = 0; t < mixture.num_experts; ++t)
@@ -205,6 +216,15 @@ struct RowSampler {
                  [&](int token, int) {
                    if (quick_log_prob(token) >= limit) best = better(best, {log_prob(token), token, 0});
                  });
+    best = reduce_block<kRowThreads>(best, better);
+    return best.token >= 0 ? best.token : most_probable_of_best_group();
+  }
+
+  // What the bounds rule out by rounding alone: logits that are as large as floats get.
+  ENSEMW2S_DEVICE int most_probable_of_best_group() {
+    Best best{0, -1, 0};
+    visit_groups([&](int g) { return lower[g] == largest_lower; },
+                 [&](int token, int) { best = better(best, {log_prob(token), token, 0}); });
     return reduce_block<kRowThreads>(best, better).token;
   }
 
@@ -296,6 +316,13 @@ struct RowSampler {
     return reduce_block<kRowThreads>(largest, [](float a, float b) { return fmaxf(a, b); });
   }
 
+  ENSEMW2S_DEVICE int likeliest_candidate() const {
+    Best best{0, -1, 0};
+    for (int i = thread_index(); i < shared.count; i += kRowThreads)
+      best = better(best, {candidate_log_prob(i), candidate(i), 0});
+    return reduce_block<kRowThreads>(best, better).token;
+  }
+
   // ---- filters ----
 
   // exp((log_prob - top) / temperature) as a whole number of units: sums of 2^21 of them fit, in any order.
@@ -318,7 +345,9 @@ struct RowSampler {
   ENSEMW2S_DEVICE int filter_and_race(bool weighs_one) {
     const int count = shared.count;
     const float top = largest_candidate();
+    if (count == 0) return -1;
     const auto key = [&](int i) { return ascending_bits(candidate_log_prob(i)); };
+    anchor = log_prob(likeliest_candidate());
     Kept kept{0, mixture.vocabulary};
     if (settings.top_k > 0 && settings.top_k < count)
       kept.key = select_key(count, uint64_t(settings.top_k), key, [](int) { return 1; });
@@ -351,12 +380,12 @@ struct RowSampler {
           [&](int i) { return uint64_t(key(i) == edge); }));
   }
 
-  // ---- Gumbel race: argmax over tokens of log_prob / temperature + noise ----
+  // ---- Gumbel race: argmax over tokens of (log_prob - anchor) / temperature + noise ----
 
   // As -log(-log(1 - u)) <= -log(u), no token of this log-probability and word can score more.
   ENSEMW2S_DEVICE double highest_score(float value, uint32_t word) const {
     const float noise = 22.180710f - logf(float(word) + 0.5f);
-    return (double(value) + slack(value)) / settings.temperature + noise + 1e-4;
+    return (double(value) + slack(value) - anchor) / settings.temperature + noise + 1e-4;
   }
 
   // By a single thread.
@@ -366,7 +395,7 @@ struct RowSampler {
     if (best.token >= 0 && highest_score(upper_bound, word) < best.score) return;
     const double value = log_prob(token);
     if (value >= floor && value > -kInfinity)
-      best = better(best, {value / settings.temperature + gumbel(word), token, 0});
+      best = better(best, {(value - anchor) / settings.temperature + gumbel(word), token, 0});
   }
 
   ENSEMW2S_DEVICE int race_candidates(const Kept& kept) const {
@@ -378,10 +407,18 @@ struct RowSampler {
     return reduce_block<kRowThreads>(best, better).token;
   }
 
+  // Below this temperature the likeliest token is looked for first, as for min-p: it is the anchor.
+  static constexpr double kCold = 1e-3;
+  // No noise makes up for this: it lies between -3.2 and 22.9.
+  static constexpr double kFarthest = -30;
+
   // No filter but min-p, which alone needs nothing but the likeliest token.
   ENSEMW2S_DEVICE int race_all() {
     double floor = -kInfinity;
-    if (settings.min_p > 0) floor = log_prob(most_probable()) + settings.temperature * log(settings.min_p);
+    if (settings.min_p > 0 || settings.temperature < kCold) {
+      anchor = log_prob(most_probable());
+      floor = anchor + settings.temperature * (settings.min_p > 0 ? log(settings.min_p) : kFarthest);
+    }
     const auto reaches_floor = [&](int g) {
       return upper[g] > -kInfinity && upper[g] + slack(upper[g]) >= floor;
     };
@@ -389,6 +426,7 @@ struct RowSampler {
     for (int g = thread_index(); g < groups; g += kRowThreads)
       if (reaches_floor(g)) group = better(group, {highest_score(upper[g], least_words[g]), g, 0});
     group = reduce_block<kRowThreads>(group, better);
+    if (group.token < 0) return -1;
     // The group of the highest bound first: few others can beat what it holds.
     Best best{0, -1, 0};
     const int token = token_of<T>(group.token, lane_index());
@@ -410,7 +448,7 @@ sample_kernel(const DeviceMixture mixture, const SampleSettings settings, const 
               const SampleScratch scratch, const SampleOutputs outputs) {
   ENSEMW2S_SHARED(RowShared, shared);
   const int64_t row = block_index();
-  merge_partials(mixture, results, row, shared.state);
+  merge_partials<T>(mixture, results, row, shared.state);
   barrier();
   const bool valid = is_valid(mixture, shared.state);
   RowSampler<T> sampler(mixture, settings, results, scratch, shared, row);
@@ -429,8 +467,9 @@ sample_kernel(const DeviceMixture mixture, const SampleSettings settings, const 
 }
 
 template <class T>
-const char* launch_sample(const DeviceMixture& mixture, const SampleSettings& settings,
-                          const SampleOutputs& outputs, const Allocate& allocate, Stream stream) {
+const char* launch_sample(const DeviceMixture& mixture, SampleSettings settings, const SampleOutputs& outputs,
+                          const Allocate& allocate, Stream stream) {
+  if (settings.temperature < kColdest) settings.temperature = 0;
   const bool filtered = settings.top_k > 0 || settings.top_p < 1;
   const bool is_vote = mixture.combine == Combine::kVote;
   const bool races_all = settings.temperature != 0 && !filtered && !is_vote;

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from ensemw2s.ops.checks import shown
+
 IMPLEMENTATIONS = ("auto", "reference", "cpp", "cuda", "triton")
 COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COMPILED_BACKEND = {"cpu": "cpp", "cuda": "cuda"}  # device type -> the backend registered for it
@@ -150,9 +152,9 @@ def _warn_once(message: str) -> None:
 @torch.compiler.assume_constant_result
 def _choose(op: str, impl: str | None, device_type: str, dtype: torch.dtype) -> str:
     requested = impl if impl is not None else os.environ.get("ENSEMW2S_IMPL", "auto")
-    if requested not in IMPLEMENTATIONS:
+    if not isinstance(requested, str) or requested not in IMPLEMENTATIONS:
         source = "impl" if impl is not None else "ENSEMW2S_IMPL"
-        raise ValueError(f"{source}={requested!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+        raise ValueError(f"{source}={shown(requested)} is not one of {', '.join(IMPLEMENTATIONS)}")
     if requested == "reference":
         return "reference"
     fast = _fast_backends(op, device_type)
@@ -189,7 +191,7 @@ def backend_for(
         TypeError: That backend does not take ``dtype``.
     """
     if op not in _DECLARED:
-        raise ValueError(f"op={op!r} is not one of {', '.join(_DECLARED)}")
+        raise ValueError(f"op={shown(op)} is not one of {', '.join(_DECLARED)}")
     return _choose(op, impl, torch.device(device).type, dtype)
 
 

@@ -1,9 +1,15 @@
-"""Checks on shapes, dtypes and scalars, made in Python before any kernel runs."""
+"""Checks on kinds, shapes, dtypes and scalars, made in Python before any kernel runs.
+
+Every message names the argument and says what was expected and what came.
+"""
 
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,31 +17,58 @@ from torch import Tensor
 COMBINES = ("prob", "logprob", "vote")
 MASKED_LABEL = -100
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Compiled ops receive whole numbers in 64 bits.
+_LARGEST_INTEGER = 2**63 - 1
+# Weights beyond these are scaled before they become float32.
+_SMALL_WEIGHT, _LARGE_WEIGHT = 1e-30, 1e30
+
+
+def shown(value: object) -> str:
+    """``repr(value)``, cut to a line; of an int with more digits than Python prints, what it is."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return f"a {type(value).__name__} too long to print"
 
 
 def combine_code(combine: str, allowed: Sequence[str] = COMBINES) -> int:
     """Position of ``combine`` in ``COMBINES``, which is how the compiled ops receive it."""
-    if combine not in allowed:
-        raise ValueError(f"combine={combine!r} is not one of {', '.join(allowed)}")
+    if not isinstance(combine, str) or combine not in allowed:
+        raise ValueError(f"combine={shown(combine)} is not one of {', '.join(allowed)}")
     return COMBINES.index(combine)
+
+
+def check_tensor(tensor: Any, name: str, index: int | None = None) -> None:
+    """Refuse anything but a dense tensor; ``index`` is its place in the list called ``name``."""
+    if isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_nested:
+        return
+    name = name if index is None else f"{name}[{index}]"
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    kind = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
+    raise TypeError(f"{name} must be a dense tensor, got {kind}")
+
+
+def tensor_list(tensors: Any, name: str) -> list[Any]:
+    """The items of a list or tuple of tensors, or of a tensor along its first axis."""
+    if isinstance(tensors, Tensor):
+        check_tensor(tensors, name)
+        if tensors.dim() < 2:
+            raise ValueError(f"{name} must be [T, ..., V] or a list of T tensors, got shape {tuple(tensors.shape)}")
+        return list(tensors.unbind(0))
+    if isinstance(tensors, (str, bytes)) or not hasattr(tensors, "__iter__"):
+        raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(tensors).__name__}")
+    return list(tensors)
 
 
 def expert_list(logits: Tensor | Sequence[Tensor], name: str = "logits") -> list[Tensor]:
     """T tensors ``[..., V]`` from a list of them or from one stacked ``[T, ..., V]``, alike and with last stride 1."""
-    if isinstance(logits, Tensor):
-        if logits.dim() < 2:
-            raise ValueError(
-                f"{name} must be [T, ..., V] or a list of T tensors [..., V], got shape {tuple(logits.shape)}"
-            )
-        experts = list(logits.unbind(0))
-    else:
-        experts = list(logits)
+    experts = tensor_list(logits, name)
     if not experts:
         raise ValueError(f"{name} holds no expert; at least one is needed")
     first = experts[0]
     for index, expert in enumerate(experts):
-        if not isinstance(expert, Tensor):
-            raise TypeError(f"{name}[{index}] must be a tensor, got {type(expert).__name__}")
+        check_tensor(expert, name, index)
         if expert.shape != first.shape:
             raise ValueError(
                 f"{name}[{index}] has shape {tuple(expert.shape)}, {name}[0] has {tuple(first.shape)}; all experts "
@@ -45,44 +78,78 @@ def expert_list(logits: Tensor | Sequence[Tensor], name: str = "logits") -> list
             raise ValueError(f"{name}[{index}] is on {expert.device}, {name}[0] on {first.device}")
         if expert.dtype != first.dtype:
             raise TypeError(f"{name}[{index}] is {expert.dtype}, {name}[0] is {first.dtype}")
-    return [check_logits(expert, name) for expert in experts]
+    _check_vocabulary(first, name)
+    return [with_last_stride_one(expert) for expert in experts]
 
 
 def check_head(hidden: Tensor, head: Tensor, names: tuple[str, str] = ("hidden", "head")) -> None:
     """Refuse a hidden state ``[..., d]`` and an output head ``[V, d]`` that do not fit each other."""
-    check_logits(hidden, names[0])
-    check_logits(head, names[1])
+    for tensor, name in zip((hidden, head), names, strict=True):
+        check_tensor(tensor, name)
+        _check_dtype(tensor, name)
+        if tensor.dim() < 1 or tensor.shape[-1] < 1:
+            raise ValueError(f"{name} must end in an axis of at least one feature, got {tuple(tensor.shape)}")
     if head.dim() != 2 or head.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{names[1]} must be [V, d] with the d of {names[0]} {tuple(hidden.shape)}, got {tuple(head.shape)}"
         )
+    if head.shape[0] < 1:
+        raise ValueError(f"{names[1]} must be [V, d] with at least one token, got {tuple(head.shape)}")
     if head.dtype != hidden.dtype:
         raise TypeError(f"{names[1]} is {head.dtype}, {names[0]} is {hidden.dtype}")
     check_same_device(head, hidden, names[1])
 
 
-def check_logits(logits: Tensor, name: str = "logits") -> Tensor:
-    """``logits`` with last stride 1, after its dtype and vocabulary axis are checked."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}")
-    if logits.dtype not in LOGIT_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+def _check_dtype(tensor: Tensor, name: str) -> None:
+    if tensor.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def _check_vocabulary(logits: Tensor, name: str) -> None:
+    _check_dtype(logits, name)
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"{name} must end in a vocabulary axis of at least one token, got {tuple(logits.shape)}")
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def check_logits(logits: Tensor, name: str = "logits") -> Tensor:
+    """``logits`` with last stride 1, after its kind, dtype and vocabulary axis are checked."""
+    check_tensor(logits, name)
+    _check_vocabulary(logits, name)
+    return with_last_stride_one(logits)
+
+
+def with_last_stride_one(tensor: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy if its last stride is not 1."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def expert_weights(weights: Tensor | Sequence[float], num_experts: int, like: Tensor) -> Tensor:
     """``weights`` as a ``[T]`` tensor in the accumulation dtype (float32, or float64 beside float64 logits)."""
     dtype = accumulation_dtype(like)
     if not isinstance(weights, Tensor):
-        weights = torch.tensor(weights, dtype=dtype, device=like.device)
+        weights = torch.tensor(_numbers(weights, "weights"), dtype=torch.float64, device=like.device)
+    check_tensor(weights, "weights")
     if not weights.is_floating_point():
         raise TypeError(f"weights must be floating point, got {weights.dtype}")
     if weights.shape != (num_experts,):
         raise ValueError(f"weights must have shape ({num_experts},), one per expert, got {tuple(weights.shape)}")
     check_same_device(weights, like, "weights")
-    return weights.to(dtype).contiguous()
+    return _in_range(weights, dtype).to(dtype).contiguous()
+
+
+def _numbers(values: Any, name: str) -> list[float]:
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name} must be a tensor or a list of numbers, got {type(values).__name__}")
+    return [number(value, f"{name}[{index}]") for index, value in enumerate(values)]
+
+
+def _in_range(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 weights that float32 cannot hold divided by the largest, which changes no share."""
+    if weights.dtype != torch.float64 or dtype == torch.float64:
+        return weights
+    largest = weights.detach().amax()
+    is_scaled = largest.isfinite() & (largest > 0) & ((largest < _SMALL_WEIGHT) | (largest > _LARGE_WEIGHT))
+    return weights / torch.where(is_scaled, largest, 1.0)
 
 
 def check_weight_values(weights: Tensor) -> None:
@@ -91,7 +158,7 @@ def check_weight_values(weights: Tensor) -> None:
         return
     values = weights.detach()
     if not bool(torch.isfinite(values).all()) or bool((values < 0).any()) or not bool((values > 0).any()):
-        raise ValueError(f"weights must be finite, non-negative and not all zero, got {values.tolist()}")
+        raise ValueError(f"weights must be finite, non-negative and not all zero, got {shown(values.tolist())}")
 
 
 def check_same_device(tensor: Tensor, like: Tensor, name: str) -> None:
@@ -101,9 +168,10 @@ def check_same_device(tensor: Tensor, like: Tensor, name: str) -> None:
 
 
 def check_integers(tensor: Tensor, shape: tuple[int, ...], like: Tensor, name: str) -> None:
-    """Refuse anything but an int64 tensor of ``shape`` on the device of ``like``."""
+    """Refuse anything but a dense int64 tensor of ``shape`` on the device of ``like``."""
     if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64:
         raise TypeError(f"{name} must be an int64 tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+    check_tensor(tensor, name)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     check_same_device(tensor, like, name)
@@ -123,6 +191,7 @@ def row_weights(token_weights: Tensor, shape: tuple[int, ...], like: Tensor, lab
     if not isinstance(token_weights, Tensor) or not token_weights.is_floating_point():
         kind = getattr(token_weights, "dtype", type(token_weights).__name__)
         raise TypeError(f"token_weights must be a floating point tensor, got {kind}")
+    check_tensor(token_weights, "token_weights")
     if tuple(token_weights.shape) != shape:
         raise ValueError(f"token_weights must have shape {shape}, one per row, got {tuple(token_weights.shape)}")
     check_same_device(token_weights, like, "token_weights")
@@ -130,24 +199,38 @@ def row_weights(token_weights: Tensor, shape: tuple[int, ...], like: Tensor, lab
     return (weights if labels is None else weights.masked_fill(labels == MASKED_LABEL, 0.0)).contiguous()
 
 
-def check_temperature(temperature: float) -> None:
-    """Refuse a temperature that is not a positive finite number."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature={temperature} must be positive and finite")
+def number(value: Any, name: str) -> float:
+    """A real number as a float; infinity for an int that is too large for one."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
-def check_filters(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
-    """Refuse sampling settings outside their ranges."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature} must be finite and at least 0 (0 is greedy)")
-    if isinstance(top_k, bool) or not isinstance(top_k, int):
+def check_temperature(temperature: float) -> float:
+    """The temperature as a float, if it is positive and finite."""
+    value = number(temperature, "temperature")
+    if not 0 < value < math.inf:
+        raise ValueError(f"temperature={shown(temperature)} must be positive and finite")
+    return value
+
+
+def check_filters(temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[float, int, float, float]:
+    """The sampling settings as float, int, float and float, if they are in their ranges."""
+    values = number(temperature, "temperature"), number(top_p, "top_p"), number(min_p, "min_p")
+    if not 0 <= values[0] < math.inf:
+        raise ValueError(f"temperature={shown(temperature)} must be finite and at least 0 (0 is greedy)")
+    if isinstance(top_k, bool) or not isinstance(top_k, Integral):
         raise TypeError(f"top_k must be an int, got {type(top_k).__name__}")
-    if top_k < 0:
-        raise ValueError(f"top_k={top_k} must be at least 0 (0 is off)")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be in (0, 1] (1 is off)")
-    if not 0 <= min_p <= 1:
-        raise ValueError(f"min_p={min_p} must be in [0, 1] (0 is off)")
+    if not 0 <= top_k <= _LARGEST_INTEGER:
+        raise ValueError(f"top_k={shown(top_k)} must be at least 0 (0 is off) and below 2**63")
+    if not 0 < values[1] <= 1:
+        raise ValueError(f"top_p={shown(top_p)} must be in (0, 1] (1 is off)")
+    if not 0 <= values[2] <= 1:
+        raise ValueError(f"min_p={shown(min_p)} must be in [0, 1] (0 is off)")
+    return values[0], int(top_k), values[1], values[2]
 
 
 def accumulation_dtype(logits: Tensor) -> torch.dtype:

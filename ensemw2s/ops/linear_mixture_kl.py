@@ -16,14 +16,18 @@ from ensemw2s.ops.checks import (
     check_weight_values,
     expert_weights,
     row_weights,
+    tensor_list,
 )
 from ensemw2s.ops.mixture_kl import reference as kl_reference
 from ensemw2s.ops.row_losses import (
     Rows,
+    divided,
     fake_in_chunks,
     in_chunks,
     save_linear_gradients,
     scaled_linear_gradients,
+    tempered,
+    tempered_states,
     without_rows,
 )
 
@@ -64,27 +68,31 @@ def linear_mixture_kl(
     """
     check_head(hidden, head)
     teachers = _checked_teachers(hidden, head, expert_hiddens, expert_heads)
-    check_temperature(temperature)
+    temperature = check_temperature(temperature)
     weights = expert_weights(weights, len(teachers), hidden).detach()
     per_row = row_weights(token_weights, tuple(hidden.shape[:-1]), hidden)
-    # Scaling the hidden states scales the logits, at a thousandth of the price.
-    rows = hidden.reshape(-1, hidden.shape[-1]) / temperature
-    expert_rows = [states.reshape(-1, states.shape[-1]) / temperature for states, _ in teachers]
+    rows, rest_of_temperature = tempered_states(hidden, temperature)
+    expert_rows = [tempered_states(states, temperature)[0] for states, _ in teachers]
     heads = [expert_head for _, expert_head in teachers]
     chosen = backend._choose("linear_mixture_kl", impl, hidden.device.type, hidden.dtype)
     if chosen == "reference":
         check_weight_values(weights)
-        experts = [states @ expert_head.T for states, expert_head in zip(expert_rows, heads, strict=True)]
         per_row = per_row.reshape(-1)
-        return kl_reference(without_rows(rows, per_row) @ head.T, experts, weights, per_row).sum()
+        states = (without_rows(rows, per_row), *expert_rows)
+        student, *experts = (
+            tempered(x @ y.T, rest_of_temperature) for x, y in zip(states, (head, *heads), strict=True)
+        )
+        return kl_reference(student, experts, weights, per_row).sum()
     flags = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, head)]
-    inputs = (rows, head, expert_rows, heads, weights, per_row.reshape(-1), *flags)
+    inputs = (rows, head, expert_rows, heads, weights, per_row.reshape(-1), *flags, rest_of_temperature)
     return backend.run("linear_mixture_kl", chosen, *inputs)[0]
 
 
 def _checked_teachers(
     hidden: Tensor, head: Tensor, expert_hiddens: Sequence[Tensor], expert_heads: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
+    expert_hiddens = tensor_list(expert_hiddens, "expert_hiddens")
+    expert_heads = tensor_list(expert_heads, "expert_heads")
     if len(expert_hiddens) != len(expert_heads) or not expert_hiddens:
         raise ValueError(
             f"expert_hiddens ({len(expert_hiddens)}) and expert_heads ({len(expert_heads)}) must be as many, at least 1"
@@ -112,30 +120,38 @@ def _in_chunks(
     row_weights: Tensor,
     need_hidden: bool,
     need_head: bool,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def losses(logits: Tensor, rows: Rows, with_gradient: bool) -> tuple[Tensor, Tensor]:
-        experts = [states[rows] @ weight.T for states, weight in zip(expert_hiddens, expert_heads, strict=True)]
-        return row_op(logits, experts, weights, row_weights[rows], with_gradient)
+    def losses(logits: Tensor, counted: Tensor, rows: Rows, with_gradient: bool) -> tuple[Tensor, Tensor]:
+        experts = [
+            tempered(states[rows] @ expert_head.T, temperature)
+            for states, expert_head in zip(expert_hiddens, expert_heads, strict=True)
+        ]
+        student = tempered(logits, temperature)
+        losses, gradient = row_op(student, experts, weights, counted, with_gradient)
+        return losses, divided(gradient, temperature)
 
     return in_chunks(hidden, head, row_weights, need_hidden, need_head, losses, models=len(expert_heads) + 1)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.num_experts = len(inputs[2])
-    save_linear_gradients(ctx, inputs[1], inputs[5], output)
+    save_linear_gradients(ctx, inputs[1], output)
 
 
 def _backward(ctx: Any, grad_total: Tensor, *unused: Tensor) -> tuple[Any, ...]:
     """With ``G = dL/dlogits`` of the rows that count, ``dL/dhidden = G head`` and ``dL/dhead = G^T hidden``."""
     grad_hidden, grad_head, grad_weights = scaled_linear_gradients(ctx, grad_total)
     none_each = [None] * ctx.num_experts
-    return grad_hidden, grad_head, none_each, none_each, None, grad_weights, None, None
+    gradients = (grad_hidden, grad_head, none_each, none_each, None, grad_weights, None, None, None)
+    # Torch leaves out an argument that has its default, and then counts one gradient less.
+    return gradients[: len(ctx.needs_input_grad)]
 
 
 backend.declare(
     "linear_mixture_kl",
     "(Tensor hidden, Tensor head, Tensor[] expert_hiddens, Tensor[] expert_heads, Tensor weights, "
-    "Tensor row_weights, bool need_hidden, bool need_head) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor row_weights, bool need_hidden, bool need_head, float temperature=1.0) -> (Tensor, Tensor, Tensor, Tensor)",
     fake_in_chunks,
     gradient=(_backward, _setup_context),
 )

@@ -67,14 +67,14 @@ def _in_chunks(
     need_hidden: bool,
     need_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def losses(logits: Tensor, rows: Rows, with_gradient: bool) -> tuple[Tensor, Tensor]:
-        return row_op(logits, labels[rows], row_weights[rows], with_gradient)
+    def losses(logits: Tensor, counted: Tensor, rows: Rows, with_gradient: bool) -> tuple[Tensor, Tensor]:
+        return row_op(logits, labels[rows], counted, with_gradient)
 
     return in_chunks(hidden, head, row_weights, need_hidden, need_head, losses)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    save_linear_gradients(ctx, inputs[1], inputs[3], output)
+    save_linear_gradients(ctx, inputs[1], output)
 
 
 def _backward(ctx: Any, grad_total: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:

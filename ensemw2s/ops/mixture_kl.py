@@ -20,7 +20,7 @@ from ensemw2s.ops.checks import (
     row_weights,
 )
 from ensemw2s.ops.mixture_log_probs import reference as mixture_reference
-from ensemw2s.ops.row_losses import fake_row_losses, save_gradient, scaled_gradients
+from ensemw2s.ops.row_losses import fake_row_losses, save_gradient, scaled_gradient, tempered, whether_counted
 
 
 def mixture_kl(
@@ -39,7 +39,7 @@ def mixture_kl(
         log_p = mixture_log_probs(z, weights)
         (token_weights * (log_p.exp() * (log_p - log_q)).sum(-1)).sum()
 
-    No factor ``temperature**2`` is put in front. A temperature other than 1 costs a scaled copy of the logits. Rows of
+    No factor ``temperature**2`` is put in front. A temperature other than 1 costs a float32 copy of the logits. Rows of
     weight 0 are left out, forward and backward; a row in which a teacher of positive weight or the student is broken
     (NaN, +inf, no finite logit) makes the loss NaN.
 
@@ -62,17 +62,17 @@ def mixture_kl(
     student = check_logits(student_logits, "student_logits")
     experts = [expert.detach() for expert in expert_list(expert_logits, "expert_logits")]
     check_teachers(student, experts)
-    check_temperature(temperature)
+    temperature = check_temperature(temperature)
     weights = expert_weights(weights, len(experts), student).detach()
     per_row = row_weights(token_weights, tuple(student.shape[:-1]), student)
-    if temperature != 1:
-        student, experts = student / temperature, [expert / temperature for expert in experts]
+    student, *experts = (tempered(logits, temperature) for logits in (student, *experts))
     chosen = backend._choose("mixture_kl", impl, student.device.type, student.dtype)
     if chosen == "reference":
         check_weight_values(weights)
         return reference(student, experts, weights, per_row).sum()
-    needs_grad = torch.is_grad_enabled() and (student.requires_grad or per_row.requires_grad)
-    return backend.run("mixture_kl", chosen, student, experts, weights, per_row, needs_grad)[0].sum()
+    needs_grad = torch.is_grad_enabled() and student.requires_grad
+    inputs = (student, experts, weights, whether_counted(per_row), needs_grad)
+    return (per_row * backend.run("mixture_kl", chosen, *inputs)[0]).sum()
 
 
 def check_teachers(student: Tensor, experts: Sequence[Tensor]) -> None:
@@ -93,7 +93,7 @@ def reference(student: Tensor, experts: Sequence[Tensor], weights: Tensor, per_r
     log_p = mixture_reference([expert.masked_fill(left_out, 0.0) for expert in experts], weights, "prob")
     log_q = student.masked_fill(left_out, 0.0).to(accumulation_dtype(student)).log_softmax(-1)
     terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))
-    return per_row * terms.sum(-1)
+    return per_row * terms.sum(-1).masked_fill(per_row == 0, 0.0)
 
 
 def _fake(
@@ -103,15 +103,13 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, experts, _, per_row, _ = inputs
-    ctx.num_experts = len(experts)
-    save_gradient(ctx, student, per_row, output)
+    ctx.num_experts = len(inputs[1])
+    save_gradient(ctx, inputs[0], output)
 
 
 def _backward(ctx: Any, grad_losses: Tensor, grad_gradient: Tensor) -> tuple[Any, ...]:
     """``KL = sum p log p - sum p log q`` and ``dlog q_v/dz_u = [u = v] - q_u``, hence ``dKL/dz = q - p``."""
-    grad_student, grad_weights = scaled_gradients(ctx, grad_losses)
-    return grad_student, [None] * ctx.num_experts, None, grad_weights, None
+    return scaled_gradient(ctx, grad_losses), [None] * ctx.num_experts, None, None, None
 
 
 backend.declare(

@@ -71,7 +71,7 @@ def mixture_log_probs(
 
 def reference(experts: Sequence[Tensor], weights: Tensor, combine: str) -> Tensor:
     """Plain torch, any device; in float64 for float64 logits, else in float32."""
-    return combined(expert_log_probs(experts), weights, combine)
+    return combined(experts, expert_log_probs(experts) if combine == "prob" else None, weights, combine)
 
 
 def expert_log_probs(experts: Sequence[Tensor]) -> Tensor:
@@ -79,15 +79,20 @@ def expert_log_probs(experts: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.log_softmax(x.to(accumulation_dtype(x)), dim=-1) for x in experts])
 
 
-def combined(log_probs: Tensor, weights: Tensor, combine: str) -> Tensor:
-    """The mixture's log-probabilities ``[..., V]`` out of the experts' ``[T, ..., V]``."""
-    w = (weights / weights.sum()).view(-1, *[1] * (log_probs.dim() - 1))
+def combined(experts: Sequence[Tensor], log_probs: Tensor | None, weights: Tensor, combine: str) -> Tensor:
+    """The mixture's log-probabilities ``[..., V]``; ``log_probs`` are the experts' own, which ``"prob"`` needs."""
+    w = shares(weights).view(-1, *[1] * experts[0].dim())
     active = w > 0
     if combine == "prob":
         return _log_mean_probs(log_probs, w, active)
-    if combine == "logprob":
-        return _log_product(log_probs, w, active)
-    return _log_votes(log_probs, w, active)
+    logits = torch.stack([x.to(accumulation_dtype(x)) for x in experts])
+    return _log_product(logits, w, active) if combine == "logprob" else _log_votes(logits, w, active)
+
+
+def shares(weights: Tensor) -> Tensor:
+    """``weights / weights.sum()``, where the sum may be more than float32 holds or less than its normal numbers."""
+    scaled = weights / weights.detach().amax()
+    return scaled / scaled.sum()
 
 
 def _log_mean_probs(log_probs: Tensor, w: Tensor, active: Tensor) -> Tensor:
@@ -101,16 +106,21 @@ def _log_mean_probs(log_probs: Tensor, w: Tensor, active: Tensor) -> Tensor:
     return torch.where(possible, torch.where(possible, total, 1.0).log() + largest, -torch.inf)
 
 
-def _log_product(log_probs: Tensor, w: Tensor, active: Tensor) -> Tensor:
-    impossible = log_probs == -torch.inf
-    finite = torch.where(active, log_probs, log_probs.nan_to_num(nan=0.0)).masked_fill(impossible, 0.0)
-    scores = (w * finite).sum(dim=0).masked_fill((impossible & active).any(dim=0), -torch.inf)
+def _log_product(logits: Tensor, w: Tensor, active: Tensor) -> Tensor:
+    """Of each row's logits less the largest: a constant in them changes nothing, and neither do their normalisers."""
+    # By halves, because two float32 may lie further apart than float32 holds.
+    halves = logits / 2
+    fall = halves - halves.detach().amax(dim=-1, keepdim=True)
+    impossible = fall == -torch.inf
+    finite = torch.where(active, fall, fall.nan_to_num(nan=0.0)).masked_fill(impossible, 0.0)
+    scores = (2 * w * finite).sum(dim=0).masked_fill((impossible & active).any(dim=0), -torch.inf)
     return torch.log_softmax(scores, dim=-1)
 
 
-def _log_votes(log_probs: Tensor, w: Tensor, active: Tensor) -> Tensor:
-    ballots = torch.zeros_like(log_probs).scatter_(-1, log_probs.argmax(dim=-1, keepdim=True), 1.0)
-    broken = (log_probs.isnan() & active).any(dim=0).any(dim=-1, keepdim=True)
+def _log_votes(logits: Tensor, w: Tensor, active: Tensor) -> Tensor:
+    largest, winners = logits.max(dim=-1, keepdim=True)
+    ballots = torch.zeros_like(logits).scatter_(-1, winners, 1.0)
+    broken = (~largest.isfinite() & active).any(dim=0)
     return (w * ballots).sum(dim=0).log().masked_fill(broken, torch.nan)
 
 
@@ -132,8 +142,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], Tensor, None]:
     Normalising gives ``dL/dweights_t = (dL/dw_t - sum_s w_s dL/dw_s) / sum(weights)``.
     """
     weights, output, *logits = ctx.saved_tensors
-    total = weights.sum()
-    w = weights / total
+    w = shares(weights)
     probs = output.exp()
     impossible = output == -torch.inf
     grad = grad.masked_fill(impossible, 0.0)
@@ -143,15 +152,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], Tensor, None]:
     for index, expert in enumerate(logits):
         log_probs = torch.log_softmax(expert.float(), dim=-1)
         if COMBINES[ctx.combine] == "prob":
-            shares = grad * (log_probs - output).masked_fill(impossible, -torch.inf).clamp(max=_LARGEST_EXPONENT).exp()
-            inner = shares - log_probs.exp() * shares.sum(dim=-1, keepdim=True)
+            ratios = (log_probs - output).masked_fill(impossible, -torch.inf)
+            grad_w.append((grad * ratios.clamp(max=_LARGEST_EXPONENT).exp()).sum())
+            responsible = grad * (ratios + w[index].log()).exp()
+            inner = responsible - log_probs.exp() * responsible.sum(dim=-1, keepdim=True)
         else:
-            shares = grad * log_probs.masked_fill(impossible, 0.0)
-            inner = grad
-        grad_w.append(shares.sum())
-        grad_logits.append(torch.where(w[index] > 0, w[index] * inner, 0.0).to(expert.dtype))
+            grad_w.append((grad * log_probs.masked_fill(impossible, 0.0)).sum())
+            inner = w[index] * grad
+        grad_logits.append(torch.where(w[index] > 0, inner, 0.0).to(expert.dtype))
     stacked = torch.stack(grad_w)
-    return grad_logits, (stacked - (w * stacked).sum()) / total, None
+    largest = weights.amax()
+    return grad_logits, (stacked - (w * stacked).sum()) / (weights / largest).sum() / largest, None
 
 
 backend.declare(

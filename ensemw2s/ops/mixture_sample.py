@@ -22,6 +22,10 @@ from ensemw2s.ops.mixture_log_probs import combined, expert_log_probs
 from ensemw2s.ops.randomness import gumbel_noise
 
 
+# A temperature below this is 0: float32 has no room for what log-probabilities become when they are divided by it.
+COLDEST = 1e-30
+
+
 class MixtureSample(NamedTuple):
     """What ``mixture_sample`` returns for a batch of B rows and T experts.
 
@@ -62,12 +66,13 @@ def mixture_sample(
 
     A row's draw depends on its logits, seed and position and on nothing else: not on the batch it is in, its place
     there, the number of threads, the instruction set or the backend. Greedy takes the lowest id among equals; top-k
-    keeps all that tie with the k-th; top-p admits lowest ids first.
+    keeps all that tie with the k-th; top-p admits lowest ids first. Each filter leaves the likeliest token, and where
+    rounding leaves the argmax nothing to choose from, that is the token.
 
     Args:
         logits: T tensors ``[B, V]`` (float32, bfloat16, float16 or float64) or one stacked ``[T, B, V]``.
         weights: ``[T]``, non-negative, not all zero; normalised inside.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy, and so is anything below 1e-30.
         top_k: 0 is off.
         top_p: In (0, 1]; 1 is off.
         min_p: In [0, 1]; 0 is off.
@@ -88,12 +93,11 @@ def mixture_sample(
     if first.dim() != 2:
         raise ValueError(f"logits must be T tensors [B, V] or one [T, B, V], got experts of shape {tuple(first.shape)}")
     weights = expert_weights(weights, len(experts), first).detach()
-    check_filters(temperature, top_k, top_p, min_p)
+    settings = check_filters(temperature, top_k, top_p, min_p)
     check_integers(seeds, (first.shape[0],), first, "seeds")
     check_integers(positions, (first.shape[0],), first, "positions")
     code = combine_code(combine)
     chosen = backend._choose("mixture_sample", impl, first.device.type, first.dtype)
-    settings = (float(temperature), top_k, float(top_p), float(min_p))
     if chosen == "reference":
         check_weight_values(weights)
         return reference(experts, weights, *settings, seeds, positions, combine)
@@ -114,9 +118,9 @@ def reference(
 ) -> MixtureSample:
     """Plain torch, any device; in float64 for float64 logits, else in float32."""
     own = expert_log_probs(experts)
-    log_probs = combined(own, weights, combine)
+    log_probs = combined(experts, own, weights, combine)
     valid = ~log_probs.isnan().any(dim=-1)
-    if temperature == 0:
+    if temperature < COLDEST:
         tokens = log_probs.argmax(dim=-1)
     else:
         scores = filtered_scores(log_probs, temperature, top_k, top_p, min_p)
@@ -134,15 +138,20 @@ def reference(
 
 
 def filtered_scores(log_probs: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """``log_probs / temperature`` with -inf for every token that top-k, top-p or min-p removes, in that order."""
-    scores = log_probs / temperature
+    """``log_probs / temperature`` with -inf for every token that top-k, top-p or min-p removes, in that order.
+
+    A constant is added to each row, so that the likeliest token has 0: it has a chance however low the temperature is.
+    """
+    largest = log_probs.amax(dim=-1, keepdim=True)
+    scores = ((log_probs - largest) / temperature).masked_fill(log_probs == -torch.inf, -torch.inf)
     if top_k > 0:
-        kth = scores.topk(min(top_k, scores.shape[-1]), dim=-1).values[..., -1:]
-        scores = scores.masked_fill(scores < kth, -torch.inf)
+        kth = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1).values[..., -1:]
+        scores = scores.masked_fill(log_probs < kth, -torch.inf)
     if top_p < 1:
         ordered, order = scores.sort(dim=-1, descending=True, stable=True)
         probs = ordered.softmax(dim=-1)
         removed = probs.cumsum(dim=-1) - probs >= top_p
+        removed[..., 0] = False  # no float32 is as small as some top_p
         scores = scores.masked_fill(torch.zeros_like(removed).scatter(-1, order, removed), -torch.inf)
     if min_p > 0:
         scores = scores.masked_fill(scores < scores.amax(dim=-1, keepdim=True) + math.log(min_p), -torch.inf)

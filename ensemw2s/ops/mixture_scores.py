@@ -49,7 +49,8 @@ def mixture_scores(
     chosen = backend._choose("mixture_scores", impl, experts[0].device.type, experts[0].dtype)
     if chosen == "reference":
         check_weight_values(weights)
-        return scores_of(mixture_reference(experts, weights, combine), labels)
+        log_probs = mixture_reference(experts, weights, combine)
+        return scores_of(log_probs, labels, log_probs.argmax(-1))
     return TokenScores(*backend.run("mixture_scores", chosen, experts, weights, labels.contiguous(), code))
 
 

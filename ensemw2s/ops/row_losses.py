@@ -1,7 +1,8 @@
-"""What the losses share: kernels that return, for each row, its weighted loss and the gradient of it.
+"""What the losses share: kernels that return, for each row, its loss and the gradient of it.
 
 The gradient is made beside the loss, while the row is in the cache, and only scaled by what comes from above in the
-backward pass. The ``linear_*`` ops never hold the logits of all rows: ``in_chunks`` makes some, calls such a kernel,
+backward pass. The kernels are given weights of 0 and 1 alone, which say whether a row counts; a row's true weight is
+multiplied with its loss and gradient in torch, so that no backend divides by it to find its own gradient. The ``linear_*`` ops never hold the logits of all rows: ``in_chunks`` makes some, calls such a kernel,
 and adds their share of the gradients of the hidden states and of the head.
 
 On a CPU the rows of weight 0 are left out of the matrix products. On a GPU they are not: which rows those are is known
@@ -16,12 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ensemw2s.ops.checks import accumulation_dtype
+
 Rows = Tensor | slice  # some rows: their numbers, int64, or a slice of all
 
 # Logits of a chunk: 32 MiB of float32, which is 170 rows of 49k tokens; half as many make matrix products 13% slower.
 _CHUNK_ELEMENTS = 2**23
 _GPU_CHUNK_ELEMENTS = 2**27  # 512 MiB of float32; a thousand rows of 128k tokens, enough for matrix products at speed
 _GPU_HEAD_ELEMENTS = 2**24  # of a head's gradient made at a time beside the whole: 64 MiB of float32
+_LEAST_DIVISOR = 1e-30  # a temperature below it or above its inverse might be 0 or infinite in float32
 
 
 def fake_row_losses(logits: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
@@ -30,19 +34,55 @@ def fake_row_losses(logits: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor
     return logits.new_empty(logits.shape[:-1], dtype=torch.float32), logits.new_empty(shape, dtype=torch.float32)
 
 
-def save_gradient(ctx: Any, logits: Tensor, row_weights: Tensor, output: tuple[Tensor, Tensor]) -> None:
-    """Keep what ``scaled_gradients`` needs."""
+def save_gradient(ctx: Any, logits: Tensor, output: tuple[Tensor, Tensor]) -> None:
+    """Keep what ``scaled_gradient`` needs."""
     ctx.dtype = logits.dtype
-    ctx.save_for_backward(row_weights, *output)
+    ctx.save_for_backward(*output)
 
 
-def scaled_gradients(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the logits and of the row weights (0 for rows that were left out)."""
-    row_weights, losses, gradient = ctx.saved_tensors
+def scaled_gradient(ctx: Any, grad_losses: Tensor) -> Tensor:
+    """Gradient of the logits."""
+    losses, gradient = ctx.saved_tensors
     if gradient.numel() == 0 and losses.numel() > 0:
         raise RuntimeError("the gradient of a row loss was asked for, but it ran with with_gradient=False")
-    grad_weights = torch.where(row_weights != 0, grad_losses * losses / row_weights, 0.0)
-    return (gradient * grad_losses[..., None]).to(ctx.dtype), grad_weights
+    return (gradient * grad_losses[..., None]).to(ctx.dtype)
+
+
+def whether_counted(row_weights: Tensor) -> Tensor:
+    """1 for rows whose weight is not 0, of the same dtype and without a gradient."""
+    return (row_weights.detach() != 0).to(row_weights.dtype)
+
+
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits ``[..., V]`` divided by a temperature, in the accumulation dtype, less a constant in each row.
+
+    With their largest taken off no quotient is too large for its dtype, and one that is too small belongs to a token
+    without a chance.
+    """
+    if temperature == 1:
+        return logits
+    dtype = accumulation_dtype(logits)
+    wide = logits.to(dtype)
+    return divided(wide - wide.detach().amax(dim=-1, keepdim=True), temperature)
+
+
+def divided(values: Tensor, temperature: float) -> Tensor:
+    """``values / temperature``; by way of float64 where the temperature might be 0 or infinite in float32."""
+    if temperature == 1:
+        return values
+    if _LEAST_DIVISOR <= temperature <= 1 / _LEAST_DIVISOR:
+        return values / temperature
+    return (values.double() / temperature).to(values.dtype)
+
+
+def tempered_states(hidden: Tensor, temperature: float) -> tuple[Tensor, float]:
+    """Hidden states as rows ``[N, d]``, and the temperature that is left for the logits of them.
+
+    Scaling the hidden states scales the logits, at a thousandth of the price; but a temperature below 1 would make 16
+    bits overflow.
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return (rows, temperature) if temperature < 1 else (divided(rows, temperature), 1.0)
 
 
 def in_chunks(
@@ -51,10 +91,10 @@ def in_chunks(
     row_weights: Tensor,
     need_hidden: bool,
     need_head: bool,
-    row_losses: Callable[[Tensor, Rows, bool], tuple[Tensor, Tensor]],
+    row_losses: Callable[[Tensor, Tensor, Rows, bool], tuple[Tensor, Tensor]],
     models: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Summed losses of rows of ``hidden @ head.T`` with their gradients; rows of weight 0 add nothing.
+    """Weighted sum of the losses of rows of ``hidden @ head.T`` with its gradients; rows of weight 0 add nothing.
 
     Args:
         hidden: ``[N, d]``.
@@ -62,27 +102,29 @@ def in_chunks(
         row_weights: float32 ``[N]``.
         need_hidden: Whether to return the gradient of ``hidden``.
         need_head: Whether to return the gradient of ``head``.
-        row_losses: Called with a chunk's logits ``[n, V]``, which rows they are and whether a gradient is
-            needed.
+        row_losses: Called with a chunk's logits ``[n, V]``, float32 ``[n]`` that is 1 for rows that count, which rows
+            they are and whether a gradient is needed; returns losses and gradient.
         models: How many models' logits ``row_losses`` holds at a time; with several the chunks are half as large.
 
     Returns:
-        The sum of the losses (float32), the losses ``[N]``, the gradient of ``hidden`` (its dtype, or empty) and the
-        gradient of ``head`` (float32, or empty).
+        The weighted sum of the losses (float32), the losses ``[N]``, the gradient of ``hidden`` (its dtype, or empty)
+        and the gradient of ``head`` (float32, or empty).
     """
     losses = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.zeros_like(hidden if need_hidden else hidden[:0])
     grad_head = torch.zeros(head.shape if need_head else (0, head.shape[1]), dtype=torch.float32, device=head.device)
     for rows in _row_groups(row_weights, head.shape[0] * min(models, 2)):
-        inputs = hidden[rows]
-        losses[rows], gradient = row_losses(inputs @ head.T, rows, need_hidden or need_head)
+        inputs, weights = hidden[rows], row_weights[rows]
+        counted = whether_counted(weights)
+        losses[rows], gradient = row_losses(inputs @ head.T, counted, rows, need_hidden or need_head)
         gradient = gradient.to(hidden.dtype)
+        # The weights are multiplied with what is d wide, not V.
         if need_hidden:
-            grad_hidden[rows] = gradient @ head
+            grad_hidden[rows] = ((gradient @ head) * weights[:, None]).to(hidden.dtype)
         if need_head:
-            counted = without_rows(inputs, row_weights[rows]) if isinstance(rows, slice) else inputs
-            _add_product(grad_head, gradient, counted)
-    return losses.sum(), losses, grad_hidden, grad_head
+            inputs = without_rows(inputs, weights) if isinstance(rows, slice) else inputs
+            _add_product(grad_head, gradient, (inputs * weights[:, None]).to(hidden.dtype))
+    return (row_weights * losses).sum(), losses, grad_hidden, grad_head
 
 
 def _row_groups(row_weights: Tensor, size: int) -> Iterable[Rows]:
@@ -120,8 +162,8 @@ def without_rows(hidden: Tensor, row_weights: Tensor) -> Tensor:
 
 
 def fake_in_chunks(hidden: Tensor, head: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Empty outputs of ``in_chunks``, for every ``linear_*`` op: they end in ``need_hidden`` and ``need_head``."""
-    need_hidden, need_head = inputs[-2:]
+    """Empty outputs of ``in_chunks``, for every ``linear_*`` op: their flags are ``need_hidden`` and ``need_head``."""
+    need_hidden, need_head = (value for value in inputs if isinstance(value, bool))
     return (
         hidden.new_empty((), dtype=torch.float32),
         hidden.new_empty(hidden.shape[0], dtype=torch.float32),
@@ -130,20 +172,20 @@ def fake_in_chunks(hidden: Tensor, head: Tensor, *inputs: Any) -> tuple[Tensor, 
     )
 
 
-def save_linear_gradients(ctx: Any, head: Tensor, row_weights: Tensor, output: tuple[Tensor, ...]) -> None:
+def save_linear_gradients(ctx: Any, head: Tensor, output: tuple[Tensor, ...]) -> None:
     """Keep what ``scaled_linear_gradients`` needs."""
     ctx.head_dtype = head.dtype
-    ctx.save_for_backward(row_weights, *output[1:])
+    ctx.save_for_backward(*output[1:])
 
 
 def scaled_linear_gradients(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Gradients of hidden, head (None where none was made) and of the row weights (0 for rows that were left out)."""
-    row_weights, losses, grad_hidden, grad_head = ctx.saved_tensors
+    losses, grad_hidden, grad_head = ctx.saved_tensors
     return (
         _scaled(grad_hidden, grad_total) if grad_hidden.shape[0] == losses.shape[0] else None,
         # To the head's dtype first: a scaled copy in float32 would be a head more.
         _scaled(grad_head.to(ctx.head_dtype), grad_total) if grad_head.shape[0] else None,
-        torch.where(row_weights != 0, grad_total * losses / row_weights, 0.0),
+        grad_total * losses,
     )
 
 

@@ -57,15 +57,15 @@ def token_scores(logits: Tensor, labels: Tensor, *, impl: str | None = None) -> 
 
 def reference(logits: Tensor, labels: Tensor) -> TokenScores:
     """Plain torch, any device; in float64 for float64 logits, else in float32."""
-    return scores_of(logits.to(accumulation_dtype(logits)).log_softmax(-1), labels)
+    return scores_of(logits.to(accumulation_dtype(logits)).log_softmax(-1), labels, logits.argmax(-1))
 
 
-def scores_of(log_probs: Tensor, labels: Tensor) -> TokenScores:
-    """The scores under log-probabilities ``[..., V]`` in plain torch."""
+def scores_of(log_probs: Tensor, labels: Tensor, likeliest: Tensor) -> TokenScores:
+    """The scores under log-probabilities ``[..., V]`` with the likeliest tokens ``[...]``, in plain torch."""
     check_label_values(labels, log_probs.shape[-1])
     masked = labels == MASKED_LABEL
     picked = log_probs.gather(-1, labels.masked_fill(masked, 0)[..., None])[..., 0]
-    correct = (log_probs.argmax(-1) == labels) & ~log_probs.isnan().any(-1)
+    correct = (likeliest == labels) & ~log_probs.isnan().any(-1)
     entropy = -torch.where(log_probs == -torch.inf, 0.0, log_probs.exp() * log_probs).sum(-1)
     return TokenScores(picked.masked_fill(masked, 0.0), correct, entropy.masked_fill(masked, 0.0))
 

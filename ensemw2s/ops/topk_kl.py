@@ -15,15 +15,19 @@ from ensemw2s.ops.checks import (
     check_integers,
     check_same_device,
     check_temperature,
+    check_tensor,
     row_weights,
 )
 from ensemw2s.ops.row_losses import (
     Rows,
+    divided,
     fake_in_chunks,
     fake_row_losses,
     in_chunks,
     save_linear_gradients,
     scaled_linear_gradients,
+    tempered,
+    tempered_states,
     without_rows,
 )
 
@@ -68,22 +72,27 @@ def topk_kl(
     """
     check_head(hidden, head)
     shape = tuple(hidden.shape[:-1])
+    check_tensor(token_ids, "token_ids")
     if token_ids.dim() != hidden.dim() or not 1 <= token_ids.shape[-1] <= head.shape[0]:
         raise ValueError(f"token_ids must be [..., k] with 1 <= k <= {head.shape[0]}, got {tuple(token_ids.shape)}")
     k = token_ids.shape[-1]
     check_integers(token_ids, (*shape, k), hidden, "token_ids")
+    check_tensor(log_probs, "log_probs")
+    if not log_probs.is_floating_point():
+        raise TypeError(f"log_probs must be floating point, got {log_probs.dtype}")
     if log_probs.shape != token_ids.shape:
         raise ValueError(f"log_probs have shape {tuple(log_probs.shape)}, token_ids {tuple(token_ids.shape)}")
     check_same_device(log_probs, hidden, "log_probs")
-    check_temperature(temperature)
+    temperature = check_temperature(temperature)
     weights = row_weights(token_weights, shape, hidden).reshape(-1)
     ids, teacher = token_ids.reshape(-1, k), log_probs.detach().to(accumulation_dtype(hidden)).reshape(-1, k)
-    rows = hidden.reshape(-1, hidden.shape[-1]) / temperature
+    rows, rest_of_temperature = tempered_states(hidden, temperature)
     chosen = backend._choose("topk_kl", impl, hidden.device.type, hidden.dtype)
     if chosen == "reference":
-        return reference(without_rows(rows, weights) @ head.T, ids, teacher, weights).sum()
+        student = tempered(without_rows(rows, weights) @ head.T, rest_of_temperature)
+        return reference(student, ids, teacher, weights).sum()
     flags = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, head)]
-    inputs = (rows, head, ids.contiguous(), teacher.contiguous(), weights, *flags)
+    inputs = (rows, head, ids.contiguous(), teacher.contiguous(), weights, *flags, rest_of_temperature)
     return backend.run("topk_kl", chosen, *inputs)[0]
 
 
@@ -96,13 +105,13 @@ def reference(student: Tensor, token_ids: Tensor, log_probs: Tensor, weights: Te
     left_out = (weights == 0)[:, None]
     log_q = student.masked_fill(left_out, 0.0).to(accumulation_dtype(student)).log_softmax(-1)
     p = log_probs.exp()
-    kept = torch.where(p > 0, p * (log_probs - log_q.gather(-1, token_ids)), 0.0).sum(-1)
+    kept = torch.where(p == 0, 0.0, p * (log_probs - log_q.gather(-1, token_ids))).sum(-1)
     rest = (1 - p.sum(-1)).clamp(min=0) * (token_ids.shape[-1] < student.shape[-1])
     others = log_q.scatter(-1, token_ids, -torch.inf)
     # A vocabulary without other tokens would put -inf under the gradient of logsumexp.
     log_rest = others.logsumexp(-1) if token_ids.shape[-1] < student.shape[-1] else torch.zeros_like(rest)
     tail = torch.where(rest > 0, rest * (torch.where(rest > 0, rest, 1.0).log() - log_rest), 0.0)
-    return weights * (kept + tail)
+    return weights * (kept + tail).masked_fill(weights == 0, 0.0)
 
 
 def _in_chunks(
@@ -114,9 +123,12 @@ def _in_chunks(
     row_weights: Tensor,
     need_hidden: bool,
     need_head: bool,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def losses(logits: Tensor, rows: Rows, with_gradient: bool) -> tuple[Tensor, Tensor]:
-        return row_op(logits, token_ids[rows], log_probs[rows], row_weights[rows], with_gradient)
+    def losses(logits: Tensor, counted: Tensor, rows: Rows, with_gradient: bool) -> tuple[Tensor, Tensor]:
+        student = tempered(logits, temperature)
+        losses, gradient = row_op(student, token_ids[rows], log_probs[rows], counted, with_gradient)
+        return losses, divided(gradient, temperature)
 
     return in_chunks(hidden, head, row_weights, need_hidden, need_head, losses)
 
@@ -128,7 +140,7 @@ def _fake_rows(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    save_linear_gradients(ctx, inputs[1], inputs[4], output)
+    save_linear_gradients(ctx, inputs[1], output)
 
 
 def _backward(ctx: Any, grad_total: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
@@ -137,13 +149,13 @@ def _backward(ctx: Any, grad_total: Tensor, *unused: Tensor) -> tuple[Tensor | N
     ``dKL/dz_u = q_u - p_u`` for the k tokens and ``q_u - r q_u / R`` for any other one.
     """
     grad_hidden, grad_head, grad_weights = scaled_linear_gradients(ctx, grad_total)
-    return grad_hidden, grad_head, None, None, grad_weights, None, None
+    return grad_hidden, grad_head, None, None, grad_weights, None, None, None
 
 
 backend.declare(
     "topk_kl",
-    "(Tensor hidden, Tensor head, Tensor token_ids, Tensor log_probs, Tensor row_weights, bool need_hidden, "
-    "bool need_head) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor hidden, Tensor head, Tensor token_ids, Tensor log_probs, Tensor row_weights, "
+    "bool need_hidden, bool need_head, float temperature=1.0) -> (Tensor, Tensor, Tensor, Tensor)",
     fake_in_chunks,
     gradient=(_backward, _setup_context),
 )

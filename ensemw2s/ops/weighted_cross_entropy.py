@@ -17,7 +17,7 @@ from ensemw2s.ops.checks import (
     check_logits,
     row_weights,
 )
-from ensemw2s.ops.row_losses import fake_row_losses, save_gradient, scaled_gradients
+from ensemw2s.ops.row_losses import fake_row_losses, save_gradient, scaled_gradient, whether_counted
 
 
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, token_weights: Tensor, *, impl: str | None = None) -> Tensor:
@@ -51,8 +51,9 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, token_weights: Tensor
     chosen = backend._choose("weighted_cross_entropy", impl, logits.device.type, logits.dtype)
     if chosen == "reference":
         return reference(logits, labels, weights).sum()
-    needs_grad = torch.is_grad_enabled() and (logits.requires_grad or weights.requires_grad)
-    return backend.run("weighted_cross_entropy", chosen, logits, labels.contiguous(), weights, needs_grad)[0].sum()
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad
+    inputs = (logits, labels.contiguous(), whether_counted(weights), needs_grad)
+    return (weights * backend.run("weighted_cross_entropy", chosen, *inputs)[0]).sum()
 
 
 def reference(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -71,14 +72,12 @@ def _fake(logits: Tensor, labels: Tensor, row_weights: Tensor, with_gradient: bo
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, _, weights, _ = inputs
-    save_gradient(ctx, logits, weights, output)
+    save_gradient(ctx, inputs[0], output)
 
 
-def _backward(ctx: Any, grad_losses: Tensor, grad_gradient: Tensor) -> tuple[Tensor, None, Tensor, None]:
+def _backward(ctx: Any, grad_losses: Tensor, grad_gradient: Tensor) -> tuple[Tensor | None, ...]:
     """``CE = log sum exp(z) - z_label``, hence ``dCE/dz = softmax(z) - one_hot(label)``; the kernel made it."""
-    grad_logits, grad_weights = scaled_gradients(ctx, grad_losses)
-    return grad_logits, None, grad_weights, None
+    return scaled_gradient(ctx, grad_losses), None, None, None
 
 
 backend.declare(
