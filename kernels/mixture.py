@@ -94,11 +94,13 @@ class Scan(NamedTuple):
         weights: float32 ``[T]``.
         combine: Position in ``COMBINES``.
         tiles: Tiles per row.
-        tile_max: float32 ``[S, rows, tiles]``, the largest logit, at least float32's lowest.
+        tile_max: float32 ``[S, rows, tiles]``, the largest logit, at least float32's lowest. The product's scores are
+            taken beside the experts' largest logits in the tile; ``merge_tiles`` makes that those in the row, and leaves
+            the difference behind, as ``[S, ...]``.
         tile_sum: float32 ``[S, rows, tiles]``, the sum of ``exp(logit - tile_max)``; NaN in a tile with NaN or +inf.
         tile_first: int32 ``[T, rows, tiles]``, for ``"vote"`` the lowest id of the largest logit.
         group_max: float32 ``[T, rows, groups]``, the largest logit of each group, or ``[1, ...]`` of the product.
-        top: float32 ``[S, rows]``, the largest logit.
+        top: float32 ``[S, rows]``, the largest logit; of the product the likeliest token's score, see ``anchor_product``.
         log_sum: float32 ``[S, rows]``, log of the sum of ``exp(logit - top)``; NaN without finite logits.
         shift: float32 ``[S, rows]``, ``log(w) - log_sum``, or -inf for an expert of weight 0.
     """
@@ -144,7 +146,7 @@ def scan(logits: Sequence[Tensor], weights: Tensor, combine: int, labels: Tensor
         weights,
         combine,
         tiles,
-        torch.empty((slots, rows.count, tiles), **like),
+        torch.empty((slots + is_product, rows.count, tiles), **like),
         torch.empty((slots, rows.count, tiles), **like),
         torch.empty((experts, rows.count, tiles) if is_vote else 1, dtype=torch.int32, device=weights.device),
         torch.empty((1 if is_product else experts, rows.count, tiles * (TILE // GROUP)), **like),
@@ -185,14 +187,26 @@ def unmasked(label, vocabulary):
 
 @triton.jit
 def weight_total(weights, T: tl.constexpr):
-    """Sum of the weights and whether they are usable: none negative or NaN, not all zero, no infinity."""
-    total = 0.0
+    """Largest weight, sum of the weights divided by it, and whether they are usable.
+
+    They are if none is negative, NaN or infinite and not all are zero. Their own sum may be more than float32 holds.
+    """
+    largest = 0.0
     usable = True
     for t in range(T):
         weight = tl.load(weights + t)
         usable = usable & (weight >= 0)
-        total += weight
-    return total, usable & (total > 0) & (total < float("inf"))
+        largest = tl.maximum(largest, weight)
+    total = 0.0
+    for t in range(T):
+        total += tl.load(weights + t) / largest
+    return largest, total, usable & (largest > 0) & (largest < float("inf"))
+
+
+@triton.jit
+def product_term(share, z, top):
+    """``share * (z - top)`` with ``top >= z``, by halves: ``z - top`` may be more than float32 holds."""
+    return 2.0 * share * (0.5 * z - 0.5 * top)
 
 
 @triton.jit
@@ -227,15 +241,15 @@ def scan_kernel(
         end = unmasked(tl.load(labels + row), vocabulary)
     inside = tokens < end
     if COMBINE == LOGPROB:
-        total, _ = weight_total(weights, T)
+        largest, total, _ = weight_total(weights, T)
         product = tl.zeros((TILE,), tl.float32)
     for t in tl.static_range(T):
         start = logits[t] + row_offset(row, outer[t], step[t], inner)
         z = tl.load(start + tokens, mask=inside, other=-float("inf")).to(tl.float32)
         top = scan_tile(z, t, row, tile, tile_max, tile_sum, rows, tiles)
         if COMBINE == LOGPROB:
-            weight = tl.load(weights + t) / total
-            product += tl.where(weight > 0, weight * z, 0.0)
+            share = tl.load(weights + t) / largest / total
+            product += tl.where(share > 0, product_term(share, z, top), 0.0)
         else:
             scan_groups(z, t, row, tile, group_max, rows, tiles, TILE, GROUP)
         if COMBINE == VOTE:
@@ -253,27 +267,72 @@ def merge_tiles(
     T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Normalisers of one row out of those of its tiles (at most ``TILES``); returns whether the row is valid."""
-    total, valid = weight_total(weights, T)
+    largest_weight, total, valid = weight_total(weights, T)
     tile = tl.arange(0, TILES)
+    descent = tl.zeros((TILES,), tl.float32)
     for slot in range(T + (1 if COMBINE == LOGPROB else 0)):
-        weight = total
+        share = 1.0
         if slot < T:
-            weight = tl.load(weights + slot)
+            share = tl.load(weights + slot) / largest_weight / total
         at = (slot * rows + row) * tiles + tile
         largest = tl.load(tile_max + at, mask=tile < tiles, other=LOWEST)
         sums = tl.load(tile_sum + at, mask=tile < tiles, other=0.0)
+        if COMBINE == LOGPROB:
+            if slot == T:
+                largest = tl.where(sums > 0, largest + descent, LOWEST)
+                tl.store(tile_max + at, largest, mask=tile < tiles)
+                tl.store(tile_max + ((T + 1) * rows + row) * tiles + tile, descent, mask=tile < tiles)
         row_top = tl.max(largest, axis=0)
         row_sum = tl.sum(sums * tl.exp(largest - row_top), axis=0)
         usable = (row_sum > 0) & (row_sum < float("inf"))
-        valid = valid & (usable | (weight == 0))
+        valid = valid & (usable | (share == 0))
         row_log_sum = tl.where(usable, tl.log(row_sum), float("nan"))
         tl.store(top + slot * rows + row, row_top)
         tl.store(log_sum + slot * rows + row, row_log_sum)
-        row_shift = tl.where(weight > 0, tl.log(weight / total) - row_log_sum, -float("inf"))
+        row_shift = tl.where(share > 0, tl.log(share) - row_log_sum, -float("inf"))
         tl.store(shift + slot * rows + row, row_shift)
+        descent += tl.where(share > 0, product_term(share, largest, row_top), 0.0)
     # The same program reads the normalisers next, in other threads.
     tl.debug_barrier()
     return valid
+
+
+@triton.jit
+def product_score(
+    tokens, inside, row, logits, outer, step, inner, weights, top, rows, T: tl.constexpr
+):
+    """The product's score of some tokens beside the experts' largest logits; -inf where not ``inside``."""
+    largest, total, _ = weight_total(weights, T)
+    product = tl.zeros_like(tokens).to(tl.float32)
+    for t in tl.static_range(T):
+        start = logits[t] + row_offset(row, outer[t], step[t], inner)
+        z = tl.load(start + tokens, mask=inside, other=-float("inf")).to(tl.float32)
+        share = tl.load(weights + t) / largest / total
+        product += tl.where(share > 0, product_term(share, z, tl.load(top + t * rows + row)), 0.0)
+    return tl.where(inside, product, -float("inf"))
+
+
+@triton.jit
+def anchor_product(
+    row, logits, outer, step, inner, weights, tile_max, top, group_max, rows, vocabulary, tiles,
+    T: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Make the product's ``top`` the likeliest token's score as ``product_score`` finds it.
+
+    Where the experts disagree by far the scores are large numbers, and roundings of them too: the likeliest token is
+    likely in the arithmetic of the passes that follow only if the others are compared with its score there.
+    """
+    tile = tl.arange(0, TILES)
+    largest = tl.load(tile_max + (T * rows + row) * tiles + tile, mask=tile < tiles, other=-float("inf"))
+    best = tl.argmax(largest, axis=0)
+    group = tl.arange(0, TILE // GROUP)
+    maxima = tl.load(group_max + (row * tiles + best) * (TILE // GROUP) + group)
+    tokens = best * TILE + tl.argmax(maxima, axis=0) * GROUP + tl.arange(0, GROUP)
+    scores = product_score(
+        tokens, tokens < vocabulary, row, logits, outer, step, inner, weights, top, rows, T
+    )
+    tl.store(top + T * rows + row, tl.max(scores, axis=0))
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -290,15 +349,8 @@ def log_prob(
 ):  # fmt: skip
     """The mixture's log-probability of some tokens (a block or a scalar) of a row; -inf where not ``inside``."""
     if COMBINE == LOGPROB:
-        weight_sum, _ = weight_total(weights, T)
-        product = tl.zeros_like(tokens).to(tl.float32)
-        for t in tl.static_range(T):
-            start = logits[t] + row_offset(row, outer[t], step[t], inner)
-            z = tl.load(start + tokens, mask=inside, other=-float("inf")).to(tl.float32)
-            weight = tl.load(weights + t) / weight_sum
-            product += tl.where(weight > 0, weight * z, 0.0)
-        out = (product - tl.load(top + T * rows + row)) - tl.load(log_sum + T * rows + row)
-        return tl.where(inside, out, -float("inf"))
+        score = product_score(tokens, inside, row, logits, outer, step, inner, weights, top, rows, T)
+        return tl.minimum((score - tl.load(top + T * rows + row)) - tl.load(log_sum + T * rows + row), 0.0)
     largest = tl.zeros_like(tokens).to(tl.float32) + LOWEST
     total = tl.zeros_like(largest)
     for t in tl.static_range(T):
@@ -312,14 +364,17 @@ def log_prob(
 
 @triton.jit
 def group_bounds(
-    row, group_max, top, log_sum, shift, rows, groups, T: tl.constexpr, COMBINE: tl.constexpr, GROUPS: tl.constexpr
-):
+    row, group_max, tile_max, top, log_sum, shift, rows, groups, tiles,
+    T: tl.constexpr, COMBINE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
     """Upper and lower bounds on the largest log-probability in each group of a row: two float32 ``[GROUPS]``."""
     group = tl.arange(0, GROUPS)
     inside = group < groups
     if COMBINE == LOGPROB:
         z = tl.load(group_max + row * groups + group, mask=inside, other=-float("inf"))
-        exact = (z - tl.load(top + T * rows + row)) - tl.load(log_sum + T * rows + row)
+        descents = tile_max + ((T + 1) * rows + row) * tiles
+        descent = tl.load(descents + group // (groups // tiles), mask=inside, other=0.0)
+        exact = (z + (descent - tl.load(top + T * rows + row))) - tl.load(log_sum + T * rows + row)
         return exact, exact
     largest = tl.full((GROUPS,), LOWEST, tl.float32)
     total = tl.zeros((GROUPS,), tl.float32)
@@ -347,18 +402,21 @@ def vote_of(t, row, shift, tile_max, tile_first, top, rows, tiles, TILES: tl.con
 @triton.jit
 def votes_for(token, row, weights, shift, tile_max, tile_first, top, rows, tiles, T: tl.constexpr, TILES: tl.constexpr):
     """Log of the share of the weight that votes for a token."""
-    weight_sum, _ = weight_total(weights, T)
+    largest, total, _ = weight_total(weights, T)
     share = 0.0
     for t in range(T):
         winner = vote_of(t, row, shift, tile_max, tile_first, top, rows, tiles, TILES)
-        share += tl.where(winner == token, tl.load(weights + t) / weight_sum, 0.0)
+        share += tl.where(winner == token, tl.load(weights + t) / largest / total, 0.0)
     return tl.log(share)
 
 
 @triton.jit
-def slack(bound):
-    """Rounding that a bound or a log-probability of this size may have."""
-    return 2e-5 + 1e-6 * tl.minimum(tl.abs(bound), 1e30)
+def slack(bound, row, top, rows, T: tl.constexpr, COMBINE: tl.constexpr):
+    """Rounding that a bound or a log-probability of this size may have in a row."""
+    of_product = 0.0
+    if COMBINE == LOGPROB:
+        of_product = 1e-7 * (8 + T) * tl.abs(tl.load(top + T * rows + row))
+    return 2e-5 + of_product + 1e-6 * tl.minimum(tl.abs(bound), 1e30)
 
 
 @triton.jit

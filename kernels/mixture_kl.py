@@ -110,19 +110,23 @@ def _row(student, experts, weights, weight, loss, gradient, V, BLOCK: tl.constex
 @triton.jit
 def _expert_scales(experts, weights, V, BLOCK: tl.constexpr):
     """For ``p = sum_t exp(z_t - top_t) scale_t``: the tops, the scales ``w_t / sum exp(z_t - top_t)``, and validity."""
-    total_weight = 0.0
+    # Divided by the largest: their own sum may be more than float32 holds.
+    largest, total_weight = 0.0, 0.0
     for t in tl.static_range(len(experts)):
-        total_weight += tl.load(weights + t)
-    usable = (total_weight > 0) & (total_weight < float("inf"))
+        largest = tl.maximum(largest, tl.load(weights + t))
+    for t in tl.static_range(len(experts)):
+        total_weight += tl.load(weights + t) / largest
+    usable = (total_weight > 0) & (largest < float("inf"))
     tops = ()
     scales = ()
     for t in tl.static_range(len(experts)):
         weight = tl.load(weights + t)
         # With a vocabulary of 0 nothing of an expert that does not count is read, and a negative weight is not usable.
-        top, total = log_sum_exp(experts[t], tl.where(weight > 0, V, 0), BLOCK)
-        usable = usable & ((weight == 0) | is_usable(total))
+        share = weight / largest / total_weight
+        top, total = log_sum_exp(experts[t], tl.where(share > 0, V, 0), BLOCK)
+        usable = usable & ((share == 0) | is_usable(total))
         tops += (top,)
-        scales += (tl.where(weight > 0, weight / total_weight / total, 0.0),)
+        scales += (tl.where(share > 0, share / total, 0.0),)
     return tops, scales, usable
 
 

@@ -7,7 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ensemw2s.kernels.mixture import TILE, VOTE, WARPS, ahead_of_time, log_prob, merge_tiles, scan, vote_of, votes_for
+from ensemw2s.kernels.mixture import (
+    GROUP,
+    LOGPROB,
+    TILE,
+    VOTE,
+    WARPS,
+    ahead_of_time,
+    anchor_product,
+    log_prob,
+    merge_tiles,
+    scan,
+    vote_of,
+    votes_for,
+)
 
 
 def mixture_log_probs(logits: list[Tensor], weights: Tensor, combine: int) -> Tensor:
@@ -20,7 +33,10 @@ def mixture_log_probs(logits: list[Tensor], weights: Tensor, combine: int) -> Te
         rows, tiles = scratch.rows, scratch.tiles
         valid = torch.empty(rows.count, dtype=torch.bool, device=weights.device)
         shape = {"T": len(logits), "COMBINE": combine, "TILES": triton.next_power_of_2(tiles), "num_warps": WARPS}
-        merge_kernel[(rows.count,)](*scratch.partials, valid, rows.count, tiles, **shape)
+        merge_kernel[(rows.count,)](
+            *scratch.experts, *scratch.partials, scratch.group_max, valid, rows.count, rows.vocabulary, tiles,
+            TILE=TILE, GROUP=GROUP, **shape,
+        )  # fmt: skip
         write_kernel[(rows.count * tiles,)](
             *scratch.experts, *scratch.normalisers, scratch.tile_max, scratch.tile_first, valid, out,
             rows.count, rows.vocabulary, tiles, TILE=TILE, **shape,
@@ -30,12 +46,18 @@ def mixture_log_probs(logits: list[Tensor], weights: Tensor, combine: int) -> Te
 
 @triton.jit
 def merge_kernel(
-    weights, tile_max, tile_sum, top, log_sum, shift, valid, rows, tiles,
-    T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
+    logits, outer, step, inner, weights, tile_max, tile_sum, top, log_sum, shift, group_max, valid,
+    rows, vocabulary, tiles,
+    TILE: tl.constexpr, GROUP: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Normalisers and validity of one row. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
     merged = merge_tiles(row, weights, tile_max, tile_sum, top, log_sum, shift, rows, tiles, T, COMBINE, TILES)
+    if COMBINE == LOGPROB:
+        anchor_product(
+            row, logits, outer, step, inner, weights, tile_max, top, group_max, rows, vocabulary, tiles,
+            T, TILES, TILE, GROUP,
+        )  # fmt: skip
     tl.store(valid + row, merged)
 
 
@@ -67,7 +89,7 @@ AHEAD_OF_TIME = [
     entry
     for combine in range(3)
     for entry in (
-        ahead_of_time(merge_kernel, T=5, COMBINE=combine, TILES=128),
+        ahead_of_time(merge_kernel, T=5, COMBINE=combine, TILES=128, TILE=TILE, GROUP=GROUP),
         ahead_of_time(write_kernel, T=5, COMBINE=combine, TILES=128, TILE=TILE),
     )
 ]

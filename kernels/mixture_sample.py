@@ -23,6 +23,7 @@ from ensemw2s.kernels.mixture import (
     WARPS,
     Scan,
     ahead_of_time,
+    anchor_product,
     first_argmax,
     group_bounds,
     log_prob,
@@ -33,6 +34,7 @@ from ensemw2s.kernels.mixture import (
     vote_of,
     votes_for,
 )
+from ensemw2s.ops.mixture_sample import COLDEST
 
 # What a row's plan looks for.
 GREEDY = tl.constexpr(0)  # the likeliest token
@@ -41,6 +43,12 @@ TOP_K = tl.constexpr(2)  # candidates: the tokens that top-k may keep
 NUCLEUS = tl.constexpr(3)  # candidates: the tokens that top-p may keep
 MIN_P = tl.constexpr(4)  # candidates: the tokens that min-p may keep
 
+# Below this temperature the likeliest token is looked for first, as for min-p: the others' distance to it is exact.
+_COLD = 1e-3
+# No noise makes up for this distance: it lies between -3.2 and 22.9.
+_FARTHEST = -30.0
+# What float32 can hold of temperatures and of top-p, which no likeliest token falls short of.
+_HOTTEST, _LEAST_TOP_P = 3e38, 1e-37
 # No Philox word gives more noise than this.
 LARGEST_GUMBEL = tl.constexpr(22.9)
 # Mass that may be left out of a total: far less than what moves the edge of top-p by rounding.
@@ -84,13 +92,13 @@ def mixture_sample(
 
 
 def _mode(temperature: float, top_k: int, top_p: float, min_p: float) -> int:
-    if temperature == 0:
+    if temperature < COLDEST:
         return GREEDY.value
     if top_k > 0:
         return TOP_K.value
     if top_p < 1:
         return NUCLEUS.value
-    return MIN_P.value if min_p > 0 else RACE.value
+    return MIN_P.value if min_p > 0 or temperature < _COLD else RACE.value
 
 
 def _plan_warps(mode: int) -> int:
@@ -114,15 +122,16 @@ class _Draw:
         self.rows, self.tiles = scratch.rows, scratch.tiles
         self.mode = _mode(temperature, top_k, top_p, min_p)
         self.keys = seeds.contiguous(), positions.contiguous()
-        # Float32 has no room for 1 / temperature below this, and nothing but the likeliest token a chance.
-        self.temperature = max(temperature, 1e-30)
-        self.settings = min(top_k, self.rows.vocabulary), top_p, math.log(min_p) if min_p > 0 else -math.inf
+        self.temperature = min(max(temperature, COLDEST), _HOTTEST)
+        log_min_p = math.log(min_p) if min_p > 0 else _FARTHEST if self.mode == MIN_P.value else -math.inf
+        self.settings = min(top_k, self.rows.vocabulary), max(top_p, _LEAST_TOP_P), log_min_p
         self.shape = {
             "T": len(self.rows.tensors),
             "COMBINE": scratch.combine,
             "TILES": triton.next_power_of_2(self.tiles),
             "num_warps": WARPS,
         }
+        self.groups = {"TILE": TILE, "GROUP": GROUP, "GROUPS": self.shape["TILES"] * (TILE // GROUP)}
         per_row = self.rows.count
         self.valid = self._empty(per_row, dtype=torch.bool)
         self.upper = self._empty(per_row, self.tiles * (TILE // GROUP))
@@ -137,8 +146,7 @@ class _Draw:
             *scratch.experts, *scratch.partials, scratch.group_max, *self.keys,
             self.valid, self.upper, self.anchor, self.floor, self.temperature, *self.settings,
             rows.count, rows.vocabulary, self.tiles,
-            MODE=self.mode, TILE=TILE, GROUP=GROUP, GROUPS=self.shape["TILES"] * (TILE // GROUP),
-            **self.shape | {"num_warps": _plan_warps(self.mode)},
+            MODE=self.mode, **self.groups, **self.shape | {"num_warps": _plan_warps(self.mode)},
         )  # fmt: skip
 
     def search(self, outputs: tuple[Tensor, ...]) -> None:
@@ -153,8 +161,8 @@ class _Draw:
             MODE=self.mode, T=self.shape["T"], COMBINE=scratch.combine, TILE=TILE, GROUP=GROUP, num_warps=WARPS,
         )  # fmt: skip
         finish_kernel[(rows.count,)](
-            *scratch.experts, *scratch.normalisers, score, token, self.valid, *outputs,
-            rows.count, rows.vocabulary, self.tiles, **self.shape,
+            *scratch.experts, *scratch.normalisers, score, token, self.valid, self.upper, *outputs,
+            rows.count, rows.vocabulary, self.tiles, **self.groups, **self.shape,
         )  # fmt: skip
 
     def select(self, outputs: tuple[Tensor, ...]) -> None:
@@ -180,9 +188,9 @@ class _Draw:
                 )  # fmt: skip
         select_kernel[(rows.count,)](
             *scratch.experts, *scratch.normalisers, scratch.tile_max, scratch.tile_first, *self.keys,
-            counts, ids, log_probs, self.valid, *outputs, self.temperature, *self.settings,
+            counts, ids, log_probs, self.valid, self.upper, *outputs, self.temperature, *self.settings,
             rows.count, rows.vocabulary, self.tiles, capacity, segments,
-            MODE=self.mode, SEGMENTS=triton.next_power_of_2(segments), CHUNK=CHUNK, **self.shape,
+            MODE=self.mode, SEGMENTS=triton.next_power_of_2(segments), CHUNK=CHUNK, **self.groups, **self.shape,
         )  # fmt: skip
 
 
@@ -239,7 +247,7 @@ def race_tile(
     GROUPS: tl.constexpr = TILE // GROUP
     group = tl.arange(0, GROUPS)
     bound = tl.load(upper + (row * tiles + tile) * GROUPS + group)
-    lead = (bound + slack(bound) - anchor) / temperature - best + 1e-4
+    lead = (bound + slack(bound, row, top, rows, T, COMBINE) - anchor) / temperature - best + 1e-4
     score, token = -float("inf"), NO_TOKEN
     if tl.max(lead, axis=0) > -LARGEST_GUMBEL:
         tokens = tl.arange(0, TILE)
@@ -260,7 +268,7 @@ def race_tile(
 
 
 @triton.jit
-def top_k_floor(lower, top_k):
+def top_k_edge(lower, top_k):
     """At least ``top_k`` tokens reach this: each group holds one that reaches its lower bound."""
     keys = key_of(lower)
     edge = tl.full((), LOWEST_KEY, tl.int64)
@@ -270,7 +278,7 @@ def top_k_floor(lower, top_k):
         edge = tl.where(enough, trial, edge)
     key = edge.to(tl.int32)
     value = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    return tl.where(key > key_of(tl.full((), LOWEST, tl.float32)), value - slack(value), LOWEST)
+    return tl.where(key > key_of(tl.full((), LOWEST, tl.float32)), value, LOWEST)
 
 
 @triton.jit
@@ -325,7 +333,14 @@ def plan_kernel(
     row = tl.program_id(0).to(tl.int64)
     usable = merge_tiles(row, weights, tile_max, tile_sum, top, log_sum, shift, rows, tiles, T, COMBINE, TILES)
     groups = tiles * (TILE // GROUP)
-    high, low = group_bounds(row, group_max, top, log_sum, shift, rows, groups, T, COMBINE, GROUPS)
+    if COMBINE == LOGPROB:
+        anchor_product(
+            row, logits, outer, step, inner, weights, tile_max, top, group_max, rows, vocabulary, tiles,
+            T, TILES, TILE, GROUP,
+        )  # fmt: skip
+    high, low = group_bounds(
+        row, group_max, tile_max, top, log_sum, shift, rows, groups, tiles, T, COMBINE, GROUPS
+    )
     group = tl.arange(0, GROUPS)
     tl.store(upper + row * groups + group, high, mask=group < groups)
     likeliest = tl.max(low, axis=0)
@@ -333,9 +348,10 @@ def plan_kernel(
     usable = usable & (likeliest > -float("inf"))
     tl.store(valid + row, usable)
     tl.store(anchor + row, likeliest)
-    reach = likeliest - slack(likeliest)
+    reach = likeliest - slack(likeliest, row, top, rows, T, COMBINE)
     if MODE == TOP_K:
-        reach = top_k_floor(low, top_k)
+        edge = top_k_edge(low, top_k)
+        reach = tl.maximum(edge - slack(edge, row, top, rows, T, COMBINE), LOWEST)
     if MODE == NUCLEUS:
         reach = nucleus_floor(
             row, likeliest, temperature, top_p, weights, tile_max, tile_sum, top, log_sum, shift, rows, tiles,
@@ -397,7 +413,7 @@ def collect_kernel(
     reach = tl.load(floor + row)
     bound = tl.load(upper + (row * tiles + tile) * (TILE // GROUP) + tl.arange(0, TILE // GROUP))
     count = 0
-    if tl.max(bound + slack(bound), axis=0) >= reach:
+    if tl.max(bound + slack(bound, row, top, rows, T, COMBINE), axis=0) >= reach:
         tokens = tile * TILE + tl.arange(0, TILE)
         found = log_prob(
             tokens, tokens < vocabulary, row, logits, outer, step, inner, weights, top, log_sum, shift, rows, T, COMBINE
@@ -524,9 +540,27 @@ def write_sample(
 
 
 @triton.jit
+def likeliest_of_best_group(
+    row, upper, logits, outer, step, inner, weights, top, log_sum, shift, rows, vocabulary, tiles,
+    T: tl.constexpr, COMBINE: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """The token of a valid row in which nothing won: rounding alone ruled all out, of logits as large as floats get."""
+    groups = tiles * (TILE // GROUP)
+    group = tl.arange(0, GROUPS)
+    bounds = tl.load(upper + row * groups + group, mask=group < groups, other=-float("inf"))
+    tokens = tl.argmax(bounds, axis=0) * GROUP + tl.arange(0, GROUP)
+    found = log_prob(
+        tokens, tokens < vocabulary, row, logits, outer, step, inner, weights, top, log_sum, shift, rows, T, COMBINE
+    )
+    _, winner = first_argmax(found, tokens)
+    return winner
+
+
+@triton.jit
 def finish_kernel(
-    logits, outer, step, inner, weights, top, log_sum, shift, score, token, valid,
+    logits, outer, step, inner, weights, top, log_sum, shift, score, token, valid, upper,
     out_tokens, out_log_probs, out_experts, out_valid, rows, vocabulary, tiles,
+    TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """The best of one row's tiles. Grid: rows."""
@@ -535,7 +569,12 @@ def finish_kernel(
     inside = tile < tiles
     scores = tl.load(score + row * tiles + tile, mask=inside, other=-float("inf"))
     _, winner = first_argmax(scores, tl.load(token + row * tiles + tile, mask=inside, other=NO_TOKEN))
-    usable = tl.load(valid + row) & (winner < vocabulary)
+    usable = tl.load(valid + row)
+    if usable & (winner == NO_TOKEN):
+        winner = likeliest_of_best_group(
+            row, upper, logits, outer, step, inner, weights, top, log_sum, shift, rows, vocabulary, tiles,
+            T, COMBINE, TILE, GROUP, GROUPS,
+        )  # fmt: skip
     one = tl.zeros((1,), tl.int32) + winner
     found = log_prob(
         one, one < vocabulary, row, logits, outer, step, inner, weights, top, log_sum, shift, rows, T, COMBINE
@@ -549,10 +588,10 @@ def finish_kernel(
 @triton.jit
 def select_kernel(
     logits, outer, step, inner, weights, top, log_sum, shift, tile_max, tile_first, seeds, positions,
-    counts, ids, log_probs, valid, out_tokens, out_log_probs, out_experts, out_valid,
+    counts, ids, log_probs, valid, upper, out_tokens, out_log_probs, out_experts, out_valid,
     temperature, top_k, top_p, log_min_p, rows, vocabulary, tiles, capacity, segments,
     MODE: tl.constexpr, SEGMENTS: tl.constexpr, CHUNK: tl.constexpr,
-    T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
+    TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Filters and draw among one row's candidates. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
@@ -578,7 +617,18 @@ def select_kernel(
         row, least, edge, above, target, largest, seeds, positions, ids, log_probs, count, temperature, log_min_p,
         MODE, CHUNK,
     )  # fmt: skip
-    usable = tl.load(valid + row) & (winner < vocabulary)
+    usable = tl.load(valid + row)
+    if usable & (winner == NO_TOKEN):
+        if COMBINE == VOTE:
+            winner = race_kept(
+                row, least, edge, above, target, largest, seeds, positions, ids, log_probs, count, temperature,
+                log_min_p, GREEDY, CHUNK,
+            )  # fmt: skip
+        else:
+            winner = likeliest_of_best_group(
+                row, upper, logits, outer, step, inner, weights, top, log_sum, shift, rows, vocabulary, tiles,
+                T, COMBINE, TILE, GROUP, GROUPS,
+            )  # fmt: skip
     if COMBINE == VOTE:
         picked = votes_for(winner, row, weights, shift, tile_max, tile_first, top, rows, tiles, T, TILES)
     else:
@@ -596,11 +646,12 @@ def select_kernel(
 # 128 tiles: a vocabulary of 262,144.
 _TILED = {"T": 5, "TILES": 128}
 _TILE = {"TILE": TILE, "GROUP": GROUP}
+_GROUPS = _TILE | {"GROUPS": 128 * TILE // GROUP}
 _MIXED = (0, LOGPROB.value)
 AHEAD_OF_TIME = [
     *(
         ahead_of_time(
-            plan_kernel, _plan_warps(mode), MODE=mode, GROUPS=128 * TILE // GROUP, COMBINE=combine, **_TILE, **_TILED
+            plan_kernel, _plan_warps(mode), MODE=mode, COMBINE=combine, **_GROUPS, **_TILED
         )
         for mode in (GREEDY.value, RACE.value, TOP_K.value, NUCLEUS.value, MIN_P.value)
         for combine in _MIXED
@@ -617,11 +668,14 @@ AHEAD_OF_TIME = [
     ),
     # Triton compiles arguments that are 1 as constants.
     ahead_of_time(plan_kernel, MODE=TOP_K.value, GROUPS=16, COMBINE=0, T=1, TILES=1, **_TILE, rows=1, tiles=1, top_k=1),
-    ahead_of_time(select_kernel, MODE=TOP_K.value, SEGMENTS=1, CHUNK=CHUNK, COMBINE=0, T=1, TILES=1, rows=1, top_k=1),
+    ahead_of_time(
+        select_kernel, MODE=TOP_K.value, SEGMENTS=1, CHUNK=CHUNK, COMBINE=0, T=1, TILES=1, rows=1, top_k=1, GROUPS=16,
+        **_TILE,
+    ),  # fmt: skip
     ahead_of_time(votes_kernel, _VOTE_WARPS, EXPERTS=8, COMBINE=VOTE.value, **_TILED),
-    *(ahead_of_time(finish_kernel, COMBINE=combine, **_TILED) for combine in _MIXED),
+    *(ahead_of_time(finish_kernel, COMBINE=combine, **_GROUPS, **_TILED) for combine in _MIXED),
     *(
-        ahead_of_time(select_kernel, MODE=mode, SEGMENTS=128, CHUNK=CHUNK, COMBINE=combine, **_TILED)
+        ahead_of_time(select_kernel, MODE=mode, SEGMENTS=128, CHUNK=CHUNK, COMBINE=combine, **_GROUPS, **_TILED)
         for mode, combine in ((TOP_K.value, 0), (NUCLEUS.value, LOGPROB.value), (GREEDY.value, VOTE.value))
     ),
 ]

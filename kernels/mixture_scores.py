@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ensemw2s.kernels.mixture import (
+    GROUP,
     LOGPROB,
     TILE,
     VOTE,
@@ -43,7 +44,10 @@ def mixture_scores(
         token = torch.empty((rows.count, tiles), dtype=torch.int32, device=labels.device)
         found = (tile_entropy, score, token)
         shape = {"T": len(logits), "COMBINE": combine, "TILES": triton.next_power_of_2(tiles), "num_warps": WARPS}
-        merge_kernel[(rows.count,)](*scratch.partials, valid, rows.count, tiles, **shape)
+        merge_kernel[(rows.count,)](
+            *scratch.experts, *scratch.partials, scratch.group_max, valid, rows.count, rows.vocabulary, tiles,
+            TILE=TILE, GROUP=GROUP, **shape,
+        )  # fmt: skip
         inputs = (*scratch.experts, *scratch.normalisers, labels)
         if combine != VOTE.value:
             entropy_kernel[(rows.count * tiles,)](
@@ -82,13 +86,13 @@ def score_votes(
     row, label, weights, shift, tile_max, tile_first, top, rows, tiles, T: tl.constexpr, TILES: tl.constexpr
 ):
     """Log-probability of the label, the token with most votes (of equals, the lowest), entropy."""
-    total, _ = weight_total(weights, T)
+    largest, total, _ = weight_total(weights, T)
     entropy, best, most_voted = 0.0, -float("inf"), 2147483647
     for t in range(T):
         winner = vote_of(t, row, shift, tile_max, tile_first, top, rows, tiles, TILES)
         share = votes_for(winner, row, weights, shift, tile_max, tile_first, top, rows, tiles, T, TILES)
         if winner >= 0:
-            entropy -= tl.load(weights + t) / total * share
+            entropy -= tl.load(weights + t) / largest / total * share
             better = (share > best) | ((share == best) & (winner < most_voted))
             most_voted = tl.where(better, winner, most_voted)
             best = tl.maximum(best, share)

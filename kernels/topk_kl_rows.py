@@ -172,7 +172,7 @@ def _kept_terms(student, token_ids, log_probs, top, log_total, k, V, KEPT: tl.co
     for first in range(0, k, KEPT):
         _, _, z, log_p, _ = _load_kept(student, token_ids, log_probs, first, k, V, KEPT)
         p = tl.exp(log_p)
-        terms += tl.where(p > 0, p * (log_p - ((z - top) - log_total)), 0.0)
+        terms += tl.where(p == 0, 0.0, p * (log_p - ((z - top) - log_total)))
     return tl.sum(terms, 0)
 
 
