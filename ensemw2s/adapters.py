@@ -275,8 +275,8 @@ def _require_every_tensor(model: PeftModel, folder: Path, name: str, owner: str)
 
 def _unfit(folder: Path, owner: str, what: str, keys: list[str]) -> _Unfit:
     return _Unfit(
-        f"{owner}: {folder / ADAPTER_WEIGHTS} {what} {', '.join(keys[:3])} ({len(keys)} tensors in all): it is damaged, "
-        f"or belongs to another base model or configuration. {REMEDY}"
+        f"{owner}: {folder / ADAPTER_WEIGHTS} {what} {', '.join(keys[:3])} ({len(keys)} tensors in all): it is "
+        f"damaged, or belongs to another base model or configuration. {REMEDY}"
     )
 
 

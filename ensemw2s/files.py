@@ -144,7 +144,7 @@ def make_folder(path: Path) -> None:
 
 
 def share_as_usual(folder: Path) -> None:
-    """Let those read the files in a new folder who may read any new file: safetensors keeps its files to their owner."""
+    """Let those read the files in a new folder who read any new file; safetensors keeps its own to the user."""
     usual = folder.stat().st_mode & 0o666
     for file in folder.rglob("*"):
         mode = file.lstat().st_mode

@@ -26,6 +26,7 @@ from ensemw2s.saved import (
     REMEDY,
     check_model_folder,
     first_line,
+    is_there,
     listed_parts,
     read_settings,
     require_whole,
@@ -59,7 +60,7 @@ def cached_model(name: str, make: Callable[[Path], None]) -> Path:
         OSError: the folder is not there yet and cannot be written.
     """
     folder = cache_folder() / name
-    if folder.exists():
+    if is_there(folder, "the model cache"):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -312,7 +313,7 @@ def _resolve(source: str | os.PathLike[str]) -> str:
 
         return str(scratch_folder(name))
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if is_there(folder, "the model") and folder.is_dir():
         require_model(folder)
     elif separator or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise FileNotFoundError(f"{source} does not exist: give a model folder, a hub id, package:NAME or scratch:NAME")

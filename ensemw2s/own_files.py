@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from ensemw2s.files import DiskFullError, is_disk_full, keep, new_folder, share_as_usual, sync
-from ensemw2s.saved import read_settings, short
+from ensemw2s.saved import is_there, read_settings, short
 
 MANIFEST = "ensemw2s.json"
 _PARTIAL, _READY = ".ensemw2s-partial", ".ensemw2s-ready"
@@ -47,7 +47,7 @@ def own_files(path: str | os.PathLike[str], kind: str) -> Iterator[Path]:
         PermissionError: `path` cannot be written.
     """
     folder = Path(path).expanduser().resolve()
-    if not folder.exists():
+    if not is_there(folder, kind):
         with new_folder(folder) as aside:
             yield aside
             _write_list(aside, kind, _files_in(aside))
@@ -87,7 +87,8 @@ def settle(folder: Path) -> None:
     old, new = _listed(folder), _listed(ready)
     for name in new:
         _put(ready / name, folder / name)
-    gone = old.keys() - new.keys()
+    # A README that was written on since is nobody's but its writer's.
+    gone = [name for name in old.keys() - new.keys() if name != _CARD or _digest(folder / name) == old[name]]
     for name in gone:
         (folder / name).unlink(missing_ok=True)
     for up in sorted(
@@ -119,7 +120,7 @@ def _put(source: Path, place: Path) -> None:
 def _require_writable(folder: Path, kind: str) -> None:
     if not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: name a folder to save the {kind} in")
-    if not os.access(folder, os.W_OK | os.X_OK):
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
         raise PermissionError(f"{folder} cannot be written: make it writable, or name another folder for the {kind}")
 
 

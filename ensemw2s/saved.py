@@ -110,6 +110,14 @@ def read_settings(file: Path, owner: str) -> dict[str, Any]:
     return value
 
 
+def is_there(path: Path, owner: str) -> bool:
+    """Return whether a path exists; raises OSError, which names `owner`, where that may not be seen."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise _unreadable(path, owner, error) from error
+
+
 def _plain_size(file: Path, owner: str) -> int | None:
     """Return the size of a file, None if nothing is there; raises ValueError for what is no file, such as a pipe."""
     try:
@@ -363,9 +371,10 @@ def local_folder(name: str | os.PathLike[str], subfolder: str, hub: Mapping[str,
             does not know, or that cannot be reached.
     """
     folder = Path(name).expanduser() / subfolder
-    if (folder / "config.json").is_file():
+    there = is_there(folder, "the ensemble")
+    if is_there(folder / "config.json", "the ensemble") and (folder / "config.json").is_file():
         return folder
-    if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+    if there or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise FileNotFoundError(f"{folder} is not a saved ensemble: it has no config.json")
     from huggingface_hub import snapshot_download
 

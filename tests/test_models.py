@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from ensemw2s import models
 from ensemw2s.data import tokenize_questions
 from ensemw2s.models import load_model, load_tokenizer, parse_layers, thin_layers
+from tests.faults.folders import as_nobody
 from tests.tiny import FORMAT, gpt2, llama, saved_model, tokenizer
 
 IDS = torch.tensor([[3, 7, 5, 9, 4]])
@@ -231,6 +234,82 @@ def test_a_package_is_converted_once(empty_cache: Path, tmp_path: Path, monkeypa
     assert conversions == ["model.gguf"]
     kept = [path.name for path in empty_cache.iterdir() if not path.name.startswith(".")]
     assert kept == ["package-carries_one"]
+
+
+# The model cache
+
+
+def filled_cache(folder: Path) -> Path:
+    saved_model(folder / "package-carries_one")
+    return folder
+
+
+def test_a_filled_cache_of_another_user_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = filled_cache(tmp_path / "cache")
+    # What we save may be read by others; what is made here with safetensors alone may not.
+    for path in (cache, *cache.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    monkeypatch.setenv("ENSEMW2S_CACHE", str(cache))
+    with as_nobody(tmp_path):
+        assert torch.equal(logits(load_model("package:carries_one")), logits(llama(0)))
+        assert load_tokenizer("package:carries_one")("abc")["input_ids"] == tokenizer()("abc")["input_ids"]
+    assert [path.name for path in cache.iterdir()] == ["package-carries_one"]
+
+
+def test_a_cache_that_cannot_be_filled_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o555)
+    monkeypatch.setenv("ENSEMW2S_CACHE", str(cache))
+    expected = r"the model cache .*cache does not hold \S+ yet and cannot be written .*: set ENSEMW2S_CACHE to a folder"
+    with as_nobody(tmp_path):
+        for source in ("scratch:char-weak", "package:carries_one"):
+            with pytest.raises(PermissionError, match=expected):
+                load_model(source)
+        monkeypatch.setenv("ENSEMW2S_CACHE", str(cache / "deeper" / "still"))
+        with pytest.raises(PermissionError, match=expected.replace("cache does", "still does")):
+            load_model("scratch:char-weak")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ENSEMW2S_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match=expected.replace("cache does", "file does")):
+        load_model("scratch:char-weak")
+
+
+def test_a_read_only_disk_with_a_filled_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not every machine lets a test mount one: every writing call is refused as such a disk refuses it.
+    cache = filled_cache(tmp_path / "cache")
+    monkeypatch.setenv("ENSEMW2S_CACHE", str(cache))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patched:
+        for name in ("mkdir", "touch", "rename", "replace", "unlink"):
+            patched.setattr(Path, name, refuse)
+        patched.setattr(models, "FileLock", refuse)
+        assert torch.equal(logits(load_model("package:carries_one")), logits(llama(0)))
+        with pytest.raises(
+            OSError, match=r"does not hold package-carries_two yet .*Read-only file system.|ENSEMW2S_CACHE"
+        ):
+            load_model("package:carries_two")
+
+
+def test_others_may_read_what_the_cache_is_filled_with(empty_cache: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        folder = models.cached_model("made", lambda aside: llama(0).save_pretrained(aside))
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in folder.iterdir()} == {"0o644"}
+
+
+def test_a_user_without_a_home_is_told_of_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("ENSEMW2S_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(FileNotFoundError, match=r"no home folder to keep models in .*set ENSEMW2S_CACHE"):
+        load_model("scratch:char-weak")
 
 
 @pytest.mark.slow

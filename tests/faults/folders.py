@@ -62,12 +62,13 @@ class Watch:
                 os._exit(9)
         if self.folder is None:
             return
+        read = str(args[0]) if event == "open" else ""
+        forbidden = read.startswith(self.folder) and read.endswith((".py", ".bin", ".pt", ".pkl"))
         alone = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect",
                  "socket.getaddrinfo", "builtins.input")  # fmt: skip
         code = getattr(args[0], "co_filename", "") if event == "exec" else ""
         source = str(args[1]) if event in ("compile", "import") else code
-        if event in alone or self.folder in source or (event == "open" and str(args[0]).startswith(self.folder)
-                                                       and str(args[0]).endswith((".py", ".bin", ".pt", ".pkl"))):  # fmt: skip
+        if event in alone or forbidden or self.folder in source:
             self.seen.append(f"{event}{args!r:.200}")
 
     @contextmanager
@@ -394,8 +395,9 @@ def hostile_ensemble_keys() -> Iterator[Row]:
     """Keys of the ensemble's own configuration."""
     for key, value in (("trust_remote_code", True), ("attn_implementation", "kernels-community/flash-attn"),
                        ("use_safetensors", False), ("revision", "evil"), ("token", "x"), ("device_map", "auto"),
-                       ("code_revision", "x"), ("gguf_file", "x.gguf"), ("quantization_config", {"quant_method": "mxfp4"}),
-                       ("adapter_kwargs", {}), ("config", {}), ("weights_only", False)):  # fmt: skip
+                       ("code_revision", "x"), ("gguf_file", "x.gguf"), ("adapter_kwargs", {}),
+                       ("quantization_config", {"quant_method": "mxfp4"}), ("config", {}),
+                       ("weights_only", False)):  # fmt: skip
         damage = functools.partial(nested_keys, "base", {key: value})
         for kind in ("own", "reference"):
             changed = (
@@ -408,7 +410,8 @@ def hostile_ensemble_keys() -> Iterator[Row]:
     auto_map = {"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
     yield "own", "config.json", "auto_map", functools.partial(keys, auto_map), r"config\.json: 'auto_map' is no setting"
     values: dict[str, tuple[Any, ...]] = {
-        "expert_weights": (None, "1", [], [1.0], [1.0, -1.0], [1.0, float("nan")], [1.0, True], [1.0, "2"], [1.0, 1e400]),
+        "expert_weights": (None, "1", [], [1.0], [1.0, -1.0], [1.0, float("nan")], [1.0, True], [1.0, "2"],
+                           [1.0, 1e400]),
         "combine": (None, "mean", ["prob"]),
         "kind": (None, "both", 1),
         "vocab_size": (None, "40", 0, -1, 41, 2**63, True, 40.0),
@@ -470,7 +473,8 @@ def hostile_model_keys() -> Iterator[Row]:
         ({"experts_implementation": "sonicmoe"}, "experts_implementation may be"),
         ({"quantization_config": {"quant_method": "mxfp4"}}, "weights compressed by 'mxfp4'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "weights compressed by 'fp8'"),
-        ({"quantization_config": {}}, "weights compressed by None"), ({"quantization_config": "x"}, "compressed by 'x'"),
+        ({"quantization_config": {}}, "weights compressed by None"),
+        ({"quantization_config": "x"}, "weights compressed by 'x'"),
         ({"quantization_config": {"quant_method": ["gptq"]}}, "weights compressed by"),
         ({"transformers_weights": "../../weak/model.safetensors"}, "transformers_weights is not for a file to say"),
         ({"transformers_weights": "adapter_model.bin"}, "transformers_weights is not for a file to say"),
@@ -522,16 +526,19 @@ def hostile_adapter_keys() -> Iterator[Row]:
         ({"init_lora_weights": "corda", "corda_config": {"cache_file": "x.pt"}}, "corda"),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "loftq"), ({"bias": "all"}, "bias='all'"),
         ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication"), ({"eva_config": {"rho": 2.0}}, "eva_config"),
-        ({"arrow_config": {"top_k": 1}}, "arrow_config"), ({"r": -1}, "r must be a whole number"), ({"r": "4"}, "r cannot"),
-        ({"r": 10**30}, "adapter"), ({"lora_alpha": float("nan")}, "lora_alpha cannot be nan"), ({"r": 5}, "size mismatch"),
+        ({"arrow_config": {"top_k": 1}}, "arrow_config"), ({"r": -1}, "r must be a whole number"),
+        ({"r": "4"}, "r cannot be '4'"), ({"r": 10**30}, "adapter"), ({"r": 5}, "size mismatch"),
+        ({"lora_alpha": float("nan")}, "lora_alpha cannot be nan"),
         ({"lora_alpha": "8"}, "lora_alpha cannot be '8'"), ({"use_dora": "yes"}, "use_dora cannot be 'yes'"),
         ({"use_dora": True}, "lacks .*lora_magnitude"), ({"target_modules": ["nowhere"]}, "does not fit"),
         ({"target_modules": ["q_proj"]}, "holds besides"), ({"target_modules": 5}, "adapter"),
-        ({"target_modules": ["q_proj", "down_proj", "o_proj"]}, r"lacks .*o_proj"), ({"evil": 1}, "'evil' is no setting"),
-        ({"modules_to_save": ["lm_head"]}, r"lacks base_model\.model\.lm_head\.weight"), ({"task_type": "EVIL"}, "adapter"),
+        ({"target_modules": ["q_proj", "down_proj", "o_proj"]}, r"lacks .*o_proj"),
+        ({"modules_to_save": ["lm_head"]}, r"lacks base_model\.model\.lm_head\.weight"),
+        ({"evil": 1}, "'evil' is no setting"), ({"task_type": "EVIL"}, "adapter"),
         ({"auto_mapping": {"base_model_class": "Evil", "parent_library": "evil"}}, None), ({"new_setting": None}, None),
         ({"base_model_name_or_path": "evil/model", "revision": "evil"}, None), ({"peft_version": "99"}, None),
-        ({"runtime_config": {"ephemeral_gpu_offload": True}}, None), ({"alpha_pattern": {"q_proj": float("inf")}}, "alpha_p"),
+        ({"runtime_config": {"ephemeral_gpu_offload": True}}, None),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "alpha_pattern"),
     ):  # fmt: skip
         file = "experts/2/adapter_config.json"
         yield "own", file, f"{changes!r:.60}", functools.partial(keys, changes), expected and f"expert 2.*{expected}"
@@ -625,12 +632,9 @@ def unreadable(room: Path, kind: str, file: str) -> None:
     """A file that belongs to another user, who keeps it to himself."""
     folder = room / "ensemble"
     shutil.copytree(good() / kind, folder)
-    # Traversable for everybody, up to the temporary folder.
-    for up in (room, *(path for path in folder.rglob("*") if path.is_dir())):
-        up.chmod(0o755)
     (folder / file).chmod(0)
     name = re.escape(Path(file).name)
-    with as_nobody():
+    with as_nobody(room):
         try:
             TokenEnsemble.from_pretrained(folder)
         except PermissionError as error:
@@ -642,16 +646,24 @@ def unreadable(room: Path, kind: str, file: str) -> None:
 
 
 @contextmanager
-def as_nobody() -> Iterator[None]:
-    """Within the block, this process has the rights of a user without any, if it is root's."""
+def as_nobody(room: Path) -> Iterator[None]:
+    """Within the block, a process of root's has the rights of a user without any, who finds his way to `room`."""
     if os.geteuid():
         yield
         return
+    for up in (room, *room.parents):
+        if not up.stat().st_mode & 0o001:
+            up.chmod(up.stat().st_mode | 0o001)
+    group, groups = os.getegid(), os.getgroups()
+    os.setgroups([])
+    os.setegid(65534)
     os.seteuid(65534)
     try:
         yield
     finally:
         os.seteuid(0)
+        os.setegid(group)
+        os.setgroups(groups)
 
 
 # Kills
