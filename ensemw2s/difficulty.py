@@ -18,7 +18,7 @@ from ensemw2s import processes
 from ensemw2s.checkpoints import discard_checkpoints
 from ensemw2s.data import QuestionFormat, check_disjoint, check_questions, question_key, tokenize_questions
 from ensemw2s.files import read_json, write_json
-from ensemw2s.identity import describe_model, digest_questions, plain
+from ensemw2s.identity import describe_model, digest_questions, digest_tokenizer, digest_values, plain
 from ensemw2s.models import load_model, load_tokenizer, source_of
 from ensemw2s.scoring import AnswerScores, score_answers
 from ensemw2s.training import PRESENTATION, AnswerTrainingArguments, fine_tune, on_device
@@ -128,16 +128,16 @@ class _Raters:
         """Return float64 [N]: the difficulty of each question, by its fold (int64 [N])."""
         examples = tokenize_questions(questions, self.tokenizer, self.question_format, "questions")
         folder = Path(str(self.args.output_dir))
-        processes.on_main(_claim_folder, folder, {"folds": folds, **self._fingerprint(questions)})
+        rating = processes.on_main(_claim_folder, folder, {"folds": folds, **self._fingerprint(questions)})
         difficulty = np.empty(len(questions))
         for number in range(folds):
             file, held_out = folder / f"fold-{number}.json", fold == number
             if not processes.on_main(file.exists):
                 others, asked = (examples.select(np.flatnonzero(rows)) for rows in (~held_out, held_out))
                 found = self._rate_fold(others, asked, f"rating difficulty, fold {number + 1} of {folds}")
-                processes.on_main(write_json, file, found)
+                processes.on_main(write_json, file, {"rating": rating, **found})
                 processes.on_main(discard_checkpoints, folder)
-            difficulty[held_out] = read_json(file)["difficulty"]
+            difficulty[held_out] = processes.on_main(_read_fold, file, rating, int(held_out.sum()))
         return difficulty
 
     def _rate_fold(self, others: Dataset, held_out: Dataset, description: str) -> dict[str, Any]:
@@ -166,11 +166,29 @@ class _Raters:
             "peft_config": None if self.peft_config is None else self.peft_config.to_dict(),
             "question_format": asdict(self.question_format),
             "questions": digest_questions(questions),
+            "tokenizer": digest_tokenizer(self.tokenizer),
         }
 
 
-def _claim_folder(folder: Path, configuration: dict[str, Any]) -> None:
-    """Refuse a folder that holds another rating, naming what differs."""
+def _read_fold(file: Path, rating: str, count: int) -> list[float]:
+    """Return the difficulties of a fold; raises ValueError, naming the file, unless this rating has written them."""
+    kept = read_json(file)
+    values: Any = kept.get("difficulty") if isinstance(kept, dict) else None
+    right = isinstance(values, list) and len(values) == count and all(_is_share(value) for value in values)
+    if not right or kept.get("rating") != rating:
+        raise ValueError(
+            f"{file} does not hold the difficulties (shares in [0, 1]) of the {count} questions of its fold, or was "
+            "written by another rating: delete it, and the fold is rated again"
+        )
+    return values
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _claim_folder(folder: Path, configuration: dict[str, Any]) -> str:
+    """Return the hash of a rating's settings; refuse a folder that holds another one, naming what differs."""
     file = folder / "difficulty.json"
     mine = json.loads(json.dumps(configuration, default=plain))
     theirs = read_json(file) if file.exists() else mine
@@ -181,6 +199,7 @@ def _claim_folder(folder: Path, configuration: dict[str, Any]) -> None:
             "output_dir, or delete that folder"
         )
     write_json(file, mine)
+    return digest_values(mine)
 
 
 @dataclass(frozen=True)
