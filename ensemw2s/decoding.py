@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ensemw2s.ensemble import EnsembleCache, TokenEnsemble
 
 # Settings of a generation config that play no part in `label`: how `generate` samples (`label` is told by `sampling`),
-# how long its texts are (`max_new_tokens`), how it computes, what it returns, what matters to beams or assistants alone.
+# how long its texts are (`max_new_tokens`), how it computes, what it returns, what is for beams or assistants alone.
 _NO_PART_IN_LABELS = {
     "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
     "max_length", "max_new_tokens", "early_stopping", "length_penalty", "use_cache", "cache_implementation",

@@ -19,7 +19,7 @@ from ensemw2s.checkpoints import discard_checkpoints
 from ensemw2s.claims import Kind, claimed
 from ensemw2s.data import QuestionFormat, check_disjoint, check_questions, question_key, tokenize_questions
 from ensemw2s.files import read_json, write_json
-from ensemw2s.identity import describe_model, digest_questions
+from ensemw2s.identity import describe_model, digest_questions, digest_tokenizer
 from ensemw2s.models import load_model, load_tokenizer, source_of
 from ensemw2s.scoring import AnswerScores, score_answers
 from ensemw2s.training import PRESENTATION, AnswerTrainingArguments, fine_tune, on_device
@@ -173,6 +173,7 @@ class _Raters:
             "peft_config": None if self.peft_config is None else self.peft_config.to_dict(),
             "question_format": asdict(self.question_format),
             "questions": digest_questions(questions),
+            "tokenizer": digest_tokenizer(self.tokenizer),
         }
 
 

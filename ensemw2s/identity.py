@@ -6,12 +6,15 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
+
+from ensemw2s.files import digest_of_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,10 +35,16 @@ _NO_PART_OF_AN_ADAPTER = {
 
 
 def describe_model(model: str | os.PathLike[str] | PreTrainedModel) -> str:
-    """Name a model: a source by itself, a model by a hash of its weights."""
-    if not isinstance(model, PreTrainedModel):
+    """Name a model: one in memory or in a folder by a hash of its weights and configuration, another source by itself.
+
+    What lies in a folder may be replaced, and a folder may be moved: its name says nothing of the model.
+    """
+    if isinstance(model, PreTrainedModel):
+        return f"{type(model).__name__}:{digest_weights(model)}"
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
         return str(model)
-    return f"{type(model).__name__}:{digest_weights(model)}"
+    return f"folder:{digest_of_files(sorted([*folder.glob('*.safetensors'), *folder.glob('config.json')]))}"
 
 
 def digest_weights(model: nn.Module) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ensemw2s.distillation import TOP_COLUMNS
-from ensemw2s.files import append_json_lines, read_json, write_json, write_json_lines
+from ensemw2s.files import append_json_lines, write_json, write_json_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -185,7 +185,7 @@ def _description_beside(path: Path) -> dict[str, Any] | None:
     file = _description_file(path)
     if not file.exists():
         return None
-    found = read_json(file)
+    found = _parsed(file.read_bytes())
     if not isinstance(found, dict) or found.get("kind") != _KIND:
         raise ValueError(f"{file} does not describe a run of label(): delete it, or name another output_file")
     return found
@@ -231,7 +231,7 @@ class _Lines:
         """
         content = file.read_bytes() if file.exists() else b""
         *whole, last = content.split(b"\n")
-        if last and (last[: len(_FIRST_BYTES)] != _FIRST_BYTES[: len(last)] or _parses(last)):
+        if last and (last[: len(_FIRST_BYTES)] != _FIRST_BYTES[: len(last)] or _is_of_others(last)):
             raise ValueError(
                 f"{file}, line {len(whole) + 1}: no row that label() began to write: this is no file of labels. Name "
                 "another output_file"
@@ -261,8 +261,8 @@ class _Lines:
                 _stranger(row, ids)
                 or _problem(row)
                 or _other_shape(row, rows[:1])
-                or _again(row, seen)
                 or _other_run(row, digest)
+                or _again(row, seen)
             )
             if problem:
                 raise ValueError(
@@ -282,8 +282,10 @@ def _parsed(line: bytes) -> Any:
         return None
 
 
-def _parses(line: bytes) -> bool:
-    return _parsed(line) is not None
+def _is_of_others(line: bytes) -> bool:
+    """Say whether a line without an end is nevertheless whole, and no row of ours."""
+    row = _parsed(line)
+    return row is not None and _CHECK not in row
 
 
 def _refuse(name: str) -> None:

@@ -127,13 +127,9 @@ class PromptTokens:
         return self.tokenizer.unk_token_id in ids and all(letter in letters for letter in found)
 
     def _is_only_spaced(self, found: str, text: str, ids: list[int]) -> bool:
-        """Say whether the tokens are right, and it is the decoder that puts white space between them.
-
-        Where the tokens themselves have lost it, what they read has the same tokens.
-        """
-        whole = [*self.body, *ids]
+        """Say whether the tokens are right, and it is the decoder that puts white space between them."""
         alike = _same("".join(found.split()), "".join(text.split()))
-        return alike and encode(decode(whole, self.tokenizer), self.tokenizer) != whole
+        return alike and _spaces(found) > _spaces(text) and not _come_back([*self.body, *ids], self.tokenizer)
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
@@ -144,10 +140,8 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: Generation
 
 def require_readable(prompt: PromptTokens) -> None:
     """Raise ValueError for a tokenizer whose tokens cannot be turned into text, since its decoder adds white space."""
-    body = [token for token in prompt.body if token != prompt.tokenizer.unk_token_id]
-    found = decode(body, prompt.tokenizer)
-    added = sum(map(str.isspace, found)) > sum(map(str.isspace, prompt.text))
-    if not added or encode(found, prompt.tokenizer) == body:
+    found = decode(prompt.body, prompt.tokenizer)
+    if _spaces(found) <= _spaces(prompt.text) or _come_back(prompt.body, prompt.tokenizer):
         return
     raise ValueError(
         f"this tokenizer cannot turn tokens into text: it reads those of {_around(prompt.text, found)} as "
@@ -166,6 +160,16 @@ def _front(text: str, body: list[int], tokenizer: PreTrainedTokenizerBase) -> li
         f"this tokenizer has the tokens {body[:8]} ... for {_around(text, '')}, but not one behind the other where it "
         f"adds its special tokens ({whole[:8]} ...), which may stand in front of a text or behind it: use another one"
     )
+
+
+def _come_back(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Say whether what tokens read has the same tokens; unknown ones, which read nothing, are left out."""
+    known = [token for token in ids if token != tokenizer.unk_token_id]
+    return encode(decode(known, tokenizer), tokenizer) == known
+
+
+def _spaces(text: str) -> int:
+    return sum(map(str.isspace, text))
 
 
 def _same(one: str, other: str) -> bool:

@@ -271,7 +271,7 @@ def test_a_chat_template_wraps_the_prompt() -> None:
 
 
 def test_answers_without_tokens_and_too_long_ones_are_named_by_id() -> None:
-    # It drops what it does not know.
+    # This one drops what it does not know.
     deaf = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE({letter: i for i, letter in enumerate("<q:")}, [])), eos_token="<"
     )

@@ -178,6 +178,54 @@ def test_the_folder_of_another_rating_is_refused(tmp_path: Path, changes: dict[s
     rated(tmp_path, questions(12), logging_steps=3)
 
 
+def test_another_tokenizer_makes_another_rating(tmp_path: Path) -> None:
+    rated(tmp_path, questions(12))
+    other = tokenizer()
+    other.eos_token = "z"
+    with pytest.raises(ValueError, match=r"differing: tokenizer\."):
+        rate_difficulty(
+            llama(0), questions(12), arguments(tmp_path), folds=2, processing_class=other, question_format=FORMAT
+        )
+
+
+def test_a_model_is_known_by_what_is_in_its_folder(tmp_path: Path) -> None:
+    source = saved_model(tmp_path / "model")
+    before = rated(tmp_path / "rating", questions(12), model=str(source))
+    source.rename(tmp_path / "moved")
+    again = rated(tmp_path / "rating", questions(12), model=str(tmp_path / "moved"))
+    assert again["difficulty"] == before["difficulty"]
+    saved_model(tmp_path / "moved", seed=7)
+    with pytest.raises(ValueError, match=r"differing: model\. Choose another output_dir"):
+        rated(tmp_path / "rating", questions(12), model=str(tmp_path / "moved"))
+
+
+def spoiled(values: list[float], change: str) -> Any:
+    return {
+        "one value": values[:1], "text": ["a", *values[1:]], "NaN": [math.nan, *values[1:]],
+        "above 1": [1.5, *values[1:]], "true": [True, *values[1:]], "none": None,
+    }[change]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ["one value", "text", "NaN", "above 1", "true", "none"])
+def test_a_damaged_fold_is_named(tmp_path: Path, change: str) -> None:
+    rated(tmp_path, questions(12))
+    file = tmp_path / "fold-1.json"
+    kept = read_json(file)
+    file.write_text(json.dumps(kept | {"difficulty": spoiled(kept["difficulty"], change)}))
+    with pytest.raises(ValueError, match=r"fold-1\.json is damaged: .*Delete .*fold-1\.json"):
+        rated(tmp_path, questions(12))
+
+
+def test_folds_of_another_rating_are_not_taken_for_these(tmp_path: Path) -> None:
+    rated(tmp_path / "one", questions(12))
+    found = rated(tmp_path / "two", questions(12), learning_rate=1e-3)
+    (tmp_path / "two" / "fold-0.json").write_bytes((tmp_path / "one" / "fold-0.json").read_bytes())
+    with pytest.raises(ValueError, match=r"fold-0\.json is damaged: its content is not what was written"):
+        rated(tmp_path / "two", questions(12), learning_rate=1e-3)
+    (tmp_path / "two" / "fold-0.json").unlink()
+    assert rated(tmp_path / "two", questions(12), learning_rate=1e-3)["difficulty"] == found["difficulty"]
+
+
 def test_checkpoints_are_gone_when_a_fold_is_kept(tmp_path: Path) -> None:
     found = rated(tmp_path / "steps", questions(16), save_strategy="steps", save_steps=1)
     assert {path.name for path in (tmp_path / "steps").iterdir()} == {"difficulty.json", "fold-0.json", "fold-1.json"}

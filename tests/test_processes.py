@@ -24,6 +24,7 @@ from ensemw2s.data import tokenize_questions
 from ensemw2s.decoding import Sampling
 from ensemw2s.experiment import Experiment
 from ensemw2s.files import map_array, read_array, read_complete_lines, read_json
+from ensemw2s.label_files import read_labels
 from ensemw2s.scoring import score_mixtures
 from ensemw2s.training import AnswerTrainer, AnswerTrainingArguments, fine_tune
 from tests.test_experiment import settings
@@ -220,7 +221,7 @@ def test_the_losses_of_fifty_steps_are_those_of_one_process(pair: Path, tmp_path
 
 
 def test_labels_are_those_of_one_process_and_end_in_one_file(pair: Path) -> None:
-    whole = read_complete_lines(pair / "whole.jsonl")
+    whole = [{**row, "answer_ids": row["answer_ids"].tolist()} for row in read_labels(pair / "whole.jsonl")]
     assert len({row["answer"] for row in whole}) > 10
     assert (pair / "labels.jsonl").read_bytes() == (pair / "whole.jsonl").read_bytes()
     for process in (0, 1):
@@ -285,7 +286,8 @@ def test_two_processes_with_half_the_batch_each_end_like_one(runs: tuple[Path, P
         ours, theirs = (load_file(run / name / "adapter_model.safetensors") for run in (one, two))
         for key, value in ours.items():
             np.testing.assert_allclose(theirs[key], value, atol=1e-3 * np.abs(value).max(), err_msg=f"{name} {key}")
-    assert {path.name for path in (two / "labels").iterdir()} == {"single_expert.jsonl", "ensemble.jsonl"}
+    names = {f"{teacher}.jsonl{end}" for teacher in ("single_expert", "ensemble") for end in ("", ".run.json")}
+    assert {path.name for path in (two / "labels").iterdir()} == names
     rows = [{(r["kind"], r.get("arm"), r.get("split")) for r in read_complete_lines(run / "results.jsonl")}
             for run in (one, two)]  # fmt: skip
     assert rows[0] == rows[1]
