@@ -134,7 +134,7 @@ def _prepare(folder: Path, kind: Kind) -> None:
         found = [name for name in found if not name.removeprefix(".").startswith(RESERVED)]
         if found:
             raise ValueError(
-                f"{folder} is not empty and holds no {kind.words.partition(' ')[2]} of ours (no "
+                f"{folder} is not empty and holds no {kind.words.removeprefix('a ')} of ours (no "
                 f"{kind.marker(folder).name}), but {_some(found)}, which is left as it is: choose another "
                 f"{kind.setting}"
             )

@@ -309,7 +309,7 @@ class Ledger:
     def __init__(self, file: Path) -> None:
         self.file = file
         self._meter = Meter()
-        self._start = 0.0
+        self._start: float | None = None
 
     @contextmanager
     def running(self) -> Iterator[Ledger]:
@@ -322,6 +322,7 @@ class Ledger:
                 yield self
             finally:
                 files.watchers[:] = [other for other in files.watchers if other != self._note]
+                self._start = None
 
     def note(self, path: Path) -> None:
         """Enter what was spent since the last entry as spent on a file that has grown to its end."""
@@ -332,10 +333,10 @@ class Ledger:
         """Return `seconds`, `tokens`, `flops` (None if unknown) and `peak_memory` (bytes) of all that is kept.
 
         Args:
-            path: sum up what was spent on this file alone; None adds what was spent since the last entry.
+            path: sum up what was spent on this file alone; None adds, while it runs, what was spent since the last entry.
         """
         rows = [row for row in self._rows() if path is None or row["file"] == self._name(path)]
-        rows += [self._spent()] if path is None else []
+        rows += [self._spent()] if path is None and self._start is not None else []
         sums = {name: total(row[name] for row in rows) for name in ("seconds", "tokens", "flops")}
         return sums | {"peak_memory": max((row["peak_memory"] for row in rows), default=0)}
 
@@ -350,6 +351,7 @@ class Ledger:
         self._start = time.perf_counter()
 
     def _spent(self) -> dict[str, Any]:
+        assert self._start is not None
         seconds = self._meter.seconds_before + time.perf_counter() - self._start
         return {"seconds": seconds, **self._meter.record(), "peak_memory": _peak()}
 

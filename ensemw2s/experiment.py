@@ -194,7 +194,7 @@ class Experiment:
         for teacher in self.config.teachers():
             file = self._labels_file(teacher)
             if processes.on_main(file.exists):
-                check(file, self._remedy("label"))
+                self._check_left("label", file)
             answers = self._teacher(teacher).label(
                 questions,
                 self._weak_tokenizer(),
@@ -302,18 +302,18 @@ class Experiment:
         )
         trainer.train()
         trainer.save_model(folder)
-        seconds = self._left_by("student", folder / "cost.json")["seconds"]
+        seconds = self._student_cost(arm)["seconds"]
         self.say(f"{arm}: trained on {len(trainer.train_dataset)} answers in {seconds:.0f} s")
 
     def _trained(self, arm: str, model: ModelConfig) -> Any:
-        check(self._student_folder(arm), self._remedy("student"))
+        self._check_left("student", self._student_folder(arm))
         return self._placed(load_trained(self._student_folder(arm), model.source, **model.init_kwargs))
 
     def _untrained(self, model: ModelConfig) -> Any:
         return self._placed(load_model(model.source, **model.init_kwargs))
 
     def _teacher(self, arm: str) -> TokenEnsemble:
-        check(self._ensemble_folder(arm), self._remedy("boost"))
+        self._check_left("boost", self._ensemble_folder(arm))
         return self._placed(TokenEnsemble.from_pretrained(self._ensemble_folder(arm)))
 
     def _placed(self, model: Any) -> Any:
@@ -323,7 +323,7 @@ class Experiment:
     def _labels(self, teacher: str, questions: Dataset) -> Dataset:
         """Return the teacher's answers to `questions`, which `_label` has left on disk."""
         file = self._labels_file(teacher)
-        check(file, self._remedy("label"))
+        self._check_left("label", file)
         rows = {row["id"]: row for row in read_labels(file)}
         return Dataset.from_list([rows[row_id] for row_id in questions["id"]])
 
@@ -411,7 +411,7 @@ class Experiment:
 
     def _of_experts(self, folders: Sequence[Path]) -> TokenEnsemble:
         for folder in folders:
-            check(folder, self._remedy("boost"))
+            self._check_left("boost", folder)
         ones = [1.0] * len(folders)
         if self.config.lora is None:
             return TokenEnsemble.from_models([load_trained(folder) for folder in folders], ones)
@@ -456,7 +456,7 @@ class Experiment:
         training: dict[str, Any] = {}
         trained_as = "ensemble" if arm in ("uniform_average", "majority_vote") else arm
         if arm in self.config.students:
-            training = self._left_by("student", self._student_folder(arm) / "cost.json")
+            training = self._student_cost(arm)
         elif trained_as in self.expert_arms():
             training = self._boosting_cost(trained_as)
         return {
@@ -511,16 +511,15 @@ class Experiment:
     def _records(self, phase: str) -> list[dict[str, Any]]:
         return read_json_lines(self._records_file(phase))
 
-    def _left_by(self, phase: str, file: Path) -> Any:
-        """Read a JSON file that a phase left."""
-        return read_json(file, self._remedy(phase))
+    def _check_left(self, phase: str, path: Path) -> None:
+        """Refuse a file or folder that a phase left and that is gone or damaged, and say how it is made anew."""
+        remedy = f"Delete {path} and {self._records_file(phase)}, and run the same command again: {phase} makes it anew"
+        check(path, remedy)
 
-    def _remedy(self, phase: str) -> str:
-        """Say how what a phase left is made anew, if it is damaged."""
-        return (
-            f"Delete it and {self._records_file(phase)}, if they are there, and run the same command again: the phase "
-            f"{phase} makes it anew"
-        )
+    def _student_cost(self, arm: str) -> dict[str, Any]:
+        folder = self._student_folder(arm)
+        self._check_left("student", folder)
+        return dict(read_json(folder / "cost.json"))
 
     def _data_file(self, split: str) -> Path:
         return self.folder / "data" / f"{split}.jsonl"
@@ -535,7 +534,9 @@ class Experiment:
         return self.folder / ("ensemble" if arm == "ensemble" else f"ensembles/{arm}/ensemble")
 
     def _questions(self, split: str) -> Dataset:
-        return Dataset.from_list(read_json_lines(self._data_file(split), self._remedy("data")))
+        file = self._data_file(split)
+        self._check_left("data", file)
+        return Dataset.from_list(read_json_lines(file))
 
     def _examples(self, split: str, tokenizer: Any) -> Dataset:
         return tokenize_questions(self._questions(split), tokenizer, self.config.data.format, split)

@@ -171,7 +171,7 @@ def test_a_rating_that_was_cut_off_goes_on_behind_its_last_fold(
 )
 def test_the_folder_of_another_rating_is_refused(tmp_path: Path, changes: dict[str, Any], differing: str) -> None:
     rated(tmp_path, questions(12))
-    message = f"holds a rating of difficulty of another configuration; differing: {differing}. Choose another output_dir, or delete"
+    message = f"a rating of difficulty of another configuration; differing: {differing}. Choose another output_dir, or"
     with pytest.raises(ValueError, match=message):
         rated(tmp_path, **({"rows": questions(12)} | changes))
     # How it is shown does not matter.
@@ -228,7 +228,8 @@ def test_folds_of_another_rating_are_not_taken_for_these(tmp_path: Path) -> None
 
 def test_checkpoints_are_gone_when_a_fold_is_kept(tmp_path: Path) -> None:
     found = rated(tmp_path / "steps", questions(16), save_strategy="steps", save_steps=1)
-    assert {path.name for path in (tmp_path / "steps").iterdir()} == {"difficulty.json", "fold-0.json", "fold-1.json"}
+    left = {path.name for path in (tmp_path / "steps").iterdir() if not path.name.startswith("ensemw2s.")}
+    assert left == {"fold-0.json", "fold-1.json"}
     assert found["difficulty"] == rated(tmp_path / "plain", questions(16))["difficulty"]
     costs = [read_json(tmp_path / "steps" / f"fold-{i}.json")["cost"] for i in range(2)]
     assert all(cost["tokens"] > 0 and cost["flops"] > 0 for cost in costs)

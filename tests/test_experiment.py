@@ -414,7 +414,7 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
     config = build_config(settings(tmp_path))
     config.folder.mkdir(parents=True)
     (config.folder / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="is not empty and holds no run of ours .*, but thesis.txt"):
+    with pytest.raises(ValueError, match=r"is not empty and holds no run of ours .*, but thesis\.txt"):
         Experiment(config, overwrite=True)
     assert (config.folder / "thesis.txt").exists()
 
