@@ -521,6 +521,10 @@ def _parse_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]
     if not isinstance(base, str) or not base:
         raise ValueError(f"{path}: base must be the name of a YAML or JSON file, got {shown(base)}")
     file = path.parent / base
+    try:
+        require_file(file, "name a YAML or JSON file, relative to this one")
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{path}: base: {error}") from error
     above = (*above, path.resolve())
     if file.resolve() in above:
         raise ValueError(f"{path}: base: {base} has this file as its own base: let one of them do without")
@@ -528,10 +532,6 @@ def _parse_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]
         raise ValueError(
             f"{path}: base: {base} is the {len(above)}th in a chain of bases: expected at most {_MOST_BASES}"
         )
-    try:
-        require_file(file, "name a YAML or JSON file, relative to this one")
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"{path}: base: {error}") from error
     return _parse_with_base(file, above) | settings
 
 

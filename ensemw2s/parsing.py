@@ -165,6 +165,12 @@ class _Loader(yaml.SafeLoader):
     read `1e-3` as a number. Where the two differ on a word that people write, it is refused; the rest is text.
     """
 
+    # Texts, numbers, lists and mappings; no dates, bytes or sets.
+    yaml_constructors = {
+        tag: make
+        for tag, make in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
+    }  # noqa: RUF012
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
     def __init__(self, stream: str) -> None:

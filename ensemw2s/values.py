@@ -165,6 +165,11 @@ def check_fields(settings: Any, inherited: type | None = None) -> None:
 def check_value(kind: type, name: str, value: Any, prefix: str = "") -> None:
     """Check a value for the field `name` of the dataclass `kind`; see `check_fields`. Errors begin with `prefix`."""
     declared = _declarations(kind)[name]
+    if isinstance(value, dict) and get_origin(declared) is dict:
+        wrong = next((key for key, item in value.items() if not _fits(item, get_args(declared)[1])), None)
+        if wrong is not None:
+            expected = _in_words(get_args(declared)[1])
+            raise TypeError(f"{prefix}{name}.{wrong:.60} must be {expected}, got {shown(value[wrong])}")
     if value is None and getattr(kind, name, ...) is None:
         # Filled in by a recipe.
         return
