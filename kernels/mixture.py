@@ -298,9 +298,7 @@ def merge_tiles(
 
 
 @triton.jit
-def product_score(
-    tokens, inside, row, logits, outer, step, inner, weights, top, rows, T: tl.constexpr
-):
+def product_score(tokens, inside, row, logits, outer, step, inner, weights, top, rows, T: tl.constexpr):
     """The product's score of some tokens beside the experts' largest logits; -inf where not ``inside``."""
     largest, total, _ = weight_total(weights, T)
     product = tl.zeros_like(tokens).to(tl.float32)
@@ -328,9 +326,7 @@ def anchor_product(
     group = tl.arange(0, TILE // GROUP)
     maxima = tl.load(group_max + (row * tiles + best) * (TILE // GROUP) + group)
     tokens = best * TILE + tl.argmax(maxima, axis=0) * GROUP + tl.arange(0, GROUP)
-    scores = product_score(
-        tokens, tokens < vocabulary, row, logits, outer, step, inner, weights, top, rows, T
-    )
+    scores = product_score(tokens, tokens < vocabulary, row, logits, outer, step, inner, weights, top, rows, T)
     tl.store(top + T * rows + row, tl.max(scores, axis=0))
     tl.debug_barrier()
 

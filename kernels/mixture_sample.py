@@ -338,9 +338,7 @@ def plan_kernel(
             row, logits, outer, step, inner, weights, tile_max, top, group_max, rows, vocabulary, tiles,
             T, TILES, TILE, GROUP,
         )  # fmt: skip
-    high, low = group_bounds(
-        row, group_max, tile_max, top, log_sum, shift, rows, groups, tiles, T, COMBINE, GROUPS
-    )
+    high, low = group_bounds(row, group_max, tile_max, top, log_sum, shift, rows, groups, tiles, T, COMBINE, GROUPS)
     group = tl.arange(0, GROUPS)
     tl.store(upper + row * groups + group, high, mask=group < groups)
     likeliest = tl.max(low, axis=0)
@@ -650,9 +648,7 @@ _GROUPS = _TILE | {"GROUPS": 128 * TILE // GROUP}
 _MIXED = (0, LOGPROB.value)
 AHEAD_OF_TIME = [
     *(
-        ahead_of_time(
-            plan_kernel, _plan_warps(mode), MODE=mode, COMBINE=combine, **_GROUPS, **_TILED
-        )
+        ahead_of_time(plan_kernel, _plan_warps(mode), MODE=mode, COMBINE=combine, **_GROUPS, **_TILED)
         for mode in (GREEDY.value, RACE.value, TOP_K.value, NUCLEUS.value, MIN_P.value)
         for combine in _MIXED
     ),
@@ -669,7 +665,16 @@ AHEAD_OF_TIME = [
     # Triton compiles arguments that are 1 as constants.
     ahead_of_time(plan_kernel, MODE=TOP_K.value, GROUPS=16, COMBINE=0, T=1, TILES=1, **_TILE, rows=1, tiles=1, top_k=1),
     ahead_of_time(
-        select_kernel, MODE=TOP_K.value, SEGMENTS=1, CHUNK=CHUNK, COMBINE=0, T=1, TILES=1, rows=1, top_k=1, GROUPS=16,
+        select_kernel,
+        MODE=TOP_K.value,
+        SEGMENTS=1,
+        CHUNK=CHUNK,
+        COMBINE=0,
+        T=1,
+        TILES=1,
+        rows=1,
+        top_k=1,
+        GROUPS=16,
         **_TILE,
     ),  # fmt: skip
     ahead_of_time(votes_kernel, _VOTE_WARPS, EXPERTS=8, COMBINE=VOTE.value, **_TILED),

@@ -21,7 +21,6 @@ from ensemw2s.ops.checks import (
 from ensemw2s.ops.mixture_log_probs import combined, expert_log_probs
 from ensemw2s.ops.randomness import gumbel_noise
 
-
 # A temperature below this is 0: float32 has no room for what log-probabilities become when they are divided by it.
 COLDEST = 1e-30
 
