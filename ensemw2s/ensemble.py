@@ -839,6 +839,8 @@ def _require_numbers(
     require_valid(valid, names, logits)
 
 
+# Every call has a stacked model of its own, which would be compiled anew.
+@torch.compiler.disable
 def _stacked_logits(
     stacked: StackedAdapters, cache: Cache, inputs: dict[str, Any], indices: list[int]
 ) -> list[torch.Tensor]:

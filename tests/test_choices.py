@@ -164,7 +164,7 @@ def test_batches_do_not_change_scores_and_each_prompt_is_run_once() -> None:
 def test_a_model_that_gives_nan_is_named_by_question() -> None:
     model = llama(0)
     model.lm_head.weight.data.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="NaN for a choice of question 'q"):
+    with pytest.raises(FloatingPointError, match="the model gave NaN, infinity or no finite logit for question 'q"):
         score_choices(model, several_choices(3, seed=6), tokenizer(), question_format=FORMAT)
 
 
