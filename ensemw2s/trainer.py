@@ -75,7 +75,8 @@ class BoostingTrainer:
 
     Raises:
         ValueError: bad data or settings; a `peft_config` whose adapters cannot be experts; settings that need
-            validation questions without `eval_dataset`; a question in both datasets; too few models; an `output_dir` that belongs to another configuration.
+            validation questions without `eval_dataset`; a question in both datasets; too few models; an `output_dir`
+            that belongs to another configuration.
     """
 
     def __init__(
