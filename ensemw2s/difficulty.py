@@ -15,6 +15,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ensemw2s import processes
+from ensemw2s.adapters import check_peft_config
 from ensemw2s.checkpoints import discard_checkpoints
 from ensemw2s.claims import Kind, claimed
 from ensemw2s.data import QuestionFormat, check_disjoint, check_questions, question_key, tokenize_questions
@@ -73,10 +74,12 @@ def rate_difficulty(
         they had under these names.
 
     Raises:
-        ValueError: bad questions, too few or too many folds, or an `output_dir` that belongs to another rating; names
-            what differs.
+        ValueError: bad questions, too few or too many folds, adapters that cannot be trained here, or an `output_dir`
+            that belongs to another rating; names what differs.
         FloatingPointError: the training of a fold diverged, or its model gives NaN.
     """
+    if peft_config is not None:
+        check_peft_config(peft_config, "peft_config")
     questions = check_questions(questions, "questions")
     fold = assign_folds(questions, folds, args.seed)
     content = list(zip(questions["prompt"], questions["answer"], strict=True))

@@ -590,6 +590,19 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 write_json(folder / RECORD_FILE, record)
             (folder / "README.md").write_text(model_card(self, record), encoding="utf-8")
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Upload the ensemble; see `transformers.PreTrainedModel.push_to_hub`.
+
+        Raises:
+            ValueError: the base model is referred to as a folder, which nobody else has.
+        """
+        if self.config.base is not None and Path(self.config.base["source"]).is_absolute():
+            raise ValueError(
+                f"the experts' base model is the folder {self.config.base['source']}, which nobody else has: build the "
+                "ensemble without base_reference, so that its base is saved with it, or refer to a model on the hub"
+            )
+        return super().push_to_hub(repo_id, **kwargs)
+
     @classmethod
     def from_pretrained(
         cls,

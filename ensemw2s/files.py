@@ -17,7 +17,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,7 +149,9 @@ def share_as_usual(folder: Path) -> None:
     for file in folder.rglob("*"):
         mode = file.lstat().st_mode
         if stat.S_ISREG(mode) and usual & ~mode:
-            file.chmod(stat.S_IMODE(mode) | usual)
+            # A link to what another user keeps stays as that user wants it.
+            with suppress(PermissionError):
+                file.chmod(stat.S_IMODE(mode) | usual)
 
 
 @contextmanager

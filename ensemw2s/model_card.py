@@ -95,7 +95,11 @@ def license_of(source: str) -> str | None:
     # Without a name there is no folder: the empty path would be the working directory.
     if not source or not readme.is_file():
         return None
-    named = ModelCard.load(readme, ignore_metadata_errors=True).data.get("license")
+    try:
+        named = ModelCard.load(readme, ignore_metadata_errors=True).data.get("license")
+    except Exception:
+        # Whatever a stranger's README looks like, no ensemble is lost for it.
+        return None
     return named if isinstance(named, str) else None
 
 

@@ -147,8 +147,8 @@ def _load(named: str, model_init_kwargs: Mapping[str, Any], owner: str) -> tuple
             f"{owner}: {named} cannot be loaded as a language model ({first_line(error)}). {REMEDY}"
         ) from error
     model, loading = loaded
-    # Where the tokenizer, the license and other processes find it.
-    model.config._name_or_path = named
+    # Where the tokenizer and the license are found, also from another working directory.
+    model.config._name_or_path = str(Path(named).resolve()) if Path(named).is_dir() else named
     _require_all_weights(model, loading, owner)
     return model, loading
 

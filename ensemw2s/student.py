@@ -131,11 +131,11 @@ class StudentTrainer:
         teacher: for "soft", the ensemble whose distributions are learned.
 
     Raises:
-        ValueError: no row is left to train on; a filter by confidence without a `confidence` column; no
-            `processing_class` for a model that was not loaded from anywhere; for "soft", neither teacher nor cache, a
-            teacher that votes or has another vocabulary, a cache of another temperature or with fewer tokens than
-            asked for, or teacher's tokens that the student's tokenizer reads otherwise; a `teacher` for another
-            variant.
+        ValueError: a `peft_config` that changes the base model; no row is left to train on; a filter by confidence
+            without a `confidence` column; no `processing_class` for a model that was not loaded from anywhere; for
+            "soft", neither teacher nor cache, a teacher that votes or has another vocabulary, a cache of another
+            temperature or with fewer tokens than asked for, or teacher's tokens that the student's tokenizer reads
+            otherwise; a `teacher` for another variant.
     """
 
     def __init__(

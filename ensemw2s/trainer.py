@@ -73,8 +73,9 @@ class BoostingTrainer:
         store: where experts and their scores are kept for other trainers, and found if another has left them there.
 
     Raises:
-        ValueError: bad data or settings; settings that need validation questions without `eval_dataset`; a question in
-            both datasets; too few models; an `output_dir` that belongs to another configuration.
+        ValueError: bad data or settings; a `peft_config` whose adapters cannot be experts; settings that need
+            validation questions without `eval_dataset`; a question in both datasets; too few models; an `output_dir`
+            that belongs to another configuration.
     """
 
     def __init__(

@@ -160,3 +160,15 @@ def test_what_a_reference_cannot_say_is_saved_with_the_ensemble() -> None:
     assert reference_to("weak", {"keep_layers": None}) == {"source": "weak"}
     for key in ("quantization_config", "revision", "trust_remote_code", "subfolder"):
         assert reference_to("weak", {"dtype": "float32", key: "x"}) is None
+
+
+def test_an_ensemble_whose_base_nobody_has_is_not_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved_model(tmp_path / "weak")
+    ensemble = saved(tmp_path / "ensemble", str(tmp_path / "weak"))
+    pushed: list[str] = []
+    monkeypatch.setattr("transformers.PreTrainedModel.push_to_hub", lambda self, repo_id, **_: pushed.append(repo_id))
+    with pytest.raises(ValueError, match=rf"is the folder {tmp_path}/weak, which nobody else has: build the ensemble"):
+        ensemble.push_to_hub("me/ensemble")
+    alone = TokenEnsemble.from_adapters(llama(0), saved_adapters(tmp_path, 1), [1.0])
+    alone.push_to_hub("me/ensemble")
+    assert pushed == ["me/ensemble"]

@@ -71,6 +71,17 @@ def test_the_license_of_a_local_base_is_its_readmes(tmp_path: Path, license_name
     assert ModelCard(model_card(of_base(tmp_path, str(source)))).data.license == license_name
 
 
+STRANGE = [b"\xff\xfe", b"---\nlicense: [mit\n---\n", b"---\na: " + b"[" * 5000 + b"\n---\n", b""]
+
+
+@pytest.mark.parametrize("content", STRANGE, ids=range(len(STRANGE)))
+def test_a_readme_that_cannot_be_read_names_no_license(content: bytes, tmp_path: Path) -> None:
+    source = saved_model(tmp_path / "base")
+    (source / "README.md").write_bytes(content)
+    of_base(tmp_path, str(source)).save_pretrained(tmp_path / "saved")
+    assert ModelCard.load(tmp_path / "saved" / "README.md").data.license is None
+
+
 def test_models_under_several_licenses_have_none_together(tmp_path: Path) -> None:
     folders = [saved_model(tmp_path / name, seed) for seed, name in enumerate(("one", "two"))]
     models = [llama(0).from_pretrained(folder) for folder in folders]

@@ -222,8 +222,8 @@ def pickled(file: Path) -> None:
         (lambda file: (file.parent / "config.json").write_text("{"), r"config\.json is not valid JSON"),
         (lambda file: (file.parent / "config.json").unlink(), r"has no config\.json"),
         (
-            lambda file: (file.parent / "generation_config.json").write_text('{"eos_token_id": 99}'),
-            "eos_token_id is 99",
+            lambda file: (file.parent / "generation_config.json").write_text('{"eos_token_id": "x"}'),
+            "eos_token_id is 'x'",
         ),
     ],
 )

@@ -513,6 +513,10 @@ def hostile_generation_keys() -> Iterator[Row]:
         ({"watermarking_config": 5}, "no set of generation settings"),
     ):  # fmt: skip
         for kind, file in (("own", "generation_config.json"), ("own", "base/generation_config.json")):
+            if file.startswith("base/") and changes == {"eos_token_id": 40}:
+                # A base model's own end token is not the ensemble's.
+                yield kind, file, "eos_token_id 40", functools.partial(keys, changes), None
+                continue
             yield kind, file, f"{changes!r:.60}", functools.partial(keys, changes), expected
 
 
