@@ -212,6 +212,6 @@ def test_questions_come_from_one_source_or_from_two(tmp_path: Path, overrides: l
 
 
 def test_where_results_are_kept_does_not_decide_them(tmp_path: Path) -> None:
-    path = write(tmp_path, settings(tmp_path))
+    path = write(tmp_path, settings(tmp_path) | {"task": "letters"})
     assert load_config(path).results_key() == load_config(path, ["name=other", "output_dir=x"]).results_key()
     assert load_config(path).results_key() != load_config(path, ["seed=1"]).results_key()
