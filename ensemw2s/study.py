@@ -164,6 +164,8 @@ class Study:
         check_number("jobs", jobs, whole=True)
         if minutes is not None:
             check_number("minutes", minutes)
+        # What is no file of records is refused before anything is written.
+        self._records()
         claim_shared(self.cells[0].config.folder.parent, _KIND)
         with held_file(self.file):
             self._run(jobs, minutes)

@@ -9,6 +9,7 @@ import time
 
 # Read when huggingface_hub is imported: a case that reaches for the hub fails at once instead of waiting.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 from tests.faults.battery import BATTERIES, run_battery
 

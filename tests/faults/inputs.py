@@ -749,8 +749,11 @@ def _keep_foreign_files(folder: Path) -> int:
     config = _config(folder, **_STUDY)
     (folder / "a.txt").write_bytes(tries[0])
     _refused(
-        folder, ["study", str(config), "--records", str(folder / "a.txt"), "--minutes", "0"], "a.txt is no file of ours"
+        folder,
+        ["study", str(config), "--records", str(folder / "a.txt"), "--minutes", "0"],
+        "a.txt, line 1 is not valid JSON",
     )
+    assert (folder / "a.txt").read_bytes() == tries[0]
     return len(tries) + 1
 
 
