@@ -34,7 +34,7 @@ inline Dtype dtype_of(const Tensor& tensor) {
 inline Rows rows_of(const Tensor& tensor) {
   const int leading = int(tensor.dim()) - 1;
   ENSEMW2S_CHECK(leading >= 0 && leading <= Rows::kMaxDims, "logits have ", tensor.dim(), " dimensions");
-  ENSEMW2S_CHECK(tensor.stride(leading) == 1 || tensor.size(leading) <= 1,
+  ENSEMW2S_CHECK(tensor.stride(leading) == 1 || tensor.size(leading) <= 1 || tensor.numel() == 0,
                  "the logits' last stride must be 1");
   Rows rows;
   rows.data = tensor.const_data_ptr();

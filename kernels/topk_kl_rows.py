@@ -100,24 +100,26 @@ def _row(
 ):
     """Teacher mass ``p_1 .. p_k`` and the rest ``r``, student mass ``q_1 .. q_k`` and the rest ``R``."""
     rest_top, rest_total = _log_sum_exp_of_rest(student, token_ids, k, V, BLOCK)
-    kept_top, kept_total, r, known = _scan_kept(student, token_ids, log_probs, k, V, KEPT)
+    kept_top, kept_total, mass, known = _scan_kept(student, token_ids, log_probs, k, V, KEPT)
     top = tl.maximum(rest_top, kept_top)
     rest_share = rest_total * tl.exp(rest_top - top)
     total = rest_share + kept_total * tl.exp(kept_top - top)
     log_total = tl.log(total)
     weight = tl.where(known & is_usable(total), weight, float("nan"))
     # Without another token of finite logit there is no rest to compare.
+    r = 1.0 - mass
     r = tl.where((rest_total > 0) & (r > 0), r, 0.0)
+    mass += r
     log_rest = (rest_top - top) + tl.log(rest_total) - log_total
     terms = _kept_terms(student, token_ids, log_probs, top, log_total, k, V, KEPT)
     tl.store(loss, weight * (terms + tl.where(r > 0, r * (tl.log(r) - log_rest), 0.0)))
     if WITH_GRADIENT:
-        # q_v - r q_v / R = exp(z_v - rest_top) * on_rest, which divides by no R that may have vanished.
-        on_rest = tl.exp(rest_top - top) / total - tl.where(r > 0, r / rest_total, 0.0)
+        # mass q_v - r q_v / R = exp(z_v - rest_top) * on_rest, which divides by no R that may have vanished.
+        on_rest = mass * tl.exp(rest_top - top) / total - tl.where(r > 0, r / rest_total, 0.0)
         _write_rest(student, rest_top, weight * on_rest, gradient, V, BLOCK)
         # Other threads wrote something in the places of the kept tokens.
         tl.debug_barrier()
-        _write_kept(student, token_ids, log_probs, top, log_total, weight, gradient, k, V, KEPT)
+        _write_kept(student, token_ids, log_probs, top, log_total, mass, weight, gradient, k, V, KEPT)
 
 
 @triton.jit
@@ -162,7 +164,7 @@ def _scan_kept(student, token_ids, log_probs, k, V, KEPT: tl.constexpr):
         p += tl.exp(log_p)
         unknown = tl.where(known, unknown, 1)
     top, total = merge_lanes(tops, totals)
-    return top, total, 1.0 - tl.sum(p, 0), tl.max(unknown, 0) == 0
+    return top, total, tl.sum(p, 0), tl.max(unknown, 0) == 0
 
 
 @triton.jit
@@ -187,10 +189,10 @@ def _write_rest(student, rest_top, scale, gradient, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _write_kept(student, token_ids, log_probs, top, log_total, weight, gradient, k, V, KEPT: tl.constexpr):
+def _write_kept(student, token_ids, log_probs, top, log_total, mass, weight, gradient, k, V, KEPT: tl.constexpr):
     for first in range(0, k, KEPT):
         tokens, known, z, log_p, mask = _load_kept(student, token_ids, log_probs, first, k, V, KEPT)
-        tl.store(gradient + tokens, weight * (tl.exp((z - top) - log_total) - tl.exp(log_p)), mask=mask & known)
+        tl.store(gradient + tokens, weight * (mass * tl.exp((z - top) - log_total) - tl.exp(log_p)), mask=mask & known)
 
 
 AHEAD_OF_TIME = [

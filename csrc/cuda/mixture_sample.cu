@@ -156,14 +156,13 @@ struct RowSampler {
       const double score = exact_product_score(mixture, state, [&](int t) { return logit(t, token); });
       return fmin(0.0, score - state.product_max - state.log_sum[experts]);
     }
-    double sum = 0, largest = -kInfinity;  // the largest term stands for all where the sum underflows
-    for (int t = 0; t < experts; ++t) {
-      if (!(state.weight[t] > 0)) continue;
-      const double term = expert_log_prob(t, token);
-      sum += state.weight[t] * exp(term);
-      largest = fmax(largest, log(state.weight[t]) + term);
-    }
-    return sum > 0 ? log(sum) : largest;
+    double sum = 0, largest = -kInfinity;
+    for (int t = 0; t < experts; ++t)
+      if (state.weight[t] > 0) largest = fmax(largest, expert_log_prob(t, token));
+    if (!(largest > -kInfinity)) return largest;
+    for (int t = 0; t < experts; ++t)
+      if (state.weight[t] > 0) sum += state.weight[t] * exp(expert_log_prob(t, token) - largest);
+    return largest + log(sum);
   }
 
   // Rounding that a bound or a float32 log-probability of this size may have.

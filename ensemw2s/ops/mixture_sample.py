@@ -147,8 +147,9 @@ def filtered_scores(log_probs: Tensor, temperature: float, top_k: int, top_p: fl
         kth = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1).values[..., -1:]
         scores = scores.masked_fill(log_probs < kth, -torch.inf)
     if top_p < 1:
-        ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-        probs = ordered.softmax(dim=-1)
+        # By log-probability: a high temperature makes the scores of different tokens one number.
+        order = log_probs.masked_fill(scores == -torch.inf, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        probs = scores.gather(-1, order).softmax(dim=-1)
         removed = probs.cumsum(dim=-1) - probs >= top_p
         removed[..., 0] = False  # no float32 is as small as some top_p
         scores = scores.masked_fill(torch.zeros_like(removed).scatter(-1, order, removed), -torch.inf)

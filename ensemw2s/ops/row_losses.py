@@ -57,13 +57,13 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
     """Logits ``[..., V]`` divided by a temperature, in the accumulation dtype, less a constant in each row.
 
     With their largest taken off no quotient is too large for its dtype, and one that is too small belongs to a token
-    without a chance.
+    without a chance. By halves, because two logits may lie further apart than their dtype holds.
     """
     if temperature == 1:
         return logits
     dtype = accumulation_dtype(logits)
-    wide = logits.to(dtype)
-    return divided(wide - wide.detach().amax(dim=-1, keepdim=True), temperature)
+    halves = logits.to(dtype) / 2
+    return 2 * divided(halves - halves.detach().amax(dim=-1, keepdim=True), temperature)
 
 
 def divided(values: Tensor, temperature: float) -> Tensor:

@@ -106,10 +106,11 @@ def reference(student: Tensor, token_ids: Tensor, log_probs: Tensor, weights: Te
     log_q = student.masked_fill(left_out, 0.0).to(accumulation_dtype(student)).log_softmax(-1)
     p = log_probs.exp()
     kept = torch.where(p == 0, 0.0, p * (log_probs - log_q.gather(-1, token_ids))).sum(-1)
-    rest = (1 - p.sum(-1)).clamp(min=0) * (token_ids.shape[-1] < student.shape[-1])
     others = log_q.scatter(-1, token_ids, -torch.inf)
-    # A vocabulary without other tokens would put -inf under the gradient of logsumexp.
-    log_rest = others.logsumexp(-1) if token_ids.shape[-1] < student.shape[-1] else torch.zeros_like(rest)
+    # Without another token that is possible there is no rest, and -inf would stand under the gradient of logsumexp.
+    none_left = (others == -torch.inf).all(-1)
+    rest = (1 - p.sum(-1)).clamp(min=0).masked_fill(none_left, 0.0)
+    log_rest = others.masked_fill(none_left[..., None], 0.0).logsumexp(-1)
     tail = torch.where(rest > 0, rest * (torch.where(rest > 0, rest, 1.0).log() - log_rest), 0.0)
     return weights * (kept + tail).masked_fill(weights == 0, 0.0)
 
