@@ -136,7 +136,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.experts = experts
         self.generation_config = _generation_config(experts)
-        self.eval()
+        # As the experts are: others may be running them, so that nothing is set there.
+        self.training = False
 
     @classmethod
     def from_adapters(
@@ -163,8 +164,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             ValueError: a damaged adapter, or one that does not fit the base or would change it for all experts.
         """
         experts = AdapterExperts(base)
-        for folder in folders:
-            add_adapter(experts, folder)
+        with experts.turn():
+            for folder in folders:
+                add_adapter(experts, folder)
         _check(expert_weights, combine, len(experts))
         settings = {"expert_weights": expert_weights, "combine": combine, "base": base_reference}
         return cls(EnsembleConfig.of(experts, **settings), experts)
@@ -213,7 +215,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             if isinstance(experts, AdapterExperts):
                 if isinstance(expert, PreTrainedModel):
                     raise TypeError("the experts are adapters on one base: give the folder of an adapter, not a model")
-                add_adapter(experts, expert)
+                with experts.turn():
+                    add_adapter(experts, expert)
             else:
                 model: Any = expert
                 if not isinstance(expert, PreTrainedModel):
