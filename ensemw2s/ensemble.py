@@ -157,7 +157,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.experts = experts
         self.generation_config = _generation_config(experts)
-        self.eval()
+        # As the experts are: others may be running them, so that nothing is set there.
+        self.training = False
 
     @classmethod
     def from_adapters(

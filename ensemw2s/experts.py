@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ensemw2s.adapters import attach_adapter
-from ensemw2s.sharing import NotShareable, searched, turn_if_wrapped, turn_of, view
+from ensemw2s.sharing import NotShareable, Turn, searched, turn_if_wrapped, turn_of, view
 
 # Up to this many rows and on several threads, MKL takes two thirds of the time for (W x^T)^T that it takes for x W^T,
 # since it shares out the rows of its first factor. With more rows, turning the result round costs what is gained.
@@ -43,6 +43,10 @@ class Experts(nn.Module, ABC):
     """
 
     kind: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.training = False
 
     @abstractmethod
     def __len__(self) -> int:
@@ -131,6 +135,10 @@ class AdapterExperts(Experts):
             self.base = carrier
             self.adapters = (*self.adapters, _Adapter(carrier, name))
 
+    def turn(self) -> Turn:
+        """Return what is held while adapters are put on the base, or its modules are gone through."""
+        return turn_of(_plain_model(self.base))
+
     def __len__(self) -> int:
         return len(self.adapters)
 
@@ -153,8 +161,7 @@ class AdapterExperts(Experts):
     @torch.compiler.disable
     def _ready(self, index: int) -> tuple[Any, Any]:
         """Return a model that runs as expert `index`, or None, and what has to be held for it."""
-        plain, name = _plain_model(self.base), self.names[index]
-        turn = turn_of(plain)
+        plain, name, turn = _plain_model(self.base), self.names[index], self.turn()
         with turn:
             layers = [module for module in searched(plain) if isinstance(module, BaseTunerLayer)]
             _refuse_merged(layers)
@@ -168,7 +175,7 @@ class AdapterExperts(Experts):
 
     def stacked(self) -> StackedAdapters | None:
         """Return the adapters as they are now for one forward pass, if all of them are plain LoRA on linear layers."""
-        with turn_of(_plain_model(self.base)):
+        with self.turn():
             if not can_stack(self.base, self.names):
                 return None
             try:
@@ -189,7 +196,7 @@ class AdapterExperts(Experts):
     def save_expert(self, index: int, folder: Path, **options: Any) -> None:
         """Write one adapter, never sharded; peft puts a named one in a folder of its own, which is lifted here."""
         name = self.names[index]
-        with turn_of(_plain_model(self.base)):
+        with self.turn():
             # The base's own embeddings are not the adapter's; to find out whether they changed, peft would ask the hub.
             self.base.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
         nested = folder / name
@@ -504,7 +511,7 @@ class ModelExperts(Experts):
 
     def __init__(self, models: Sequence[PreTrainedModel] = ()) -> None:
         super().__init__()
-        self.models: Any = nn.ModuleList()
+        self.models: Any = nn.ModuleList().eval()
         for model in models:
             self.add(model)
 

@@ -124,10 +124,9 @@ def between(carrier: Any, outer: Callable[[], Any], inner: Callable[[], Any]) ->
     layers = _layers(carrier)
     results: list[Any] = []
     threads: list[threading.Thread] = []
-    owner = threading.get_ident()
 
     def interrupt(*_: Any) -> None:
-        if threading.get_ident() != owner or len(threads) >= 2:
+        if len(threads) >= 2 or threading.current_thread() in threads:
             return
         threads.append(threading.Thread(target=lambda: results.append(_outcome(inner))))
         threads[-1].start()

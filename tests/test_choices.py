@@ -168,6 +168,23 @@ def test_a_model_that_gives_nan_is_named_by_question() -> None:
         score_choices(model, several_choices(3, seed=6), tokenizer(), question_format=FORMAT)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_expert_without_numbers_is_named_where_choices_are_scored(of_models: TokenEnsemble, value: float) -> None:
+    def damage(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        output[..., slice(None) if value == -math.inf else 3] = value
+        return output
+
+    of_models.experts.carrier(1).get_output_embeddings().register_forward_hook(damage)  # type: ignore[operator]
+    asked = several_choices(3, seed=6)
+    with pytest.raises(FloatingPointError, match=r"^expert 2 gave NaN, infinity or no finite logit for question 'q"):
+        score_choices(of_models, asked, tokenizer(), question_format=FORMAT)
+    with pytest.raises(FloatingPointError, match=r"^expert 2 gave NaN, infinity or no finite logit for question 'q"):
+        of_models.label(asked, tokenizer(), question_format=FORMAT, description=None)
+    # One that is not used does no harm.
+    scores = score_choice_mixtures(of_models, asked, tokenizer(), {"others": [1, 0, 1]}, question_format=FORMAT)
+    assert all(np.isfinite(row).all() for row in scores["others"].log_probs)
+
+
 # Pseudo-labels
 
 

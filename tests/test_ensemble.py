@@ -246,7 +246,7 @@ def test_a_prompt_longer_than_the_context_names_the_expert(of_models: TokenEnsem
 def test_a_damaged_expert_stops_decoding_by_name(of_models: TokenEnsemble) -> None:
     with torch.no_grad():
         of_models.experts.models[1].lm_head.weight[3] = math.nan
-    with pytest.raises(FloatingPointError, match="question 'q0'"):
+    with pytest.raises(FloatingPointError, match="expert 2 gave NaN, infinity or no finite logit for question 'q0'"):
         of_models.label(questions(1), tokenizer(), question_format=FORMAT, description=None)
 
 

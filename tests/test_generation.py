@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -547,3 +549,216 @@ def test_the_pipeline_in_batches(of_models: TokenEnsemble) -> None:
     options = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
     together = writer(prompts, **options)
     assert together == [writer(prompt, **options) for prompt in prompts]
+
+
+# One name for a cache, whatever transformers calls it
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_filled_cache_is_read_under_either_name(ensemble: TokenEnsemble, name: str, fused: bool) -> None:
+    ids = full_prompt()
+    cache = ensemble.new_cache()
+    with torch.no_grad():
+        ensemble(input_ids=ids[:, :6], use_cache=True, **{name: cache})
+    assert cache.get_seq_length() == 6
+    more = {"attention_mask": torch.ones_like(ids), name: cache}
+    assert greedy(ensemble, ids[:, 6:], max_new_tokens=5, fused=fused, **more)[0] == slow_greedy(
+        ensemble, ids[0].tolist(), 5
+    )
+
+
+def test_a_cache_under_both_names_or_of_another_kind_is_refused(ensemble: TokenEnsemble) -> None:
+    ids = full_prompt()
+    calls = (ensemble, partial(ensemble.generate, max_new_tokens=1))
+    for call in calls:
+        with pytest.raises(TypeError, match="cache and past_key_values are two names of one argument: give one"):
+            call(input_ids=ids, cache=ensemble.new_cache(), past_key_values=ensemble.new_cache())
+        with pytest.raises(TypeError, match="past_key_values is a tuple: expected an EnsembleCache"):
+            call(input_ids=ids, past_key_values=((torch.zeros(1),),))
+        foreign = llama(0)(ids, use_cache=True)[CACHE]
+        with pytest.raises(ValueError, match="past_key_values is a filled DynamicCache"):
+            call(input_ids=ids, past_key_values=foreign)
+
+
+def test_a_cache_of_other_experts_or_rows_is_refused(ensemble: TokenEnsemble, tmp_path: Path) -> None:
+    ids = full_prompt()
+    calls = (ensemble, partial(ensemble.generate, max_new_tokens=1))
+    filled = ensemble.new_cache()
+    with torch.no_grad():
+        ensemble(input_ids=ids, cache=filled)
+    more = torch.cat([ids, ids[:, :1]], 1)
+    for call in calls:
+        with pytest.raises(ValueError, match="made for 2 experts that are not the 3 of this ensemble"):
+            call(input_ids=more, cache=ensemble[1:].new_cache())
+        with pytest.raises(ValueError, match="made for 3 experts that are not the 3"):
+            call(input_ids=more, cache=ensemble.reweighted([1.0] * 3, [2, 1, 0]).new_cache())
+        with pytest.raises(ValueError, match=r"holds 1 rows and the input has 2: .*batch_repeat_interleave"):
+            call(input_ids=more.repeat(2, 1), cache=filled)
+    # Other weights are no other experts.
+    ensemble.reweighted([1.0, 1.0, 1.0]).generate(input_ids=more, cache=filled, max_new_tokens=1)
+
+
+def test_a_copied_cache_goes_on_by_itself_and_copies_no_model(ensemble: TokenEnsemble) -> None:
+    ids = full_prompt()
+    cache = ensemble.new_cache()
+    with torch.no_grad():
+        ensemble(input_ids=ids[:, :6], cache=cache)
+    copied = copy.deepcopy(cache)
+    assert copied.stacked is cache.stacked
+    assert all(mine is theirs for mine, theirs in zip(copied.members, cache.members, strict=True))
+    more = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5}
+    expected = slow_greedy(ensemble, ids[0].tolist(), 5)
+    assert greedy(ensemble, ids[:, 6:], cache=copied, **more)[0] == expected
+    assert cache.get_seq_length() == 6
+    assert greedy(ensemble, ids[:, 6:], cache=cache, **more)[0] == expected
+
+
+# What comes with expert 1
+
+
+def with_settings(**settings: Any) -> TokenEnsemble:
+    """Two models, the first of which comes with a generation configuration of its own."""
+    first = llama(0)
+    first.generation_config.update(**settings)
+    return TokenEnsemble.from_models([first, llama(2)], [1.0, 1.5])
+
+
+def test_the_settings_of_expert_1_are_the_ensembles_as_a_copy() -> None:
+    ensemble = with_settings(repetition_penalty=1.6)
+    ids = full_prompt()
+    plain = TokenEnsemble.from_models([llama(0), llama(2)], [1.0, 1.5])
+    penalised = greedy(plain, ids, max_new_tokens=12, repetition_penalty=1.6)
+    assert greedy(ensemble, ids, max_new_tokens=12) == penalised != greedy(plain, ids, max_new_tokens=12)
+    for way_out in (None, 1.0):
+        ensemble.generation_config.repetition_penalty = way_out
+        assert greedy(ensemble, ids, max_new_tokens=12) == greedy(plain, ids, max_new_tokens=12)
+    assert ensemble.experts.carrier(0).generation_config.repetition_penalty == 1.6
+
+
+def test_sampling_of_expert_1_is_the_ensembles() -> None:
+    ensemble = with_settings(do_sample=True, top_k=3, temperature=1.5)
+    plain = TokenEnsemble.from_models([llama(0), llama(2)], [1.0, 1.5])
+    ids = full_prompt()
+    torch.manual_seed(1)
+    drawn = ensemble.generate(input_ids=ids, max_new_tokens=12)
+    torch.manual_seed(1)
+    assert torch.equal(
+        drawn, plain.generate(input_ids=ids, max_new_tokens=12, do_sample=True, top_k=3, temperature=1.5)
+    )
+
+
+@pytest.mark.parametrize(
+    "way",
+    [{}, {"fused": False}, {"repetition_penalty": 1.0001}, {"return_dict_in_generate": True}, {"do_sample": True}],
+    ids=["fused", "general", "penalty", "dict", "sampling"],
+)
+@pytest.mark.parametrize("pad", [PAD, None])
+def test_every_end_token_of_expert_1_ends_a_text(way: dict[str, Any], pad: int | None) -> None:
+    plain = TokenEnsemble.from_models([llama(0), llama(2)], [1.0, 1.5])
+    ids, mask = ragged_prompts(12)
+    free = plain.generate(input_ids=ids, attention_mask=mask, max_new_tokens=10, do_sample=False, eos_token_id=-1)
+    # Tokens that greedy texts come by in their middle.
+    ends = [int(free[0, WIDTH + 3]), int(free[1, WIDTH + 5])]
+    ensemble = with_settings(eos_token_id=ends, pad_token_id=pad)
+    ensemble.config.pad_token_id = pad
+    torch.manual_seed(0)
+    out = ensemble.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=10, **({"do_sample": False, "top_k": 1} | way)
+    )
+    out = getattr(out, "sequences", out)[:, WIDTH:]
+    met = set()
+    for row in out.tolist():
+        stops = [place for place, token in enumerate(row) if token in ends]
+        if stops:
+            met.add(row[stops[0]])
+            assert set(row[stops[0] + 1 :]) <= {ends[0] if pad is None else pad}
+    assert met == set(ends)
+
+
+# Experts that give no numbers
+
+
+DAMAGE = {"nan": math.nan, "inf": math.inf, "nothing": -math.inf}
+WAYS: dict[str, dict[str, Any]] = {
+    "fused": {},
+    "general": {"fused": False},
+    "sampling": {"do_sample": True, "top_p": 0.9},
+    "penalty": {"repetition_penalty": 1.3},
+    "beams": {"num_beams": 3},
+    "sampled beams": {"num_beams": 2, "do_sample": True},
+    "dict": {"return_dict_in_generate": True, "output_scores": True},
+    "no cache": {"use_cache": False},
+    "lookup": {"prompt_lookup_num_tokens": 2},
+    "several": {"num_return_sequences": 3, "do_sample": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("what", DAMAGE)
+def test_an_expert_without_numbers_is_named_on_every_path(of_models: TokenEnsemble, what: str, way: str) -> None:
+    def damage(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        # One token for +inf, all of them for the others.
+        output[..., 3 : 4 if what == "inf" else None] = DAMAGE[what]
+        if what == "nothing":
+            output[:] = DAMAGE[what]
+        return output
+
+    of_models.experts.carrier(1).get_output_embeddings().register_forward_hook(damage)  # type: ignore[operator]
+    with pytest.raises(FloatingPointError, match=r"^expert 2 gave NaN, infinity or no finite logit for row 0 of the"):
+        of_models.generate(input_ids=full_prompt(), max_new_tokens=4, **({"do_sample": False} | WAYS[way]))
+
+
+@pytest.mark.parametrize("way", ["fused", "general", "beams", "several"])
+def test_the_row_without_numbers_is_the_prompts(of_models: TokenEnsemble, way: str) -> None:
+    if way in ("fused", "general"):
+        of_models = TokenEnsemble.from_models([llama(0), llama(1)], [1.0, 1.0])
+    else:
+        of_models = TokenEnsemble.from_models([llama(0), llama(1), llama(2)], [1.0, 1.0, 1.0])
+    ids = full_prompt().clamp(10, 20).repeat(3, 1)
+    ids[1, 4] = 30
+    with torch.no_grad():
+        of_models.experts.carrier(1).model.embed_tokens.weight[30] = math.nan  # type: ignore[index,union-attr]
+    with pytest.raises(FloatingPointError, match=r"^expert 2 gave NaN, .* for row 1 of the batch: the weights"):
+        of_models.generate(input_ids=ids, max_new_tokens=2, **({"do_sample": False} | WAYS[way]))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_adapters_without_numbers_are_named(of_adapters: TokenEnsemble, fused: bool) -> None:
+    base = of_adapters.experts.carrier(0)
+    with torch.no_grad():
+        for name, weight in base.named_parameters():
+            if "lora_B.expert_3" in name:
+                weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match=r"^expert 3 gave NaN"):
+        of_adapters.generate(input_ids=full_prompt(), max_new_tokens=4, do_sample=False, fused=fused)
+    with pytest.raises(FloatingPointError, match=r"^expert 3 gave NaN.* row 0 of the batch"):
+        of_adapters(input_ids=full_prompt())
+    assert of_adapters[:2].generate(input_ids=full_prompt(), max_new_tokens=1) is not None
+
+
+def test_what_padding_gives_is_no_matter(of_models: TokenEnsemble) -> None:
+    ids, mask = ragged_prompts(6)
+    with torch.no_grad():
+        expected = of_models(input_ids=ids, attention_mask=mask).logits
+
+    def damage(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.masked_fill((mask == 0)[..., None], math.nan)
+
+    of_models.experts.carrier(1).get_output_embeddings().register_forward_hook(damage)  # type: ignore[operator]
+    with torch.no_grad():
+        found = of_models(input_ids=ids, attention_mask=mask).logits
+    assert torch.equal(found[mask.bool()], expected[mask.bool()])
+
+
+def test_experts_that_rule_out_every_token_together_are_no_damage() -> None:
+    ensemble = TokenEnsemble.from_models([llama(0), llama(1)], [1.0, 1.0], combine="logprob")
+    for index, part in enumerate((slice(0, 20), slice(20, None))):
+        ensemble.experts.carrier(index).get_output_embeddings().register_forward_hook(  # type: ignore[operator]
+            lambda module, inputs, output, part=part: output.index_fill_(
+                -1, torch.arange(output.shape[-1])[part], -math.inf
+            )
+        )
+    for fused in (True, False):
+        with pytest.raises(FloatingPointError, match=r"mixture gives no token a probability for row 0 of the batch"):
+            ensemble.generate(input_ids=full_prompt(), max_new_tokens=1, do_sample=False, fused=fused)

@@ -317,7 +317,9 @@ def test_nan_from_an_expert_is_an_error_that_names_expert_and_row() -> None:
         damaged.model.embed_tokens.weight[9] = torch.nan
     ids = [[4, 5, 6], [7, 5, 6, 5, 8], [4, 9, 7, 6]]
     examples = Dataset.from_list([{"input_ids": row, "prompt_length": 1} for row in ids])
-    with pytest.raises(FloatingPointError, match="the model gave NaN, infinity or no finite logit for the answer in row 2 of"):
+    with pytest.raises(
+        FloatingPointError, match="the model gave NaN, infinity or no finite logit for the answer in row 2 of"
+    ):
         score_answers(damaged, examples, pad_token_id=PAD)
     ensemble = TokenEnsemble.from_models([llama(0), damaged], [1.0, 1.0])
     with pytest.raises(FloatingPointError, match=r"^expert 2 gave NaN.* for the answer in row 2 of .*float32"):
@@ -325,3 +327,27 @@ def test_nan_from_an_expert_is_an_error_that_names_expert_and_row() -> None:
     # One that is not used does no harm.
     first = score_mixtures(ensemble, examples, {"first": [1, 0]}, pad_token_id=PAD)["first"]
     assert np.isfinite(first.token_log_probs).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_expert_without_numbers_is_named_where_answers_are_scored(of_models: TokenEnsemble, value: float) -> None:
+    examples = Dataset.from_list([{"input_ids": [4, 5, 6, 7], "prompt_length": 2}] * 3)
+
+    def damage(module: Any, inputs: Any, output: Any) -> None:
+        # Where the head is not run, there is one column.
+        if output.shape[-1] > 1:
+            output[..., slice(None) if value == -np.inf else 3] = value
+
+    of_models.experts.carrier(1).get_output_embeddings().register_forward_hook(damage)  # type: ignore[operator]
+    with pytest.raises(FloatingPointError, match=r"^expert 2 gave NaN, .* the answer in row 0 of the examples, "):
+        score_answers(of_models, examples, pad_token_id=PAD)
+
+
+def test_an_adapter_without_numbers_is_named_where_answers_are_scored(of_adapters: TokenEnsemble) -> None:
+    examples = Dataset.from_list([{"input_ids": [4, 5, 6, 7], "prompt_length": 2}] * 3)
+    with torch.no_grad():
+        for name, weight in of_adapters.experts.carrier(0).named_parameters():
+            if "lora_B.expert_3" in name:
+                weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match=r"^expert 3 gave NaN, .* the answer in row 0 of the examples, "):
+        score_answers(of_adapters, examples, pad_token_id=PAD)

@@ -19,7 +19,7 @@ from tests.faults.battery import Case
 from tests.tiny import llama, saved_adapters
 
 # Threads, and calls of each: in the short pass, and in the long one.
-_SHORT = {"stacked": (4, 8), "one-after-the-other": (3, 3), "models": (3, 4)}
+_SHORT = {"stacked": (4, 6), "one-after-the-other": (2, 3), "models": (3, 3)}
 _LONG = {"stacked": (8, 200), "one-after-the-other": (8, 60), "models": (8, 200)}
 
 
@@ -28,8 +28,8 @@ def cases(long: bool, seed: int) -> Iterator[Case]:
     for kind in KINDS:
         threads, each = (_LONG if long else _SHORT)[kind]
         yield Case(f"mixed calls, {kind}", partial(_mixed, kind, threads, each, seed))
-        yield Case(f"one call in the middle of another, {kind}", partial(_pairs, kind, None if long else 5, seed))
-    yield Case("slices that gain experts and are dropped", partial(_dropped, 40 if long else 6, seed))
+        yield Case(f"one call in the middle of another, {kind}", partial(_pairs, kind, None if long else 3, seed))
+    yield Case("slices that gain experts and are dropped", partial(_dropped, 40 if long else 4, seed))
     if long:
         yield Case("a compiled ensemble and its compiled views", partial(_compiled, 10))
 
