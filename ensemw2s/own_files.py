@@ -68,7 +68,9 @@ def own_files(path: str | os.PathLike[str], kind: str) -> Iterator[Path]:
         if isinstance(error, Exception) and is_disk_full(error) and not isinstance(error, DiskFullError):
             raise DiskFullError(folder) from error
         raise
+    _sync(aside)
     aside.rename(folder / _READY)
+    _sync(folder, inside=False)
     settle(folder)
 
 
@@ -96,6 +98,7 @@ def settle(folder: Path) -> None:
             up.rmdir()
     # Until here the old list says what is ours, should this have to be done again.
     _put(ready / MANIFEST, folder / MANIFEST)
+    _sync(folder, inside=False)
     # From here on the ready files do not count, so that a kill while they are deleted does no harm.
     _discard(folder / _PARTIAL)
     ready.rename(folder / _PARTIAL)
@@ -113,6 +116,17 @@ def _put(source: Path, place: Path) -> None:
     except OSError:
         shutil.copy2(source, beside)
     beside.replace(place)
+
+
+def _sync(folder: Path, *, inside: bool = True) -> None:
+    """Have the disk keep a folder, and all that is in it, before anything counts on that."""
+    for path in [*(folder.rglob("*") if inside else ()), folder]:
+        if not path.is_symlink():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def _require_writable(folder: Path, kind: str) -> None:
