@@ -642,7 +642,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         folder = local_folder(pretrained_model_name_or_path, subfolder, hub)
         files = whole(folder)
         check_links(files)
-        if config is None:
+        # transformers' own classes read the settings themselves, from files that may not count any more.
+        if config is None or (files != folder and config._name_or_path == str(pretrained_model_name_or_path)):
             settings = read_settings(files / "config.json", "the ensemble")
             config = EnsembleConfig.from_dict(settings, name_or_path=str(files))
         folders = expert_folders(files, len(config.expert_weights))
@@ -672,7 +673,10 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         Raises:
             FileNotFoundError, OSError, ValueError: there is none, it cannot be read, or it is damaged.
         """
-        return read_settings(whole(Path(save_directory)) / RECORD_FILE, "the ensemble's record")
+        file = whole(Path(save_directory)) / RECORD_FILE
+        if not file.exists():
+            raise FileNotFoundError(f"{save_directory} has no {RECORD_FILE}: the ensemble was saved without a record")
+        return read_settings(file, "the ensemble's record")
 
     def _check_prompt(self, prompt: torch.Tensor, mask: torch.Tensor | None, cache: EnsembleCache | None) -> None:
         """Raise ValueError for a prompt that the experts cannot read, or that leaves nothing to read or to write."""

@@ -98,6 +98,7 @@ def settle(folder: Path) -> None:
             up.rmdir()
     # Until here the old list says what is ours, should this have to be done again.
     _put(ready / MANIFEST, folder / MANIFEST)
+    sync(folder)
     # From here on the ready files do not count, so that a kill while they are deleted does no harm.
     _discard(folder / _PARTIAL)
     ready.rename(folder / _PARTIAL)
@@ -115,6 +116,7 @@ def _put(source: Path, place: Path) -> None:
     except OSError:
         shutil.copy2(source, beside)
     beside.replace(place)
+    sync(place.parent)
 
 
 def _require_writable(folder: Path, kind: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from ensemw2s import TokenEnsemble
 from ensemw2s.files import DiskFullError
@@ -244,8 +245,11 @@ def test_an_ensemble_is_loaded_from_where_it_is_ready(
         patched.setattr("ensemw2s.own_files._put", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         of_models[:2].save_pretrained(folder, record={"rounds": [2]})
     assert TokenEnsemble.from_pretrained(folder).config.expert_weights == WEIGHTS[:2]
+    assert AutoModelForCausalLM.from_pretrained(folder).config.expert_weights == WEIGHTS[:2]
     assert TokenEnsemble.read_record(folder) == {"rounds": [2]}
     of_models[2:].save_pretrained(folder)
+    with pytest.raises(FileNotFoundError, match=r"has no boosting\.json: the ensemble was saved without a record"):
+        TokenEnsemble.read_record(folder)
     assert TokenEnsemble.from_pretrained(folder).config.expert_weights == WEIGHTS[2:]
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 

@@ -341,7 +341,7 @@ def damaged_json() -> Iterator[Row]:
     for kind, file in json_files():
         name, owner = re.escape(Path(file).name), _owner(kind, file)
         optional = name.startswith("generation")
-        no_file = r"has no config\.json" if file == "config.json" else f"{owner}.* has no {name}"
+        no_file = rf"has no {name}" if file in ("config.json", "boosting.json") else f"{owner}.* has no {name}"
         yield kind, file, "missing", missing, None if optional else no_file
         yield kind, file, "dangling link", a_dangling_link, None if optional else no_file
         no_json = f"{owner}.*{name} is not valid JSON .*Save it again"
