@@ -675,6 +675,8 @@ def tokenize_prompts(
         raise ValueError(f"{name} needs columns id and prompt; it has {', '.join(dataset.column_names) or 'none'}")
     rows = []
     for row in dataset.select_columns(["id", "prompt"]):
+        if not isinstance(row["prompt"], str):
+            raise ValueError(f"{name}, id {row['id']}: prompt is {row['prompt']!r}, expected text")
         prompt = question_format.prompt(row["prompt"], tokenizer)
         ids = _cut_left(prompt, limit, answer_length) if question_format.truncate_prompt else prompt.ids
         _check_prompt(ids, limit, f"{name}, id {row['id']}")

@@ -264,6 +264,15 @@ def fused_sample(
     return input_ids
 
 
+def require_distinct(ids: Sequence[Any]) -> None:
+    """Raise ValueError, naming it, if an id is there twice: one of its questions would get the other's answer."""
+    seen: set[Any] = set()
+    for row_id in ids:
+        if row_id in seen:
+            raise ValueError(f"questions has the id {row_id!r} more than once: ids must be unique")
+        seen.add(row_id)
+
+
 def require_plain(generation_config: GenerationConfig) -> None:
     """Raise ValueError, naming it, for a setting with which `generate` would not draw from the mixture itself."""
     known = vars(GenerationConfig())
@@ -401,6 +410,7 @@ def label_questions(
             return _label_batch(ensemble, questions, prompts, batch, processing_class, question_format, decoding)
         return choose_answers(ensemble, questions, choices, batch, processing_class)
 
+    require_distinct(prompts["id"])
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]["input_ids"]), i))
     # Batches are cut before finished rows are left out, so that a continued run meets the same batches.
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -452,7 +462,7 @@ def _answered(
     description: str | None,
 ) -> dict[str, dict[str, Any]]:
     """Return a row for every question, by its id, from `file` or made by `answer`; processes share the batches out."""
-    found, digest = ([], "") if file is None else processes.on_main(file.open)
+    found, digest = ([], "") if file is None else processes.on_main(file.resume)
     rows = {row["id"]: unpacked_row(row) for row in found}
     todo = processes.share([batch for batch in batches if any(ids[i] not in rows for i in batch)])
     mine: dict[str, dict[str, Any]] = {}

@@ -259,7 +259,8 @@ def normalise_answer(text: str) -> str:
     """Return the form in which answers are compared.
 
     Unicode compatibility forms are unified (NFKC), case is folded, white space becomes single spaces, and closing
-    full stops are dropped.
+    full stops are dropped. So answers that differ in white space alone, as in the indentation of code, count as equal;
+    scored token by token (`scoring.score_answers`), they do not.
     """
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(". ")
 

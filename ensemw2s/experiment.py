@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import set_seed
+from transformers import GenerationConfig, set_seed
 
 from ensemw2s import ops, processes
 from ensemw2s.accounts import check, entered
@@ -314,7 +314,10 @@ class Experiment:
 
     def _teacher(self, arm: str) -> TokenEnsemble:
         self._check_left("boost", self._ensemble_folder(arm))
-        return self._placed(TokenEnsemble.from_pretrained(self._ensemble_folder(arm)))
+        teacher = TokenEnsemble.from_pretrained(self._ensemble_folder(arm))
+        # An experiment asks for the mixture itself, whatever the weak model's authors recommend for chats.
+        teacher.generation_config = GenerationConfig(eos_token_id=teacher.generation_config.eos_token_id)
+        return self._placed(teacher)
 
     def _placed(self, model: Any) -> Any:
         """Return a model on the device that this process trains on."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,13 +91,24 @@ def _describe_adapters(experts: AdapterExperts) -> dict[str, Any]:
     found = []
     for name in experts.names:
         own = get_peft_model_state_dict(experts.base, adapter_name=name, save_embedding_layers=False)
-        settings = _without(experts.base.peft_config[name].to_dict(), _NO_PART_OF_AN_ADAPTER)
+        settings = _without(_chosen(experts.base.peft_config[name]), _NO_PART_OF_AN_ADAPTER)
         found.append(digest_tensors(sorted(own.items()), settings))
     return {"base": digest_tensors(weights, _settings(plain_model.config)), "experts": found}
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    return _without(config.to_dict(), _NO_PART_OF_A_MODEL)
+    # Without defaults, of which every release adds some.
+    return _without(config.to_diff_dict(), _NO_PART_OF_A_MODEL)
+
+
+def _chosen(config: Any) -> dict[str, Any]:
+    """Return the fields of a data class that are not at their defaults."""
+    found = {}
+    for field in fields(config):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if getattr(config, field.name) != default:
+            found[field.name] = getattr(config, field.name)
+    return found
 
 
 def _without(settings: Mapping[str, Any], names: set[str]) -> dict[str, Any]:

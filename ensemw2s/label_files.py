@@ -32,7 +32,7 @@ _KIND = "labels"
 # A row's last key on file; rows that are handed out do not have it.
 _CHECK = "check"
 # What the file of rows begins with, however early the process that wrote it was killed.
-_FIRST_BYTES = b'{"id": "'
+_FIRST_BYTES = b'{"id": '
 # No number on file comes near it; larger ones have no float.
 _LARGE = 1e300
 _WAY_OUT = "name another file or delete this one"
@@ -93,7 +93,7 @@ class LabelFile:
     describe: Callable[[], dict[str, Any]]
     questions: Dataset
 
-    def open(self) -> tuple[list[dict[str, Any]], str]:
+    def resume(self) -> tuple[list[dict[str, Any]], str]:
         """Return what any process of an earlier call has finished (packed), left in one file, and the run's digest.
 
         On the main process alone, before any row is written.
@@ -114,7 +114,7 @@ class LabelFile:
                 f"{self.path} holds answers of another run; differing: {self._differences(mine, theirs, read)}. "
                 f"Answers of two runs are not mixed: {_WAY_OUT}"
             )
-        rows: dict[str, dict[str, Any]] = {}
+        rows: dict[Any, dict[str, Any]] = {}
         for lines in read:
             rows |= {row["id"]: row for row in lines.checked(digest, self._ids())}
         if theirs != mine:
@@ -139,7 +139,7 @@ class LabelFile:
     def _others(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.process-*"))
 
-    def _ids(self) -> set[str]:
+    def _ids(self) -> set[Any]:
         return set(self.questions["id"])
 
     def _differences(self, mine: Mapping[str, Any], theirs: Mapping[str, Any], read: Sequence[_Lines]) -> str:
@@ -155,12 +155,13 @@ class LabelFile:
         now = {row["id"]: row for row in self.questions}
         for lines in read:
             for row in lines.parsed():
-                question = now.get(row.get("id"))
+                row_id = row.get("id")
+                question = now.get(row_id) if _is_id(row_id) else None
                 if question is None:
-                    return f"there is no question with the id {_short(row.get('id'))} any more"
+                    return f"there is no question with the id {_short(row_id)} any more"
                 for name in ("prompt", "choices"):
                     if row.get(name) != question.get(name):
-                        return f"the {name} of id {row['id']!r} was {_short(row.get(name))}"
+                        return f"the {name} of id {_short(row_id)} was {_short(row.get(name))}"
         return ""
 
 
@@ -243,7 +244,7 @@ class _Lines:
         rows = (_parsed(line) for line in self.whole)
         return [row for row in rows if isinstance(row, dict)]
 
-    def checked(self, digest: str | None = None, ids: set[str] | None = None) -> list[dict[str, Any]]:
+    def checked(self, digest: str | None = None, ids: set[Any] | None = None) -> list[dict[str, Any]]:
         """Return all rows (packed), without their checks.
 
         Args:
@@ -254,7 +255,7 @@ class _Lines:
             ValueError: a row that `label` would not have written; names file and line.
         """
         rows: list[dict[str, Any]] = []
-        seen: dict[str, int] = {}
+        seen: dict[Any, int] = {}
         for number, line in enumerate(self.whole, 1):
             row = _parsed(line)
             problem = (
@@ -300,6 +301,10 @@ def _is_share(value: Any) -> bool:
     return _is_number(value) and -1e-9 <= value <= 1 + 1e-9
 
 
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -314,7 +319,7 @@ def _is_token(value: Any) -> bool:
 
 # Key -> what it must be, in a function and in words.
 _COLUMNS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "id": (_is_text, "text"),
+    "id": (_is_id, "text or a whole number"),
     "prompt": (_is_text, "text"),
     "answer": (_is_text, "text"),
     "answer_ids": (
@@ -343,9 +348,9 @@ _WITH_CACHE: dict[str, tuple[Callable[[Any], bool], str]] = {
 # What is wrong with a row as it is on file, in words; None if nothing is.
 
 
-def _stranger(row: Any, ids: set[str] | None) -> str | None:
+def _stranger(row: Any, ids: set[Any] | None) -> str | None:
     found = row.get("id") if isinstance(row, dict) else None
-    if ids is None or not isinstance(found, str) or found in ids:
+    if ids is None or not _is_id(found) or found in ids:
         return None
     return f"it answers the question {_short(found)}, which is not in this dataset, so it belongs to another run"
 
@@ -408,7 +413,7 @@ def _width(row: Mapping[str, Any]) -> int:
     return len(base64.b64decode(row.get("top_log_probs", ""))) // (4 * len(row["answer_ids"]))
 
 
-def _again(row: Mapping[str, Any], seen: Mapping[str, int]) -> str | None:
+def _again(row: Mapping[str, Any], seen: Mapping[Any, int]) -> str | None:
     return f"the id {_short(row['id'])} is in line {seen[row['id']]} already" if row["id"] in seen else None
 
 

@@ -17,12 +17,15 @@ from datasets import Dataset, concatenate_datasets
 from transformers import GenerationConfig
 
 from ensemw2s import StudentConfig, StudentTrainer, TokenEnsemble, decoding
+from ensemw2s.config import build_config
 from ensemw2s.data import QuestionFormat, tokenize_questions
 from ensemw2s.decoding import Sampling
 from ensemw2s.distillation import cache_teacher
+from ensemw2s.experiment import Experiment
 from ensemw2s.identity import describe_experts, digest_tokenizer
 from ensemw2s.label_files import read_labels
 from tests.reference import WEIGHTS
+from tests.test_experiment import settings
 from tests.tiny import END, FORMAT, gpt2, llama, questions, saved_adapters, tokenizer
 from tests.tokenizers import FAITHFUL, letters
 
@@ -129,6 +132,15 @@ def test_settings_that_do_nothing_and_names_that_transformers_does_not_know_are_
     assert labelled(of_models)["answer_ids"] == before
 
 
+def test_an_experiment_asks_for_the_mixture_itself(of_models: TokenEnsemble, tmp_path: Path) -> None:
+    trial = Experiment(build_config(settings(tmp_path)))
+    of_models.generation_config.update(repetition_penalty=1.1, do_sample=True, top_p=0.8, eos_token_id=[END, 5])
+    of_models.save_pretrained(trial._ensemble_folder("ensemble"))
+    teacher = trial._teacher("ensemble")
+    of_models.generation_config.repetition_penalty = None
+    assert labelled(teacher)["answer_ids"] == labelled(of_models)["answer_ids"]
+
+
 def test_sampling_is_what_is_asked_for(of_models: TokenEnsemble) -> None:
     plain = labelled(of_models, sampling=Sampling(temperature=1.0), seed=3)["answer_ids"]
     of_models.generation_config.update(do_sample=False, temperature=5.0, top_k=1)
@@ -200,12 +212,12 @@ def test_a_student_ends_its_answers_in_its_own_way(tmp_path: Path) -> None:
     assert len({ids[-1] for ids in answers["answer_ids"]}) > 1
     student = llama(3)
     student.generation_config.eos_token_id = [END, 5, 9, 17]
-    for settings in ({"variant": "soft"}, {"variant": "sft"}):
-        args = StudentConfig(output_dir=str(tmp_path), disable_tqdm=True, **settings)
+    for variant in ("soft", "sft"):
+        args = StudentConfig(output_dir=str(tmp_path), disable_tqdm=True, variant=variant)
         trainer = StudentTrainer(student, args, answers, tokenizer(), question_format=FORMAT)
         learned = [row["input_ids"][row["prompt_length"] :] for row in trainer._examples]
         assert {ids[-1] for ids in learned} == {END}
-        if settings["variant"] == "soft":
+        if variant == "soft":
             assert [ids[:-1] for ids in learned] == [ids[:-1] for ids in answers["answer_ids"]]
     forced = cache_teacher(teacher, answers, tokenizer(), top_logprobs=6, question_format=FORMAT)
     assert forced["answer_ids"] == answers["answer_ids"]
@@ -465,7 +477,8 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no check": (without("check"), "it has no 'check'"),
     "half a cache": (without("top_log_probs"), "it has no 'top_log_probs'"),
     "more": (with_value("extra", 1), "it has 'extra', which no row"),
-    "id": (with_value("id", 3), "id is 3, expected text"),
+    "id": (with_value("id", [3]), r"id is \[3\], expected text or a whole number"),
+    "another number": (with_value("id", 3), "answers the question 3, which is not in this dataset"),
     "stranger": (with_value("id", "nobody"), "answers the question 'nobody', which is not in this dataset"),
     "answer": (with_value("answer", ["a"]), r"answer is \['a'\], expected text"),
     "ids as text": (with_value("answer_ids", "abc"), "answer_ids is 'abc', expected a list of token ids"),
@@ -500,11 +513,31 @@ def test_a_damaged_row_is_named_by_file_and_line(kept: Any, tmp_path: Path, name
         again(kept, tmp_path, spoiled, description)
     assert len(str(error.value)) < 600 + len(str(tmp_path))
     assert (tmp_path / "labels.jsonl").read_bytes() == spoiled
-    if name != "stranger":
+    if name not in ("stranger", "another number"):
         with pytest.raises(ValueError, match=rf"labels\.jsonl, line 3: .*{message}"):
             read_labels(tmp_path / "labels.jsonl")
     # The way out.
     assert again(kept, tmp_path, "\n".join([*lines[:2], *lines[3:], ""]).encode(), description) == kept[2]
+
+
+def test_a_row_without_an_id_does_not_hide_what_differs(kept: Any, tmp_path: Path) -> None:
+    content, _ = on_file(kept)
+    labelled(kept[0], output_file=tmp_path / "other.jsonl", max_new_tokens=3, top_logprobs=2, rows=MORE)
+    theirs = (tmp_path / "other.jsonl.run.json").read_bytes()
+    with pytest.raises(ValueError, match=r"questions, there is no question with the id \[\] any more"):
+        again(kept, tmp_path, b'{"id": []}\n' + content, theirs)
+
+
+def test_ids_may_be_numbers_and_are_there_once(of_models: TokenEnsemble, tmp_path: Path) -> None:
+    rows = ROWS.remove_columns("id").add_column("id", [4, 3, 2, 1])
+    first = labelled(of_models, rows, output_file=tmp_path / "labels.jsonl")
+    content = (tmp_path / "labels.jsonl").read_bytes()
+    (tmp_path / "labels.jsonl").write_bytes(content[:-30])
+    assert labelled(of_models, rows, output_file=tmp_path / "labels.jsonl", batch_size=4).to_list() == first.to_list()
+    with pytest.raises(ValueError, match="questions has the id 'q1' more than once"):
+        labelled(of_models, edited(ROWS, "id", 0, "q1"))
+    with pytest.raises(ValueError, match="questions, id q2: prompt is None, expected text"):
+        labelled(of_models, edited(ROWS, "prompt", 2, None))
 
 
 def test_a_row_that_is_there_twice_is_named(kept: Any, tmp_path: Path) -> None:

@@ -466,7 +466,8 @@ def test_students_train_in_mixed_precision(tmp_path: Path, teacher: TokenEnsembl
     ensemble, kind = (teacher, "soft") if name == "live" else (None, name)
     options: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.01, "num_train_epochs": 1}
     options |= {"confidence_warmup": 0.0} if name == "confidence" else {}
-    answers = labels_of(teacher, 6, top_logprobs=8)
+    # Of few answers, one token that is another's argmax in bfloat16 is much of what the student is sure of.
+    answers = labels_of(teacher, 16, top_logprobs=8)
     before = torch.cat([weight.detach().flatten() for weight in llama(1).parameters()])
 
     def update(bf16: bool) -> Tensor:
