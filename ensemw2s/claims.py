@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from ensemw2s import accounts, processes
 from ensemw2s.accounts import RESERVED
-from ensemw2s.files import is_alive, make_folder, new_folder, read_json, sweep, write_json
+from ensemw2s.files import is_alive, make_folder, read_json, sweep, write_json
 from ensemw2s.identity import plain
 
 _MADE_BY = "ensemw2s"
@@ -254,31 +254,3 @@ def _in_use(lock: Path, what: str) -> str:
     if not is_alive(pid):
         return f"{holder} (the process itself is gone, one that it started still holds the lock)"
     return holder
-
-
-# Folders that are written whole, wherever a user wants them
-
-
-@contextmanager
-def replaced(folder: str | os.PathLike[str], kind: Kind) -> Iterator[Path]:
-    """Do as `files.new_folder`, and replace nothing but what was written by this: the folder says what is in it.
-
-    Raises:
-        ValueError: `folder` holds files that were not written by this; names them.
-    """
-    folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        listed = (description_of(folder, kind) or {}).get("files", [])
-        marker = kind.marker(folder).name
-        found = [str(path.relative_to(folder)) for path in accounts.files_in(folder)]
-        strange = [name for name in found if name not in (*listed, marker)]
-        if strange:
-            raise ValueError(
-                f"{folder} holds files that are not those of {kind.words} saved there before: {_some(strange)}. They "
-                "are left as they are: choose another folder"
-            )
-    with new_folder(folder) as aside:
-        yield aside
-        names = [path.relative_to(aside).as_posix() for path in accounts.files_in(aside)]
-        marker_content = {"made_by": _MADE_BY, "kind": kind.name, "description": {"files": names}}
-        write_json(kind.marker(aside), marker_content)

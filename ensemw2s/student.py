@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from ensemw2s import processes
 from ensemw2s.checkpoints import discard_checkpoints
-from ensemw2s.claims import Kind, replaced
 from ensemw2s.data import QuestionFormat, answer_lengths, check_questions, tokenize_questions
 from ensemw2s.distillation import (
     TOP_COLUMNS,
@@ -28,7 +27,7 @@ from ensemw2s.distillation import (
     with_columns,
 )
 from ensemw2s.experts import ADAPTER_WEIGHTS
-from ensemw2s.files import write_json
+from ensemw2s.files import new_folder, write_json
 from ensemw2s.models import load_model, load_tokenizer, source_of
 from ensemw2s.training import AnswerTrainingArguments, TrainingCost, fine_tune, on_device
 
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
     from ensemw2s.ensemble import TokenEnsemble
 
 
-_KIND = Kind("student", "a student", files=("*",), setting="folder")
 VARIANTS = ("sft", "soft", "confidence")
 
 
@@ -287,7 +285,6 @@ class StudentTrainer:
         Raises:
             DiskFullError: the disk is full; what was at `folder` before is untouched.
             RuntimeError: the student is not trained yet.
-            ValueError: `folder` holds files that are not those of a student saved there before; names them.
         """
         if self.cost is None:
             raise RuntimeError("this student is not trained yet: call train() before save_model()")
@@ -295,7 +292,7 @@ class StudentTrainer:
 
     def _write(self, folder: str | Path) -> None:
         assert self.cost is not None
-        with replaced(folder, _KIND) as aside:
+        with new_folder(folder) as aside:
             self.model.save_pretrained(aside)
             self.processing_class.save_pretrained(aside)
             write_json(aside / "cost.json", asdict(self.cost))
