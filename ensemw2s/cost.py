@@ -333,7 +333,7 @@ class Ledger:
         """Return `seconds`, `tokens`, `flops` (None if unknown) and `peak_memory` (bytes) of all that is kept.
 
         Args:
-            path: sum up what was spent on this file alone; None adds, while it runs, what was spent since the last entry.
+            path: sum up what was spent on this file alone; None: on all, and, while it runs, since the last entry.
         """
         rows = [row for row in self._rows() if path is None or row["file"] == self._name(path)]
         rows += [self._spent()] if path is None and self._start is not None else []

@@ -181,6 +181,7 @@ class Experiment:
                 processing_class=trainer.processing_class,
                 record=trainer.record(),
             )
+            processes.on_main(settle, self._ensemble_folder(arm))
             experts = [str(folder.relative_to(self.folder)) for folder in trainer.expert_folders()]
             found = [*trainer.records, {**trainer.mixture(), "experts": experts, "combine": trainer.args.combine}]
             found += closing_identity(self._boosting_folder(arm)) if arm == "ensemble" else []

@@ -244,7 +244,7 @@ def append_json_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, 
 
 
 def settle(path: str | os.PathLike[str]) -> None:
-    """Enter a file that was appended to and has reached its end, so that it is checked from now on."""
+    """Enter a file that was appended to, or a folder that was written in place, as it is: it is checked from now on."""
     enter(path, Path(path))
 
 

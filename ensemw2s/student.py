@@ -299,7 +299,6 @@ class StudentTrainer:
             FileExistsError: another model, or a file that no student of ours wrote, is in the way.
             PermissionError: the folder cannot be written.
             RuntimeError: the student is not trained yet.
-            ValueError: `folder` holds files that are not those of a student saved there before; names them.
         """
         if self.cost is None:
             raise RuntimeError("this student is not trained yet: call train() before save_model()")

@@ -261,8 +261,9 @@ def test_a_torn_entry_is_dropped_and_written_over(ours: Path) -> None:
 
 
 def test_a_folder_that_was_replaced_is_checked_for_what_is_in_it_now(ours: Path) -> None:
-    with new_folder(ours / "parts" / "model") as aside:
-        (aside / "other").write_text("new")
+    model = ours / "parts" / "model"
+    (model / "weights").rename(model / "other")
+    settle(model)
     accounts.check(ours / "parts" / "model")
     claims.discard(ours, KIND)
     assert not (ours / "parts").exists()

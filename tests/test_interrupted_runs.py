@@ -15,7 +15,7 @@ from ensemw2s import BoostingConfig, StudentConfig, StudentTrainer, decoding, ra
 from ensemw2s.config import build_config, load_config
 from ensemw2s.cost import Ledger, count
 from ensemw2s.experiment import PHASES, Experiment
-from ensemw2s.files import append_json_lines, new_folder, read_json, read_json_lines, write_json
+from ensemw2s.files import append_json_lines, read_json_lines, write_json
 from ensemw2s.study import Study, load_study
 from tests.faults import runs
 from tests.test_study import fake_cells, write_study
@@ -263,22 +263,3 @@ def test_trainers_delete_no_checkpoints_of_somebody_else(tmp_path: Path) -> None
     student.train()
     student.save_model(tmp_path / "student")
     assert theirs.read_bytes() == b"days of training"
-
-
-def test_a_student_replaces_nothing_but_a_student(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"processing_class": tokenizer(), "question_format": FORMAT}
-    args = StudentConfig(output_dir=str(tmp_path), max_steps=1, disable_tqdm=True)
-    student = StudentTrainer(llama(0), args, questions(6), **options)
-    student.train()
-    student.save_model(tmp_path / "student")
-    student.save_model(tmp_path / "student")
-    for name in ("student", "other"):
-        with new_folder(tmp_path / "other") as aside:
-            (aside / "config.json").write_text("{}")
-        (tmp_path / name / "only_copy.csv").write_text("x")
-        with pytest.raises(
-            ValueError, match=r"holds files that are not those of a student saved there before: .*only_copy"
-        ):
-            student.save_model(tmp_path / name)
-        assert (tmp_path / name / "only_copy.csv").read_text() == "x"
-    assert read_json(tmp_path / "student" / "cost.json")["tokens"] > 0
