@@ -201,7 +201,10 @@ def test_a_folder_without_results_is_named(tmp_path):
         ("[1, 2]", 'line 3: expected a JSON object with a text field "kind"'),
         ('{"arm": "ensemble"}', "line 3: expected a JSON object"),
         ('{"kind": "arm", "arm": "x", "split": "id", "metric": "accuracy"}', "lacks value, standard_error, n"),
-        ('{"kind": "phase", "phase": "boost", "seconds": NaN}', "line 3 holds a number that cannot be read: NaN is no JSON"),
+        (
+            '{"kind": "phase", "phase": "boost", "seconds": NaN}',
+            "line 3 holds a number that cannot be read: NaN is no JSON",
+        ),
         ('{"kind": "cost", "arm": "ceiling", "task": "demo", "seed": 0}', "line 3: gives the same figure as line 1"),
         ('{"kind": "cost", "arm": "ceiling"}', "line 3: a record of kind 'cost' lacks task, seed"),
         ("\xff", "line 3 is not UTF-8 text ('utf-8' codec can't decode"),
