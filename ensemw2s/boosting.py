@@ -487,7 +487,8 @@ def fit_mixture_weights(
         float64 `[T]`, non-negative and summing to 1.
 
     Raises:
-        ValueError: a setting out of range, another shape, a value above 0 or NaN, or a token to which no expert gives any probability.
+        ValueError: a setting out of range, another shape, a value above 0 or NaN, or a token to which no expert gives
+            any probability.
     """
     require_numbers(step_size=step_size, tolerance=tolerance)
     require_numbers(whole=True, max_steps=max_steps)

@@ -166,7 +166,7 @@ class _Loader(yaml.SafeLoader):
     """
 
     # Texts, numbers, lists and mappings; no dates, bytes or sets.
-    yaml_constructors = {
+    yaml_constructors = {  # noqa: RUF012
         tag: make
         for tag, make in yaml.SafeLoader.yaml_constructors.items()
         if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
@@ -209,13 +209,30 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
         return node
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        # PyYAML 6.0.4 takes the value of a chain's far end for a key of one letter, and of a list's last mapping.
+        merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        for key, value in node.value:
+            for source in (
+                (value.value if isinstance(value, yaml.SequenceNode) else [value]) if key.tag == _MERGE else ()
+            ):
+                if not isinstance(source, yaml.MappingNode):
+                    raise yaml.MarkedYAMLError(problem="<< takes mappings alone", problem_mark=source.start_mark)
+                self.flatten_mapping(source)
+                for pair in source.value:
+                    merged.setdefault(pair[0].value, pair)
+        node.value = list(
+            (merged | {key.value: (key, value) for key, value in node.value if key.tag != _MERGE}).values()
+        )
+
 
 def _resolve(tag: str, pattern: str, first: Iterable[str]) -> None:
     _Loader.add_implicit_resolver(tag, re.compile(f"(?:{pattern})$"), list(first))
 
 
 _TWO_MEANINGS = "!two-meanings"
-_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge", _TWO_MEANINGS)
+_MERGE = "tag:yaml.org,2002:merge"
+_KEY_TAGS = ("tag:yaml.org,2002:str", _MERGE, _TWO_MEANINGS)
 _NUMBER = "-+.0123456789"
 _resolve("tag:yaml.org,2002:null", "~|null|Null|NULL|", ["~", "n", "N", ""])
 _resolve("tag:yaml.org,2002:bool", "true|True|TRUE|false|False|FALSE", "tTfF")
@@ -225,7 +242,7 @@ _resolve(
     r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
     _NUMBER,
 )
-_resolve("tag:yaml.org,2002:merge", "<<", "<")
+_resolve(_MERGE, "<<", "<")
 _resolve(
     _TWO_MEANINGS,
     "[Yy]es|YES|[Nn]o|NO|[Oo]n|ON|[Oo]ff|OFF|[-+]?0[0-9_]+|[-+]?[0-9]+(?:_[0-9]+)+|[0-9]+(?::[0-5]?[0-9])+",
@@ -237,8 +254,8 @@ def _refuse_two_meanings(loader: _Loader, node: yaml.ScalarNode) -> NoReturn:
     word = node.value
     meant = "true or false" if word.isalpha() else "plain digits without zeros in front"
     raise yaml.MarkedYAMLError(
-        problem=f"{word:.60} means one thing in YAML 1.1 and another in YAML 1.2: write {meant}, or put it in quotes if "
-        "it is text",
+        problem=f"{word:.60} means one thing in YAML 1.1 and another in YAML 1.2: write {meant}, or put it in quotes "
+        "if it is text",
         problem_mark=node.start_mark,
     )
 
