@@ -306,9 +306,7 @@ def supports(inputs: Inputs, log_probs: Array, off: Array, setting: dict[str, An
     return sure, maybe
 
 
-def nucleus(
-    log_probs: Array, sure: Array, maybe: Array, either: Array, setting: dict[str, Any]
-) -> tuple[Array, Array]:
+def nucleus(log_probs: Array, sure: Array, maybe: Array, either: Array, setting: dict[str, Any]) -> tuple[Array, Array]:
     order = np.argsort(-log_probs, -1, kind="stable")
     likeliest = log_probs.max(-1, keepdims=True)
     reach = either.min(-1, keepdims=True) / setting["temperature"]
@@ -345,7 +343,9 @@ def mixture_sample(inputs: Inputs, impl: Any) -> None:
     context = (combine, setting, keys, got, inputs)
     valid, tokens = got.valid.numpy(), got.tokens.numpy()
     expect((valid == ~np.isnan(exact).any(-1)).all(), "valid", *context)
-    expect((tokens[~valid] == -1).all() and got.log_probs[~got.valid].isnan().all(), "a row that is not valid", *context)
+    expect(
+        (tokens[~valid] == -1).all() and got.log_probs[~got.valid].isnan().all(), "a row that is not valid", *context
+    )
     expect(got.expert_log_probs[:, ~got.valid].isnan().all(), "experts of a row that is not valid", *context)
     rows = np.nonzero(valid)[0]
     tokens = tokens[rows]
@@ -353,7 +353,9 @@ def mixture_sample(inputs: Inputs, impl: Any) -> None:
     close(got.log_probs[rows], exact[rows, tokens], off[rows, tokens], "token's log-probability", *context)
     active = inputs.shares > 0
     each = inputs.own[active][:, rows, tokens]
-    close(got.expert_log_probs[active][:, rows], each, 2e-6 + 6e-7 * np.abs(each), "experts' log-probabilities", *context)
+    close(
+        got.expert_log_probs[active][:, rows], each, 2e-6 + 6e-7 * np.abs(each), "experts' log-probabilities", *context
+    )
     best_token(inputs, exact[rows], off[rows], rows, tokens, setting, context)
 
 
@@ -486,7 +488,9 @@ def kl_rows(log_p: Array, log_q: Array) -> tuple[Array, Array]:
 def mixture_kl(inputs: Inputs, impl: Any) -> None:
     temperature = float(inputs.random.choice((1.0, 1.0, 0.5, 2.0, 1.7, 1e-3, 1e3, 1e-40, 1e300)))
     random = inputs.random
-    student = leaf(inputs.tensor(LOGITS[random.integers(len(LOGITS))](random, (inputs.rows, inputs.size), inputs.dtype)))
+    student = leaf(
+        inputs.tensor(LOGITS[random.integers(len(LOGITS))](random, (inputs.rows, inputs.size), inputs.dtype))
+    )
     weights = leaf(inputs.token_weights)
     loss = impl.mixture_kl(student, inputs.logits, inputs.weights, weights, temperature)
     context = (inputs, temperature, weights, student)
@@ -502,7 +506,9 @@ def mixture_kl(inputs: Inputs, impl: Any) -> None:
     gradient = np.where(broken_rows[:, None], np.nan, np.exp(log_q) - np.exp(log_p))
     gradient = np.where(w[:, None] != 0, w[:, None] * gradient / temperature, 0.0)
     grad_student, grad_weights = backward(loss, [student, weights])
-    check_gradient(grad_student, gradient, (3e-6 * np.abs(w[:, None]) + 3e-45) / temperature, "gradient of the student", *context)
+    check_gradient(
+        grad_student, gradient, (3e-6 * np.abs(w[:, None]) + 3e-45) / temperature, "gradient of the student", *context
+    )
     check_gradient(grad_weights, losses, off, "gradient of the weights", *context)
 
 
@@ -519,7 +525,9 @@ class Linear:
         size = np.abs(self.h) @ np.abs(self.v).T
         self.off = rounding * size.max(-1, initial=0.0) / temperature + 2e-6
 
-    def check_gradients(self, loss: Tensor, logits_gradient: Array, w: Array, temperature: float, *context: object) -> None:
+    def check_gradients(
+        self, loss: Tensor, logits_gradient: Array, w: Array, temperature: float, *context: object
+    ) -> None:
         """Of hidden states and head, from dL/dlogits without the weights of the rows."""
         grad_hidden, grad_head = backward(loss, [self.hidden, self.head])
         weighted = np.where(w[:, None] != 0, w[:, None] * logits_gradient, 0.0)
@@ -532,7 +540,13 @@ class Linear:
         off = room * np.abs(self.v).sum(0) + eps * (np.abs(weighted) @ np.abs(self.v)) * 2
         check_gradient(grad_hidden, weighted @ self.v, off, "gradient of the hidden states", *context)
         off = (room.T @ np.abs(self.h)) + eps * (np.abs(weighted).T @ np.abs(self.h)) * 2
-        check_gradient(grad_head, weighted.T @ self.h, np.broadcast_to(off, (size, off.shape[-1])), "gradient of the head", *context)
+        check_gradient(
+            grad_head,
+            weighted.T @ self.h,
+            np.broadcast_to(off, (size, off.shape[-1])),
+            "gradient of the head",
+            *context,
+        )
 
 
 def linear_weighted_cross_entropy(inputs: Inputs, impl: Any) -> None:
@@ -548,7 +562,9 @@ def linear_weighted_cross_entropy(inputs: Inputs, impl: Any) -> None:
     gradient = np.exp(log_q)
     gradient[rows, picked] -= 1
     model.check_gradients(loss, gradient, w, 1.0, inputs, labels, weights)
-    check_gradient(weights.grad, losses, np.where(w != 0, 2 * model.off, 0.0), "gradient of the weights", inputs, labels)
+    check_gradient(
+        weights.grad, losses, np.where(w != 0, 2 * model.off, 0.0), "gradient of the weights", inputs, labels
+    )
 
 
 def linear_mixture_kl(inputs: Inputs, impl: Any) -> None:
@@ -655,7 +671,9 @@ def arguments_of(name: str) -> dict[str, Any]:
     }
     if name in ("token_scores", "weighted_cross_entropy"):
         pool["logits"] = pool["logits"][0]
-    return {argument: pool[argument] for argument in inspect.signature(getattr(ops, name)).parameters if argument in pool}
+    return {
+        argument: pool[argument] for argument in inspect.signature(getattr(ops, name)).parameters if argument in pool
+    }
 
 
 NUMBERS = ("temperature", "top_k", "top_p", "min_p")

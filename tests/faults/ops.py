@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-
 from tests.faults.battery import Case
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +29,9 @@ def cases(long: bool, seed: int) -> Iterator[Case]:
     yield Case("plain torch", functools.partial(in_process, "reference", 400 * scale, seed + 1))
     for capability in CAPABILITIES[:2]:
         name = f"the compiled kernels, ATEN_CPU_CAPABILITY={capability}"
-        yield Case(name, functools.partial(elsewhere, {"ATEN_CPU_CAPABILITY": capability}, "cpp", 250 * scale, seed + 2))
+        yield Case(
+            name, functools.partial(elsewhere, {"ATEN_CPU_CAPABILITY": capability}, "cpp", 250 * scale, seed + 2)
+        )
     interpreted = {"TRITON_INTERPRET": "1"}
     yield Case("Triton, interpreted", functools.partial(elsewhere, interpreted, "triton", 20 * scale, seed + 3))
     if long:
