@@ -86,6 +86,8 @@ def settle(folder: Path) -> None:
         return
     old, new = _listed(folder), _listed(ready)
     for name in new:
+        if not _is_inside(folder, name):
+            raise FileExistsError(f"{folder / name} would be written through a link: move the link away")
         _put(ready / name, folder / name)
     # A README that was written on since is nobody's but its writer's.
     gone = [name for name in old.keys() - new.keys() if name != _CARD or _digest(folder / name) == old[name]]
@@ -98,7 +100,8 @@ def settle(folder: Path) -> None:
             up.rmdir()
     # Until here the old list says what is ours, should this have to be done again.
     _put(ready / MANIFEST, folder / MANIFEST)
-    sync(folder)
+    for up in {(folder / name).parent for name in [*new, MANIFEST]}:
+        sync(up)
     # From here on the ready files do not count, so that a kill while they are deleted does no harm.
     _discard(folder / _PARTIAL)
     ready.rename(folder / _PARTIAL)
@@ -116,7 +119,6 @@ def _put(source: Path, place: Path) -> None:
     except OSError:
         shutil.copy2(source, beside)
     beside.replace(place)
-    sync(place.parent)
 
 
 def _require_writable(folder: Path, kind: str) -> None:

@@ -169,6 +169,18 @@ def test_a_list_that_names_files_elsewhere_deletes_nothing(name: str, tmp_path: 
     assert (tmp_path / "precious").exists() and (tmp_path / "elsewhere" / "precious").exists()
 
 
+def test_files_that_a_stranger_made_ready_are_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x").write_text("only copy")
+    write(tmp_path / "a", {"link/x": "theirs"})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a").rename(tmp_path / "b" / ".ensemw2s-ready")
+    (tmp_path / "b" / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError, match="link/x would be written through a link"):
+        write(tmp_path / "b", {"y": "ours"})
+    assert (tmp_path / "elsewhere" / "x").read_text() == "only copy"
+
+
 def test_a_failure_leaves_all_as_it_was(tmp_path: Path) -> None:
     write(tmp_path / "a", {"x": "1"})
     for error, expected in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "full"), DiskFullError)):

@@ -7,6 +7,7 @@ nothing on disk.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import io
@@ -27,6 +28,7 @@ from unittest import mock
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 from ensemw2s import TokenEnsemble
 from ensemw2s.adapters import KINDS, check_peft_config
@@ -114,8 +116,6 @@ def good() -> Path:
     root = Path(tempfile.mkdtemp(prefix="faults-good-"))
     # In this process alone: a forked child must not delete what its parent uses.
     owner = os.getpid()
-    import atexit
-
     atexit.register(lambda: shutil.rmtree(root, ignore_errors=True) if os.getpid() == owner else None)
     adapters = saved_adapters(root / "adapters", 2)
     weights = [1.0, 2.0]
@@ -786,6 +786,7 @@ def adapters_are_refused(room: Path, kind: str) -> None:
 def cases(long: bool, seed: int) -> Iterator[Case]:
     """Yield all cases, or as many as fit into ten seconds."""
     generator = random.Random(seed)
+    logging.disable_progress_bar()
     folders = [_folder_case(row) for row in rows()]
     yield from folders if long else generator.sample(folders, 50)
     closed = [("own", "config.json"), ("own", "base/model.safetensors"), ("own", "experts/2/adapter_config.json"),
