@@ -385,7 +385,11 @@ def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTo
 
 
 def check_answer_ids(
-    answers: Dataset, tokenizer: PreTrainedTokenizerBase, question_format: QuestionFormat, ends: Sequence[int]
+    answers: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    question_format: QuestionFormat,
+    ends: Sequence[int],
+    name: str = "this tokenizer",
 ) -> None:
     """Check that a tokenizer reads the tokens `answer_ids` as the teacher did who chose them.
 
@@ -394,6 +398,7 @@ def check_answer_ids(
         tokenizer: of the model that is to be trained on them, or to be asked about them.
         question_format: how a question becomes tokens.
         ends: the ids that end an answer of that model.
+        name: what errors call the tokenizer.
 
     Raises:
         ValueError: tokens that are another text than `answer`, or do not end as the model's answers do; names the row.
@@ -407,7 +412,7 @@ def check_answer_ids(
         wanted = question_format.end_token and row.get("finished", True)
         if text != row["answer"].strip() or ended is not wanted:
             raise ValueError(
-                f"the answers, id {row.get('id', index)}: this tokenizer reads the teacher's tokens as {text!r}"
+                f"the answers, id {row.get('id', index)}: {name} reads the teacher's tokens as {text!r}"
                 f"{' and an end token' if ended else ''}, the teacher meant {row['answer']!r}"
                 f"{' and an end token' if wanted else ''}: "
                 'variant="soft" needs a student with the teacher\'s tokenizer (use variant="sft" with another one), '

@@ -218,7 +218,7 @@ class StudentTrainer:
         known = None
         if soft and "answer_ids" in answers.column_names:
             stops = end_tokens(self.processing_class, getattr(self.model, "generation_config", None))
-            check_answer_ids(answers, self.processing_class, question_format, stops)
+            check_answer_ids(answers, self.processing_class, question_format, stops, "the student's tokenizer")
             known = with_own_end(answers, self.processing_class.eos_token_id, stops)
         examples = tokenize_questions(
             answers, self.processing_class, question_format, "train_dataset", answer_ids=known

@@ -9,6 +9,7 @@ across the boundary, the prompt keeps its tokens and what follows gets those tha
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,8 +108,13 @@ class PromptTokens:
 
     def read(self, ids: list[int]) -> str:
         """Return the text that `ids` add to the prompt: some tokenizers drop a space from the first token of a text."""
-        before, whole = decode(self.ids, self.tokenizer), decode([*self.ids, *ids], self.tokenizer)
-        return whole[len(before) :] if whole.startswith(before) else decode(ids, self.tokenizer)
+        whole = decode([*self.ids, *ids], self.tokenizer)
+        return whole[len(self._read) :] if whole.startswith(self._read) else decode(ids, self.tokenizer)
+
+    @functools.cached_property
+    def _read(self) -> str:
+        """Return the text of the prompt's own tokens."""
+        return decode(self.ids, self.tokenizer)
 
     def _ways(self, text: str) -> Iterator[list[int]]:
         """Yield tokens for `text`, the best first."""
@@ -152,6 +158,8 @@ def require_readable(prompt: PromptTokens) -> None:
 
 def _front(text: str, body: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return what the tokenizer puts in front of a text; what it appends would stand between prompt and answer."""
+    if not tokenizer.num_special_tokens_to_add():
+        return []
     whole = list(tokenizer(text)["input_ids"])
     for start in range(len(whole) - len(body) + 1):
         if whole[start : start + len(body)] == body:

@@ -222,7 +222,10 @@ def test_a_student_ends_its_answers_in_its_own_way(tmp_path: Path) -> None:
     forced = cache_teacher(teacher, answers, tokenizer(), top_logprobs=6, question_format=FORMAT)
     assert forced["answer_ids"] == answers["answer_ids"]
     # Ends that are none to the student.
-    with pytest.raises(ValueError, match=r"reads the teacher's tokens as .*, the teacher meant .* and an end token"):
+    with pytest.raises(
+        ValueError,
+        match=r"the student's tokenizer reads the teacher's tokens as .*, the teacher meant .* and an end token",
+    ):
         args = StudentConfig(output_dir=str(tmp_path), variant="soft", disable_tqdm=True)
         StudentTrainer(llama(3), args, answers, tokenizer(), question_format=FORMAT)
 
