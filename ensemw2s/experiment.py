@@ -163,8 +163,11 @@ class Experiment:
         splits = dict(split_questions(easy, {name: sizes[name] for name in SPLITS[:3]}, self.config.seed))
         splits |= split_questions(hard, {name: sizes[name] for name in SPLITS[3:]}, self.config.seed)
         check_disjoint(splits)
-        for name, questions in splits.items():
-            write_json_lines(self._data_file(name), list(questions))
+        # What else came along is not read any more, and may be nothing that JSON can say (dates, NaN).
+        columns = ("id", "prompt", "answer", "choices", *(("difficulty", "fold") if questions is not None else ()))
+        for name, split in splits.items():
+            kept = [column for column in columns if column in split.column_names]
+            write_json_lines(self._data_file(name), list(split.select_columns(kept)))
         self.say("questions: " + ", ".join(f"{name} {len(splits[name])}" for name in SPLITS))
         return records + [{"kind": "questions", "split": name, "n": len(splits[name])} for name in SPLITS]
 

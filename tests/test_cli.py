@@ -154,3 +154,64 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     assert main(["run", config]) == 0
     assert single.stat().st_mtime_ns == before
     assert (tmp_path / "run" / "small" / "report.html").exists()
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException) -> int:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(experiment.Experiment, "run", fail)
+    return main(["run", write(tmp_path, settings(tmp_path))])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/a/b"),
+            "error: /a/b: Permission denied. This user may not",
+        ),
+        (OSError(errno.EROFS, "Read-only file system", "/a"), "error: /a: Read-only file system. This disk can only"),
+        (OSError(errno.EFBIG, "File too large"), "error: File too large. No file may grow so large here"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x"), "error: x: File name too long. File systems take"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "x"), "error: x: Is a directory. A folder is where a file"),
+        (
+            FileExistsError(errno.EEXIST, "File exists", "x"),
+            "error: x: File exists. A file is where a folder should be",
+        ),
+        (MemoryError(), "error: there is not enough memory"),
+        (RecursionError("maximum recursion depth exceeded"), "error: something in the input is nested too deeply"),
+        (yaml.YAMLError("bad"), "error: bad"),
+        (ValueError(), "error: ValueError"),
+        (ValueError("a\x1b[31mb\u202e"), "error: a\\x1b[31mb\\u202e\n"),
+    ],
+)
+def test_errors_become_sentences(
+    error: Exception, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert failing(monkeypatch, tmp_path, error) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_message_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert failing(monkeypatch, tmp_path, ValueError("x" * 10**6)) == 2
+    assert len(capsys.readouterr().err) < 2100
+
+
+def test_an_unexpected_error_asks_for_a_report_and_shows_its_traceback_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert failing(monkeypatch, tmp_path, KeyError("lost")) == 1
+    said = capsys.readouterr().err
+    assert "unexpected error, a fault of ensemw2s: KeyError: 'lost'. Please report it" in said
+    assert "ENSEMW2S_DEBUG=1" in said and said.count("\n") == 1
+    monkeypatch.setenv("ENSEMW2S_DEBUG", "1")
+    with pytest.raises(KeyError, match="lost"):
+        failing(monkeypatch, tmp_path, KeyError("lost"))
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert failing(monkeypatch, tmp_path, BrokenPipeError(errno.EPIPE, "Broken pipe")) == 141
+    assert capfd.readouterr().err == ""

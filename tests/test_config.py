@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ensemw2s.config import build_config, load_config
+from ensemw2s.config import STUDENTS, build_config, load_config
 from ensemw2s.models import load_model
 from tests.test_experiment import settings
 
@@ -215,3 +215,64 @@ def test_where_results_are_kept_does_not_decide_them(tmp_path: Path) -> None:
     path = write(tmp_path, settings(tmp_path) | {"task": "letters"})
     assert load_config(path).results_key() == load_config(path, ["name=other", "output_dir=x"]).results_key()
     assert load_config(path).results_key() != load_config(path, ["seed=1"]).results_key()
+
+
+def test_a_setting_of_all_students_must_do_something_for_one(tmp_path: Path) -> None:
+    path = write(tmp_path, settings(tmp_path, students=STUDENTS))
+    with pytest.raises(
+        ValueError, match=r"student\.temperature=2 does nothing, because none of student_single, .*soft"
+    ):
+        load_config(path, ["student.temperature=2"])
+    # One reads it, the others are built without it.
+    config = load_config(path, ["student.temperature=2", "students.student_ensemble.variant=soft"])
+    found = {arm: config.student_arm_config(arm, tmp_path).temperature for arm in config.students}
+    assert found == {"student_single": 1.0, "student_ensemble": 2, "ceiling": 1.0}
+    with pytest.raises(ValueError, match=r"students\.ceiling\.temperature=2 does nothing without variant"):
+        load_config(path, ["students.ceiling.temperature=2"])
+
+
+def test_an_ensemble_inherits_what_it_reads(tmp_path: Path) -> None:
+    path = write(tmp_path, settings(tmp_path))
+    config = load_config(path, ["boosting.shrinkage=0.5", "ensembles={same: {sampling: all}}"])
+    assert config.ensemble_config("same", tmp_path).shrinkage == 1.0
+    with pytest.raises(ValueError, match=r"ensembles\.own\.shrinkage=0.5 does nothing without weights"):
+        load_config(path, ["ensembles={own: {sampling: all, shrinkage: 0.5}}"])
+    with pytest.raises(ValueError, match=r"boosting\.lora_ranks needs adapters: give `lora` its settings"):
+        load_config(path, ["lora=null", "boosting.lora_ranks=[1, 2]"])
+
+
+def test_errors_of_transformers_and_peft_get_their_keys(tmp_path: Path) -> None:
+    path = write(tmp_path, settings(tmp_path, students=STUDENTS))
+    for override, message in (
+        ("boosting.lr_scheduler_type=x", r"boosting\.lr_scheduler_type: x is not a valid SchedulerType"),
+        ("student.save_strategy=x", r"student\.save_strategy: x is not a valid SaveStrategy"),
+        ("lora.r=0", r"lora\.r must be at least 1, got 0"),
+        ("student.num_train_epochs=-1", r"student\.num_train_epochs must be above 0 and finite, got -1"),
+        ("students.ceiling.seed=1", r"unknown key students\.ceiling\.seed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_config(path, [override])
+
+
+def test_what_a_run_writes_of_its_name_is_read_back(tmp_path: Path) -> None:
+    # JSON writes an emoji as two halves, which YAML would read as two characters.
+    kept = write(tmp_path, settings(tmp_path) | {"name": "run 😀 \u2028 \x7f"}, "config.json")
+    assert "\\ud83d" in kept.read_text()
+    assert load_config(kept).name == "run 😀 \u2028 \x7f"
+
+
+def test_huge_and_deep_settings_are_refused_in_few_words(tmp_path: Path) -> None:
+    deep: Any = "x"
+    for _ in range(100):
+        deep = {"a": deep}
+    holding_itself: dict[str, Any] = {}
+    holding_itself["a"] = holding_itself
+    for value in (deep, holding_itself):
+        with pytest.raises(ValueError, match="is nested more than 64 levels deep"):
+            build_config(settings(tmp_path) | {"lora": value})
+    with pytest.raises(ValueError, match=r"name must be str, got \['xxx") as caught:
+        build_config(settings(tmp_path) | {"name": ["x" * 10**6] * 100})
+    assert len(str(caught.value)) < 300
+    for value in (b"x", {1}, object()):
+        with pytest.raises(ValueError, match="name must be text, a number, true, false, null"):
+            build_config(settings(tmp_path) | {"name": value})

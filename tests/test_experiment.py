@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -434,3 +436,15 @@ def test_the_line_of_a_round_says_all_that_matters() -> None:
     )  # fmt: skip
     for words in ("round 2/3", "ε 0.250", "0.800", "α 2.48", "750 of 1000 (75%)", "expert 50.0%", "ensemble 60.0%"):
         assert words in line
+
+
+def test_columns_that_json_cannot_hold_do_not_stop_a_run(tmp_path: Path) -> None:
+    values = settings(tmp_path)
+    rows = questions(60)
+    dates = [datetime.date(2024, 1, 1)] * 60
+    rows.add_column("when", dates).add_column("difficulty", [math.nan] * 60).to_parquet(tmp_path / "easy.parquet")
+    values["data"]["easy"] = {"file": str(tmp_path / "easy.parquet")}
+    experiment = Experiment(build_config(values))
+    experiment.run(("data",))
+    assert experiment._questions("train").column_names == ["id", "prompt", "answer"]
+    assert set(experiment._questions("train")["prompt"]) <= set(rows["prompt"])

@@ -146,3 +146,19 @@ def test_a_disk_too_small_for_a_new_array_is_told_before_it_is_written(
     with pytest.raises(DiskFullError, match=r"a\.npy"), new_array(tmp_path / "a.npy", 1000):
         raise AssertionError("the block must not run")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_strangers_file_is_not_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    for text in (b"precious", b'{"a": 1}\nnotes', b"[1, 2]", b'{"a": 1}\n[2]\n{"b'):
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match=r"notes\.txt"):
+            read_complete_lines(path)
+        assert path.read_bytes() == text
+
+
+def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"a": }\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2 is not valid JSON"):
+        read_complete_lines(path)

@@ -477,3 +477,31 @@ def test_the_progress_bar_has_the_phases_name_and_all_its_steps(
         assert shown.out == ""
         assert ("training expert 2 of 3" in shown.err) is not disabled
         assert ("2/2" in shown.err and "loss=" in shown.err) is not disabled
+
+
+@pytest.mark.parametrize("settings", [{"dataloader_drop_last": True, "per_device_train_batch_size": 64}])
+def test_a_training_without_a_step_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    examples, weights = ragged(5, seed=0)
+    with pytest.raises(
+        ValueError, match=r"test: not one step was made on 5 examples, with num_train_epochs=1.*drop_last"
+    ):
+        run(tmp_path, examples, weights, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_train_epochs": -1}, "num_train_epochs must be above 0 and finite, got -1"),
+        ({"max_steps": 0}, "max_steps must be -1 or at least 1, got 0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, got 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be at least 0, got nan"),
+        ({"seed": -1}, "seed must be from 0 to 4294967295, got -1"),
+        ({"train_sampling_strategy": "sorted"}, "train_sampling_strategy must be one of random, sequential"),
+    ],
+)
+def test_arguments_that_would_void_a_training_are_refused(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **settings)

@@ -173,7 +173,7 @@ def test_every_declared_setting_is_read() -> None:
     for kind in SETTINGS:
         for field in dataclasses.fields(kind):
             if field.name not in theirs and field.name not in read_whole.get(kind, ()):
-                assert re.search(rf"\w\.{field.name}\b(?! =)", text), f"{kind.__name__}.{field.name}"
+                assert re.search(rf"\w\.{field.name}\b(?! = )", text), f"{kind.__name__}.{field.name}"
 
 
 def test_every_number_of_a_setting_has_a_range() -> None:
