@@ -15,7 +15,7 @@ import torch
 
 from ensemw2s import BoostingConfig, BoostingTrainer, TokenEnsemble, boosting
 from ensemw2s.data import tokenize_questions
-from ensemw2s.files import read_array, read_json, write_json
+from ensemw2s.files import read_array, read_json, settle, write_json
 from ensemw2s.scoring import score_answers
 from ensemw2s.trainer import closing_identity
 from ensemw2s.training import AnswerTrainer
@@ -138,6 +138,7 @@ def test_the_closing_identity_check_notices_a_changed_weight(model: Path, tmp_pa
     weights = read_array(file)
     weights[:5] *= 1.01
     np.save(file, weights / weights.sum())
+    settle(file)
     assert closing_identity(tmp_path)[0]["identity_gap"] > 1e-6
 
 
