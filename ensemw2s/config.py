@@ -250,8 +250,6 @@ class ExperimentConfig:
         `resolved` holds what recipes and defaults stand for, so that results of another version's are not mistaken.
         """
         plain = json.loads(json.dumps(dataclasses.asdict(self)))
-        # What a run is called by its records, also after its folder was renamed.
-        plain["task"] = self.task or self.name
         plain["resolved"] = {arm: self._resolved(arm) for arm in ("ensemble", *self.ensembles)}
         return {key: value for key, value in plain.items() if key not in ("name", "output_dir", "store")}
 

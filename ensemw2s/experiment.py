@@ -484,13 +484,21 @@ class Experiment:
     def _claimed(self, overwrite: bool = False) -> AbstractContextManager[None]:
         """Return the right to work in the run's folder, for a block."""
         remedy = "pass --overwrite to delete that run"
-        return claimed(self.folder, RUN, self.config.results_key(), overwrite=overwrite, remedy=remedy)
+        return claimed(self.folder, RUN, self._description(), overwrite=overwrite, remedy=remedy)
+
+    def _description(self) -> dict[str, Any]:
+        """Return what decides the results and, by name, what the records are of, also when the folder is renamed."""
+        return {**self.config.results_key(), "task": self._task}
+
+    @property
+    def _task(self) -> str:
+        return self.config.task or self.config.name
 
     def _keep_config(self) -> None:
         file = self.folder / "config.json"
         if not file.exists():
             own = {"name": self.config.name, "output_dir": self.config.output_dir}
-            write_json(file, {**own, **self.config.results_key()})
+            write_json(file, {**own, **self._description()})
 
     def _require_earlier(self, phase: str) -> None:
         for earlier in PHASES[: PHASES.index(phase)]:
@@ -501,7 +509,7 @@ class Experiment:
 
     def _of_this_run(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Return the record with this run's task and seed, where a report of many runs tells runs apart by them."""
-        run = {"task": self.config.task or self.config.name, "seed": self.config.seed}
+        run = {"task": self._task, "seed": self.config.seed}
         return {**record, **(run if record["kind"] in POOLED_KINDS else {})}
 
     def _collect_results(self) -> None:
