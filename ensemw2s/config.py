@@ -54,7 +54,13 @@ _Loader.add_implicit_resolver(
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model: its source (`models.load_model`), the layers kept ("0-11,22-29"; None keeps all), and its dtype."""
+    """A model.
+
+    Attributes:
+        source: a folder, a hub id, `package:NAME` or `scratch:NAME`; see `load_model`.
+        keep_layers: the decoder layers to keep, e.g. "0-11,22-29", numbered from 0; None keeps all.
+        dtype: of its weights: "float32", "bfloat16" or "float16", or "auto" for the one that they are saved in.
+    """
 
     source: str
     keep_layers: str | None = None
@@ -75,7 +81,10 @@ class DifficultyConfig:
     """How the questions of one source are split by their difficulty.
 
     Attributes:
-        easy, hard, tolerance, resolution: see `difficulty.split_by_difficulty`.
+        easy: the share of the easiest questions that count as easy, above 0; see `split_by_difficulty`.
+        hard: the share of the hardest questions that count as hard, above 0.
+        tolerance: how far off these shares may be, in [0, 1]: a cut falls between two values, never among ties.
+        resolution: difficulties are rounded to its multiples before they are compared; 0 compares them as they are.
         folds: rate the questions first, by cross-fitting with so many folds (`difficulty.rate_difficulty`), at least 2;
             None takes their own column `difficulty`.
     """
@@ -135,7 +144,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LabellingConfig:
-    """How teachers answer the unlabelled questions (greedily)."""
+    """How teachers answer the unlabelled questions: greedily, in batches.
+
+    Attributes:
+        max_new_tokens: the longest pseudo-answer in tokens, its end token included.
+        batch_size: questions decoded together, on each process.
+    """
 
     max_new_tokens: int = 32
     batch_size: int = 32
