@@ -14,21 +14,23 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import tomllib
 import yaml
-from sybil import Document, Example, Lexeme, Region, Sybil
+from sybil import Document, Example, Region, Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
 from ensemw2s import cli
 from ensemw2s.config import build_config, load_config, merge_settings, read_settings
+from ensemw2s.study import load_study
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+_TEXTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+PAGES = [page for page in _TEXTS if "```" in page.read_text(encoding="utf-8")]
 _INFO = re.compile(r"(?P<language>\w*)(?P<attributes>[^\n]*)\n")
 _TITLE = re.compile(r'title="([^"]+)"')
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -79,14 +81,19 @@ def _shell(example: Example) -> None:
     example.namespace[_PRINTED] = printed.getvalue()
 
 
-def _file(example: Example) -> None:
-    """Write a block with a title to the file of that name; one without is a part of a configuration."""
-    title, text = example.region.lexemes["title"], str(example.parsed)
+def _json(example: Example) -> None:
+    """Write a block with a title to the file of that name; later blocks read it."""
+    Path(example.region.lexemes["title"]).write_text(example.parsed, encoding="utf-8")
+
+
+def _yaml(example: Example) -> None:
+    """Read a block with a title as the study that it is, and one without as a part of a configuration."""
+    title = example.region.lexemes["title"]
     if title:
-        Path(title).parent.mkdir(parents=True, exist_ok=True)
-        Path(title).write_text(text, encoding="utf-8")
-    elif example.region.lexemes["language"] == "yaml":
-        build_config(merge_settings(read_settings("examples/reverse_words.yaml", quick=True), yaml.safe_load(text)))
+        Path(title).write_text(example.parsed, encoding="utf-8")
+        load_study(title)
+    else:
+        build_config(merge_settings(read_settings("examples/reverse_words.yaml"), yaml.safe_load(example.parsed)))
 
 
 def _text(example: Example) -> None:
@@ -109,7 +116,7 @@ def require_alike(expected: str, printed: str) -> None:
 
 
 EVALUATORS: dict[str, Callable[[Example], None]] = {
-    "python": _python, "bash": _shell, "yaml": _file, "json": _file, "text": _text,
+    "python": _python, "bash": _shell, "yaml": _yaml, "json": _json, "text": _text,
 }  # fmt: skip
 
 

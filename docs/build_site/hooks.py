@@ -1,6 +1,6 @@
 """What the site holds beside its pages: the examples, every key of a configuration, the help of the command line.
 
-A page asks for generated text with a line such as `<!-- generated: boosting -->`; the names are the keys of `GENERATED`.
+A page asks for text with a line such as `<!-- generated: boosting -->`; the names are the keys of `GENERATED`.
 """
 
 from __future__ import annotations
