@@ -165,7 +165,7 @@ class _ModelRun:
             self.device = next(model.parameters()).device
             self.head = output_head(model)
             self.vocabulary = int(model.config.get_text_config().vocab_size)
-            # Whose logits are changed behind the head has to make them in its own forward pass.
+            # A model that changes its logits behind the head has to make them in its own forward pass.
             token = torch.zeros(copies, 1, dtype=torch.int64, device=self.device)
             self.ends_in_head = gives_the_logits(self.head, model, {"input_ids": token, "use_cache": False})
 

@@ -7,6 +7,7 @@ do. A block that nobody knows how to check fails.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -26,6 +27,7 @@ from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
 from ensemw2s import cli
 from ensemw2s.config import build_config, load_config, merge_settings, read_settings
+from ensemw2s.records import read_records
 from ensemw2s.study import load_study
 
 ROOT = Path(__file__).parent.parent
@@ -146,7 +148,18 @@ def _set(environment: list[str]) -> Iterator[None]:
 
 
 def _ensemw2s(arguments: list[str]) -> None:
+    if arguments[0] == "study":
+        _require_measured(cli._parse(arguments))
     assert cli.main(arguments) == 0, f"ensemw2s {shlex.join(arguments)} ended with an error"
+
+
+def _require_measured(options: argparse.Namespace) -> None:
+    """Refuse to begin a cell of a study here, which would take minutes or hours."""
+    study = load_study(options.config, options.overrides)
+    if options.tasks:
+        study = study.with_tasks(options.tasks.split(","))
+    measured = {record["key"] for record in read_records(options.records) if record["kind"] == "cell"}
+    assert all(cell.key in measured for cell in study.cells()), f"{options.records} lacks cells of {options.config}"
 
 
 def _parses(arguments: list[str]) -> None:

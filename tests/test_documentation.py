@@ -126,6 +126,7 @@ def test_other_outputs_are_not_alike(printed: str) -> None:
         ("```python\nundefined_name\n```", "undefined_name"),
         ('```python\nprint(1)\n```\n\n```text title="Output"\ntwo\n```', "expected"),
         ("```bash\nensemw2s run nothing.yaml\n```", "ended with an error"),
+        ("```bash\nensemw2s study examples/real.yaml --records docs/results/real.jsonl\n```", "lacks cells"),
         ("```bash\nmake nothing\n```", "nothing"),
         ('```bash\npip install "ensemw2s[nothing]"\n```', "no extra"),
         ("```bash\nrm -rf run\n```", "nobody knows"),
