@@ -56,11 +56,12 @@ def keys_of(kind: type, prefix: str = "", only: Sequence[str] | None = None) -> 
     """Yield the keys that a dataclass gives to a configuration, each with its type, default and meaning."""
     meanings, types = described(kind), get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(types[field.name]) or (only is not None and field.name not in only):
+        if only is not None and field.name not in only:
             continue
         if field.name not in meanings:
             raise PluginError(f"{kind.__name__} does not say what {field.name} is: add it to `Attributes:`")
-        yield f"`{prefix}{field.name}` · {_type(field)}, {_default(field)}"
+        declared = "keys of its own, below" if dataclasses.is_dataclass(types[field.name]) else _type(field)
+        yield f"`{prefix}{field.name}` · {declared}, {_default(field)}"
         yield f":   {meanings[field.name]}\n"
 
 
@@ -81,7 +82,7 @@ def _type(field: dataclasses.Field[Any]) -> str:
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default_factory is not dataclasses.MISSING:
         value: Any = field.default_factory()
-        return "not given" if not value else f"default `{value}`"
+        return f"default `{value}`" if value and isinstance(value, dict) else "optional"
     return "needed" if field.default is dataclasses.MISSING else f"default `{field.default!r}`"
 
 
