@@ -64,7 +64,7 @@ test-slow: $(READY)
 
 # The top of the report of `make quick`, as the README shows it.
 picture:
-	chromium --headless --no-sandbox --hide-scrollbars --window-size=1200,1000 \
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1200,1560 \
 		--screenshot=docs/report.png "file://$(CURDIR)/run/reverse_letters/report.html"
 
 # Nothing is fetched. The variable keeps mkdocs-material from advertising its successor.
