@@ -2,14 +2,14 @@
 PYTHON ?= python3
 # A CPU build where the package index offers one; elsewhere PyPI's default, which is a CUDA build of gigabytes.
 TORCH  ?= torch==2.13.0
-EXTRAS ?= demo,test,dev,triton,eval
+EXTRAS ?= demo,test,dev,docs,triton,eval
 CONFIG ?= examples/reverse_words.yaml
 
 BIN   := .venv/bin
 READY := .venv/.ready
 CPP_FILES := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulation/*'
 
-.PHONY: help setup demo quick study results test test-slow lint format benchmarks check-wheel check-sanitizers check-faults gpu-check clean
+.PHONY: help setup demo quick study results docs picture test test-slow lint format benchmarks check-wheel check-sanitizers check-faults gpu-check clean
 
 help:
 	@echo "make demo        boost, label, teach and measure on a real 135M model (CONFIG=$(CONFIG))"
@@ -17,7 +17,8 @@ help:
 	@echo "make study       the cells that docs/results/ lacks (STUDY=small_pair|..., JOBS=2, MINUTES=60: a piece of it)"
 	@echo "make results     docs/results.md and its plots, from those records"
 	@echo "make test        the test suite            make test-slow    with the slow tests"
-	@echo "make lint        ruff, mypy, clang-format  make format       rewrite in the house style"
+	@echo "make lint        ruff, mypy, clang-format, the site   make format  rewrite in the house style"
+	@echo "make docs        the documentation site, in site/"
 	@echo "make benchmarks  kernel benchmarks         make check-wheel  build and try wheel and sdist"
 	@echo "make gpu-check   build, test and measure on the GPU of this machine, if it has one"
 	@echo "make check-sanitizers  the op tests under AddressSanitizer and UBSan (slow)"
@@ -61,11 +62,23 @@ test: $(READY)
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" $(ARGS)
 
+# The top of the report of `make quick`, as the README shows it.
+picture:
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1200,1560 \
+		--screenshot=docs/report.png "file://$(CURDIR)/run/reverse_letters/report.html"
+
+# Nothing is fetched. The variable keeps mkdocs-material from advertising its successor.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+docs: $(READY)
+	$(MKDOCS)
+	@echo site/index.html
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	git ls-files $(CPP_FILES) | xargs $(BIN)/clang-format --dry-run --Werror
+	$(MKDOCS) --strict --site-dir build/site
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -90,4 +103,4 @@ gpu-check:
 	$(PYTHON) tests/gpu_check.py
 
 clean:
-	rm -rf build dist *.egg-info ensemw2s/*.so .venv
+	rm -rf build dist site *.egg-info ensemw2s/*.so .venv

@@ -20,8 +20,10 @@ _HOME = {
     "rate_difficulty": "difficulty",
     "split_by_difficulty": "difficulty",
     "QuestionFormat": "data",
+    "exclude_questions": "data",
     "load_questions": "data",
     "split_questions": "data",
+    "tokenize_questions": "data",
     "load_model": "models",
     "load_tokenizer": "models",
     "score_answers": "scoring",
@@ -31,8 +33,10 @@ __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from ensemw2s.data import QuestionFormat as QuestionFormat
+    from ensemw2s.data import exclude_questions as exclude_questions
     from ensemw2s.data import load_questions as load_questions
     from ensemw2s.data import split_questions as split_questions
+    from ensemw2s.data import tokenize_questions as tokenize_questions
     from ensemw2s.difficulty import rate_difficulty as rate_difficulty
     from ensemw2s.difficulty import split_by_difficulty as split_by_difficulty
     from ensemw2s.ensemble import EnsembleConfig as EnsembleConfig

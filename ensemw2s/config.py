@@ -47,7 +47,13 @@ _MOST_BASES = 20
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model: its source (`models.load_model`), the layers kept ("0-11,22-29"; None keeps all), and its dtype."""
+    """A model.
+
+    Attributes:
+        source: a folder, a hub id, `package:NAME` or `scratch:NAME`; see `load_model`.
+        keep_layers: the decoder layers to keep, e.g. "0-11,22-29", numbered from 0; None keeps all.
+        dtype: of its weights: "float32", "bfloat16" or "float16", or "auto" for the one that they are saved in.
+    """
 
     source: str
     keep_layers: str | None = None
@@ -71,7 +77,10 @@ class DifficultyConfig:
     """How the questions of one source are split by their difficulty.
 
     Attributes:
-        easy, hard, tolerance, resolution: see `difficulty.split_by_difficulty`.
+        easy: the share of the easiest questions that count as easy, above 0; see `split_by_difficulty`.
+        hard: the share of the hardest questions that count as hard, above 0.
+        tolerance: how far off these shares may be, in [0, 1]: a cut falls between two values, never among ties.
+        resolution: difficulties are rounded to its multiples before they are compared; 0 compares them as they are.
         folds: rate the questions first, by cross-fitting with so many folds (`difficulty.rate_difficulty`), at least 2;
             None takes their own column `difficulty`.
     """
@@ -130,7 +139,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LabellingConfig:
-    """How teachers answer the unlabelled questions (greedily)."""
+    """How teachers answer the unlabelled questions: greedily, in batches.
+
+    Attributes:
+        max_new_tokens: the longest pseudo-answer in tokens, its end token included.
+        batch_size: questions decoded together, on each process.
+    """
 
     max_new_tokens: int = 32
     batch_size: int = 32
@@ -149,25 +163,26 @@ class ExperimentConfig:
         strong: the student's pre-trained model.
         data: questions.
         lora: settings of `peft.LoraConfig` for experts and students; None trains all weights.
-        boosting: settings of `BoostingConfig`, for the arm `ensemble`; those that train a model train the weak baseline
-            too.
+        boosting: settings of `BoostingConfig`, for the arm `ensemble`. The weak baseline is trained with the same
+            learning rate, epochs and other training settings.
         ensembles: further ensembles of experts to compare with, by the names of their arms: settings that replace those
-            of `boosting`. One that names a `recipe` takes over the rest of `boosting` only as far as it says how a
-            model is trained and how many rounds there are.
+            of `boosting`. An entry that names a `recipe` takes from `boosting` only the training settings and the
+            number of rounds.
         equal_cost: whether there is an arm `equal_cost`: one expert, trained on all answer tokens for as long as those
             of `ensemble` together.
-        student: settings of `StudentConfig`, for all students alike; they train the ceiling too, on
-            the truth by cross entropy. With `variant: soft` and `top_logprobs` teachers label with a cache.
+        student: settings of `StudentConfig`, for all students alike. The ceiling is trained with them as well, but on
+            the truth by cross entropy. With `variant: soft` and `top_logprobs`, teachers keep a cache beside their
+            answers.
         students: the students, by the names of their arms: `teacher` (`single_expert`, `equal_cost`, `ensemble`, one of
             `ensembles`, or `truth`) and settings that replace those of `student`.
         store: folder in which experts are kept for other runs, and found if another has left them there; None keeps
             them in the run's folder, for its own ensembles.
         labelling: how pseudo-answers are decoded.
-        seed: fixes everything.
+        seed: decides everything that is random.
         threads: CPU threads of each process; None leaves it to torch, or shares the machine's CPUs among several
             processes. Sums are rounded differently with another number.
         output_dir: where run folders are made.
-        task: what a report of several runs pools seeds by; None: the run's name.
+        task: a name that runs with other seeds share, by which a report pools them; None takes the run's own name.
     """
 
     name: str
@@ -272,7 +287,8 @@ def load_config(
 ) -> ExperimentConfig:
     """Read an experiment from a YAML or JSON file.
 
-    A key `base` names another such file, relative to this one: keys that this one lacks are taken from there, whole.
+    A key `base` names another such file, relative to this one: a top-level key that this file does not have is taken
+    from there, with everything below it.
 
     Args:
         path: the file, or the folder of a run (which holds its own `config.json`). It is then this folder that the

@@ -56,8 +56,8 @@ class QuestionFormat:
         use_chat_template: pass the filled template through the tokenizer's chat template as the user's message.
         max_length: tokens that prompt and answer may have together; None leaves it to the tokenizer's
             `model_max_length`, which `models.load_tokenizer` sets to the model's context.
-        truncate_prompt: cut prompts that leave too little room for the answer on the left, where the end of the
-            question stays (a template's beginning does not), instead of refusing them [choice].
+        truncate_prompt: shorten a prompt that leaves too little room for the answer, instead of refusing it [choice].
+            It is cut on the left: the end of the question stays, the beginning of the template does not.
     """
 
     prompt_template: str = "{prompt}\nAnswer:"

@@ -218,8 +218,8 @@ def split_by_difficulty(
         tolerance: how far off a share may be, in [0, 1], besides half a question [choice].
         resolution: difficulties are rounded to its multiples before they are compared, so that differences which mean
             nothing count as ties; 0 compares them as they are [choice].
-        min_values: the fewest distinct values that make a scale, at least 2. A rating from k folds with fewer than k
-            tells folds apart at best.
+        min_values: the fewest distinct values that make a scale, at least 2. A rating from k folds with fewer
+            than k values can at best tell the folds apart.
 
     Raises:
         ValueError: no column `difficulty`, a difficulty that is no finite number (names the row), fewer than

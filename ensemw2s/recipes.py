@@ -57,13 +57,13 @@ _USES_OF_SETTINGS: Uses = {
 class BoostingConfig(AnswerTrainingArguments):
     """What `BoostingTrainer` does, on top of transformers' `TrainingArguments` (which train each expert).
 
-    Everything from `effective_sample_size_floor` on is a [choice] that the paper does not make, and off in its recipe.
+    The settings from `effective_sample_size_floor` on are ours [choice]; they are off in the paper's recipe.
 
     Attributes:
         num_rounds: T, the number of experts wanted; at least 1.
-        recipe: a key of `RECIPES`: "tempered" (ours, the default), "chained" (ours in a chain; it needs validation
-            questions), "paper", or the baselines "bagging" and "deep_ensemble". Fills in `sampling`, `errors`,
-            `effective_sample_size_floor`, `warm_start` and `mixture_weights` where they are None.
+        recipe: a named set of choices: "tempered" (ours, the default), "chained" (ours in a chain; it needs validation
+            questions), "paper", or the baselines "bagging" and "deep_ensemble". It decides `sampling`, `errors`,
+            `effective_sample_size_floor`, `warm_start` and `mixture_weights` where they are not given.
         sampling: "draw" (the paper), "without_replacement", "reweight", "bagging" or "all"; see
             `boosting.loss_weights`.
         shrinkage: s in (0, 1]; the update uses s * a_t, the mixture a_t.
@@ -90,8 +90,10 @@ class BoostingConfig(AnswerTrainingArguments):
         boosted_tokens: "all" answer tokens carry a weight (the paper), or the "informative" ones: end tokens and white
             space keep the weight 1 in every loss and have no part in errors.
         warm_start: an expert starts from the one before instead of from the pre-trained model.
-        vary_seed: every round has a seed of its own for adapters, order and dropout; False gives all the first one's.
-        lora_ranks: the rank of each round's adapter in turn, with the alpha/rank of `peft_config`; None: its rank.
+        vary_seed: every round has a seed of its own for adapters, order and dropout; with False, all rounds have the
+            seed of the first.
+        lora_ranks: the rank of each round's adapter, in order, at the ratio of alpha to rank that `peft_config` has;
+            None uses the rank of `peft_config` in every round.
         mixture_weights: the ensemble's expert weights are "alpha" (the paper), "uniform", or fitted to the likelihood
             of the "validation" questions (`boosting.fit_mixture_weights`).
         choose_num_experts: keep the first T' experts only, T' being the number whose mixture gives the validation

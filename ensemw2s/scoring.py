@@ -171,7 +171,7 @@ class _ModelRun:
         with self._model() as model:
             self.device = next(model.parameters()).device
             self.vocabulary = int(model.config.get_text_config().vocab_size)
-            # Whose logits are changed behind the head has to make them in its own forward pass.
+            # A model that changes its logits behind the head has to make them in its own forward pass.
             token = torch.zeros(copies, 1, dtype=torch.int64, device=self.device)
             self.ends_in_head = gives_the_logits(output_head(model), model, {"input_ids": token, "use_cache": False})
 

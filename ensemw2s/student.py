@@ -68,16 +68,16 @@ class StudentConfig(AnswerTrainingArguments):
         top_logprobs: for "soft", learn from the teacher's k likeliest tokens, kept beforehand; None runs the teacher at
             every step, or takes all that the dataset's cache keeps.
         confidence_alpha: for "confidence", the largest share of the student's own tokens in the loss, in [0, 1]. The
-            default is what Burns et al. use but for their largest students, which get 0.75.
+            default is that of Burns et al., who give 0.75 to their largest students.
         confidence_warmup: for "confidence", the share of the steps over which that share rises from 0, in [0, 1];
             Burns et al. say 0.2.
         min_confidence: drop pseudo-answers whose `confidence` (mean log-probability per token, nats, at most 0) is
             lower; None keeps all.
         keep_fraction: keep this share of the dataset's rows, in (0, 1], the most confident ones; None keeps all.
-            Of all rows, the unusable ones among them, so that two teachers' students see as many answers [choice].
-        keep_unfinished: train on answers that were cut off before their end token, too. They are dropped otherwise
-            [choice]: what is cut off is no answer, and its student would learn to stop or to ramble at a place that
-            `max_new_tokens` chose. Kept ones have no end token.
+            Unusable rows count as rows, so that the students of two teachers see equally many answers [choice].
+        keep_unfinished: train also on answers that were cut off before their end token. Otherwise they are dropped
+            [choice]: the teacher had not ended there, and a student would learn to stop, or to go on, at a place that
+            `max_new_tokens` chose. Answers that are kept in this way get no end token.
 
     Raises:
         TypeError: a value of another type than is declared; names it.
@@ -107,8 +107,7 @@ class StudentConfig(AnswerTrainingArguments):
 class StudentTrainer:
     """Fine-tune a student on answers that a teacher gave, in one of the ways of `StudentConfig.variant`.
 
-    Teachers are compared by training the same student on their answers, in the same way, and on nothing else that
-    differs.
+    To compare teachers, train the same student in the same way on the answers of each.
 
     "sft" and "confidence" take any tokenizer: answers are tokenised by the student's own. "soft" compares distributions
     token by token, so student and teacher must share one; it trains on the tokens that the teacher chose (`answer_ids`)

@@ -11,12 +11,13 @@ from ensemw2s import (
     QuestionFormat,
     StudentConfig,
     StudentTrainer,
+    exclude_questions,
     load_questions,
     load_tokenizer,
     score_answers,
     split_questions,
+    tokenize_questions,
 )
-from ensemw2s.data import exclude_questions, tokenize_questions
 
 folder = sys.argv[1] if len(sys.argv) > 1 else "run/boost_and_teach"
 questions = QuestionFormat(prompt_template="{prompt}=", answer_prefix="")

@@ -63,11 +63,11 @@ def lora() -> LoraConfig:
     return LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"])
 
 
-def saved_adapters(folder: Path, count: int = 3) -> list[Path]:
-    """Write `count` LoRA adapters of `llama(0)` with random weights."""
+def saved_adapters(folder: Path, count: int = 3, **settings: object) -> list[Path]:
+    """Write `count` LoRA adapters of `llama(0, **settings)` with random weights."""
     paths = []
     for t in range(count):
-        model = get_peft_model(llama(0), lora())
+        model = get_peft_model(llama(0, **settings), lora())
         # Only now: making a model sets the seed too.
         torch.manual_seed(100 + t)
         for name, weight in model.named_parameters():
