@@ -92,7 +92,8 @@ def reference(student: Tensor, experts: Sequence[Tensor], weights: Tensor, per_r
     left_out = (per_row == 0)[..., None]
     log_p = mixture_reference([expert.masked_fill(left_out, 0.0) for expert in experts], weights, "prob")
     log_q = student.masked_fill(left_out, 0.0).to(accumulation_dtype(student)).log_softmax(-1)
-    terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))
+    p = log_p.exp()
+    terms = torch.where(p == 0, 0.0, p * (log_p - log_q))
     return per_row * terms.sum(-1).masked_fill(per_row == 0, 0.0)
 
 

@@ -140,6 +140,7 @@ def filtered_scores(log_probs: Tensor, temperature: float, top_k: int, top_p: fl
     """``log_probs / temperature`` with -inf for every token that top-k, top-p or min-p removes, in that order.
 
     A constant is added to each row, so that the likeliest token has 0: it has a chance however low the temperature is.
+    The filters look at the log-probabilities, whose order a very high temperature leaves no room for in the scores.
     """
     largest = log_probs.amax(dim=-1, keepdim=True)
     scores = ((log_probs - largest) / temperature).masked_fill(log_probs == -torch.inf, -torch.inf)
@@ -147,14 +148,13 @@ def filtered_scores(log_probs: Tensor, temperature: float, top_k: int, top_p: fl
         kth = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1).values[..., -1:]
         scores = scores.masked_fill(log_probs < kth, -torch.inf)
     if top_p < 1:
-        # By log-probability: a high temperature makes the scores of different tokens one number.
         order = log_probs.masked_fill(scores == -torch.inf, -torch.inf).argsort(dim=-1, descending=True, stable=True)
         probs = scores.gather(-1, order).softmax(dim=-1)
         removed = probs.cumsum(dim=-1) - probs >= top_p
         removed[..., 0] = False  # no float32 is as small as some top_p
         scores = scores.masked_fill(torch.zeros_like(removed).scatter(-1, order, removed), -torch.inf)
     if min_p > 0:
-        scores = scores.masked_fill(scores < scores.amax(dim=-1, keepdim=True) + math.log(min_p), -torch.inf)
+        scores = scores.masked_fill(log_probs < largest + temperature * math.log(min_p), -torch.inf)
     return scores
 
 

@@ -113,6 +113,8 @@ def in_chunks(
     losses = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.zeros_like(hidden if need_hidden else hidden[:0])
     grad_head = torch.zeros(head.shape if need_head else (0, head.shape[1]), dtype=torch.float32, device=head.device)
+    unit = _unit_of(row_weights, hidden.dtype)
+    in_units = row_weights if unit is None else row_weights / unit
     for rows in _row_groups(row_weights, head.shape[0] * min(models, 2)):
         inputs, weights = hidden[rows], row_weights[rows]
         counted = whether_counted(weights)
@@ -123,8 +125,21 @@ def in_chunks(
             grad_hidden[rows] = ((gradient @ head) * weights[:, None]).to(hidden.dtype)
         if need_head:
             inputs = without_rows(inputs, weights) if isinstance(rows, slice) else inputs
-            _add_product(grad_head, gradient, (inputs * weights[:, None]).to(hidden.dtype))
+            _add_product(grad_head, gradient, (inputs * in_units[rows, None]).to(hidden.dtype))
+    if unit is not None:
+        grad_head *= unit
     return (row_weights * losses).sum(), losses, grad_hidden, grad_head
+
+
+def _unit_of(row_weights: Tensor, dtype: torch.dtype) -> Tensor | float | None:
+    """What weights are divided by so that their products with hidden states do not overflow; None where none would."""
+    if row_weights.numel() == 0:
+        return None
+    largest = row_weights.abs().amax()
+    if row_weights.device.type == "cpu":
+        is_usual = dtype != torch.float16 and _LEAST_DIVISOR < largest < 1 / _LEAST_DIVISOR
+        return float(largest) if 0 < largest < torch.inf and not is_usual else None
+    return torch.where(largest > 0, largest, 1.0) if dtype == torch.float16 else None
 
 
 def _row_groups(row_weights: Tensor, size: int) -> Iterable[Rows]:
