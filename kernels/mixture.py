@@ -95,12 +95,13 @@ class Scan(NamedTuple):
         combine: Position in ``COMBINES``.
         tiles: Tiles per row.
         tile_max: float32 ``[S, rows, tiles]``, the largest logit, at least float32's lowest. The product's scores are
-            taken beside the experts' largest logits in the tile; ``merge_tiles`` makes that those in the row, and leaves
-            the difference behind, as ``[S, ...]``.
+            taken beside the experts' largest logits in the tile; ``merge_tiles`` makes that those in the row, and
+            leaves the difference behind, as ``[S, ...]``.
         tile_sum: float32 ``[S, rows, tiles]``, the sum of ``exp(logit - tile_max)``; NaN in a tile with NaN or +inf.
         tile_first: int32 ``[T, rows, tiles]``, for ``"vote"`` the lowest id of the largest logit.
         group_max: float32 ``[T, rows, groups]``, the largest logit of each group, or ``[1, ...]`` of the product.
-        top: float32 ``[S, rows]``, the largest logit; of the product the likeliest token's score, see ``anchor_product``.
+        top: float32 ``[S, rows]``, the largest logit; of the product the likeliest token's score, see
+            ``anchor_product``.
         log_sum: float32 ``[S, rows]``, log of the sum of ``exp(logit - top)``; NaN without finite logits.
         shift: float32 ``[S, rows]``, ``log(w) - log_sum``, or -inf for an expert of weight 0.
     """
@@ -277,7 +278,7 @@ def merge_tiles(
         at = (slot * rows + row) * tiles + tile
         largest = tl.load(tile_max + at, mask=tile < tiles, other=LOWEST)
         sums = tl.load(tile_sum + at, mask=tile < tiles, other=0.0)
-        if COMBINE == LOGPROB:
+        if COMBINE == LOGPROB:  # noqa: SIM102  (this one is decided when the kernel is compiled)
             if slot == T:
                 largest = tl.where(sums > 0, largest + descent, LOWEST)
                 tl.store(tile_max + at, largest, mask=tile < tiles)

@@ -589,7 +589,8 @@ def select_kernel(
     counts, ids, log_probs, valid, upper, out_tokens, out_log_probs, out_experts, out_valid,
     temperature, top_k, top_p, log_min_p, rows, vocabulary, tiles, capacity, segments,
     MODE: tl.constexpr, SEGMENTS: tl.constexpr, CHUNK: tl.constexpr,
-    TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
+    TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
     """Filters and draw among one row's candidates. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
@@ -676,7 +677,7 @@ AHEAD_OF_TIME = [
         top_k=1,
         GROUPS=16,
         **_TILE,
-    ),  # fmt: skip
+    ),
     ahead_of_time(votes_kernel, _VOTE_WARPS, EXPERTS=8, COMBINE=VOTE.value, **_TILED),
     *(ahead_of_time(finish_kernel, COMBINE=combine, **_GROUPS, **_TILED) for combine in _MIXED),
     *(

@@ -206,7 +206,7 @@ def number(value: Any, name: str) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
 
 
 def check_temperature(temperature: float) -> float:

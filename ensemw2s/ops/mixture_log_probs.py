@@ -84,6 +84,7 @@ def combined(experts: Sequence[Tensor], log_probs: Tensor | None, weights: Tenso
     w = shares(weights).view(-1, *[1] * experts[0].dim())
     active = w > 0
     if combine == "prob":
+        assert log_probs is not None
         return _log_mean_probs(log_probs, w, active)
     logits = torch.stack([x.to(accumulation_dtype(x)) for x in experts])
     return _log_product(logits, w, active) if combine == "logprob" else _log_votes(logits, w, active)

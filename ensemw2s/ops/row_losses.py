@@ -2,8 +2,9 @@
 
 The gradient is made beside the loss, while the row is in the cache, and only scaled by what comes from above in the
 backward pass. The kernels are given weights of 0 and 1 alone, which say whether a row counts; a row's true weight is
-multiplied with its loss and gradient in torch, so that no backend divides by it to find its own gradient. The ``linear_*`` ops never hold the logits of all rows: ``in_chunks`` makes some, calls such a kernel,
-and adds their share of the gradients of the hidden states and of the head.
+multiplied with its loss and gradient in torch, so that no backend divides by it to find its own gradient. The
+``linear_*`` ops never hold the logits of all rows: ``in_chunks`` makes some, calls such a kernel, and adds their share
+of the gradients of the hidden states and of the head.
 
 On a CPU the rows of weight 0 are left out of the matrix products. On a GPU they are not: which rows those are is known
 to the GPU alone, and asking would make the host wait for it.

@@ -4,8 +4,8 @@
 wrong. Everything that is expected is worked out here in numpy, from the definitions in the ops' docstrings, but for the
 noise of the Gumbel race.
 
-To fuzz a new setting of `mixture_sample`, give it values in `SETTINGS` and a line in `supports`. To fuzz a new op, write
-a function that draws its arguments, calls it and compares, and name it in `OPS`.
+To fuzz a new setting of `mixture_sample`, give it values in `SETTINGS` and a line in `supports`. To fuzz a new op,
+write a function that draws its arguments, calls it and compares, and name it in `OPS`.
 """
 
 from __future__ import annotations

@@ -117,7 +117,9 @@ class TestLogProbs:
         torch.testing.assert_close(drawn.log_probs.double(), picked, atol=6e-6, rtol=0)
 
     @pytest.mark.parametrize("combine", ["prob", "logprob", "vote"])
-    @pytest.mark.parametrize("values", [[3e38, 3e38, 1e38], [1e-45, 1e-45, 3e-45], [1e38, 1e-45, 1e38], [2e-38, 1e-38, 0]])
+    @pytest.mark.parametrize(
+        "values", [[3e38, 3e38, 1e38], [1e-45, 1e-45, 3e-45], [1e38, 1e-45, 1e38], [2e-38, 1e-38, 0]]
+    )
     def test_weights_whose_sum_is_no_float(self, impl, combine, values, generator):
         logits = [torch.randn(4, 60, generator=generator) for _ in values]
         weights = torch.tensor(values)
@@ -134,7 +136,9 @@ class TestLogProbs:
         upstream = torch.randn(4, 60, generator=generator)
         found = []
         for dtype, backend in ((torch.float64, "reference"), (torch.float32, impl)):
-            leaves = [x.to(dtype).clone().requires_grad_() for x in (weights, torch.randn(2, 4, 60, generator=generator))]
+            leaves = [
+                x.to(dtype).clone().requires_grad_() for x in (weights, torch.randn(2, 4, 60, generator=generator))
+            ]
             if found:
                 leaves[1].data.copy_(found[0][1])
             out = mixture_log_probs(leaves[1], leaves[0], combine, impl=backend)
@@ -232,7 +236,9 @@ class TestLosses:
 
         exact_weights = torch.tensor(values, dtype=torch.float64, requires_grad=True)
         weights = torch.tensor(values, requires_grad=True)
-        pairs = zip(losses(torch.float32, weights, impl), losses(torch.float64, exact_weights, "reference"), strict=True)
+        pairs = zip(
+            losses(torch.float32, weights, impl), losses(torch.float64, exact_weights, "reference"), strict=True
+        )
         for (leaves, loss), (exact_leaves, exact) in pairs:
             got = torch.autograd.grad(loss, (weights, *leaves))
             expected = torch.autograd.grad(exact, (exact_weights, *exact_leaves))
@@ -249,7 +255,9 @@ class TestLosses:
         exact_head = head.detach().double().requires_grad_()
         linear_weighted_cross_entropy(hidden, head, labels, weights * 1e-6, impl=impl).backward()
         linear_weighted_cross_entropy(hidden.detach().double(), exact_head, labels, weights * 1e-6).backward()
-        torch.testing.assert_close(head.grad.double(), exact_head.grad, atol=0.01 * float(exact_head.grad.abs().max()), rtol=0)
+        torch.testing.assert_close(
+            head.grad.double(), exact_head.grad, atol=0.01 * float(exact_head.grad.abs().max()), rtol=0
+        )
         head.grad = None
         one = head.detach()[:1].requires_grad_()  # one token: the gradient is 0, whatever the weight
         linear_weighted_cross_entropy(hidden, one, labels * 0, weights, impl=impl).backward()
@@ -257,7 +265,9 @@ class TestLosses:
 
     def test_a_teacher_s_nan_is_no_loss_of_zero(self, impl):
         kept = torch.tensor([[float("nan"), -1.0]])
-        assert topk_kl(torch.ones(1, 2), torch.eye(4, 2), torch.tensor([[0, 1]]), kept, torch.ones(1), impl=impl).isnan()
+        assert topk_kl(
+            torch.ones(1, 2), torch.eye(4, 2), torch.tensor([[0, 1]]), kept, torch.ones(1), impl=impl
+        ).isnan()
 
     def test_a_teacher_s_mass_that_is_not_one(self, impl, generator):
         # All tokens kept: by the definition the gradient is q sum(p) - p.
