@@ -11,7 +11,6 @@ Tensor mixture_log_probs_cpu(std::vector<Tensor> logits, Tensor weights, int64_t
   return out;
 }
 
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_sample_cpu(std::vector<Tensor> logits, Tensor weights,
                                                               double temperature, int64_t top_k, double top_p,
                                                               double min_p, Tensor seeds, Tensor positions,

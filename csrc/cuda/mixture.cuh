@@ -35,8 +35,8 @@ constexpr int kRowThreads = ENSEMW2S_ROW_THREADS, kRowWarps = kRowThreads / kWar
 template <class T>
 constexpr int kVector = 16 / int(sizeof(T));
 
-// The chunk-wise results, in scratch memory. The product's scores are taken beside the experts' largest logits
-// in the chunk.
+// The chunk-wise results, in scratch memory. The product's scores are taken beside the experts' largest
+// logits in the chunk.
 struct Partial {
   float max, sum;  // log-sum-exp in two numbers
 };
@@ -211,7 +211,7 @@ struct RowState {
   double log_sum[kMaxExperts + 1];
   float max[kMaxExperts + 1];  // of the product: the likeliest token's score, as a float
   double product_max;          // and as a double
-  float shift[kMaxExperts];  // (z - max) + shift = log(weight * probability)
+  float shift[kMaxExperts];    // (z - max) + shift = log(weight * probability)
   bool usable[kMaxExperts + 1];
   int winner[kMaxExperts];  // vote: the expert's first argmax, -1 for weight 0
   bool valid;
@@ -235,7 +235,8 @@ ENSEMW2S_DEVICE double descent(const DeviceMixture& mixture, const RowState& sta
   return sum;
 }
 
-// The product's score of a token beside the experts' largest logits, where logit(t) is expert t's logit of it.
+// The product's score of a token beside the experts' largest logits, where logit(t) is expert t's logit of
+// it.
 template <class Logit>
 ENSEMW2S_DEVICE float product_score(const DeviceMixture& mixture, const RowState& state, const Logit& logit) {
   float score = 0;

@@ -16,7 +16,8 @@ struct Mixture {
   Dtype dtype;
 };
 
-// A temperature below this is 0: float has no room for what log-probabilities become when they are divided by it.
+// A temperature below this is 0: float has no room for what log-probabilities become when they are divided by
+// it.
 constexpr double kColdest = 1e-30;
 
 struct SampleSettings {
