@@ -512,7 +512,7 @@ def _named(prefix: str, kind: type, settings: Mapping[str, Any]) -> Iterator[Non
         message, fields = str(error), [f.name for f in dataclasses.fields(kind)]
         if re.split(r"\W", message, maxsplit=1)[0] in fields:
             message = f"{prefix}{message}"
-        elif prefix.rstrip(".") not in message:
+        elif not re.search(rf"\b{re.escape(prefix.rstrip('.'))}\b", message):
             message = f"{f'{prefix}{_culprit(kind, settings)}'.rstrip('.')}: {message}"
         raise ValueError(message) from error
 

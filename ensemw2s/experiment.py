@@ -21,6 +21,7 @@ from transformers import GenerationConfig, set_seed
 
 from ensemw2s import ops, processes
 from ensemw2s.accounts import check, entered
+from ensemw2s.checkpoints import discard_checkpoints
 from ensemw2s.choices import ChoiceScores, score_choice_mixtures, score_choices
 from ensemw2s.claims import Kind, claimed
 from ensemw2s.config import CEILING, SPLITS, TRUTH, ExperimentConfig, ModelConfig
@@ -223,6 +224,8 @@ class Experiment:
     def _student(self) -> list[dict[str, Any]]:
         for arm in self.config.students:
             self._train_student(arm)
+        # Those of a process that was killed when the last student was just saved.
+        processes.on_main(discard_checkpoints, self.folder / "students")
         return []
 
     def _evaluate(self) -> list[dict[str, Any]]:

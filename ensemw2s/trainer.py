@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ensemw2s import boosting, processes
 from ensemw2s.adapters import check_peft_config
+from ensemw2s.checkpoints import discard_checkpoints
 from ensemw2s.claims import Kind, claimed, description_of
 from ensemw2s.cost import Ledger, total
 from ensemw2s.data import QuestionFormat, check_disjoint, check_questions, tokenize_questions
@@ -178,6 +179,8 @@ class BoostingTrainer:
         for number in range(1, self.args.num_rounds + 1):
             if not self._round(number):
                 break
+        # Those of a process that was killed when the last expert was just saved.
+        processes.on_main(discard_checkpoints, self.folder)
         if not self._accepted():
             raise RuntimeError(
                 f"no expert beats the pre-trained model: {self.stop_reason}. Train longer or with another learning "

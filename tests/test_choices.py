@@ -283,8 +283,8 @@ def test_boosting_on_one_token_answers_is_samme(answers: str, prior: Any, tmp_pa
         str(saved_model(tmp_path / "model")),
         args=BoostingConfig(
             output_dir=str(tmp_path / "run"), num_rounds=3, recipe="paper", sampling="reweight", combine="vote",
-            prior=prior, num_classes=len(answers), num_train_epochs=6, learning_rate=2e-2,
-            per_device_train_batch_size=10, disable_tqdm=True, lr_scheduler_type="constant",
+            prior=prior, num_classes=len(answers) if prior == "uniform" else None, num_train_epochs=6,
+            learning_rate=2e-2, per_device_train_batch_size=10, disable_tqdm=True, lr_scheduler_type="constant",
         ),
         train_dataset=train,
         processing_class=tokenizer(),

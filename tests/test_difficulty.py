@@ -166,7 +166,7 @@ def test_a_rating_that_was_cut_off_goes_on_behind_its_last_fold(
         ({"folds": 3}, "folds"),
         ({"rows": questions(12, seed=9)}, "questions"),
         ({"model": llama(1), "peft_config": lora()}, "model, peft_config"),
-        ({"model_init_kwargs": {"keep_layers": "0"}}, "model_init_kwargs"),
+        ({"model_init_kwargs": {"keep_layers": "0"}}, "model_init_kwargs.keep_layers"),
     ],
 )
 def test_the_folder_of_another_rating_is_refused(tmp_path: Path, changes: dict[str, Any], differing: str) -> None:

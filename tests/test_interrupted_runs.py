@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ensemw2s import BoostingConfig, StudentConfig, StudentTrainer, decoding, rate_difficulty
+from ensemw2s import BoostingConfig, StudentConfig, StudentTrainer, label_files, rate_difficulty
 from ensemw2s.config import build_config, load_config
 from ensemw2s.cost import Ledger, count
 from ensemw2s.experiment import PHASES, Experiment
@@ -67,7 +67,7 @@ def test_an_interrupted_phase_costs_what_an_uninterrupted_one_does(
             raise KeyboardInterrupt
         append(path, rows)
 
-    monkeypatch.setattr(decoding, "append_json_lines", interrupted)
+    monkeypatch.setattr(label_files, "append_json_lines", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             Experiment(config).run(MEASURED)
@@ -136,10 +136,10 @@ def test_a_name_of_its_own_makes_a_run_of_its_own(copied: Path) -> None:
 
 @pytest.mark.parametrize("name", [".", "..", "a/b", "/absolute", "../up", "a\0b", ""])
 def test_a_name_that_is_no_folders_name_is_refused(models: Path, tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="name must "):
+    with pytest.raises(ValueError, match="name (must|holds) "):
         build_config(runs.settings(models, tmp_path) | {"name": name})
     file = write_study(tmp_path, name=name.replace("\0", "/"))
-    with pytest.raises(ValueError, match="name must "):
+    with pytest.raises(ValueError, match="name (must|holds) "):
         load_study(file)
 
 
@@ -233,7 +233,7 @@ def test_records_of_a_study_that_were_cut_are_refused(tmp_path: Path, monkeypatc
     Study(load_study(file), kept).run()
     assert run == [("plain", 0), ("letters", 0), ("letters", 0)]
     kept.write_text("".join(lines) + lines[0][:20])
-    with pytest.raises(ValueError, match=r"kept\.jsonl, line \d+, is damaged: it is no JSON object"):
+    with pytest.raises(ValueError, match=r"kept\.jsonl, line \d+, is not valid JSON"):
         Study(load_study(file), kept).run()
 
 

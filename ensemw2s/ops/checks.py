@@ -127,7 +127,11 @@ def expert_weights(weights: Tensor | Sequence[float], num_experts: int, like: Te
     """``weights`` as a ``[T]`` tensor in the accumulation dtype (float32, or float64 beside float64 logits)."""
     dtype = accumulation_dtype(like)
     if not isinstance(weights, Tensor):
-        weights = torch.tensor(_numbers(weights, "weights"), dtype=torch.float64, device=like.device)
+        numbers = _numbers(weights, "weights")
+        # These are on the host, so that looking at them waits for no device.
+        if not all(0 <= value < math.inf for value in numbers) or not any(numbers):
+            raise ValueError(_bad_weights(numbers))
+        weights = torch.tensor(numbers, dtype=torch.float64, device=like.device)
     check_tensor(weights, "weights")
     if not weights.is_floating_point():
         raise TypeError(f"weights must be floating point, got {weights.dtype}")
@@ -158,7 +162,11 @@ def check_weight_values(weights: Tensor) -> None:
         return
     values = weights.detach()
     if not bool(torch.isfinite(values).all()) or bool((values < 0).any()) or not bool((values > 0).any()):
-        raise ValueError(f"weights must be finite, non-negative and not all zero, got {shown(values.tolist())}")
+        raise ValueError(_bad_weights(values.tolist()))
+
+
+def _bad_weights(values: list[float]) -> str:
+    return f"weights must be finite, non-negative and not all zero, got {shown(values)}"
 
 
 def check_same_device(tensor: Tensor, like: Tensor, name: str) -> None:

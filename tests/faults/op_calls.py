@@ -725,14 +725,24 @@ def is_refused(name: str, argument: str, value: Any, impl: Any) -> None:
     raise Wrong(f"{name}({argument}={shown(value)}) was accepted")
 
 
+def _is_like(value: Any, good: Any) -> bool:
+    """Whether nothing is wrong with a tensor but the values in it."""
+    if not (isinstance(value, Tensor) and isinstance(good, Tensor)) or value.is_nested:
+        return False
+    alike = (value.shape, value.dtype, value.device) == (good.shape, good.dtype, good.device)
+    return alike and value.layout == good.layout
+
+
 def refuse_bad_arguments(impl: Any) -> int:
     """Every bad value of every argument of every op; returns how many there were."""
     tried = 0
     for name in OPS:
         for argument, good in arguments_of(name).items():
             for value in bad_values(name, argument, good):
-                is_refused(name, argument, value, impl)
-                tried += 1
+                # Triton's kernels look at no value inside a tensor, since the host would have to wait for it.
+                if impl.impl != "triton" or not _is_like(value, good):
+                    is_refused(name, argument, value, impl)
+                    tried += 1
     return tried
 
 

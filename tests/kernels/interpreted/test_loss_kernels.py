@@ -385,7 +385,7 @@ class TestChunksOnAGpu:
         """On the meta device anything that asks for a value raises."""
         hidden, head = torch.empty(7, 4, device="meta").bfloat16(), torch.empty(300, 4, device="meta").bfloat16()
 
-        def row_op(logits, rows, with_gradient):
+        def row_op(logits, counted, rows, with_gradient):
             return row_losses.fake_row_losses(logits, with_gradient)
 
         total, losses, grad_hidden, grad_head = row_losses.in_chunks(
