@@ -102,7 +102,7 @@ def test_a_name_alone_makes_no_folder_ours(tmp_path: Path, content: bytes) -> No
     (tmp_path / "array.npy").write_bytes(b"precious")
     with (
         pytest.raises(
-            ValueError, match=r"ensemw2s\.thing\.json is (no marker of this package|not valid JSON|not UTF-8 text)"
+            ValueError, match=r"ensemw2s\.thing\.json is (no marker of this package|not valid JSON|not UTF-8)"
         ),
         claimed(tmp_path, KIND, {"a": 2}, overwrite=True),
     ):

@@ -136,10 +136,10 @@ def test_a_name_of_its_own_makes_a_run_of_its_own(copied: Path) -> None:
 
 @pytest.mark.parametrize("name", [".", "..", "a/b", "/absolute", "../up", "a\0b", ""])
 def test_a_name_that_is_no_folders_name_is_refused(models: Path, tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="name (must|holds) "):
+    with pytest.raises(ValueError, match=r"name (must|holds) "):
         build_config(runs.settings(models, tmp_path) | {"name": name})
     file = write_study(tmp_path, name=name.replace("\0", "/"))
-    with pytest.raises(ValueError, match="name (must|holds) "):
+    with pytest.raises(ValueError, match=r"name (must|holds) "):
         load_study(file)
 
 

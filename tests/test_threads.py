@@ -322,7 +322,7 @@ def test_an_adapter_that_cannot_be_loaded_leaves_nothing_behind(tmp_path: Path) 
     get_peft_model(llama(0, hidden_size=64), LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(wider)
     experts = AdapterExperts(ensemble.experts.carrier(0))  # type: ignore[arg-type]
     before = logits(ensemble)
-    with pytest.raises(ValueError, match="does not fit the base model .*size mismatch"):
+    with pytest.raises(ValueError, match=r"does not fit the base model .*size mismatch"):
         experts.add(wider)
     assert len(experts.base.peft_config) == 2
     alike(logits(ensemble), before)
