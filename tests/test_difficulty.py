@@ -220,7 +220,7 @@ def test_folds_of_another_rating_are_not_taken_for_these(tmp_path: Path) -> None
     rated(tmp_path / "one", questions(12))
     found = rated(tmp_path / "two", questions(12), learning_rate=1e-3)
     (tmp_path / "two" / "fold-0.json").write_bytes((tmp_path / "one" / "fold-0.json").read_bytes())
-    with pytest.raises(ValueError, match=r"fold-0\.json is damaged: its content is not what was written"):
+    with pytest.raises(ValueError, match=r"fold-0\.json is damaged: "):
         rated(tmp_path / "two", questions(12), learning_rate=1e-3)
     (tmp_path / "two" / "fold-0.json").unlink()
     assert rated(tmp_path / "two", questions(12), learning_rate=1e-3)["difficulty"] == found["difficulty"]

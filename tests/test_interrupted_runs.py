@@ -233,7 +233,7 @@ def test_records_of_a_study_that_were_cut_are_refused(tmp_path: Path, monkeypatc
     Study(load_study(file), kept).run()
     assert run == [("plain", 0), ("letters", 0), ("letters", 0)]
     kept.write_text("".join(lines) + lines[0][:20])
-    with pytest.raises(ValueError, match=r"kept\.jsonl, line \d+, is not valid JSON"):
+    with pytest.raises(ValueError, match=r"kept\.jsonl, line \d+ is not valid JSON"):
         Study(load_study(file), kept).run()
 
 

@@ -493,14 +493,16 @@ def shuffled_tokenizer() -> Any:
 def test_a_soft_student_needs_its_teachers_tokenizer(tmp_path: Path, teacher: TokenEnsemble) -> None:
     answers = labels_of(teacher, 3, top_logprobs=4)
     args = config(tmp_path, variant="soft", keep_unfinished=True)
-    with pytest.raises(ValueError, match=r"id q0: this tokenizer reads the teacher's tokens as .*variant=\"sft\""):
+    with pytest.raises(
+        ValueError, match=r"id q0: the student's tokenizer reads the teacher's tokens as .*variant=\"sft\""
+    ):
         StudentTrainer(llama(1), args, answers, shuffled_tokenizer(), question_format=FORMAT)
     unended = tokenizer()
     unended.eos_token = "<pad>"
     ended = answers.map(lambda row: {"answer_ids": [*row["answer_ids"][:-1], END], "finished": True})
     ended = ended.map(lambda row: {"answer": tokenizer().decode(row["answer_ids"][:-1]).strip()})
     student(tmp_path, answers=ended, args=args)
-    with pytest.raises(ValueError, match="id q0: this tokenizer reads"):
+    with pytest.raises(ValueError, match="id q0: the student's tokenizer reads"):
         StudentTrainer(llama(1), args, ended, unended, question_format=FORMAT)
     # Text is text: the other variants don't mind.
     StudentTrainer(
