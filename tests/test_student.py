@@ -495,8 +495,6 @@ def test_a_soft_student_needs_its_teachers_tokenizer(tmp_path: Path, teacher: To
     args = config(tmp_path, variant="soft", keep_unfinished=True)
     message = r"id q0: the student's tokenizer reads the teacher's tokens as .*variant=\"sft\""
     with pytest.raises(ValueError, match=message):
-        ValueError, match=r"id q0: the student's tokenizer reads the teacher's tokens as .*variant=\"sft\""
-    ):
         StudentTrainer(llama(1), args, answers, shuffled_tokenizer(), question_format=FORMAT)
     unended = tokenizer()
     unended.eos_token = "<pad>"
