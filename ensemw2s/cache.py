@@ -104,16 +104,18 @@ class EnsembleCache(Cache):
                 f"the cache was made for {len(self.members)} experts that are not the {len(members)} of this ensemble "
                 "now: one was added, or the cache is another ensemble's; start a new one with ensemble.new_cache()"
             )
-        held = (
-            self.layers[0].keys.shape[0] // (self.stacked.count if self.stacked else 1)
-            if self.get_seq_length()
-            else rows
-        )
-        if held != rows:
+        held = self._held_rows()
+        if held not in (None, rows):
             raise ValueError(
                 f"the cache holds {held} rows and the input has {rows}: bring it to as many, as with "
                 "cache.batch_repeat_interleave(n), or start a new one with ensemble.new_cache()"
             )
+
+    def _held_rows(self) -> int | None:
+        """Return how many rows of a batch have been seen, or None if none that a layer would tell."""
+        all_keys = (getattr(layer, "keys", None) for layer in self.layers)
+        stacked = next((len(keys) for keys in all_keys if isinstance(keys, torch.Tensor) and keys.numel()), None)
+        return stacked if stacked is None or self.stacked is None else stacked // self.stacked.count
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EnsembleCache:
         # What the experts have seen is copied, they themselves are not.

@@ -143,7 +143,7 @@ class LiveTeacher:
 
     def __init__(self, ensemble: TokenEnsemble) -> None:
         require_probabilities(ensemble)
-        self.ensemble = ensemble
+        self.ensemble = ensemble = ensemble.snapshot()
         self.stacked = ensemble.experts.stacked()
         self.heads: list[Tensor] = []
         for index in range(ensemble.num_experts):

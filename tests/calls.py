@@ -22,6 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from ensemw2s import TokenEnsemble
 from ensemw2s.choices import score_choices
+from ensemw2s.decoding import Sampling
 from ensemw2s.scoring import score_answers
 from tests.tiny import FORMAT, PAD, VOCAB, gpt2, llama, questions, saved_adapters, tokenizer
 
@@ -85,6 +86,11 @@ def calls(ensemble: TokenEnsemble, fourth: Any) -> Calls:
         "first view": lambda: first(IDS).logits,
         "last view": lambda: last.generate(IDS, **generate),
         "label": lambda: _numbers(ensemble.label(asked, given, max_new_tokens=4, **options)),
+        "sampled label": lambda: _numbers(
+            ensemble.label(
+                asked, given, max_new_tokens=4, sampling=Sampling(temperature=1.0, top_p=0.9), seed=3, **options
+            )
+        ),
         "label choices": lambda: _numbers(ensemble.label(choices, given, **options)),
         "score_answers": lambda: _scores(score_answers(ensemble, texts, pad_token_id=PAD)),
         "score_choices": lambda: torch.tensor(
