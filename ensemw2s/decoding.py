@@ -26,7 +26,7 @@ from ensemw2s.data import PromptCollator, QuestionFormat, tokenize_prompts
 from ensemw2s.distillation import TOP_COLUMNS, top_tokens
 from ensemw2s.experts import damaged, expert_names, refuse_damaged
 from ensemw2s.identity import describe_experts, digest_columns, digest_tokenizer, digest_values
-from ensemw2s.label_files import LabelFile, packed_row, unpacked_row
+from ensemw2s.label_files import LabelFile, packed_row, short, unpacked_row
 from ensemw2s.models import CACHE
 from ensemw2s.tokens import end_tokens, require_readable
 from ensemw2s.values import check_fields, check_number
@@ -264,6 +264,15 @@ def fused_sample(
     return input_ids
 
 
+def require_counts(seed: int, **counts: int) -> None:
+    """Raise ValueError, naming it, for a number of label's that is none."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number, at least 1; got {short(value)}")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**62:
+        raise ValueError(f"seed must be a whole number, at least 0 and below 2**62; got {short(seed)}")
+
+
 def require_distinct(ids: Sequence[Any]) -> None:
     """Raise ValueError, naming it, if an id is there twice: one of its questions would get the other's answer."""
     seen: set[Any] = set()
@@ -283,8 +292,8 @@ def require_plain(generation_config: GenerationConfig) -> None:
         zero_counts = name in _ZERO_DOES_SOMETHING and value is not None
         if (value or zero_counts) and value != nothing:
             raise ValueError(
-                f"ensemble.generation_config.{name} is {value!r} (it began as a copy of expert 1's generation config). "
-                "generate() obeys it, label() asks for the mixture itself and does not: to label, set "
+                f"ensemble.generation_config.{name} is {short(value)} (it began as a copy of expert 1's generation "
+                "config). generate() obeys it, label() asks for the mixture itself and does not: to label, set "
                 f"ensemble.generation_config.{name} = {nothing} (in a saved ensemble, in its generation_config.json)"
             )
 
@@ -358,7 +367,8 @@ def label_questions(
             a generation config that changes the distribution; `top_logprobs` is out of range, or the ensemble votes;
             the tokenizer is not the experts', or cannot turn tokens into text; a prompt and its answer do not fit the
             experts' context; `sampling` or `top_logprobs` for questions with choices; or answers that would have no
-            end, because the format has no end token and there are no choices.
+            end, because the format has no end token and there are no choices; ids that are there twice; or a number
+            outside its range.
     """
     numbers = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "top_logprobs": top_logprobs}
     for name, value in numbers.items():
@@ -371,6 +381,7 @@ def label_questions(
             f"top_temperature={top_temperature} does nothing without top_logprobs: set it, or leave both out"
         )
     require_tokenizer(ensemble, processing_class)
+    require_counts(seed, max_new_tokens=max_new_tokens, batch_size=batch_size)
     if len(questions) == 0:
         raise ValueError("there are no questions to label: expected at least one")
     question_format = question_format or QuestionFormat()

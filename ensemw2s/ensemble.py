@@ -544,7 +544,11 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         return settings
 
     def label(self, questions: Dataset, processing_class: PreTrainedTokenizerBase, **options: Any) -> Dataset:
-        """Answer questions; see `decoding.label_questions`."""
+        """Answer questions, greedily unless `sampling` says otherwise; see `decoding.label_questions`.
+
+        Every end token of `generation_config`, and the tokenizer's, ends an answer. How it samples plays no part here,
+        and what else there would change the distribution (as a repetition penalty) is refused; `generate` obeys all.
+        """
         return label_questions(self.snapshot(), questions, processing_class, **options)
 
     def save_pretrained(
