@@ -24,6 +24,7 @@ from ensemw2s import ops, processes
 from ensemw2s.cost import count
 from ensemw2s.data import PromptCollator, QuestionFormat, answer_with_end, check_choices, fitted_prompt
 from ensemw2s.models import CACHE
+from ensemw2s.values import check_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -234,6 +235,7 @@ def _chosen(log_probs: list[np.ndarray], choices: Sequence[list[str]], answers: 
 
 def batches_of_choices(rows: Sequence[_Question], batch_size: int) -> Iterator[list[int]]:
     """Yield indices in batches of at most `batch_size` choices, prompts of similar length together."""
+    check_number("batch_size", batch_size, whole=True)
     batch: list[int] = []
     size = 0
     for i in sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt), i)):

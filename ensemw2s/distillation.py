@@ -27,6 +27,7 @@ from ensemw2s.files import read_complete_lines
 from ensemw2s.heads import CHUNK_ELEMENTS, for_product, linear_of, obstacle, output_head, states_before
 from ensemw2s.ops.topk_kl import reference as topk_kl_reference
 from ensemw2s.training import AnswerTokens, AnswerTrainer, next_token_mask
+from ensemw2s.values import check_number
 
 if TYPE_CHECKING:
     import os
@@ -309,6 +310,7 @@ def cache_teacher(
         ValueError: see `data.tokenize_questions` and `top_tokens`.
         FloatingPointError: an expert gives NaN.
     """
+    check_number("batch_size", batch_size, whole=True)
     known = answers["answer_ids"] if "answer_ids" in answers.column_names else None
     examples = tokenize_questions(
         answers, processing_class, question_format or QuestionFormat(), "answers", answer_ids=known

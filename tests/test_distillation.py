@@ -362,7 +362,7 @@ def test_a_row_on_file_keeps_every_bit_and_little_room() -> None:
 
 @pytest.mark.parametrize("count", [0, VOCAB + 1])
 def test_more_tokens_than_there_are_cannot_be_kept(of_models: TokenEnsemble, count: int) -> None:
-    message = f"top_logprobs must be between 1 and the vocabulary's {VOCAB} tokens, got {count}"
+    message = f"top_logprobs must be (at least 1|between 1 and the vocabulary's {VOCAB} tokens), got {count}"
     with pytest.raises(ValueError, match=message):
         of_models.label(questions(1), tokenizer(), question_format=FORMAT, description=None, top_logprobs=count)
 
