@@ -32,6 +32,7 @@ from ensemw2s.data import (
 )
 from ensemw2s.experts import damaged, expert_names, refuse_damaged
 from ensemw2s.models import CACHE
+from ensemw2s.values import check_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -247,6 +248,7 @@ def _chosen(log_probs: list[np.ndarray], choices: Sequence[list[str]], answers: 
 
 def batches_of_choices(rows: Sequence[_Question], batch_size: int) -> Iterator[list[int]]:
     """Yield indices in batches of at most `batch_size` choices, prompts of similar length together."""
+    check_number("batch_size", batch_size, whole=True)
     batch: list[int] = []
     size = 0
     for i in sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt), i)):

@@ -26,6 +26,7 @@ from ensemw2s.heads import CHUNK_ELEMENTS, for_product, linear_of, obstacle, out
 from ensemw2s.ops.topk_kl import reference as topk_kl_reference
 from ensemw2s.tokens import end_tokens
 from ensemw2s.training import AnswerTokens, AnswerTrainer, next_token_mask
+from ensemw2s.values import check_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -307,6 +308,7 @@ def cache_teacher(
         FloatingPointError: an expert gives NaN.
     """
     question_format = question_format or QuestionFormat()
+    check_number("batch_size", batch_size, whole=True)
     known = answers["answer_ids"] if "answer_ids" in answers.column_names else None
     if known is not None:
         ends = end_tokens(processing_class, ensemble.generation_config)

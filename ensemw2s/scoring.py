@@ -27,6 +27,7 @@ from ensemw2s.experts import damaged, expert_names, refuse_damaged, repeat_rows
 from ensemw2s.heads import CHUNK_ELEMENTS, gives_the_logits, only_positions, output_head, own_head, states_before
 from ensemw2s.ops import TokenScores
 from ensemw2s.training import next_token_mask
+from ensemw2s.values import check_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -229,6 +230,7 @@ def _score(
 
     `owners` are what messages call those whose logits the runs give, in their order.
     """
+    check_number("batch_size", batch_size, whole=True)
     check_examples(examples, description or "the answers to score")
     lengths = answer_lengths(examples)
     # Rows of similar length share a batch, so that little is spent on padding; results go back by position.

@@ -32,7 +32,7 @@ from ensemw2s.models import load_model, load_saved_model, load_tokenizer, requir
 from ensemw2s.own_files import own_files, whole
 from ensemw2s.tokens import end_tokens
 from ensemw2s.training import AnswerTrainingArguments, TrainingCost, fine_tune, on_device
-from ensemw2s.values import Uses, check_in_use
+from ensemw2s.values import Uses, check_in_use, check_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -363,6 +363,9 @@ def usable_answers(
             "label it with TokenEnsemble.label"
         )
     filters = {"min_confidence": min_confidence, "keep_fraction": keep_fraction}
+    for name, value in filters.items():
+        if value is not None:
+            check_number(name, value)
     asked = next((f"{name}={value}" for name, value in filters.items() if value is not None), None)
     if asked and "confidence" not in names:
         raise ValueError(

@@ -36,7 +36,7 @@ from transformers import (
 from ensemw2s import TokenEnsemble, ops
 from ensemw2s.models import CACHE
 from tests.reference import assert_greedy, ragged_prompts, slow_mixture, slow_mixtures
-from tests.tiny import END, PAD, VOCAB, llama, tokenizer
+from tests.tiny import END, PAD, VOCAB, llama, questions, tokenizer
 
 WIDTH = 9
 
@@ -762,3 +762,21 @@ def test_experts_that_rule_out_every_token_together_are_no_damage() -> None:
     for fused in (True, False):
         with pytest.raises(FloatingPointError, match=r"mixture gives no token a probability for row 0 of the batch"):
             ensemble.generate(input_ids=full_prompt(), max_new_tokens=1, do_sample=False, fused=fused)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be at least 1, got -1"),
+        ({"max_new_tokens": True}, "max_new_tokens must be a whole number, got True"),
+        ({"top_logprobs": 2.5}, "top_logprobs must be a whole number, got 2.5"),
+        ({"seed": -1}, r"seed must be in \[0, 4611686018427387904\], got -1"),
+        ({"top_temperature": 2.0}, "top_temperature=2.0 does nothing without top_logprobs"),
+    ],
+)
+def test_options_of_labelling_are_honoured_or_refused(
+    of_models: TokenEnsemble, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        of_models.label(questions(3), tokenizer(), **options)

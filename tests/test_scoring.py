@@ -44,6 +44,12 @@ def random_examples(count: int, seed: int) -> Dataset:
     return Dataset.from_list(rows)
 
 
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, True])
+def test_a_batch_size_that_is_none_is_refused(batch_size: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"batch_size must be (at least 1|a whole number), got"):
+        score_answers(llama(0), random_examples(3, 0), pad_token_id=PAD, batch_size=batch_size)
+
+
 def greedy_examples(ensemble: TokenEnsemble, count: int, seed: int) -> Dataset:
     """Questions with the ensemble's own answers, every third one spoilt in a random token."""
     rng = np.random.default_rng(seed)
