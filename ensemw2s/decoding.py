@@ -264,15 +264,6 @@ def fused_sample(
     return input_ids
 
 
-def require_counts(seed: int, **counts: int) -> None:
-    """Raise ValueError, naming it, for a number of label's that is none."""
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number, at least 1; got {short(value)}")
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**62:
-        raise ValueError(f"seed must be a whole number, at least 0 and below 2**62; got {short(seed)}")
-
-
 def require_distinct(ids: Sequence[Any]) -> None:
     """Raise ValueError, naming it, if an id is there twice: one of its questions would get the other's answer."""
     seen: set[Any] = set()
@@ -381,7 +372,6 @@ def label_questions(
             f"top_temperature={top_temperature} does nothing without top_logprobs: set it, or leave both out"
         )
     require_tokenizer(ensemble, processing_class)
-    require_counts(seed, max_new_tokens=max_new_tokens, batch_size=batch_size)
     if len(questions) == 0:
         raise ValueError("there are no questions to label: expected at least one")
     question_format = question_format or QuestionFormat()

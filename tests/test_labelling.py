@@ -607,22 +607,6 @@ def test_pandas_and_datasets_read_the_file(kept: Any, tmp_path: Path) -> None:
         np.testing.assert_array_equal(row["top_log_probs"], np.float32(by_id[row["id"]]["top_log_probs"]))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"batch_size": 0}, "batch_size must be a whole number, at least 1; got 0"),
-        ({"batch_size": 2.0}, r"batch_size must be .*; got 2\.0"),
-        ({"max_new_tokens": -1}, "max_new_tokens must be a whole number, at least 1; got -1"),
-        ({"max_new_tokens": True}, "max_new_tokens must be .*; got True"),
-        ({"seed": -1}, "seed must be a whole number, at least 0 .*; got -1"),
-        ({"seed": 2**63}, "seed must be a whole number, .* below .*; got 9223372036854775808"),
-    ],
-)
-def test_numbers_out_of_range_are_named(of_models: TokenEnsemble, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        labelled(of_models, **changes)
-
-
 def test_a_long_setting_is_shown_in_short(of_models: TokenEnsemble) -> None:
     of_models.generation_config.bad_words_ids = [[number] for number in range(10_000)]
     with pytest.raises(ValueError, match=r"bad_words_ids is \[\[0\], ") as error:
