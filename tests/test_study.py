@@ -121,7 +121,9 @@ def test_a_cell_of_another_configuration_is_measured_anew(tmp_path: Path, monkey
     rows = read_complete_lines(tmp_path / "kept.jsonl")
     assert sum(row["kind"] == "arm" for row in rows) == 4
     # Where it is kept is no other configuration.
-    Study(load_study(file, ["boosting.num_rounds=3", "output_dir=elsewhere"]), tmp_path / "kept.jsonl").run()
+    Study(
+        load_study(file, ["boosting.num_rounds=3", f"output_dir={tmp_path / 'elsewhere'}"]), tmp_path / "kept.jsonl"
+    ).run()
     assert len(run) == 8
 
 
