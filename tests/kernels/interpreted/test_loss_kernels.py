@@ -369,7 +369,7 @@ def test_values_that_a_cpu_would_refuse_give_nan():
     weights = torch.ones(2)
     labels = torch.tensor([0, 5])
     assert weighted_cross_entropy(torch.zeros(2, 5), labels, weights, impl="triton").isnan()
-    assert mixture_kl(torch.zeros(2, 5), torch.zeros(1, 2, 5), [-1.0], weights, impl="triton").isnan()
+    assert mixture_kl(torch.zeros(2, 5), torch.zeros(1, 2, 5), -torch.ones(1), weights, impl="triton").isnan()
     tokens = torch.tensor([[0], [5]])
     assert topk_kl(torch.zeros(2, 3), torch.zeros(5, 3), tokens, torch.zeros(2, 1), weights, impl="triton").isnan()
 

@@ -303,7 +303,9 @@ class TestSampleEdges:
 
     @pytest.mark.parametrize("weights", [[-1.0, 2.0], [NAN, 1.0], [0.0, 0.0], [float("inf"), 1.0]])
     def test_weights_that_cannot_be_checked_make_rows_invalid(self, weights, generator):
+        """As on a GPU, where nothing looks into a tensor before the kernel runs."""
         logits, _, keys = inputs(generator, 2, 2, 40)
+        weights = torch.tensor(weights)
         for combine in COMBINES:
             for setting in SETTINGS:
                 got = sample(logits, weights, combine=combine, **keys, **setting)
