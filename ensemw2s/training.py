@@ -142,6 +142,19 @@ class _Text:
     positions: torch.Tensor
 
 
+class NoStepsError(ValueError):
+    """With these settings a training makes no optimiser step."""
+
+    @classmethod
+    def of(cls, num_examples: int, args: TrainingArguments) -> NoStepsError:
+        """Return the error for a training of `num_examples` examples, which names the settings that decide."""
+        return cls(
+            f"not one step was made on {num_examples} examples, with num_train_epochs={args.num_train_epochs}, "
+            f"max_steps={args.max_steps}, per_device_train_batch_size={args.per_device_train_batch_size} and "
+            f"dataloader_drop_last={args.dataloader_drop_last}: train for longer, or in smaller batches"
+        )
+
+
 class AnswerTrainer(Trainer):
     """transformers' `Trainer` with a loss over weighted answer tokens.
 
@@ -155,6 +168,17 @@ class AnswerTrainer(Trainer):
     _obstacle: str | None = _NOT_KNOWN
     # Whether the model reads packed rows; None before it was tried.
     _packs: bool | None = None
+
+    def get_train_dataloader(self) -> Any:
+        """Return the batches of an epoch.
+
+        Raises:
+            NoStepsError: there is none, as where `dataloader_drop_last` drops the only one.
+        """
+        loader = super().get_train_dataloader()
+        if len(loader) == 0:
+            raise NoStepsError.of(len(self.train_dataset), self.args)
+        return loader
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -462,24 +486,15 @@ def fine_tune(
     try:
         with checkpoints as checkpoint:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        _require_steps(trainer, args, description)
+        # Whatever setting it was: without a step the model is the untrained one.
+        if trainer.state.global_step < 1:
+            raise NoStepsError.of(len(examples), args)
         check_weights(model, args)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{description}: {error}") from error
+    except (FloatingPointError, NoStepsError) as error:
+        raise type(error)(f"{description}: {error}") from error
     flops = None if math.isnan(trainer.flops) else trainer.flops
     cost = TrainingCost(trainer.seconds, trainer.state.num_input_tokens_seen, flops)
     return model.eval(), cost
-
-
-def _require_steps(trainer: Trainer, args: TrainingArguments, description: str) -> None:
-    """Refuse a training that made no step, whatever setting it was: its model is the untrained one."""
-    if trainer.state.global_step < 1:
-        raise ValueError(
-            f"{description}: not one step was made on {len(trainer.train_dataset)} examples, with "
-            f"num_train_epochs={args.num_train_epochs}, max_steps={args.max_steps}, "
-            f"per_device_train_batch_size={args.per_device_train_batch_size} and "
-            f"dataloader_drop_last={args.dataloader_drop_last}: train for longer, or in smaller batches"
-        )
 
 
 # Arguments that change where a run is kept, how it is shown or when it is saved, but not what it computes.

@@ -484,7 +484,7 @@ def test_a_training_without_a_step_is_refused(tmp_path: Path, settings: dict[str
     examples, weights = ragged(5, seed=0)
     with pytest.raises(
         ValueError,
-        match=r"not one step was made on 5 examples|max_steps must be set to a positive value",
+        match=r"^[^:]+: not one step was made on 5 examples.*dataloader_drop_last=True",
     ):
         run(tmp_path, examples, weights, **settings)
 
