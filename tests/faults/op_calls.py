@@ -124,6 +124,9 @@ def mixture_weights(random: Random, experts: int) -> Array:
         values = np.full(experts, 1e-45)
     elif kind == 3:
         values = values * 10.0 ** random.integers(-44, 38, experts)
+        shares = values / values.sum()
+        # Rounding decides whether float32 makes such a share 0 or the least that it holds.
+        values[(shares > LEAST_SHARE / 4) & (shares < LEAST_SHARE)] = 0.0
     values[random.integers(experts)] += not values.any()
     return values
 
