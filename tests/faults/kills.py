@@ -27,8 +27,9 @@ _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.tru
 # A report is made anew by each command, from what the phases before it left.
 _MEASURED = PHASES[:-1]
 _LONG_MOMENTS, _SHORT_MOMENTS = 12, 1
-# Of the states of a run's disk the short pass tries so many; the long one all of adapters, and of the others these.
-_SHORT_STATES, _OTHER_STATES = 2, 40
+# A run's disk has some 900 states. The short pass goes on from every 400th; the long one from all of adapters, and from
+# every 25th of the others.
+_SHORT_STEP, _OTHER_STEP = 400, 25
 
 
 def cases(long: bool, seed: int) -> Iterator[Case]:
@@ -42,8 +43,8 @@ def _killing(variant: str, long: bool, seed: int) -> Callable[[Path], int]:
         generator = random.Random(f"{variant} {seed}")
         models = runs.sources(folder)
         reference = _uninterrupted(models, folder / "reference", variant)
-        some = None if long and variant == "adapters" else _OTHER_STATES if long else _SHORT_STATES
-        tried = _at_every_write(folder, variant, reference, generator, some)
+        step = _SHORT_STEP if not long else 1 if variant == "adapters" else _OTHER_STEP
+        tried = _at_writes(folder, variant, reference, range(generator.randrange(step), 1_000_000, step))
         for number in range(_LONG_MOMENTS if long else _SHORT_MOMENTS):
             _at_moments(folder / f"moment-{number}", models, variant, reference, generator)
             tried += 1
@@ -74,27 +75,22 @@ def _go_on(models: Path, folder: Path, variant: str, reference: dict[str, Any], 
 # At every write
 
 
-def _at_every_write(
-    folder: Path, variant: str, reference: dict[str, Any], generator: random.Random, some: int | None
-) -> int:
-    """Go on from every state of the disk, or from some of them; return from how many."""
+def _at_writes(folder: Path, variant: str, reference: dict[str, Any], kept: range) -> int:
+    """Go on from the states of the disk whose numbers are in `kept`; return from how many."""
     for name in ("watched", "states"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    states = _states(folder, variant)
-    chosen = set(states) if some is None else set(generator.sample(states, some))
+    states = _states(folder, variant, kept)
     for state in states:
-        if state in chosen:
-            _go_on(folder, state, variant, reference, f"killed before {(state / 'event').read_text()}")
-        shutil.rmtree(state, ignore_errors=True)
-    return len(chosen)
+        _go_on(folder, state, variant, reference, f"killed before {(state / 'event').read_text()}")
+    return len(states)
 
 
-def _states(folder: Path, variant: str) -> list[Path]:
-    """Run in a process of its own and return a copy of its folder for each state that was on the disk."""
+def _states(folder: Path, variant: str, kept: range) -> list[Path]:
+    """Run in a process of its own and return a copy of its folder for each kept state that was on the disk."""
     watched = folder / "watched"
 
     def work() -> None:
-        watcher = _Watcher(watched, folder / "states")
+        watcher = _Watcher(watched, folder / "states", kept)
         sys.addaudithook(watcher.hear)
         write = os.write
 
@@ -116,10 +112,10 @@ def _states(folder: Path, variant: str) -> list[Path]:
 
 
 class _Watcher:
-    """Copies a folder whenever it differs from what it was at the last operation."""
+    """Copies a folder when it differs from what it was at the last operation, where that state's number is kept."""
 
-    def __init__(self, folder: Path, copies: Path) -> None:
-        self.folder, self.copies = folder, copies
+    def __init__(self, folder: Path, copies: Path, kept: range) -> None:
+        self.folder, self.copies, self.kept = folder, copies, kept
         self.seen: Any = None
         self.count, self.busy = 0, False
 
@@ -136,10 +132,11 @@ class _Watcher:
             files = [path for path in self.folder.rglob("*") if self._counts(path)]
             state = sorted((str(path), 0 if path.is_dir() else path.stat().st_size) for path in files)
             if state and state != self.seen:
+                if self.count in self.kept:
+                    copy = self.copies / f"{self.count:05}"
+                    shutil.copytree(self.folder, copy)
+                    (copy / "event").write_text(event)
                 self.seen, self.count = state, self.count + 1
-                copy = self.copies / f"{self.count:05}"
-                shutil.copytree(self.folder, copy)
-                (copy / "event").write_text(event)
         finally:
             self.busy = False
 

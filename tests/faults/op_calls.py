@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from functools import cached_property
@@ -33,6 +34,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 2, 3, 5, 16, 17, 33, 64, 65, 100, 255, 256, 257)
 LARGE_SIZES = (1023, 1024, 1025, 2500, 8195)
 FLOAT32 = torch.finfo(torch.float32)
+# Triton's interpreter misreads subnormal numbers of bfloat16: it gives other ones, in another order.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Log-probabilities below this may be -inf in float32, and shares of the weight below it 0.
 LEAST, LEAST_SHARE = -3.3e38, 2.0**-149
 TEMPERATURES = (0.0, 0.3, 0.7, 1.0, 1.0, 1.5, 100.0, 1e-3, 1e-6, 1e-12, 1e-30, 1e-38, 2e-39, 1e-45, 5e-324, 1e30, 1e300)
@@ -174,6 +177,8 @@ class Inputs:
     def tensor(self, values: Array) -> Tensor:
         limit = torch.finfo(self.dtype).max
         finite = np.where(np.isfinite(values), np.clip(values, -limit, limit), values)
+        if INTERPRETED and self.dtype == torch.bfloat16:
+            finite = np.where(np.abs(finite) < torch.finfo(self.dtype).tiny, 0.0, finite)
         return in_some_layout(self.random, torch.from_numpy(finite).to(self.dtype))
 
     def keys(self) -> Tensor:
@@ -293,7 +298,7 @@ def supports(inputs: Inputs, log_probs: Array, off: Array, setting: dict[str, An
     """
     likeliest = log_probs.max(-1, keepdims=True)
     either = 2 * np.where(log_probs > -np.inf, off, 0.0) + 1e-7 * np.abs(likeliest)
-    sure, maybe = (log_probs > -np.inf), (log_probs > -np.inf)
+    sure, maybe = (log_probs > LEAST), (log_probs > -np.inf)
     if 0 < setting["top_k"] < inputs.size:
         edge = np.sort(log_probs, -1)[:, inputs.size - setting["top_k"]][:, None]
         maybe = maybe & (log_probs >= edge - either)
@@ -481,7 +486,7 @@ def kl_rows(log_p: Array, log_q: Array) -> tuple[Array, Array]:
     """KL of rows, and how far float32 may be off: it holds no probability below 1e-38 and no logarithm below LEAST."""
     p = np.exp(log_p)
     terms = np.where(p > 0, p * (log_p - log_q), 0.0)
-    sizes = np.where(p > 0, p * (2e-6 + 1e-6 * (np.abs(np.where(p > 0, log_p, 0.0)) + np.abs(log_q))), 0.0)
+    sizes = np.where(p > 0, p * 3e-6 * (1 + np.abs(np.where(p > 0, log_p, 0.0)) + np.abs(log_q)), 0.0)
     lost = np.where(p < 1e-37, np.abs(terms), 0.0)
     beyond = (p > 0) & (log_q < LEAST)
     off = np.where(beyond.any(-1), np.inf, (np.where(beyond, 0, sizes) + lost).sum(-1) + 4e-6)
@@ -509,9 +514,10 @@ def mixture_kl(inputs: Inputs, impl: Any) -> None:
     gradient = np.where(broken_rows[:, None], np.nan, np.exp(log_q) - np.exp(log_p))
     gradient = np.where(w[:, None] != 0, w[:, None] * gradient / temperature, 0.0)
     grad_student, grad_weights = backward(loss, [student, weights])
-    check_gradient(
-        grad_student, gradient, (3e-6 * np.abs(w[:, None]) + 3e-45) / temperature, "gradient of the student", *context
-    )
+    # The shares of a weight of few subnormal units are lost, one unit for each token.
+    lost = LEAST_SHARE * (2 + inputs.size)
+    allowed = (3e-6 * np.abs(w[:, None]) + lost) / temperature
+    check_gradient(grad_student, gradient, allowed, "gradient of the student", *context)
     check_gradient(grad_weights, losses, off, "gradient of the weights", *context)
 
 

@@ -14,9 +14,18 @@ FOLDER = Path(__file__).parent / "interpreted"
 
 @pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
 def test_kernels_under_the_interpreter(file):
+    run_interpreted(FOLDER / file, "not slow")
+
+
+@pytest.mark.slow
+def test_slow_ones_under_the_interpreter():
+    run_interpreted(FOLDER, "slow")
+
+
+def run_interpreted(tests, marked):
     pytest.importorskip("triton")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", str(FOLDER / file), "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", str(tests), "-m", marked, "-q", "-p", "no:cacheprovider"],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=FOLDER.parents[2],
         capture_output=True,

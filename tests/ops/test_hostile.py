@@ -61,7 +61,11 @@ class TestARaceAlwaysHasAWinner:
     def test_huge_logits(self, impl, combine, scale, generator):
         logits = [scale * torch.randn(60, 300, generator=generator) for _ in range(3)]
         double = [x.double() for x in logits]
-        weights = [0.2, 0.25, 0.55]  # No two of them are as likely as the third, which float32 would decide by rounding.
+        weights = [
+            0.2,
+            0.25,
+            0.55,
+        ]  # No two of them are as likely as the third, which float32 would decide by rounding.
         for setting in ({"temperature": 0.0}, *FILTERS):
             got = mixture_sample(logits, weights, combine=combine, impl=impl, **keys(60), **setting)
             exact = mixture_sample(double, weights, combine=combine, **keys(60), **setting)

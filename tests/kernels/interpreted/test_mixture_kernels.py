@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import triton
@@ -189,8 +191,8 @@ def test_the_tail_counts_in_the_nucleus(temperature, combine):
     """A third of the mass lies in the tail; without it the nucleus would hold one token instead of two."""
     probs = torch.full((4500,), 0.33 / 4497, dtype=torch.double)
     probs[[4400, 7, 2100]] = torch.tensor([0.4, 0.15, 0.12], dtype=torch.double)
-    logits = (probs.log() * temperature).float().expand(2, 12, -1)
-    keys = {"seeds": torch.arange(1000, 1012), "positions": torch.zeros(12, dtype=torch.int64)}
+    logits = (probs.log() * temperature).float().expand(2, 4, -1)
+    keys = {"seeds": torch.arange(1003, 1007), "positions": torch.zeros(4, dtype=torch.int64)}
     setting = {"temperature": temperature, "top_p": 0.5}
     tokens = sample(logits, [0.5, 0.5], combine=combine, **keys, **setting).tokens
     exact = mixture_sample(logits.double(), [0.5, 0.5], combine=combine, **keys, **setting).tokens
@@ -198,6 +200,8 @@ def test_the_tail_counts_in_the_nucleus(temperature, combine):
     assert torch.equal(tokens, exact)
 
 
+# The quick tests hold that the noise is Philox's and that draws are those of float64, hence this.
+@pytest.mark.slow
 def test_draws_follow_the_distribution(generator):
     logits, weights, _ = inputs(generator, 2, 1, 8, scale=0.5)
     draws = 150
@@ -207,16 +211,16 @@ def test_draws_follow_the_distribution(generator):
     assert stats.chisquare(torch.bincount(tokens, minlength=8).numpy(), expected.numpy()).pvalue > 1e-6
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_a_row_depends_on_nothing_but_itself(generator, setting):
-    for combine in COMBINES:
-        logits, weights, keys = inputs(generator, 2, 4, 2500)
-        whole = sample(logits, weights, combine=combine, **keys, **setting)
-        order = torch.randperm(4, generator=generator)[:2]
-        padded = [torch.cat([x, torch.full((4, 3), 99.0)], 1)[order, :2500] for x in logits]
-        some = {name: value[order] for name, value in keys.items()}
-        for got, expected in zip(sample(padded, weights, combine=combine, **some, **setting), whole, strict=True):
-            assert torch.equal(got, expected[..., order])
+# The interpreter is slow: the ways to combine take turns.
+@pytest.mark.parametrize(("combine", "setting"), zip(itertools.cycle(COMBINES), SETTINGS))
+def test_a_row_depends_on_nothing_but_itself(generator, combine, setting):
+    logits, weights, keys = inputs(generator, 2, 4, 2500)
+    whole = sample(logits, weights, combine=combine, **keys, **setting)
+    order = torch.randperm(4, generator=generator)[:2]
+    padded = [torch.cat([x, torch.full((4, 3), 99.0)], 1)[order, :2500] for x in logits]
+    some = {name: value[order] for name, value in keys.items()}
+    for got, expected in zip(sample(padded, weights, combine=combine, **some, **setting), whole, strict=True):
+        assert torch.equal(got, expected[..., order])
 
 
 class TestSampleEdges:
