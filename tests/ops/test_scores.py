@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -52,6 +56,32 @@ def test_mixture_scores_are_as_good_as_plain_torch(generator, dtype, combine):
             ranked = mixture_log_probs(double, weights.double(), combine).sort(-1, descending=True).values
             clear = torch.ones(6, dtype=torch.bool) if size == 1 else ranked[:, 0] - ranked[:, 1] > 1e-5
             assert torch.equal(kernel.correct[clear], exact.correct[clear])
+
+
+SMALL_TERMS = """
+import torch
+from ensemw2s.ops import mixture_scores, token_scores
+logits = torch.full((1, 8000), -16.0)
+logits[:, ::1000] = 0.0
+label = torch.tensor([0])
+for got, exact in (
+    (token_scores(logits, label, impl="cpp"), token_scores(logits.double(), label)),
+    (mixture_scores([logits], [1.0], label, impl="cpp"), mixture_scores([logits.double()], [1.0], label)),
+):
+    print(float(got.log_probs - exact.log_probs), float(got.entropy - exact.entropy))
+"""
+
+
+@needs_cpp
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_many_small_terms_are_not_lost_beside_a_large_sum(capability):
+    """8 tokens have all but a thousandth of the mass; one by one the others would vanish beside them in float32."""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    run = subprocess.run(
+        [sys.executable, "-c", SMALL_TERMS], env=environment, capture_output=True, text=True, check=True
+    )
+    errors = [float(x) for x in run.stdout.split()]
+    assert len(errors) == 4 and max(map(abs, errors)) < 3e-6
 
 
 @pytest.mark.parametrize("impl", IMPLS)
