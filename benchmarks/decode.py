@@ -27,9 +27,9 @@ from transformers import DynamicCache, PreTrainedModel, TopKLogitsWarper, TopPLo
 
 from benchmarks.measure import environment, peak_megabytes, write_csv
 from ensemw2s import ops
-from ensemw2s.decoding import MixtureDecoder, Sampling
-from ensemw2s.ensemble import TokenEnsemble
-from ensemw2s.models import CACHE, load_model
+from ensemw2s.ensemble.model import TokenEnsemble
+from ensemw2s.inference.decoding import MixtureDecoder, Sampling
+from ensemw2s.models.loading import CACHE, load_model
 
 TOP_K, TOP_P = 50, 0.9
 PROMPT_TOKENS, RANK = 24, 8

@@ -26,12 +26,14 @@ from peft import LoraConfig, get_peft_model
 
 from benchmarks.decode import save_adapters
 from benchmarks.measure import environment, write_csv
-from ensemw2s.data import AnswerCollator
-from ensemw2s.distillation import ConfidenceTrainer, LiveTeacher, SoftTrainer, packed_row, top_columns, with_columns
-from ensemw2s.ensemble import TokenEnsemble
-from ensemw2s.models import load_model
-from ensemw2s.student import StudentConfig
-from ensemw2s.training import AnswerTrainer
+from ensemw2s.data.batches import AnswerCollator
+from ensemw2s.ensemble.model import TokenEnsemble
+from ensemw2s.inference.labelling import packed_row
+from ensemw2s.models.loading import load_model
+from ensemw2s.student.losses import ConfidenceTrainer, SoftTrainer
+from ensemw2s.student.teacher import LiveTeacher, top_columns, with_columns
+from ensemw2s.student.trainer import StudentConfig
+from ensemw2s.training.trainer import AnswerTrainer
 
 PROMPT_TOKENS, ANSWER_TOKENS, RANK, PAD = 16, 16, 8, 2
 # Timed against "top-k cache".

@@ -26,9 +26,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     if options.cpu_time:
         time.perf_counter = time.process_time
-    from ensemw2s.config import load_config
-    from ensemw2s.experiment import Experiment
-    from ensemw2s.plan import plan
+    from ensemw2s.experiments.config import load_config
+    from ensemw2s.experiments.experiment import Experiment
+    from ensemw2s.experiments.plan import plan
 
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(options.config, [*options.overrides, f"output_dir={folder}"], quick=options.quick)

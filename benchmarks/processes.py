@@ -23,8 +23,9 @@ import torch
 from peft import LoraConfig
 
 from benchmarks.measure import environment, write_csv
-from ensemw2s import BoostingConfig, BoostingTrainer, QuestionFormat, load_questions, processes
-from ensemw2s.models import load_model, load_tokenizer
+from ensemw2s import BoostingConfig, BoostingTrainer, QuestionFormat, load_questions
+from ensemw2s.models.loading import load_model, load_tokenizer
+from ensemw2s.runtime import processes
 
 # seconds: the whole round, with the errors before and after training; train_seconds: the fine-tuning alone;
 # cpu_seconds: the processor's time for the round of the process that needs most, which other jobs hardly change.

@@ -22,8 +22,8 @@ import torch
 
 from benchmarks.decode import load_ensemble, random_ids, save_adapters
 from benchmarks.measure import environment, write_csv
-from ensemw2s.ensemble import TokenEnsemble
-from ensemw2s.models import load_model
+from ensemw2s.ensemble.model import TokenEnsemble
+from ensemw2s.models.loading import load_model
 
 FIELDS = ["experts", "T", "B", "callers", "compute_threads", "requests", "loop_s", "threads_s", "ratio_to_loop"]
 FIELDS += ["cpu", "torch", "commit"]

@@ -36,12 +36,15 @@ from transformers import Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from benchmarks.measure import environment, peak_megabytes, quantile, write_csv
-from ensemw2s.data import AnswerCollator, QuestionFormat, load_questions, tokenize_questions
-from ensemw2s.ensemble import TokenEnsemble
-from ensemw2s.models import load_model, load_tokenizer
-from ensemw2s.packing import pack_rows
-from ensemw2s.scoring import score_answers
-from ensemw2s.training import AnswerTrainer, AnswerTrainingArguments, fine_tune
+from ensemw2s.data.batches import AnswerCollator
+from ensemw2s.data.questions import load_questions
+from ensemw2s.data.tokens import QuestionFormat, tokenize_questions
+from ensemw2s.ensemble.model import TokenEnsemble
+from ensemw2s.inference.scoring import score_answers
+from ensemw2s.models.loading import load_model, load_tokenizer
+from ensemw2s.training.fine_tune import fine_tune
+from ensemw2s.training.packing import pack_rows
+from ensemw2s.training.trainer import AnswerTrainer, AnswerTrainingArguments
 
 ROOT = Path(__file__).parents[1]
 FIELDS = [

@@ -11,43 +11,43 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "BoostingConfig": "recipes",
-    "BoostingTrainer": "trainer",
-    "EnsembleConfig": "ensemble",
-    "TokenEnsemble": "ensemble",
-    "StudentConfig": "student",
-    "StudentTrainer": "student",
-    "rate_difficulty": "difficulty",
-    "split_by_difficulty": "difficulty",
-    "QuestionFormat": "data",
-    "exclude_questions": "data",
-    "load_questions": "data",
-    "split_questions": "data",
-    "tokenize_questions": "data",
-    "load_model": "models",
-    "load_tokenizer": "models",
-    "score_answers": "scoring",
+    "BoostingConfig": "boosting.config",
+    "BoostingTrainer": "boosting.trainer",
+    "EnsembleConfig": "ensemble.model",
+    "TokenEnsemble": "ensemble.model",
+    "StudentConfig": "student.trainer",
+    "StudentTrainer": "student.trainer",
+    "rate_difficulty": "experiments.rating",
+    "split_by_difficulty": "data.difficulty",
+    "QuestionFormat": "data.tokens",
+    "exclude_questions": "data.questions",
+    "load_questions": "data.questions",
+    "split_questions": "data.questions",
+    "tokenize_questions": "data.tokens",
+    "load_model": "models.loading",
+    "load_tokenizer": "models.loading",
+    "score_answers": "inference.scoring",
 }
 
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from ensemw2s.data import QuestionFormat as QuestionFormat
-    from ensemw2s.data import exclude_questions as exclude_questions
-    from ensemw2s.data import load_questions as load_questions
-    from ensemw2s.data import split_questions as split_questions
-    from ensemw2s.data import tokenize_questions as tokenize_questions
-    from ensemw2s.difficulty import rate_difficulty as rate_difficulty
-    from ensemw2s.difficulty import split_by_difficulty as split_by_difficulty
-    from ensemw2s.ensemble import EnsembleConfig as EnsembleConfig
-    from ensemw2s.ensemble import TokenEnsemble as TokenEnsemble
-    from ensemw2s.models import load_model as load_model
-    from ensemw2s.models import load_tokenizer as load_tokenizer
-    from ensemw2s.recipes import BoostingConfig as BoostingConfig
-    from ensemw2s.scoring import score_answers as score_answers
-    from ensemw2s.student import StudentConfig as StudentConfig
-    from ensemw2s.student import StudentTrainer as StudentTrainer
-    from ensemw2s.trainer import BoostingTrainer as BoostingTrainer
+    from ensemw2s.boosting.config import BoostingConfig as BoostingConfig
+    from ensemw2s.boosting.trainer import BoostingTrainer as BoostingTrainer
+    from ensemw2s.data.difficulty import split_by_difficulty as split_by_difficulty
+    from ensemw2s.data.questions import exclude_questions as exclude_questions
+    from ensemw2s.data.questions import load_questions as load_questions
+    from ensemw2s.data.questions import split_questions as split_questions
+    from ensemw2s.data.tokens import QuestionFormat as QuestionFormat
+    from ensemw2s.data.tokens import tokenize_questions as tokenize_questions
+    from ensemw2s.ensemble.model import EnsembleConfig as EnsembleConfig
+    from ensemw2s.ensemble.model import TokenEnsemble as TokenEnsemble
+    from ensemw2s.experiments.rating import rate_difficulty as rate_difficulty
+    from ensemw2s.inference.scoring import score_answers as score_answers
+    from ensemw2s.models.loading import load_model as load_model
+    from ensemw2s.models.loading import load_tokenizer as load_tokenizer
+    from ensemw2s.student.trainer import StudentConfig as StudentConfig
+    from ensemw2s.student.trainer import StudentTrainer as StudentTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -10,16 +10,17 @@ import json
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Little is imported here: an interrupt while Python loads a large library, before `main`, would end in a traceback.
 from ensemw2s import __version__
+from ensemw2s.runtime.console import quiet_libraries
 
 if TYPE_CHECKING:
     from rich.console import Console
+
 
 PHASE_HELP = {
     "boost": "train the weak baseline and the boosted experts, and save their ensemble",
@@ -254,10 +255,10 @@ def _add_overwrite(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from ensemw2s import processes
-    from ensemw2s.config import load_config
-    from ensemw2s.experiment import PHASES, Experiment
-    from ensemw2s.tables import results_table
+    from ensemw2s.experiments.config import load_config
+    from ensemw2s.experiments.experiment import PHASES, Experiment
+    from ensemw2s.report.tables import results_table
+    from ensemw2s.runtime import processes
 
     quiet_libraries()
     console = _console()
@@ -275,15 +276,15 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from ensemw2s.config import load_config
-    from ensemw2s.plan import plan, plan_table
+    from ensemw2s.experiments.config import load_config
+    from ensemw2s.experiments.plan import plan, plan_table
 
     quiet_libraries()
     _console().print(plan_table(plan(load_config(options.config, options.overrides, quick=options.quick))))
 
 
 def _study(options: argparse.Namespace) -> None:
-    from ensemw2s.study import Study, load_study
+    from ensemw2s.experiments.study import Study, load_study
 
     quiet_libraries()
     config = load_study(options.config, options.overrides)
@@ -302,8 +303,8 @@ def _console() -> Console:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from ensemw2s.markdown_tables import refresh_tables
-    from ensemw2s.report import write_forest_plot, write_report
+    from ensemw2s.report.markdown import refresh_tables
+    from ensemw2s.report.page import write_forest_plot, write_report
 
     if not options.paths and (options.output or options.plot or not options.markdown):
         raise ValueError("report needs a PATH, a run's folder or a study's .jsonl file (--markdown alone needs none)")
@@ -324,7 +325,7 @@ def _default_page(path: Path) -> Path:
 
 
 def _env(options: argparse.Namespace) -> None:
-    from ensemw2s.experiment import environment
+    from ensemw2s.experiments.experiment import environment
 
     facts = environment()
     del facts["kind"]
@@ -335,17 +336,6 @@ def _env(options: argparse.Namespace) -> None:
         rows: dict[str, Any] = value if isinstance(value, dict) else {"": value}
         for key, item in rows.items():
             print(f"{f'{name} {key}'.strip():<32} {item}")
-
-
-def quiet_libraries() -> None:
-    """Silence what transformers and datasets print beside our own messages."""
-    import datasets
-    from transformers.utils import logging
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 def _say(line: str) -> None:
@@ -392,7 +382,7 @@ def _explain(error: Exception) -> int:
 
 def _known_processes() -> Any:
     """Return the module that knows about other processes; None while, as far as messages go, there are none."""
-    module = sys.modules.get("ensemw2s.processes")
+    module = sys.modules.get("ensemw2s.runtime.processes")
     try:
         return module if module and module.count() else None
     except Exception:
@@ -402,7 +392,7 @@ def _known_processes() -> Any:
 
 def _sentence(error: Exception) -> str | None:
     """Return what a person can do something about; None for what is no error of theirs."""
-    from ensemw2s.files import is_disk_full
+    from ensemw2s.runtime.files import is_disk_full
 
     if is_disk_full(error):
         return f"{error}\nWhat was finished is kept: free some space and run the same command again"

@@ -13,9 +13,10 @@ from datasets import Dataset
 from peft import get_peft_model_state_dict
 from transformers import LlamaForCausalLM
 
-from ensemw2s import BoostingConfig, BoostingTrainer, expert_factory
-from ensemw2s.data import tokenize_questions
-from ensemw2s.training import fine_tune
+from ensemw2s import BoostingConfig, BoostingTrainer
+from ensemw2s.boosting import factory
+from ensemw2s.data.tokens import tokenize_questions
+from ensemw2s.training.fine_tune import fine_tune
 from tests.tiny import END, FORMAT, llama, lora, questions, tokenizer
 
 FAST: dict[str, Any] = {
@@ -54,7 +55,7 @@ class Trainings(list[dict[str, Any]]):
 
 def record_trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
     """Note from now on what every fine-tuning of a `BoostingTrainer` is given."""
-    calls, own = Trainings(), expert_factory.fine_tune
+    calls, own = Trainings(), factory.fine_tune
 
     def recorded(model: Any, examples: Dataset, args: Any, **options: Any) -> Any:
         if len(calls) + 1 == calls.die_at:
@@ -69,5 +70,5 @@ def record_trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
         })  # fmt: skip
         return own(model, examples, args, **options)
 
-    monkeypatch.setattr(expert_factory, "fine_tune", recorded)
+    monkeypatch.setattr(factory, "fine_tune", recorded)
     return calls

@@ -21,9 +21,9 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from ensemw2s import TokenEnsemble
-from ensemw2s.choices import score_choices
-from ensemw2s.decoding import Sampling
-from ensemw2s.scoring import score_answers
+from ensemw2s.inference.choices import score_choices
+from ensemw2s.inference.decoding import Sampling
+from ensemw2s.inference.scoring import score_answers
 from tests.tiny import FORMAT, PAD, VOCAB, gpt2, llama, questions, saved_adapters, tokenizer
 
 Calls = dict[str, Callable[[], Any]]

@@ -27,8 +27,8 @@ from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
 from ensemw2s import cli
-from ensemw2s.config import build_config, load_config, merge_settings, read_settings
-from ensemw2s.study import load_study
+from ensemw2s.experiments.config import build_config, load_config, merge_settings, read_settings
+from ensemw2s.experiments.study import load_study
 
 ROOT = Path(__file__).parent.parent
 _TEXTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))

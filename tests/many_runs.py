@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr
 
-from ensemw2s.evaluate import accuracy
-from ensemw2s.records import answers_text, questions_digest
+from ensemw2s.report.records import answers_text, questions_digest
+from ensemw2s.report.statistics import accuracy
 
 # True accuracies (ID, OOD) of each arm before the task's own ease is added.
 SKILL = {

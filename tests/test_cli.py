@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ensemw2s import experiment, processes
 from ensemw2s.cli import main
-from ensemw2s.files import write_json_lines
+from ensemw2s.experiments import experiment
+from ensemw2s.runtime import processes
+from ensemw2s.runtime.files import write_json_lines
+from tests.experiments.test_experiment import settings
 from tests.many_runs import study_records
 from tests.running import wait_for_files
-from tests.test_experiment import settings
 
 
 def write(folder: Path, values: dict[str, object]) -> str:

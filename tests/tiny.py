@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ensemw2s.data import QuestionFormat
+from ensemw2s.data.tokens import QuestionFormat
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -22,9 +22,9 @@ from transformers import TrainingArguments
 
 from ensemw2s import BoostingConfig, QuestionFormat, StudentConfig
 from ensemw2s.cli import _parser
-from ensemw2s.config import ExperimentConfig, _settable
-from ensemw2s.study import StudyConfig
-from ensemw2s.training import AnswerTrainingArguments
+from ensemw2s.experiments.config import ExperimentConfig, _settable
+from ensemw2s.experiments.study import StudyConfig
+from ensemw2s.training.trainer import AnswerTrainingArguments
 
 ROOT = Path(__file__).parent.parent.parent
 SHOWN = ("examples/*.yaml", "examples/*.py", "benchmarks/results/*.csv", "CHANGELOG.md", "CITATION.cff")
@@ -76,7 +76,7 @@ def described(kind: type) -> dict[str, str]:
 
 def _type(field: dataclasses.Field[Any]) -> str:
     named = field.type.__name__ if isinstance(field.type, type) else str(field.type)
-    return f"`{named.replace('boosting.', '')}`"
+    return f"`{named.replace('algorithm.', '')}`"
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

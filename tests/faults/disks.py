@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ensemw2s.cli import main
-from ensemw2s.config import build_config
-from ensemw2s.experiment import PHASES, Experiment
+from ensemw2s.experiments.config import build_config
+from ensemw2s.experiments.experiment import PHASES, Experiment
 from tests.faults import runs
 from tests.faults.battery import Case
 

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from ensemw2s import TokenEnsemble
-from ensemw2s.adapters import KINDS, check_peft_config
+from ensemw2s.models.adapters import KINDS, check_peft_config
 from tests.faults.battery import Case
 from tests.tiny import VOCAB, llama, saved_adapters, saved_model
 

@@ -25,18 +25,19 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ensemw2s import boosting
+from ensemw2s.boosting import algorithm
+from ensemw2s.boosting.config import BoostingConfig
 from ensemw2s.cli import main
-from ensemw2s.config import STUDENTS, load_config
-from ensemw2s.data import QuestionFormat, load_questions, split_questions
-from ensemw2s.decoding import Sampling
-from ensemw2s.difficulty import split_by_difficulty
-from ensemw2s.files import read_complete_lines, read_json, write_json_lines
-from ensemw2s.recipes import BoostingConfig
-from ensemw2s.records import read_records
-from ensemw2s.student import StudentConfig
-from ensemw2s.study import load_study
-from ensemw2s.values import RANGES
+from ensemw2s.data.difficulty import split_by_difficulty
+from ensemw2s.data.questions import load_questions, split_questions
+from ensemw2s.data.tokens import QuestionFormat
+from ensemw2s.experiments.config import STUDENTS, load_config
+from ensemw2s.experiments.study import load_study
+from ensemw2s.inference.decoding import Sampling
+from ensemw2s.report.records import read_records
+from ensemw2s.runtime.files import read_complete_lines, read_json, write_json_lines
+from ensemw2s.runtime.values import RANGES
+from ensemw2s.student.trainer import StudentConfig
 from tests.faults.battery import Case
 from tests.many_runs import study_records
 
@@ -865,23 +866,23 @@ def _bad_arguments() -> Iterator[Case]:
         "hard must be in (0, 1]": lambda: split_by_difficulty(None, hard=float("nan")),  # type: ignore[arg-type]
         "min_values must be a whole number": lambda: split_by_difficulty(None, min_values=2.5),  # type: ignore[arg-type]
         "split a must have at least 1": lambda: split_questions(None, {"a": True}),  # type: ignore[arg-type]
-        "num_units must be a whole number": lambda: boosting.initial_weights("3"),  # type: ignore[arg-type]
-        "num_units must be at least 1": lambda: boosting.initial_weights(0),
-        "uniform_mix must be a number": lambda: boosting.mix_uniform(half, None),  # type: ignore[arg-type]
-        "weights must be real numbers": lambda: boosting.effective_sample_size(["a", "b"]),
-        "weights must be non-negative": lambda: boosting.effective_sample_size([float("nan"), 1.0]),
-        "losses must be boolean": lambda: boosting.weighted_error(half, [1, 0]),
-        "error must be a number": lambda: boosting.clamp_error("0.5", 3),  # type: ignore[arg-type]
-        "error must be in (0, 1)": lambda: boosting.expert_weight(float("nan"), 0.5),
-        "expert_weight must be a number": lambda: boosting.update_weights(half, wrong, True),
-        "shrinkage must be a number": lambda: boosting.update_weights(half, wrong, 1.0, "1"),  # type: ignore[arg-type]
-        "floor must be a number": lambda: boosting.tempered_shrinkage(half, wrong, 1.0, None),  # type: ignore[arg-type]
-        "cap must be a number": lambda: boosting.cap_weights(half, "2"),  # type: ignore[arg-type]
-        "size must be a whole number": lambda: boosting.draw_counts(half, 2.5, generator),  # type: ignore[arg-type]
-        "window must be a whole number": lambda: boosting.unit_index([2], "window", 1.5),  # type: ignore[arg-type]
-        "unknown sampling ['draw']": lambda: boosting.loss_weights(half, sampling=["draw"]),  # type: ignore[arg-type]
-        "prior must be": lambda: boosting.prior_error([0.5]),  # type: ignore[arg-type]
-        "step_size must be above 0": lambda: boosting.fit_mixture_weights([[-1.0]], step_size=float("nan")),
+        "num_units must be a whole number": lambda: algorithm.initial_weights("3"),  # type: ignore[arg-type]
+        "num_units must be at least 1": lambda: algorithm.initial_weights(0),
+        "uniform_mix must be a number": lambda: algorithm.mix_uniform(half, None),  # type: ignore[arg-type]
+        "weights must be real numbers": lambda: algorithm.effective_sample_size(["a", "b"]),
+        "weights must be non-negative": lambda: algorithm.effective_sample_size([float("nan"), 1.0]),
+        "losses must be boolean": lambda: algorithm.weighted_error(half, [1, 0]),
+        "error must be a number": lambda: algorithm.clamp_error("0.5", 3),  # type: ignore[arg-type]
+        "error must be in (0, 1)": lambda: algorithm.expert_weight(float("nan"), 0.5),
+        "expert_weight must be a number": lambda: algorithm.update_weights(half, wrong, True),
+        "shrinkage must be a number": lambda: algorithm.update_weights(half, wrong, 1.0, "1"),  # type: ignore[arg-type]
+        "floor must be a number": lambda: algorithm.tempered_shrinkage(half, wrong, 1.0, None),  # type: ignore[arg-type]
+        "cap must be a number": lambda: algorithm.cap_weights(half, "2"),  # type: ignore[arg-type]
+        "size must be a whole number": lambda: algorithm.draw_counts(half, 2.5, generator),  # type: ignore[arg-type]
+        "window must be a whole number": lambda: algorithm.unit_index([2], "window", 1.5),  # type: ignore[arg-type]
+        "unknown sampling ['draw']": lambda: algorithm.loss_weights(half, sampling=["draw"]),  # type: ignore[arg-type]
+        "prior must be": lambda: algorithm.prior_error([0.5]),  # type: ignore[arg-type]
+        "step_size must be above 0": lambda: algorithm.fit_mixture_weights([[-1.0]], step_size=float("nan")),
     }
     for fragment, call in calls.items():
         yield Case(f"argument: {fragment}", partial(_refuse_call, fragment, call))

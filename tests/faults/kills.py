@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ensemw2s.accounts import is_partial
-from ensemw2s.config import build_config
-from ensemw2s.experiment import PHASES, Experiment
+from ensemw2s.experiments.config import build_config
+from ensemw2s.experiments.experiment import PHASES, Experiment
+from ensemw2s.runtime.accounts import is_partial
 from tests.faults import runs
 from tests.faults.battery import Case
 

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ensemw2s.cli import main, quiet_libraries
-from ensemw2s.files import read_json
+from ensemw2s.cli import main
+from ensemw2s.runtime.console import quiet_libraries
+from ensemw2s.runtime.files import read_json
 from tests.tiny import FORMAT, questions, saved_model
 
 # Adapters whose training keeps checkpoints, students of caches; a rating before; whole models and live teachers.

@@ -14,13 +14,13 @@ import yaml
 
 from ensemw2s import BoostingConfig, BoostingTrainer, StudentConfig, StudentTrainer, TokenEnsemble
 from ensemw2s.cli import main
-from ensemw2s.config import build_config
-from ensemw2s.experiment import PHASES, Experiment
-from ensemw2s.files import read_json_lines
+from ensemw2s.experiments.config import build_config
+from ensemw2s.experiments.experiment import PHASES, Experiment
+from ensemw2s.runtime.files import read_json_lines
+from tests.boosting.test_trainer import kept
+from tests.experiments.test_study import write_study
 from tests.faults import runs
 from tests.faults.battery import Case
-from tests.test_study import write_study
-from tests.test_trainer import kept
 from tests.tiny import FORMAT, llama, lora, questions, saved_adapters, tokenizer
 
 _TRAINED: dict[str, Any] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ensemw2s.ensemble import TokenEnsemble
+from ensemw2s.ensemble.model import TokenEnsemble
 from tests import tiny
 
 pytestmark = pytest.mark.gpu

@@ -1,0 +1,221 @@
+"""`BoostingConfig`: everything that a boosting run can be told, and the named recipes that fill it in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from ensemw2s.boosting import algorithm
+from ensemw2s.runtime.values import Uses, check_in_use, shown
+from ensemw2s.training.trainer import AnswerTrainingArguments
+
+Errors = Literal["hard", "soft"]
+PriorWeights = Literal["initial", "current"]
+BoostedTokens = Literal["all", "informative"]
+MixtureWeights = Literal["alpha", "uniform", "validation"]
+Recipe = Literal["paper", "tempered", "chained", "bagging", "deep_ensemble"]
+Combine = Literal["prob", "logprob", "vote"]
+
+# Ours: the paper's collapses on real models, because one full update leaves a small effective sample size.
+_TEMPERED = {"sampling": "reweight", "errors": "soft", "effective_sample_size_floor": 0.7}
+RECIPES: dict[str, dict[str, Any]] = {
+    # The paper's, to the letter.
+    "paper": {"sampling": "draw", "errors": "hard"},
+    "tempered": _TEMPERED,
+    # The same in a chain, for experts that are cut short and would still gain by longer training: its rounds are one
+    # long training, and later experts, which are then the better ones, may weigh more.
+    "chained": _TEMPERED | {"warm_start": True, "mixture_weights": "validation"},
+    # The baselines, with equal votes: uniform draws, and every token in every round.
+    "bagging": {"sampling": "bagging", "errors": "hard"},
+    "deep_ensemble": {"sampling": "all", "errors": "hard"},
+}
+_UNLESS_THE_RECIPE_SAYS = {"effective_sample_size_floor": 0.0, "warm_start": False, "mixture_weights": "alpha"}
+# These draw or weigh tokens whatever an expert got wrong: there is nothing to update and no expert to refuse.
+BASELINES = ("bagging", "all")
+
+
+def _updates_weights(args: BoostingConfig) -> bool:
+    return not args.is_baseline
+
+
+_UPDATING = 'weights that are updated (sampling="draw", "without_replacement" or "reweight")'
+# Settings that act beside some others only.
+_USES_OF_SETTINGS: Uses = {
+    **dict.fromkeys(
+        ("shrinkage", "uniform_mix", "effective_sample_size_floor", "weight_cap", "min_effective_sample_size", "prior"),
+        (_updates_weights, _UPDATING),
+    ),
+    "prior_weights": (lambda args: _updates_weights(args) and args.prior == "pretrained", 'prior="pretrained"'),
+    "num_classes": (lambda args: _updates_weights(args) and args.prior == "uniform", 'prior="uniform"'),
+    "draw_fraction": (lambda args: args.sampling == "without_replacement", 'sampling="without_replacement"'),
+}
+
+
+@dataclass
+class BoostingConfig(AnswerTrainingArguments):
+    """What `BoostingTrainer` does, on top of transformers' `TrainingArguments` (which train each expert).
+
+    The settings from `effective_sample_size_floor` on are ours [choice]; they are off in the paper's recipe.
+
+    Attributes:
+        num_rounds: T, the number of experts wanted; at least 1.
+        recipe: a named set of choices: "tempered" (ours, the default), "chained" (ours in a chain; it needs validation
+            questions), "paper", or the baselines "bagging" and "deep_ensemble". It decides `sampling`, `errors`,
+            `effective_sample_size_floor`, `warm_start` and `mixture_weights` where they are not given.
+        sampling: "draw" (the paper), "without_replacement", "reweight", "bagging" or "all"; see
+            `algorithm.loss_weights`.
+        shrinkage: s in (0, 1]; the update uses s * a_t, the mixture a_t.
+        uniform_mix: m in [0, 1); the loss uses (1-m) D + m/n.
+        errors: a unit's loss: "hard", 1 if it is wrong (the paper), or "soft", `1 - p(gold)` as in SAMME.R.
+        deduplicate: a token drawn several times counts once.
+        draw_fraction: the share of the units that sampling="without_replacement" draws, in (0, 1].
+        prior: "pretrained" (the paper: the error of the model before fine-tuning), "uniform" (SAMME) or a number in
+            (0, 1).
+        num_classes: K for prior="uniform"; None takes the size of the vocabulary.
+        unit: what shares one weight: "token", "window" or "sequence".
+        window: tokens in a window, for unit="window".
+        combine: how the ensemble combines distributions: "prob", "logprob" or "vote".
+        effective_sample_size_floor: an update goes only so far (its shrinkage is lowered) that the effective sample
+            size of the weights stays at this share of the units, in (0, 1); 0 is no floor.
+        weight_cap: no unit weighs more than this many times the average after an update, at least 1; None is no limit.
+        min_effective_sample_size: boosting stops after a round that leaves an effective sample size below this share
+            of the units, in [0, 1).
+        prior_weights: the error before fine-tuning is measured under the "initial" weights (the paper), or in every
+            round under the "current" ones.
+        error_folds: measure an expert's errors out of fold: so many further models are trained in each round, each on
+            the answers outside of its fold and with the round's weights, and judge the answers in it; at least 2. None
+            measures the expert on what it was trained on (the paper).
+        boosted_tokens: "all" answer tokens carry a weight (the paper), or the "informative" ones: end tokens and white
+            space keep the weight 1 in every loss and have no part in errors.
+        warm_start: an expert starts from the one before instead of from the pre-trained model.
+        vary_seed: every round has a seed of its own for adapters, order and dropout; with False, all rounds have the
+            seed of the first.
+        lora_ranks: the rank of each round's adapter, in order, at the ratio of alpha to rank that `peft_config` has;
+            None uses the rank of `peft_config` in every round.
+        mixture_weights: the ensemble's expert weights are "alpha" (the paper), "uniform", or fitted to the likelihood
+            of the "validation" questions (`algorithm.fit_mixture_weights`).
+        choose_num_experts: keep the first T' experts only, T' being the number whose mixture gives the validation
+            answers the highest likelihood.
+        validate_rounds: measure expert and ensemble on the validation questions after each round.
+        overwrite: delete what another configuration left in `output_dir`.
+
+    Raises:
+        ValueError: a value outside its range; names it.
+    """
+
+    num_rounds: int = 5
+    recipe: Recipe = "tempered"
+    sampling: algorithm.Sampling = None  # type: ignore[assignment]
+    shrinkage: float = 1.0
+    uniform_mix: float = 0.0
+    errors: Errors = None  # type: ignore[assignment]
+    deduplicate: bool = False
+    draw_fraction: float = 0.5
+    prior: algorithm.Prior = "pretrained"
+    num_classes: int | None = None
+    unit: algorithm.Unit = "token"
+    window: int | None = None
+    combine: Combine = "prob"
+    effective_sample_size_floor: float = None  # type: ignore[assignment]
+    weight_cap: float | None = None
+    min_effective_sample_size: float = 0.0
+    prior_weights: PriorWeights = "initial"
+    error_folds: int | None = None
+    boosted_tokens: BoostedTokens = "all"
+    warm_start: bool = None  # type: ignore[assignment]
+    vary_seed: bool = True
+    lora_ranks: list[int] | None = None
+    mixture_weights: MixtureWeights = None  # type: ignore[assignment]
+    choose_num_experts: bool = False
+    validate_rounds: bool = True
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        filled = _UNLESS_THE_RECIPE_SAYS | RECIPES[self.recipe]
+        for name, value in filled.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self._check_choices()
+        self._check_ranges()
+        self._try_values()
+        check_in_use(self, _USES_OF_SETTINGS, filled)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether experts get equal votes and weights are never updated."""
+        return self.sampling in BASELINES
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether the ensemble cannot be made without validation questions."""
+        return self.choose_num_experts or self.mixture_weights == "validation"
+
+    def _check_choices(self) -> None:
+        if self.mixture_weights == "validation" and self.choose_num_experts:
+            raise ValueError(
+                'choose_num_experts has no use with mixture_weights="validation" (which recipe="chained" sets), since '
+                'that may give an expert the weight 0: leave it out, or set mixture_weights="alpha"'
+            )
+        if self.mixture_weights == "validation" and self.combine != "prob":
+            raise ValueError(
+                'mixture_weights="validation" (which recipe="chained" sets) fits a mixture of probabilities, and '
+                f'combine is {self.combine!r}: set combine="prob" or mixture_weights="alpha"'
+            )
+        if self.choose_num_experts and self.combine == "vote":
+            raise ValueError('choose_num_experts compares likelihoods, which combine="vote" does not give')
+
+    def _check_ranges(self) -> None:
+        ranks = self.lora_ranks
+        if ranks is not None and (len(ranks) != self.num_rounds or min(ranks) < 1):
+            raise ValueError(
+                f"lora_ranks must list a rank of at least 1 for each of {self.num_rounds} rounds, got {shown(ranks)}"
+            )
+        if ranks is not None and self.warm_start:
+            raise ValueError(
+                'lora_ranks gives every round a new adapter, and warm_start (which recipe="chained" sets) goes on with '
+                "the one before: leave it out, or set warm_start to false"
+            )
+
+    def _try_values(self) -> None:
+        """Let the functions that will use a value refuse it now rather than after the first expert."""
+        two = algorithm.initial_weights(2)
+        generator = np.random.default_rng(0)
+        algorithm.unit_index([2], self.unit, self.window)
+        algorithm.prior_error(self.prior, pretrained_error=0.5, num_classes=self.num_classes or 2, unit=self.unit)
+        self.update(two, np.array([True, False]), 1.0, self.step(two, np.array([True, False]), 1.0))
+        self.loss_weights(two, generator)
+
+    def loss_weights(
+        self, weights: np.ndarray, generator: np.random.Generator, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return float64 [N], the weight of each unit in one round's loss; in `out` if given."""
+        return algorithm.loss_weights(
+            weights,
+            sampling=self.sampling,
+            uniform_mix=self.uniform_mix,
+            draw_fraction=self.draw_fraction,
+            deduplicate=self.deduplicate,
+            generator=generator,
+            out=out,
+        )
+
+    def step(self, weights: np.ndarray, losses: np.ndarray, expert_weight: float) -> float:
+        """Return the shrinkage of one round's update, which a floor of the effective sample size may lower."""
+        if self.effective_sample_size_floor == 0.0:
+            return self.shrinkage
+        floor = self.effective_sample_size_floor
+        return algorithm.tempered_shrinkage(weights, losses, expert_weight, floor, self.shrinkage)
+
+    def update(
+        self, weights: np.ndarray, losses: np.ndarray, expert_weight: float, step: float, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return float64 [N], the token weights of the next round after an update of `step`; in `out` if given."""
+        updated = np.empty(len(weights)) if out is None else out
+        if step > 0.0:
+            algorithm.update_weights(weights, losses, expert_weight, step, out=updated)
+        else:
+            updated[:] = weights
+        return updated if self.weight_cap is None else algorithm.cap_weights(updated, self.weight_cap, out=updated)

@@ -1,0 +1,537 @@
+"""`BoostingTrainer`: the rounds of EnsemW2S (phase 1 of the method), resumable at any point."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from ensemw2s.boosting import algorithm
+from ensemw2s.boosting.config import BoostingConfig
+from ensemw2s.boosting.factory import ExpertFactory
+from ensemw2s.boosting.units import AnswerUnits, informative_tokens
+from ensemw2s.data.questions import check_disjoint, check_questions
+from ensemw2s.data.tokens import QuestionFormat, tokenize_questions
+from ensemw2s.ensemble.model import TokenEnsemble
+from ensemw2s.inference.scoring import AnswerScores
+from ensemw2s.models.adapters import check_peft_config
+from ensemw2s.models.identity import describe_model
+from ensemw2s.models.loading import load_tokenizer, source_of
+from ensemw2s.runtime import processes
+from ensemw2s.runtime.claims import Kind, claimed, description_of
+from ensemw2s.runtime.files import map_array, new_array, read_array, read_json, write_array, write_json
+from ensemw2s.runtime.fingerprint import digest_questions
+from ensemw2s.runtime.meter import Ledger, total
+from ensemw2s.runtime.store import Store
+from ensemw2s.training.checkpoints import discard_checkpoints
+from ensemw2s.training.fine_tune import PRESENTATION
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftConfig
+    from transformers import PreTrainedTokenizerBase
+
+
+WEIGHT_QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
+# An expert no better than the prior is trained once more with a fresh seed before boosting stops (invariant 4).
+ATTEMPTS = 2
+# More rounds go on from the ones there are.
+_PRESENTATION = PRESENTATION | {"num_rounds"}
+BOOSTING = Kind("boosting", "a boosting run", ("rounds", "pretrained_scores", "units.npy", "mixture-of-*.json"))
+
+
+class BoostingTrainer:
+    """Train up to T experts in boosting rounds and return their `TokenEnsemble`.
+
+    Every phase of every round (token weights, expert, errors, record) is written whole to `args.output_dir` when it
+    is done. `train()` on a folder that a killed run left behind goes on with the first missing phase, and ends with
+    the same bits as an uninterrupted run.
+
+    Several processes (`accelerate launch`, `torchrun`) share out every batch: each makes the trainer and calls
+    `train()`, and the main one writes. The batch sizes of `args` are those of one process, as transformers has it.
+    With the same experts, errors, expert weights, token weights and draws have the same bits for any number of
+    processes.
+
+    Args:
+        model: folder, hub id or other source of `loading.load_model`, or a model; or a list with one for each round.
+        args: see `BoostingConfig`.
+        train_dataset: easy questions with columns `prompt` and `answer`.
+        eval_dataset: validation questions, measured after each round; None measures nothing.
+        processing_class: the tokenizer; None loads the one of `model`.
+        peft_config: train adapters with this configuration; None trains all weights. With a list of models the
+            adapters are merged into them.
+        question_format: how a question becomes tokens.
+        model_init_kwargs: passed on to `loading.load_model` (`dtype`, `keep_layers`, `quantization_config`, ...).
+        on_round: called with each round's record as soon as it is known, on the main process.
+        store: where experts and their scores are kept for other trainers, and found if another has left them there.
+
+    Raises:
+        ValueError: bad data or settings; a `peft_config` whose adapters cannot be experts; settings that need
+            validation questions without `eval_dataset`; a question in both datasets; too few models; an `output_dir`
+            that belongs to another configuration.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | Sequence[str | PreTrainedModel],
+        args: BoostingConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        question_format: QuestionFormat | None = None,
+        model_init_kwargs: Mapping[str, Any] | None = None,
+        on_round: Callable[[dict[str, Any]], None] | None = None,
+        store: Store | None = None,
+    ) -> None:
+        self.models: list[Any] = list(model) if isinstance(model, list | tuple) else [model]
+        if len(self.models) not in (1, args.num_rounds):
+            raise ValueError(
+                f"model lists {len(self.models)} models for {args.num_rounds} rounds: give one, or one each"
+            )
+        _check_settings(args, len(self.models), peft_config, eval_dataset)
+        self.args = args
+        self.peft_config = peft_config
+        self.question_format = question_format or QuestionFormat()
+        self.model_init_kwargs = dict(model_init_kwargs or {})
+        self.on_round = on_round or (lambda record: None)
+        self.processing_class = processing_class or load_tokenizer(source_of(self.models[0]))
+        self.folder = Path(str(args.output_dir))
+        self._factory = ExpertFactory(
+            self.models,
+            args,
+            pad_token_id=self.processing_class.eos_token_id,
+            peft_config=peft_config,
+            model_init_kwargs=self.model_init_kwargs,
+            store=store,
+        )
+        self.train_questions = check_questions(train_dataset, "train_dataset")
+        self.eval_questions = None if eval_dataset is None else check_questions(eval_dataset, "eval_dataset")
+        if self.eval_questions is not None:
+            check_disjoint({"train_dataset": self.train_questions, "eval_dataset": self.eval_questions})
+        self._train = self._tokenize(self.train_questions, "train_dataset")
+        self._eval = None if self.eval_questions is None else self._tokenize(self.eval_questions, "eval_dataset")
+        boosted = None
+        if args.boosted_tokens == "informative":
+            boosted = informative_tokens(self._train, self.processing_class)
+        self._units = AnswerUnits(self._train, boosted, args.unit, args.window)
+        if args.error_folds is not None and args.error_folds > len(self._train):
+            raise ValueError(
+                f"error_folds={args.error_folds} leaves folds without an answer: train_dataset has {len(self._train)} "
+                "questions, give at most as many folds"
+            )
+        self.num_units = int(self._units.index()[-1]) + 1
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record per finished attempt of every round, in order."""
+        found = []
+        for number in range(1, self.args.num_rounds + 1):
+            for attempt in range(1, ATTEMPTS + 1):
+                file = self._attempt_folder(number, attempt) / "record.json"
+                if file.exists():
+                    found.append(read_json(file))
+        return found
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Say why boosting ended before T rounds; None if it did not (or has not ended)."""
+        records = self.records
+        if not records or (records[-1]["round"] == self.args.num_rounds and records[-1]["accepted"]):
+            return None
+        last = records[-1]
+        if not last["accepted"] and last["attempt"] == ATTEMPTS:
+            return (
+                f"round {last['round']} stopped boosting: two experts with different seeds had weighted errors of "
+                f"{records[-2]['error']:.4f} and {last['error']:.4f}, not below the prior error "
+                f"{last['prior_error']:.4f}, so their weights would not be positive"
+            )
+        if self._is_spent(last):
+            return (
+                f"round {last['round']} stopped boosting: it left an effective sample size of "
+                f"{last['effective_sample_size'] / self.num_units:.1%} of the units, below min_effective_sample_size"
+            )
+        return None
+
+    def train(self) -> TokenEnsemble:
+        """Run or continue the rounds and return the ensemble of the accepted experts.
+
+        Raises:
+            InUseError: another process trains in `args.output_dir`.
+            RuntimeError: no expert beat the prior, not even in round 1.
+            ValueError: `args.output_dir` belongs to another configuration, holds files that are not ours where ours
+                would be, or ones of ours that are damaged.
+        """
+        remedy = "pass overwrite=True to delete that run"
+        with claimed(self.folder, BOOSTING, self._fingerprint(), overwrite=self.args.overwrite, remedy=remedy):
+            return self._train_rounds()
+
+    def _train_rounds(self) -> TokenEnsemble:
+        processes.on_main(self._start)
+        for number in range(1, self.args.num_rounds + 1):
+            if not self._round(number):
+                break
+        # Those of a process that was killed when the last expert was just saved.
+        processes.on_main(discard_checkpoints, self.folder)
+        if not self._accepted():
+            raise RuntimeError(
+                f"no expert beats the pre-trained model: {self.stop_reason}. Train longer or with another learning "
+                f"rate (now {self.args.num_train_epochs:g} epochs at {self.args.learning_rate:g})"
+            )
+        return self._factory.ensemble(self.expert_folders(), self.mixture()["expert_weights"])
+
+    def expert_folders(self) -> list[Path]:
+        """Return where the experts of the ensemble are saved, in their order."""
+        return [folder for folder, _ in self._accepted()][: self.mixture()["num_experts"]]
+
+    def mixture(self) -> dict[str, Any]:
+        """Return how many of the accepted experts the ensemble has, and their weights.
+
+        Returns:
+            `num_experts`, `expert_weights` (as many), and `log_likelihoods`: where validation questions decided, the
+            mean log-probability (nats) of a validation token under the mixture of the first 1, 2, ... experts.
+        """
+        weights = self._mixing([weight for _, weight in self._accepted()])
+        record = {"kind": "mixture", "num_experts": len(weights), "expert_weights": weights, "log_likelihoods": None}
+        if not self.args.needs_validation:
+            return record
+        file = self.folder / f"mixture-of-{len(weights)}.json"
+        if not processes.on_main(file.exists):
+            decided = self._fitted(weights) if self.args.mixture_weights == "validation" else self._chosen(weights)
+            processes.on_main(write_json, file, record | decided)
+        return dict(processes.on_main(read_json, file))
+
+    def _mixing(self, expert_weights: list[float]) -> list[float]:
+        return [1.0] * len(expert_weights) if self.args.mixture_weights == "uniform" else expert_weights
+
+    def _fitted(self, weights: list[float]) -> dict[str, Any]:
+        count = len(weights)
+        scores = self._validation_scores({str(t): [float(s == t) for s in range(count)] for t in range(count)})
+        fitted = algorithm.fit_mixture_weights([scores[str(t)].token_log_probs for t in range(count)])
+        return {"expert_weights": fitted.tolist()}
+
+    def _chosen(self, weights: list[float]) -> dict[str, Any]:
+        count = len(weights)
+        scores = self._validation_scores({str(t): weights[:t] + [0.0] * (count - t) for t in range(1, count + 1)})
+        reached = [float(scores[str(t)].token_log_probs.mean()) for t in range(1, count + 1)]
+        best = int(np.argmax(reached)) + 1
+        return {"num_experts": best, "expert_weights": weights[:best], "log_likelihoods": reached}
+
+    def _validation_scores(self, mixtures: Mapping[str, Sequence[float]]) -> dict[str, AnswerScores]:
+        folders = [folder for folder, _ in self._accepted()]
+        return self._score_validation(folders, mixtures)
+
+    def record(self) -> dict[str, Any]:
+        """Return the run's account, to be saved with the ensemble: settings, records, why it stopped."""
+        names = ("sampling", "errors", "shrinkage", "uniform_mix", "effective_sample_size_floor", "warm_start",
+                 "mixture_weights")  # fmt: skip
+        settings = {name: getattr(self.args, name) for name in names}
+        return {
+            "recipe": self.args.recipe, **settings, "unit": self.args.unit, "combine": self.args.combine,
+            "seed": self.args.seed, "rounds": self.records, "stop_reason": self.stop_reason,
+        }  # fmt: skip
+
+    # One round
+
+    def _round(self, number: int) -> bool:
+        """Train the round's expert and return whether another round follows."""
+        for attempt in range(1, ATTEMPTS + 1):
+            file = self._attempt_folder(number, attempt) / "record.json"
+            if not processes.on_main(self._is_done, number, file):
+                processes.on_main(self._keep_record, file, self._attempt(number, attempt))
+            record = processes.on_main(read_json, file)
+            if record["accepted"]:
+                return not self._is_spent(record)
+        return False
+
+    def _is_done(self, number: int, record: Path) -> bool:
+        """Say whether an attempt is finished and nothing that it led to was deleted."""
+        if not record.exists() or not read_json(record)["accepted"]:
+            return record.exists()
+        judged = record.with_name("expert").exists() and record.with_name("losses.npy").exists()
+        return judged and (self._round_folder(number + 1) / "weights.npy").exists()
+
+    def _is_spent(self, record: Mapping[str, Any]) -> bool:
+        return bool(record["effective_sample_size"] < self.args.min_effective_sample_size * self.num_units)
+
+    def _keep_record(self, file: Path, record: dict[str, Any]) -> None:
+        write_json(file, record)
+        self.on_round(record)
+
+    def _attempt(self, number: int, attempt: int) -> dict[str, Any]:
+        folder = self._attempt_folder(number, attempt)
+        with Ledger(folder / "costs.jsonl").running() as costs:
+            record = self._judged(number, attempt)
+            return {**record, "seconds": processes.on_main(costs.total)["seconds"]}
+
+    def _judged(self, number: int, attempt: int) -> dict[str, Any]:
+        """Train the expert of an attempt and return its record."""
+        folder = self._attempt_folder(number, attempt)
+        weights = self._weights(number)
+        self._train_expert(number, attempt)
+        losses = self._losses(number, attempt)
+        error, clamped = algorithm.clamp_error(algorithm.weighted_error(weights, losses), self.num_units)
+        # The baselines have equal votes and no update: an error under uniform weights decides nothing.
+        prior_error = None if self.args.is_baseline else self._prior_error(weights)
+        expert_weight = 1.0 if prior_error is None else algorithm.expert_weight(error, prior_error)
+        accepted = expert_weight > 0
+        update = expert_weight if accepted and prior_error is not None else None
+        spread = processes.on_main(self._next_weights, number, losses, update, accepted)
+        validate = accepted and self.args.validate_rounds
+        return {
+            "kind": "round", "round": number, "attempt": attempt, "error": error, "prior_error": prior_error,
+            "expert_weight": expert_weight, "clamped": clamped, "accepted": accepted,
+            "num_units": self.num_units, **spread, "num_processes": processes.count(),
+            "validation": self._validate(number, folder, expert_weight) if validate else None,
+            **{f"train_{name}": value for name, value in _spent(folder).items()},
+        }  # fmt: skip
+
+    def _next_weights(self, number: int, losses: np.ndarray, update: float | None, keep: bool) -> dict[str, Any]:
+        """Update the weights by `update` (None leaves them), keep them for the next round, and say how they spread."""
+        following, step = self._weights(number), None
+        if keep:
+            with new_array(self._round_folder(number + 1) / "weights.npy", self.num_units) as updated:
+                if update is None:
+                    updated[:] = following
+                else:
+                    step = self.args.step(following, losses, update)
+                    self.args.update(following, losses, update, step, out=updated)
+            following = self._weights(number + 1)
+        quantiles = algorithm.weight_quantiles(following, WEIGHT_QUANTILES)
+        return {
+            "shrinkage": step,
+            "effective_sample_size": algorithm.effective_sample_size(following),
+            "weight_quantiles": {str(q): float(v) for q, v in zip(WEIGHT_QUANTILES, quantiles, strict=True)},
+        }
+
+    # Experts
+
+    def _train_expert(self, number: int, attempt: int) -> None:
+        seed = self._seeds(number, attempt)[1]
+        folder = self._attempt_folder(number, attempt) / "expert"
+        everything = np.arange(len(self._train))
+        self._train_on(folder, number, attempt, everything, seed, f"round {number}: training expert")
+
+    def _train_on(self, folder: Path, number: int, attempt: int, rows: np.ndarray, seed: int, description: str) -> None:
+        """Train a model on the answers in `rows` with the round's weights, and leave it in `folder`."""
+        if self._factory.is_made(folder):
+            return
+        token_weights = self._token_weights(number, attempt)
+        # A sentence of which no token was drawn has no loss.
+        kept = [int(row) for row in rows if token_weights[row].any()]
+        chosen, examples = [token_weights[row] for row in kept], self._train.select(kept)
+        start = self._warm_start(number, folder.name)
+        self._factory.train(folder, number, examples, chosen, seed=seed, description=description, start=start)
+
+    def _warm_start(self, number: int, name: str) -> Path | None:
+        """Return the model called `name` of the round before, if this round's goes on from it."""
+        if number == 1 or not self.args.warm_start:
+            return None
+        before = next(r for r in reversed(self.records) if r["accepted"] and r["round"] == number - 1)
+        return self._attempt_folder(number - 1, before["attempt"]) / name
+
+    def _seeds(self, number: int, attempt: int) -> tuple[int, int]:
+        """Return the seeds of the round's draws and of its training."""
+        draw, training = np.random.SeedSequence(self.args.seed, spawn_key=(number, attempt)).generate_state(2)
+        if not self.args.vary_seed:
+            training = np.random.SeedSequence(self.args.seed, spawn_key=(1, attempt)).generate_state(2)[1]
+        return int(draw), int(training)
+
+    def _token_weights(self, number: int, attempt: int) -> list[np.ndarray]:
+        """Return the weight of each answer's tokens in the round's loss, float32: views of one array."""
+        drawn = self._attempt_folder(number, attempt) / "loss_weights.npy"
+        processes.on_main(self._keep_loss_weights, drawn, self._weights(number), self._seeds(number, attempt)[0])
+        token_weights = self._units.token_weights(map_array(drawn), map_array(self.folder / "units.npy"))
+        # Once every process has its own copy; they can be drawn again.
+        processes.start().wait_for_everyone()
+        processes.on_main(drawn.unlink)
+        return token_weights
+
+    def _keep_loss_weights(self, file: Path, weights: np.ndarray, seed: int) -> None:
+        with new_array(file, self.num_units) as out:
+            self.args.loss_weights(weights, np.random.default_rng(seed), out)
+
+    # Errors
+
+    def _losses(self, number: int, attempt: int) -> np.ndarray:
+        """Return each unit's loss [N] for the round's expert: measured from its saved form, and kept."""
+        folder = self._attempt_folder(number, attempt)
+        file = folder / "losses.npy"
+        if not processes.on_main(file.exists):
+            if self.args.error_folds is None:
+                self._factory.score_alone(folder / "training_scores", folder / "expert", self._train)
+                token_losses = self._token_losses(folder / "training_scores")
+            else:
+                token_losses = self._losses_out_of_fold(number, attempt, self.args.error_folds)
+            processes.on_main(write_array, file, self._unit_losses(token_losses))
+        return map_array(file)
+
+    def _losses_out_of_fold(self, number: int, attempt: int, count: int) -> np.ndarray:
+        """Return the loss of every answer token under a model that was not trained on its answer."""
+        folder = self._attempt_folder(number, attempt)
+        of_row = np.random.default_rng(self.args.seed).permutation(len(self._train)) % count
+        of_token = np.repeat(of_row, self._units.lengths)
+        losses = np.empty(of_token.size, dtype=bool if self.args.errors == "hard" else np.float32)
+        for fold in range(count):
+            name = f"fold-{fold + 1}"
+            seed = self._seeds(number, attempt)[1]
+            description = f"round {number}: out of fold {fold + 1} of {count}"
+            self._train_on(folder / name, number, attempt, np.flatnonzero(of_row != fold), seed, description)
+            scores = folder / f"{name}-scores"
+            self._factory.score_alone(scores, folder / name, self._train.select(np.flatnonzero(of_row == fold)))
+            losses[of_token == fold] = self._token_losses(scores)
+        return losses
+
+    def _token_losses(self, scores: Path) -> np.ndarray:
+        if self.args.errors == "hard":
+            return map_array(scores / "token_wrong.npy")
+        return np.clip(-np.expm1(read_array(scores / "token_log_probs.npy")), 0.0, 1.0)
+
+    def _unit_losses(self, token_losses: np.ndarray) -> np.ndarray:
+        return self._units.losses(token_losses, map_array(self.folder / "units.npy"))
+
+    def _prior_error(self, weights: np.ndarray) -> float:
+        pretrained = None
+        if self.args.prior == "pretrained":
+            scores = self.folder / "pretrained_scores"
+            self._factory.score_alone(scores, None, self._train)
+            measured_under = self._weights(1) if self.args.prior_weights == "initial" else weights
+            error = algorithm.weighted_error(measured_under, self._unit_losses(self._token_losses(scores)))
+            pretrained, _ = algorithm.clamp_error(error, self.num_units)
+        classes = self.args.num_classes or len(self.processing_class)
+        return algorithm.prior_error(self.args.prior, pretrained, classes, self.args.unit)
+
+    def _validate(self, number: int, folder: Path, expert_weight: float) -> dict[str, float] | None:
+        if self._eval is None:
+            return None
+        earlier = self._accepted(before=number)
+        weights = self._mixing([weight for _, weight in earlier] + [expert_weight])
+        mixtures = {"expert": [0.0] * len(earlier) + [1.0], "ensemble": weights}
+        scores = self._score_validation([path for path, _ in earlier] + [folder / "expert"], mixtures)
+        return {
+            "expert": scores["expert"].accuracy,
+            "ensemble": scores["ensemble"].accuracy,
+            "token_error": scores["ensemble"].token_error,
+        }
+
+    def _score_validation(
+        self, folders: list[Path], mixtures: Mapping[str, Sequence[float]]
+    ) -> dict[str, AnswerScores]:
+        ensemble = self._factory.ensemble(folders, [1.0] * len(folders))
+        return self._factory.score(ensemble, self._eval, mixtures, "validation")
+
+    # What is kept, and where
+
+    def _round_folder(self, number: int) -> Path:
+        return self.folder / "rounds" / str(number)
+
+    def _attempt_folder(self, number: int, attempt: int) -> Path:
+        return self._round_folder(number) / f"attempt-{attempt}"
+
+    def _weights(self, number: int) -> np.ndarray:
+        """Return float64 [N], mapped from the file that the round before wrote."""
+        file = self._round_folder(number) / "weights.npy"
+        return map_array(file)
+
+    def _accepted(self, before: int | None = None) -> list[tuple[Path, float]]:
+        """Return folder and weight of each accepted expert (of the rounds before `before`)."""
+        return [
+            (self._attempt_folder(record["round"], record["attempt"]) / "expert", record["expert_weight"])
+            for record in self.records
+            if record["accepted"] and (before is None or record["round"] < before)
+        ]
+
+    def _start(self) -> None:
+        units, first = self.folder / "units.npy", self._round_folder(1) / "weights.npy"
+        if not units.exists():
+            write_array(units, self._units.index())
+        if not first.exists():
+            with new_array(first, self.num_units) as weights:
+                algorithm.initial_weights(self.num_units, out=weights)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        args = {name: value for name, value in self.args.to_dict().items() if name not in _PRESENTATION | {"overwrite"}}
+        return {
+            **args,
+            "model": [describe_model(model) for model in self.models],
+            "model_init_kwargs": self.model_init_kwargs,
+            "peft_config": None if self.peft_config is None else self.peft_config.to_dict(),
+            "question_format": asdict(self.question_format),
+            "train_dataset": digest_questions(self.train_questions),
+            # Where validation questions only measure, a run may go on with others.
+            "eval_dataset": self._digest_of_deciding_questions(),
+        }
+
+    def _digest_of_deciding_questions(self) -> str | None:
+        if self.eval_questions is None or not self.args.needs_validation:
+            return None
+        return digest_questions(self.eval_questions)
+
+    def _tokenize(self, questions: Dataset, name: str) -> Dataset:
+        return tokenize_questions(questions, self.processing_class, self.question_format, name)
+
+
+def closing_identity(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Check a finished run's own files: token weights that sum to 1, and the closing identity (method, invariant 2).
+
+    After the update with shrinkage s the expert just added has the weighted error
+    `exp(s a) e / (exp(s a) e + 1 - e)`, which is e_0 for s = 1. It is recomputed here from the saved weights and the
+    saved losses of the units. It holds for hard errors and weights without a cap.
+
+    Args:
+        output_dir: of a `BoostingTrainer`.
+
+    Returns:
+        For each accepted round `round`, `identity_gap` (None where e was clamped, the identity does not hold or there
+        was no update) and `sum_gap` = |sum D - 1|, of the updated weights.
+    """
+    folder = Path(output_dir)
+    config = description_of(folder, BOOSTING)
+    if config is None:
+        raise FileNotFoundError(f"{folder} holds no boosting run: give the output_dir of a BoostingTrainer")
+    checks = []
+    for file in sorted(folder.glob("rounds/*/attempt-*/record.json"), key=lambda f: int(f.parts[-3])):
+        record = read_json(file)
+        if not record["accepted"]:
+            continue
+        number = record["round"]
+        after = read_array(folder / "rounds" / str(number + 1) / "weights.npy")
+        gap = None
+        holds = config["errors"] == "hard" and config["weight_cap"] is None
+        if holds and not record["clamped"] and record["prior_error"] is not None:
+            wrong = read_array(file.parent / "losses.npy")
+            factor = np.exp(record["shrinkage"] * record["expert_weight"]) * record["error"]
+            gap = abs(algorithm.weighted_error(after, wrong) - factor / (factor + 1 - record["error"]))
+        checks.append({
+            "kind": "identity", "round": number, "identity_gap": gap, "sum_gap": abs(float(after.sum()) - 1.0),
+        })  # fmt: skip
+    return checks
+
+
+def _check_settings(args: BoostingConfig, num_models: int, peft_config: Any, eval_dataset: Dataset | None) -> None:
+    if peft_config is not None:
+        check_peft_config(peft_config, "peft_config", merged=num_models > 1)
+    if args.needs_validation and eval_dataset is None:
+        name = "choose_num_experts" if args.choose_num_experts else 'mixture_weights="validation"'
+        raise ValueError(
+            f"{name} needs validation questions: pass eval_dataset, or choose settings that need none, such as "
+            'recipe="tempered"'
+        )
+    if args.warm_start and num_models > 1:
+        raise ValueError(
+            'warm_start (which recipe="chained" sets) goes on from the expert before, so it needs one model for all '
+            "rounds, not a list: pass one, or set warm_start to false"
+        )
+    if args.lora_ranks is not None and not hasattr(peft_config, "lora_alpha"):
+        raise ValueError("lora_ranks needs a LoRA configuration: pass peft_config=LoraConfig(...)")
+
+
+def _spent(folder: Path) -> dict[str, float | None]:
+    """Return what the models of a round took in all: the expert, and those that judged it out of fold."""
+    costs = [read_json(file) for file in sorted(folder.glob("*/cost.json"))]
+    return {name: total([cost[name] for cost in costs]) for name in costs[0]}

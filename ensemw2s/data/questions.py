@@ -1,0 +1,500 @@
+"""Questions and answers: loading, checking, splitting, and turning them into tokens with the answer marked.
+
+A dataset is a `datasets.Dataset` with string columns `prompt` and `answer`, and optionally `choices`, `difficulty` and
+`id`. Anything else is mapped to that at the door, by `load_questions`.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import io
+import json
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ensemw2s.data.known_datasets import binary_question, from_schema
+from ensemw2s.runtime.parsing import parse_json, read_text, require_file
+from ensemw2s.runtime.values import LARGEST, shown, shown_names
+
+# `datasets` is imported where it is used: an ensemble can decode without it.
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from transformers import PreTrainedTokenizerBase
+
+
+SOURCE_KINDS = ("file", "hub", "reasoning_gym", "characters")
+_COLUMNS = ("prompt", "answer", "choices", "difficulty", "id")
+_OPTIONS = ("columns", "schema", "context", "choices", "binary", "prompt_regex")
+# A generator is asked for this many batches of questions before its distinct prompts count as exhausted.
+_MAX_TRIES = 8
+
+
+# Loading
+
+
+def load_questions(source: Mapping[str, Any] | str | os.PathLike[str]) -> Dataset:
+    """Load questions from a file, the hub, or a generator.
+
+    Args:
+        source: a path, or a mapping with exactly one of
+
+            - `file`: a local `.jsonl`, `.json`, `.csv` or `.parquet` file;
+            - `hub`: a dataset's id on the hub, with `name` and `split` where needed;
+            - `reasoning_gym`: a task of that package, with `size`, `seed` and the task's own settings;
+            - `characters`: a task of `ensemw2s.models.characters`, with `size`, `seed`, `min_length`, `max_length`;
+
+            and optionally
+
+            - `columns`: what our columns are called in a file or on the hub, e.g. `{"prompt": "question"}`;
+            - `schema`: the published dataset whose rows a file or the hub holds (`known_datasets.SCHEMAS`: "arc",
+              "gsm8k", "quartz", "sciq"), which maps all columns;
+            - `context`: whether the passage that belongs to a schema's question goes into the prompt;
+            - `choices`: one list of answers for all questions;
+            - `binary`: True makes each question with choices a yes/no question (`known_datasets.binary_question`);
+            - `prompt_regex`: its first group, found in each prompt, replaces the prompt.
+
+    Returns:
+        Columns `id` (made from the content where there is none), `prompt`, `answer`, `choices` where there are any,
+        and whatever else came along; later rows that repeat a prompt are left out.
+
+    Raises:
+        ValueError: an unknown kind of source, task, schema or setting, a file that cannot be read as what its name
+            says, a missing column, choices that are none (`check_questions`), an empty result, fewer distinct
+            questions than `size`, or a regex that does not match.
+        FileNotFoundError: the file does not exist.
+        ImportError: reasoning_gym is not installed.
+    """
+    from datasets import Dataset
+
+    source = {"file": source} if isinstance(source, str | os.PathLike) else dict(source)
+    kinds = [kind for kind in SOURCE_KINDS if kind in source]
+    if len(kinds) != 1:
+        raise ValueError(
+            f"a source of questions needs exactly one of {', '.join(SOURCE_KINDS)}; got {shown_names(source)}"
+        )
+    kind = kinds[0]
+    if not isinstance(source[kind], str | os.PathLike) or not os.fspath(source[kind]):
+        raise ValueError(f"{kind} of a source of questions must be text, got {shown(source[kind])}")
+    columns, schema, context, choices, binary, regex = (source.pop(name, None) for name in _OPTIONS)
+    if kind in ("reasoning_gym", "characters"):
+        for option, value in (("columns", columns), ("schema", schema), ("context", context)):
+            if value is not None:
+                raise ValueError(f"{kind} {source[kind]}: its questions have our columns already, leave `{option}` out")
+        name = f"{kind} {source[kind]}"
+        return _answered_by_choice(check_questions(_generated(kind, source, regex), name), choices, binary, name)
+    loaded = _from_file(source) if kind == "file" else _from_hub(source)
+    name = str(source[kind])
+    if schema is None and context is not None:
+        raise ValueError(f"{name}: `context` belongs to a `schema`; give both or neither")
+    if schema is not None:
+        if columns is not None:
+            raise ValueError(f"{name}: the schema {shown(schema)} names all columns, leave `columns` out")
+        loaded = from_schema(loaded, schema, context, name)
+    loaded = _renamed(loaded, columns or {}, name)
+    rows = [_cut_prompt(row, regex) for row in check_questions(loaded, name)]
+    return _answered_by_choice(check_questions(Dataset.from_list(_distinct(rows)), name), choices, binary, name)
+
+
+def _answered_by_choice(dataset: Dataset, choices: Sequence[str] | None, binary: bool | None, name: str) -> Dataset:
+    """Give all questions the same choices, or make each a yes/no question, if that is asked for."""
+    if choices is not None:
+        if "choices" in dataset.column_names:
+            raise ValueError(f"{name} has a column `choices` already: leave the option `choices` out")
+        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+            raise ValueError(f"choices must be a list of texts (quote yes and no in YAML), got {shown(choices)}")
+        dataset = check_questions(dataset.add_column("choices", [choices] * len(dataset)), name)
+    if not isinstance(binary, bool | None):
+        raise ValueError(f"binary must be true or false, got {shown(binary)}")
+    if binary and "choices" not in dataset.column_names:
+        raise ValueError(f"{name}: binary questions are made of questions with choices, and there is no such column")
+    if not binary:
+        return dataset
+    return check_questions(type(dataset).from_list([binary_question(row) for row in dataset]), name)
+
+
+def _renamed(dataset: Dataset, columns: Mapping[str, str], name: str) -> Dataset:
+    """Give the columns our names; what held one of our names before, and is not asked for, is left out."""
+    if not isinstance(columns, Mapping):
+        raise ValueError(
+            f'columns must map our names to those of {name}, e.g. {{"prompt": "question"}}; got {shown(columns)}'
+        )
+    for ours, theirs in columns.items():
+        if ours not in _COLUMNS:
+            raise ValueError(f"columns: {shown(ours)} is none of our columns {', '.join(_COLUMNS)}")
+        if theirs not in dataset.column_names:
+            raise ValueError(
+                f"{name} has no column {shown(theirs)} (for {ours}); its columns are "
+                f"{shown_names(dataset.column_names)}"
+            )
+    if len(set(columns.values())) < len(columns):
+        raise ValueError(f"columns maps two of our names to one column of {name}: {shown(columns)}; give each its own")
+    dropped = [ours for ours in columns if ours in dataset.column_names and ours not in columns.values()]
+    return dataset.remove_columns(dropped).rename_columns({theirs: ours for ours, theirs in columns.items()})
+
+
+def _from_file(source: Mapping[str, Any]) -> Dataset:
+    path = Path(source["file"])
+    _no_more_settings(source, ("file",))
+    if path.suffix not in _READERS:
+        raise ValueError(f"{shown(str(path))[1:-1]}: expected a file that ends in {', '.join(_READERS)}")
+    return _READERS[path.suffix](require_file(path, "name a local file of questions"))
+
+
+def _read_json(path: Path) -> Dataset:
+    """Read a list of objects, or one object a line."""
+    text = read_text(path)
+    if path.suffix == ".json":
+        rows = parse_json(text, str(path)) if text.strip() else []
+    else:
+        # Not splitlines: it cuts at characters that JSON allows inside a string (U+2028 and others).
+        lines = enumerate(text.split("\n"), start=1)
+        rows = [parse_json(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: expected a list of objects with prompt and answer")
+    return _table(rows, path)
+
+
+def _read_csv(path: Path) -> Dataset:
+    """Read every field as text: a reader that guesses types turns the answer 007 into 7."""
+    text = read_text(path)
+    # A prompt may be as long as the file, which is in memory already.
+    limit = csv.field_size_limit(max(len(text), 1))
+    try:
+        # Strict: a quote that nobody closes would make the rest of the file one field.
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows = list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num} is not valid CSV: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path} has the column {shown(twice[0])} twice: keep one of them")
+    for index, row in enumerate(rows):
+        if None in row:
+            raise ValueError(f"{path}, row {index} has more fields than the header: quote fields that contain a comma")
+    return _table(rows, path)
+
+
+def _read_parquet(path: Path) -> Dataset:
+    import pyarrow as pa
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        # Without the notes that other programs leave beside the columns, and with text that is text.
+        table = ParquetFile(path).read().replace_schema_metadata(None)
+        table.validate(full=True)
+        return Dataset(InMemoryTable(table))
+    except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
+        raise ValueError(f"{path} is not a Parquet file that can be read: {error}") from error
+
+
+def _table(rows: Sequence[Mapping[str, Any]], path: Path) -> Dataset:
+    """Return rows as a dataset with every column that any row has."""
+    import pyarrow as pa
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    if not rows:
+        raise ValueError(f"{path} is empty: expected questions with columns prompt and answer")
+    columns = dict.fromkeys(column for row in rows for column in row)
+    made: dict[str, Any] = {}
+    for column in columns:
+        values = [row.get(column) for row in rows]
+        if column == "id":
+            # Whole numbers as long as any, and text.
+            values = [
+                str(value) if isinstance(value, int) and not isinstance(value, bool) else value for value in values
+            ]
+        try:
+            made[column] = pa.array(values)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(
+                f"{path}: the values of column {shown(column)} must be of one type, text that is whole, or numbers of "
+                f"up to 64 bits ({error})"
+            ) from error
+    try:
+        return Dataset(InMemoryTable.from_pydict(made))
+    except ValueError as error:
+        raise ValueError(f"{path}: a column has a name that is no text, {shown_names(map(shown, made))}") from error
+
+
+_READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+
+
+def _from_hub(source: Mapping[str, Any]) -> Dataset:
+    import datasets
+
+    _no_more_settings(source, ("hub", "name", "split"))
+    for option in ("name", "split"):
+        if not isinstance(source.get(option, ""), str):
+            raise ValueError(f"{option} of a hub source must be text, got {shown(source[option])}")
+    try:
+        loaded = datasets.load_dataset(source["hub"], source.get("name"), split=source.get("split", "train"))
+    except Exception as error:
+        # Of whatever library the hub was asked by.
+        raise ValueError(
+            f"cannot load {source['hub']} (name {source.get('name')}, split {source.get('split', 'train')}) from the "
+            f"hub: {error}. Check its id and your connection, or name a local file"
+        ) from error
+    return loaded
+
+
+def _generated(kind: str, source: Mapping[str, Any], regex: str | None) -> Dataset:
+    from datasets import Dataset
+
+    settings = dict(source)
+    task, size, seed = settings.pop(kind), settings.pop("size", None), settings.pop("seed", 0)
+    if type(size) is not int or not 1 <= size <= LARGEST:
+        raise ValueError(f"{kind} {task}: size must be a whole number of questions, at least 1; got {shown(size)}")
+    if type(seed) is not int:
+        raise ValueError(f"{kind} {task}: seed must be a whole number, got {shown(seed)}")
+    make = _reasoning_gym_rows if kind == "reasoning_gym" else _character_rows
+    rows: list[dict[str, Any]] = []
+    for attempt in range(_MAX_TRIES):
+        # A generator repeats itself; ask for more under fresh seeds until there are `size` distinct prompts.
+        try:
+            fresh = make(task, size, _stream(seed, attempt, kind, task, settings), settings)
+        except (TypeError, AssertionError, AttributeError, LookupError, OverflowError) as error:
+            raise ValueError(f"{kind} {task} refuses the settings {shown(settings)}: {error}") from error
+        rows = _distinct(rows + [_cut_prompt(row, regex) for row in fresh])
+        if len(rows) >= size:
+            return Dataset.from_list(rows[:size])
+    raise ValueError(
+        f"{kind} {task} gives only {len(rows)} distinct questions with these settings, {size} are wanted: "
+        "ask for fewer or widen the task's settings"
+    )
+
+
+def _stream(*parts: Any) -> int:
+    """Turn a seed and what it is for into a number far from every other such number.
+
+    Generators use seed + i for question i: neighbouring seeds would share nearly all questions, and an easy and a hard
+    set of one seed would have the same words.
+    """
+    return int(_content_id(json.dumps(parts, sort_keys=True, default=str)), 16) >> 16
+
+
+def _reasoning_gym_rows(task: str, size: int, seed: int, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise ImportError("questions from reasoning_gym need that package: pip install reasoning-gym") from error
+    if task not in DATASETS:
+        near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.4)
+        raise ValueError(f"reasoning_gym has no task {shown(task)}; the nearest are {', '.join(near) or 'none'}")
+    made = reasoning_gym.create_dataset(task, size=size, seed=seed, **settings)
+    rows = list(made)
+    if any(row["answer"] is None for row in rows):
+        raise ValueError(f"reasoning_gym {task} has questions without one right answer: choose another task")
+    return [{"prompt": row["question"], "answer": str(row["answer"])} for row in rows]
+
+
+def _character_rows(task: str, size: int, seed: int, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    from ensemw2s.data.characters import character_questions
+
+    return character_questions(task, size=size, seed=seed, **settings)
+
+
+def _no_more_settings(source: Mapping[str, Any], known: Sequence[str]) -> None:
+    unknown = [key for key in source if key not in known]
+    if unknown:
+        raise ValueError(
+            f"unknown setting {unknown[0]!s:.100} of a {known[0]} source: it takes {', '.join((*known, *_OPTIONS))}"
+        )
+
+
+def _cut_prompt(row: dict[str, Any], regex: str | None) -> dict[str, Any]:
+    if regex is None:
+        return row
+    try:
+        found = re.search(regex, row["prompt"].strip())
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"prompt_regex {shown(regex)} is no regular expression: {error}") from error
+    if found is None or not any(found.groups()[:1]):
+        raise ValueError(f"prompt_regex {shown(regex)} finds no group in the prompt {shown(row['prompt'])}")
+    return row | {"prompt": found.group(1)}
+
+
+def _distinct(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    first: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        first.setdefault(question_key(row["prompt"]), row)
+    return list(first.values())
+
+
+# Checking and splitting
+
+
+def question_key(prompt: str) -> str:
+    """Return what makes two prompts the same question: their words, whatever the case and spacing."""
+    return " ".join(prompt.split()).casefold()
+
+
+def check_questions(dataset: Dataset, name: str) -> Dataset:
+    """Return `dataset` with a column `id`, after checking that it holds questions.
+
+    Raises:
+        ValueError: no rows, a missing column, a prompt or answer that is no text or empty, an `id` used twice, or
+            choices that `check_choices` refuses.
+    """
+    for column in ("prompt", "answer"):
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"{name} has no column {column!r}; its columns are {shown_names(dataset.column_names)}. "
+                "Rename yours, or map them with `columns`"
+            )
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty: expected at least one question")
+    for index, row in enumerate(dataset.select_columns(["prompt", "answer"])):
+        for column, value in row.items():
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"{name}, row {index}: {column} is {shown(value)}, expected text that is not empty")
+    if "id" not in dataset.column_names:
+        ids = [_content_id(row["prompt"], row["answer"]) for row in dataset]
+        dataset = dataset.add_column("id", ids if len(set(ids)) == len(ids) else _numbered(ids))
+    ids = [_checked_id(value, f"{name}, row {index}") for index, value in enumerate(dataset["id"])]
+    twice = [value for value, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise ValueError(f"{name} has the id {shown(twice[0])} more than once: ids must be unique")
+    if not isinstance(dataset[0]["id"], str):
+        dataset = dataset.remove_columns("id").add_column("id", ids)
+    if "choices" in dataset.column_names:
+        check_choices(dataset, name)
+    return dataset
+
+
+def _checked_id(value: Any, place: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "" or value != value:
+        raise ValueError(
+            f"{place}: id is {shown(value)}, expected text or a number. Fill it in every row, or remove the column"
+        )
+    return str(value)
+
+
+def check_choices(dataset: Dataset, name: str) -> None:
+    """Check the column `choices` (lists of texts) and, where there is one, `answer` against it.
+
+    Raises:
+        ValueError: choices that are no list of texts, fewer than 2 of them, one of them empty or there twice, or an
+            answer that is not among them; names the row by its `id`.
+    """
+    columns = [column for column in ("id", "choices", "answer") if column in dataset.column_names]
+    for row in dataset.select_columns(columns):
+        choices, place = row["choices"], f"{name}, id {row['id']!s:.60}"
+        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+            raise ValueError(
+                f"{place}: choices is {shown(choices)}, expected a list of texts. Fill it in every row, or remove the "
+                "column"
+            )
+        if len(choices) < 2:
+            raise ValueError(
+                f"{place}: choices is {shown(choices)}, expected at least 2 to choose from: leave the row out"
+            )
+        stripped = [choice.strip() for choice in choices]
+        if "" in stripped or len(set(stripped)) < len(stripped):
+            raise ValueError(f"{place}: choices is {shown(choices)}, expected different texts, none of them empty")
+        if row.get("answer", choices[0]) not in choices:
+            raise ValueError(
+                f"{place}: the answer {shown(row['answer'])} is not among the choices {shown(choices)}: write it "
+                "exactly as there"
+            )
+
+
+def _content_id(*parts: str) -> str:
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+
+
+def _numbered(ids: Sequence[str]) -> list[str]:
+    seen: dict[str, int] = {}
+    numbered = []
+    for value in ids:
+        seen[value] = seen.get(value, 0) + 1
+        numbered.append(value if seen[value] == 1 else f"{value}-{seen[value]}")
+    return numbered
+
+
+def check_disjoint(splits: Mapping[str, Dataset]) -> None:
+    """Raise ValueError, naming question and splits, if a question stands in two splits."""
+    home: dict[str, str] = {}
+    for name, dataset in splits.items():
+        for prompt in dataset["prompt"]:
+            other = home.setdefault(question_key(prompt), name)
+            if other != name:
+                raise ValueError(
+                    f"the question {shown(prompt)} is in both {other} and {name}: remove it from one "
+                    "(exclude_questions does), or what is measured is memory"
+                )
+
+
+def exclude_questions(dataset: Dataset, others: Sequence[Dataset]) -> Dataset:
+    """Return the rows of `dataset` whose question is in none of `others`; raises ValueError if there are none."""
+    taken = {question_key(prompt) for other in others for prompt in other["prompt"]}
+    kept = [i for i, prompt in enumerate(dataset["prompt"]) if question_key(prompt) not in taken]
+    if not kept:
+        raise ValueError(f"all {len(dataset)} questions are among those to be excluded: load other questions")
+    return dataset.select(kept)
+
+
+def split_questions(dataset: Dataset, sizes: Mapping[str, int], seed: int = 0) -> DatasetDict:
+    """Cut a dataset into named splits, deterministically and whatever order its rows come in.
+
+    Questions are ranked by a hash of seed and prompt; repeated prompts are used once.
+
+    Args:
+        dataset: columns `prompt` and `answer`.
+        sizes: split name -> number of questions, at least 1 each.
+        seed: another seed gives other splits.
+
+    Raises:
+        ValueError: a size below 1, or fewer distinct questions than the sizes ask for.
+    """
+    from datasets import DatasetDict
+
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise ValueError(f"split {name} must have at least 1 question, got {shown(size)}")
+    first: dict[str, int] = {}
+    # Of rows that repeat a prompt the one whose content sorts first is used, so that their order plays no part.
+    contents = zip(dataset["prompt"], dataset["answer"], strict=True)
+    for _, prompt, index in sorted((_content_id(p, a), p, i) for i, (p, a) in enumerate(contents)):
+        first.setdefault(_content_id(str(seed), question_key(prompt)), index)
+    wanted = sum(sizes.values())
+    if len(first) < wanted:
+        raise ValueError(
+            f"the splits {dict(sizes)} need {wanted} distinct questions, the dataset has {len(first)}: "
+            "make the splits smaller or load more questions"
+        )
+    order = [first[key] for key in sorted(first)]
+    splits, start = DatasetDict(), 0
+    for name, size in sizes.items():
+        splits[name] = dataset.select(order[start : start + size])
+        start += size
+    return splits
+
+
+def warn_of_unknown(
+    answers: Iterable[tuple[str, Sequence[int]]], tokenizer: PreTrainedTokenizerBase, name: str
+) -> None:
+    """Warn of answers, given as ids and tokens, with letters that the tokenizer does not know."""
+    token = tokenizer.unk_token_id
+    # In some tokenizers it is the end token too.
+    last = -1 if token == tokenizer.eos_token_id else None
+    unknown = [row_id for row_id, ids in answers if token in ids[:last]]
+    if unknown:
+        warnings.warn(
+            f"{name}: {len(unknown)} answers have letters that this tokenizer does not know, the first of them that of "
+            f"id {unknown[0]}. They become {tokenizer.unk_token!r}, which says nothing: leave these rows out, or use "
+            "another tokenizer",
+            stacklevel=3,
+        )

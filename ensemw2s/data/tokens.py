@@ -1,0 +1,434 @@
+"""Questions as tokens, with the answer marked."""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ensemw2s.data.questions import check_questions, warn_of_unknown
+from ensemw2s.runtime.values import check_fields, shown, shown_names
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+
+IGNORED = -100
+
+
+# Texts behind which what follows is tokenised where the prompt will not do. Nothing in front is right for byte-level
+# tokenizers; SentencePiece's need something, which must not become one token with what follows.
+_ANCHORS = ("", "\n", ":")
+# Letters around the first difference of two texts that an error shows.
+_SHOWN = 30
+
+
+def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens of a text alone, without those that the tokenizer would add."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of tokens, without special tokens and without tidying its spaces."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """A prompt as a tokenizer cuts it.
+
+    Attributes:
+        text: the prompt.
+        alone: the tokens of the text alone.
+        front: the special tokens in front of the prompt (BOS), which are there once.
+        body: the tokens of the prompt behind them.
+        tokenizer: whose tokens they are.
+    """
+
+    text: str
+    alone: list[int]
+    front: list[int]
+    body: list[int]
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def of(cls, text: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool = True) -> PromptTokens:
+        """Tokenise a prompt.
+
+        Args:
+            text: the prompt.
+            tokenizer: the model's.
+            add_special_tokens: put in front what the tokenizer puts there; False for a text that has it already.
+
+        Raises:
+            ValueError: the tokenizer puts special tokens into the midst of a text.
+        """
+        alone = encode(text, tokenizer)
+        front = _front(text, alone, tokenizer) if add_special_tokens else []
+        written = front or [tokenizer.bos_token_id]
+        if alone[: len(written)] == written:
+            # The text has it already, as that of a chat template does.
+            return cls(text, alone, written, alone[len(written) :], tokenizer)
+        return cls(text, alone, front, alone, tokenizer)
+
+    @property
+    def ids(self) -> list[int]:
+        """Return all tokens of the prompt."""
+        return [*self.front, *self.body]
+
+    def followed_by(self, prefix: str, answer: str) -> list[int]:
+        """Return the tokens of `prefix + answer` behind the prompt.
+
+        A prefix of white space may be lost, and letters that the tokenizer does not know become its unknown token.
+
+        Raises:
+            ValueError: the tokens do not say what the texts say: the tokenizer leaves letters out or changes the text
+                (its case, its white space); says what they read.
+        """
+        text = prefix + answer
+        tried: list[tuple[list[int], str]] = []
+        for ids in self._ways(text):
+            if not ids:
+                return ids
+            found = self.read(ids)
+            if _same(found, text) or (not prefix.strip() and _same(found, answer)):
+                return ids
+            tried.append((ids, found))
+        for ids, found in tried:
+            if self._lacks_letters(found, text, ids) or self._is_only_spaced(found, text, ids):
+                return ids
+        found = tried[0][1] if tried else ""
+        raise ValueError(
+            f"this tokenizer does not keep {_around(text, found)}: behind the prompt its tokens read "
+            f"{_around(found, text)}. It drops letters, or changes case, white space or special tokens: write the "
+            "text as the tokenizer gives it back, or use another tokenizer"
+        )
+
+    def read(self, ids: list[int]) -> str:
+        """Return the text that `ids` add to the prompt: some tokenizers drop a space from the first token of a text."""
+        whole = decode([*self.ids, *ids], self.tokenizer)
+        return whole[len(self._read) :] if whole.startswith(self._read) else decode(ids, self.tokenizer)
+
+    @functools.cached_property
+    def _read(self) -> str:
+        """Return the text of the prompt's own tokens."""
+        return decode(self.ids, self.tokenizer)
+
+    def _ways(self, text: str) -> Iterator[list[int]]:
+        """Yield tokens for `text`, the best first."""
+        ways = (self._behind(front, text) for front in (self.text, *_ANCHORS))
+        return (ids for ids in ways if ids is not None)
+
+    def _behind(self, front: str, text: str) -> list[int] | None:
+        """Return the tokens of `text` behind `front`, None where a token reaches across the boundary."""
+        before = self.alone if front == self.text else encode(front, self.tokenizer)
+        whole = encode(front + text, self.tokenizer)
+        return whole[len(before) :] if whole[: len(before)] == before else None
+
+    def _lacks_letters(self, found: str, text: str, ids: list[int]) -> bool:
+        """Say whether nothing is wrong but that unknown tokens stand for letters of `text`."""
+        letters = iter(text)
+        return self.tokenizer.unk_token_id in ids and all(letter in letters for letter in found)
+
+    def _is_only_spaced(self, found: str, text: str, ids: list[int]) -> bool:
+        """Say whether the tokens are right, and it is the decoder that puts white space between them."""
+        alike = _same("".join(found.split()), "".join(text.split()))
+        return alike and _spaces(found) > _spaces(text) and not _come_back([*self.body, *ids], self.tokenizer)
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
+    """Return the ids that end an answer, rising: the tokenizer's, and all of the generation config's."""
+    ends = getattr(generation_config, "eos_token_id", None)
+    return sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list | tuple) else [ends])} - {None})
+
+
+def require_readable(prompt: PromptTokens) -> None:
+    """Raise ValueError for a tokenizer whose tokens cannot be turned into text, since its decoder adds white space."""
+    found = decode(prompt.body, prompt.tokenizer)
+    if _spaces(found) <= _spaces(prompt.text) or _come_back(prompt.body, prompt.tokenizer):
+        return
+    raise ValueError(
+        f"this tokenizer cannot turn tokens into text: it reads those of {_around(prompt.text, found)} as "
+        f"{_around(found, prompt.text)}, which are other tokens, so no answer could be written down. Give it a decoder "
+        "(tokenizer.backend_tokenizer.decoder, e.g. tokenizers.decoders.Fuse()), or use another tokenizer"
+    )
+
+
+def _front(text: str, body: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return what the tokenizer puts in front of a text; what it appends would stand between prompt and answer."""
+    if not tokenizer.num_special_tokens_to_add():
+        return []
+    whole = list(tokenizer(text)["input_ids"])
+    for start in range(len(whole) - len(body) + 1):
+        if whole[start : start + len(body)] == body:
+            return whole[:start] if body else []
+    raise ValueError(
+        f"this tokenizer has the tokens {body[:8]} ... for {_around(text, '')}, but not one behind the other where it "
+        f"adds its special tokens ({whole[:8]} ...), which may stand in front of a text or behind it: use another one"
+    )
+
+
+def _come_back(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Say whether what tokens read has the same tokens; unknown ones, which read nothing, are left out."""
+    known = [token for token in ids if token != tokenizer.unk_token_id]
+    return encode(decode(known, tokenizer), tokenizer) == known
+
+
+def _spaces(text: str) -> int:
+    return sum(map(str.isspace, text))
+
+
+def _same(one: str, other: str) -> bool:
+    """Say whether two texts are the same letters: Unicode may compose them in several ways."""
+    return one == other or unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
+
+
+def _around(text: str, other: str) -> str:
+    """Return `text`, quoted, or what there is of it around the first letter in which it differs from `other`."""
+    place = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    start, end = max(0, place - _SHOWN), place + _SHOWN
+    return f"{'... ' if start else ''}{text[start:end]!r}{' ...' if end < len(text) else ''}"
+
+
+@dataclass(frozen=True)
+class QuestionFormat:
+    """How a question becomes tokens; the same object serves training, labelling and measuring.
+
+    Attributes:
+        prompt_template: text in which `{prompt}` is replaced by the question.
+        answer_prefix: what stands between prompt and answer, counted as part of the answer (most tokenizers attach a
+            space to the word behind it). White space beyond it belongs to the answer's text.
+        end_token: the end token follows the answer and is one of its tokens [choice]. Without it, answers cannot be
+            decoded, since nothing ends them, but answers that are choices can be compared; one-token answers then give
+            boosting exactly one unit each, as in AdaBoost.
+        use_chat_template: pass the filled template through the tokenizer's chat template as the user's message.
+        max_length: tokens that prompt and answer may have together; None leaves it to the tokenizer's
+            `model_max_length`, which `loading.load_tokenizer` sets to the model's context.
+        truncate_prompt: shorten a prompt that leaves too little room for the answer, instead of refusing it [choice].
+            It is cut on the left: the end of the question stays, the beginning of the template does not.
+    """
+
+    prompt_template: str = "{prompt}\nAnswer:"
+    answer_prefix: str = " "
+    end_token: bool = True
+    use_chat_template: bool = False
+    max_length: int | None = None
+    truncate_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if "{prompt}" not in self.prompt_template:
+            raise ValueError(f"prompt_template must contain {{prompt}}, got {shown(self.prompt_template)}")
+
+    def prompt(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> PromptTokens:
+        """Return a prompt in tokens, with what reads and writes behind it; see `ensemw2s.data.tokens`."""
+        text = self.prompt_template.replace("{prompt}", prompt)
+        if not self.use_chat_template:
+            return PromptTokens.of(text, tokenizer)
+        chat = [{"role": "user", "content": text}]
+        rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return PromptTokens.of(str(rendered), tokenizer, add_special_tokens=False)
+
+    def prompt_ids(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Return the token ids of a prompt."""
+        return self.prompt(prompt, tokenizer).ids
+
+    def answer_ids(self, answer: str, tokenizer: PreTrainedTokenizerBase, prompt: str = "") -> list[int]:
+        """Return the token ids of an answer behind its prompt, without the end token."""
+        return self.prompt(prompt, tokenizer).followed_by(self.answer_prefix, answer)
+
+    def answer_text(self, ids: Sequence[int], prompt: PromptTokens) -> str:
+        """Return the answer that tokens (without the end token) give behind a prompt, all its white space included."""
+        return prompt.read(list(ids)).removeprefix(self.answer_prefix)
+
+
+# Tokens
+
+
+def tokenize_questions(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    question_format: QuestionFormat,
+    name: str = "dataset",
+    *,
+    answer_ids: Sequence[Sequence[int]] | None = None,
+) -> Dataset:
+    """Turn questions with answers into token ids, the boundary between prompt and answer being a position.
+
+    An answer has the tokens that follow its prompt's where both are tokenised as one text (`ensemw2s.data.tokens`), and
+    is followed by the end token, which is one of its tokens [choice] unless `question_format.end_token` is False.
+
+    Args:
+        dataset: columns `prompt` and `answer`.
+        tokenizer: must have an end token.
+        question_format: how a question becomes tokens.
+        name: what errors call the dataset.
+        answer_ids: the answers' tokens where they are known already, prefix and end token included, one row each;
+            None tokenises the answers.
+
+    Returns:
+        `id`, `input_ids` (list of int: prompt, answer, end token) and `prompt_length` (int: where the answer starts).
+
+    Raises:
+        ValueError: a tokenizer without an end token, an answer of no tokens or one that the tokenizer changes, a prompt
+            of no tokens, or more tokens than `question_format.max_length` (or the tokenizer's `model_max_length`);
+            names the row.
+    """
+    from datasets import Dataset
+
+    rows = []
+    for index, row in enumerate(check_questions(dataset, name)):
+        place = f"{name}, id {row['id']}"
+        prompt = question_format.prompt(row["prompt"], tokenizer)
+        if answer_ids is None:
+            answer = answer_with_end(row["answer"], prompt, question_format, place)
+        else:
+            answer = list(answer_ids[index])
+            if not answer:
+                raise ValueError(f"{place}: the answer {shown(row['answer'])} has no tokens in answer_ids")
+        ids = fitted_prompt(prompt, len(answer), question_format, place)
+        rows.append({"id": row["id"], "input_ids": [*ids, *answer], "prompt_length": len(ids)})
+    answers = ((row["id"], row["input_ids"][row["prompt_length"] :]) for row in rows)
+    warn_of_unknown(answers, tokenizer, name)
+    return Dataset.from_list(rows)
+
+
+def answer_with_end(answer: str, prompt: PromptTokens, question_format: QuestionFormat, place: str) -> list[int]:
+    """Return an answer's tokens behind its prompt, the end token included where the format has one.
+
+    Raises:
+        ValueError: a tokenizer without an end token, an answer of no tokens or one that the tokenizer changes; `place`
+            names the row.
+    """
+    end = [_end_token(prompt.tokenizer)]
+    try:
+        ids = prompt.followed_by(question_format.answer_prefix, answer)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    if not ids:
+        raise ValueError(f"{place}: the answer {shown(answer)} has no tokens in this tokenizer")
+    return ids + end if question_format.end_token else ids
+
+
+def fitted_prompt(
+    prompt: PromptTokens, num_answer_tokens: int, question_format: QuestionFormat, place: str
+) -> list[int]:
+    """Return a prompt's tokens, which leave room for the answer's; `place` names the row in errors.
+
+    Raises:
+        ValueError: no tokens, or more than fit and `question_format.truncate_prompt` is False.
+    """
+    limit = _length_limit(prompt.tokenizer, question_format)
+    ids = _cut_left(prompt, limit, num_answer_tokens) if question_format.truncate_prompt else prompt.ids
+    _check_prompt(ids, limit, place)
+    length = len(ids) + num_answer_tokens
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"{place}: prompt and answer have {length} tokens ({num_answer_tokens} of them the answer), more than the "
+            f"{limit} allowed: leave the row out, raise max_length (up to the model's context), or let "
+            "truncate_prompt=True shorten prompts"
+        )
+    return ids
+
+
+def tokenize_prompts(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    question_format: QuestionFormat,
+    name: str = "dataset",
+    answer_length: int = 1,
+) -> Dataset:
+    """Turn questions into the token ids of their prompts: columns `id` and `input_ids`.
+
+    Args:
+        dataset: columns `id` and `prompt`.
+        tokenizer: the model's.
+        question_format: how a question becomes tokens.
+        name: of the dataset, for errors.
+        answer_length: tokens to leave room for where prompts are cut (`question_format.truncate_prompt`).
+
+    Raises:
+        ValueError: a tokenizer without an end token, no column `id` or `prompt`, a prompt of no tokens, or one that
+            leaves no room for an answer (see `tokenize_questions`); names the row.
+    """
+    from datasets import Dataset
+
+    _end_token(tokenizer)
+    limit = _length_limit(tokenizer, question_format)
+    if "id" not in dataset.column_names or "prompt" not in dataset.column_names:
+        raise ValueError(f"{name} needs columns id and prompt; it has {', '.join(dataset.column_names) or 'none'}")
+    rows = []
+    for row in dataset.select_columns(["id", "prompt"]):
+        if not isinstance(row["prompt"], str):
+            raise ValueError(f"{name}, id {row['id']}: prompt is {row['prompt']!r}, expected text")
+        prompt = question_format.prompt(row["prompt"], tokenizer)
+        ids = _cut_left(prompt, limit, answer_length) if question_format.truncate_prompt else prompt.ids
+        _check_prompt(ids, limit, f"{name}, id {row['id']}")
+        rows.append({"id": row["id"], "input_ids": ids})
+    return Dataset.from_list(rows)
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token (eos_token_id is None): set one, answers end with it")
+    return int(tokenizer.eos_token_id)
+
+
+def _length_limit(tokenizer: PreTrainedTokenizerBase, question_format: QuestionFormat) -> int | None:
+    # Tokenizers without a limit carry an absurdly large one.
+    own = tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else None
+    limits = [limit for limit in (question_format.max_length, own) if limit is not None]
+    return min(limits) if limits else None
+
+
+def _check_prompt(prompt: Sequence[int], limit: int | None, row: str) -> None:
+    if not prompt:
+        raise ValueError(f"{row}: the prompt has no tokens, so nothing precedes the answer")
+    if limit is not None and len(prompt) >= limit:
+        raise ValueError(
+            f"{row}: the prompt has {len(prompt)} tokens and leaves no room for an answer within the {limit} allowed: "
+            "leave the row out, raise max_length (up to the model's context), or pass truncate_prompt=True"
+        )
+
+
+def _cut_left(prompt: PromptTokens, limit: int | None, answer_length: int) -> list[int]:
+    """Return the end of a prompt that leaves room for the answer, at least one token of it, behind what is in front."""
+    if limit is None:
+        return prompt.ids
+    return prompt.front + prompt.body[-max(1, limit - answer_length - len(prompt.front)) :]
+
+
+def answer_lengths(examples: Dataset) -> np.ndarray:
+    """Return int64 [N], the answer tokens (the end token among them) of each row of `tokenize_questions`."""
+    rows = zip(examples["input_ids"], examples["prompt_length"], strict=True)
+    return np.array([len(ids) - start for ids, start in rows], dtype=np.int64)
+
+
+def check_examples(examples: Dataset, name: str) -> None:
+    """Refuse what is not tokenised questions with answers to train on or to score.
+
+    Raises:
+        ValueError: no rows, a column is missing, or an answer or a prompt has no tokens; names the row.
+    """
+    for column in ("input_ids", "prompt_length"):
+        if column not in examples.column_names:
+            raise ValueError(
+                f"{name}: the examples have no column {column!r}, only {shown_names(examples.column_names)}: "
+                "make them with data.tokenize_questions"
+            )
+    if len(examples) == 0:
+        raise ValueError(f"{name}: 0 examples, expected at least one")
+    starts = np.asarray(examples["prompt_length"])
+    for what, bad in (("answer", answer_lengths(examples) < 1), ("prompt", starts < 1)):
+        if bad.any():
+            row = int(bad.argmax())
+            label = f"id {examples[row]['id']}" if "id" in examples.column_names else f"row {row}"
+            raise ValueError(
+                f"{name}, {label}: the {what} has no tokens (prompt_length {starts[row]} of "
+                f"{len(examples[row]['input_ids'])} tokens): leave the row out"
+            )

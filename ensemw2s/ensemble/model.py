@@ -1,0 +1,887 @@
+"""`TokenEnsemble`: T experts and their boosting weights as one transformers model.
+
+The next-token distribution is a mixture of the experts' (EnsemW2S, section "weak experts' ensemble"; method, phase 2):
+`p(v) = sum_t w_t p_t(v)` with `w_t = a_t / sum_s a_s` for `combine="prob"`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ensemw2s import ops
+from ensemw2s.ensemble.cache import EnsembleCache
+from ensemw2s.ensemble.experts import AdapterExperts, Experts, ModelExperts, context_lengths
+from ensemw2s.ensemble.model_card import model_card
+from ensemw2s.ensemble.stacked import StackedAdapters
+from ensemw2s.inference.decoding import Sampling, fused_sample, require_tokenizer, require_valid
+from ensemw2s.inference.labelling import label_questions
+from ensemw2s.models.base_reference import arguments, check_base, found, settled, stored
+from ensemw2s.models.heads import only_positions, own_head
+from ensemw2s.models.loading import CACHE, load_model, load_saved_model
+from ensemw2s.models.mixture import repeat_rows
+from ensemw2s.models.own_files import own_files, whole
+from ensemw2s.models.saved import (
+    HUB_ACCESS,
+    HUB_VERSION,
+    MODEL_WEIGHTS,
+    check_links,
+    check_tokens,
+    expert_folders,
+    local_folder,
+    read_generation_config,
+    read_settings,
+    require_one_dtype,
+    require_whole,
+    short,
+)
+from ensemw2s.models.sharing import turn_of
+from ensemw2s.runtime.files import write_json
+from ensemw2s.runtime.meter import count
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
+    from transformers.generation.streamers import BaseStreamer
+
+
+COMBINE = ("prob", "logprob", "vote")
+RECORD_FILE = "boosting.json"
+# What transformers passes to every model's forward and an ensemble has no use for.
+_NOT_NEEDED = ("return_dict", "cache_position")
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# What the argument that holds a cache is called, by transformers from 5.24 on and before.
+_CACHE_NAMES = ("cache", "past_key_values")
+
+
+class EnsembleConfig(PreTrainedConfig):
+    """Configuration of a `TokenEnsemble`.
+
+    Attributes:
+        expert_weights: T positive floats, the boosting weights a_t (natural-log units); normalised when used.
+        combine: "prob", "logprob" or "vote" (method, phase 2).
+        kind: "adapters" (on one base model) or "models".
+        base: for adapters, where the base model comes from: `source`, and perhaps `keep_layers` and `dtype` as in
+            `loading.load_model`; None if its weights are saved with the ensemble.
+
+    Raises:
+        ValueError: any other key in `base`, or a value that cannot be meant.
+    """
+
+    model_type = "ensemw2s"
+
+    def __init__(
+        self,
+        expert_weights: Sequence[float] = (),
+        combine: str = "prob",
+        kind: str = "adapters",
+        base: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.expert_weights = [float(weight) for weight in expert_weights]
+        self.combine = combine
+        self.kind = kind
+        self.base = check_base(base, "EnsembleConfig")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> EnsembleConfig:
+        """Return the configuration that a saved ensemble's `config.json` holds.
+
+        Raises:
+            ValueError: a key that no ensemble saves, or a value that is none of its; names both and the file.
+        """
+        _check_settings(config_dict, str(Path(kwargs.get("name_or_path") or "") / "config.json"))
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def of(cls, experts: Experts, **settings: Any) -> EnsembleConfig:
+        """Describe `experts`: vocabulary and special tokens of the first one, the shortest context of all."""
+        first = experts.expert_config(0).get_text_config(decoder=True)
+        shared: dict[str, Any]
+        shared = {name: getattr(first, name, None) for name in ("vocab_size", *_SPECIAL_TOKENS)}
+        shared["max_position_embeddings"] = min(context_lengths(experts).values(), default=None)
+        return cls(kind=experts.kind, is_decoder=True, tie_word_embeddings=False, **shared, **settings)
+
+
+class TokenEnsemble(PreTrainedModel, GenerationMixin):
+    """A mixture of T causal language models that behaves like one.
+
+    `forward` returns the mixture's log-probabilities as `.logits` (float32; `log_softmax` leaves them unchanged), and
+    `generate` does what it does for any transformers model. Build one with `from_adapters` or `from_models`, or load
+    a saved one with `from_pretrained`.
+
+    Any number of threads may use an ensemble, its slices and others on the same base at once, each as if it were alone.
+    A call keeps to the experts that were there when it began.
+
+    Args:
+        config: weights and combination.
+        experts: the T experts.
+
+    Raises:
+        ValueError: no expert, a number of weights other than T, a weight that is not positive and finite, or an
+            unknown `combine`.
+    """
+
+    config_class = EnsembleConfig
+    base_model_prefix = "experts"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    # Of the ensemble as one call of `generate` sees it: whether the fused loop may be taken, and the prompts' number.
+    _fused = True
+    _prompts: int | None = None
+
+    def __init__(self, config: EnsembleConfig, experts: Experts) -> None:
+        _check(config.expert_weights, config.combine, len(experts))
+        super().__init__(config)
+        self.experts = experts
+        self.generation_config = _generation_config(experts)
+        # As the experts are: others may be running them, so that nothing is set there.
+        self.training = False
+
+    @classmethod
+    def from_adapters(
+        cls,
+        base: PreTrainedModel,
+        folders: Sequence[str | os.PathLike[str]],
+        expert_weights: Sequence[float],
+        *,
+        combine: str = "prob",
+        base_reference: Mapping[str, Any] | None = None,
+    ) -> TokenEnsemble:
+        """Build an ensemble from saved adapters of one base model.
+
+        Args:
+            base: the base model; it is wrapped in place.
+            folders: T folders written by peft.
+            expert_weights: T positive floats.
+            combine: how distributions are combined.
+            base_reference: `source`, and perhaps `keep_layers` and `dtype`, with which `loading.load_model` loads
+                `base` again. With it a saved ensemble refers to its base instead of holding a copy: to a folder by
+                its path, relative if it is beside or below the ensemble's, absolute otherwise.
+
+        Raises:
+            FileNotFoundError: an adapter's folder lacks its weights or its `adapter_config.json`.
+            ValueError: a damaged adapter, or one that does not fit the base or would change it for all experts;
+                another key in `base_reference`.
+        """
+        reference = settled(check_base(base_reference, "base_reference"))
+        _check(expert_weights, combine, len(folders))
+        experts = AdapterExperts(base, folders)
+        settings = {"expert_weights": expert_weights, "combine": combine, "base": reference}
+        return cls(EnsembleConfig.of(experts, **settings), experts)
+
+    @classmethod
+    def from_models(
+        cls, models: Sequence[PreTrainedModel], expert_weights: Sequence[float], *, combine: str = "prob"
+    ) -> TokenEnsemble:
+        """Build an ensemble from whole models over one vocabulary and in one dtype."""
+        require_one_dtype(models, range(1, len(models) + 1))
+        experts = ModelExperts(models)
+        _check(expert_weights, combine, len(experts))
+        return cls(EnsembleConfig.of(experts, expert_weights=expert_weights, combine=combine), experts)
+
+    @property
+    def num_experts(self) -> int:
+        """Return T."""
+        return len(self.experts)
+
+    def mixture_weights(self, device: torch.device | None = None) -> torch.Tensor:
+        """Return the expert weights as float32 [T] on `device`, not normalised."""
+        return torch.tensor(self.config.expert_weights, dtype=torch.float32, device=device)
+
+    def add_expert(
+        self, expert: str | os.PathLike[str] | PreTrainedModel, expert_weight: float, **model_init_kwargs: Any
+    ) -> None:
+        """Append one expert, in place. Caches made before know nothing of it.
+
+        Args:
+            expert: for adapters, a folder written by peft for the same base; for whole models, a model or a source
+                of `loading.load_model`.
+            expert_weight: a positive float, on the scale of `config.expert_weights`.
+            model_init_kwargs: passed on to `loading.load_model` where a source is given.
+
+        Raises:
+            FileNotFoundError, ValueError: as `from_adapters` and `from_models` do; the ensemble stays as it was.
+            TypeError: a model given to an ensemble of adapters, or `model_init_kwargs` that nothing reads.
+        """
+        with turn_of(self):
+            expert_weights = [*self.config.expert_weights, float(expert_weight)]
+            _check(expert_weights, self.config.combine, self.num_experts + 1)
+            if model_init_kwargs and (isinstance(self.experts, AdapterExperts) or isinstance(expert, PreTrainedModel)):
+                raise TypeError(f"nothing is loaded that {', '.join(model_init_kwargs)} could change: leave it out")
+            # Calls under way go on with the old ones.
+            experts: Any = self.experts.selected(range(self.num_experts))
+            if isinstance(experts, AdapterExperts):
+                if isinstance(expert, PreTrainedModel):
+                    raise TypeError("the experts are adapters on one base: give the folder of an adapter, not a model")
+                experts.add(expert)
+            else:
+                model: Any = expert
+                if not isinstance(expert, PreTrainedModel):
+                    model = load_model(expert, **{"dtype": self.dtype, **model_init_kwargs})
+                require_one_dtype([experts.models[0], model], (1, self.num_experts + 1))
+                experts.add(model.to(self.device))
+            self.config.max_position_embeddings = min(context_lengths(experts).values(), default=None)
+            self.config.expert_weights = expert_weights
+            self.experts = experts
+
+    def snapshot(self) -> TokenEnsemble:
+        """Return the ensemble as it is now, sharing its weights: experts that are added later are not in it."""
+        experts, weights = self._now()
+        taken: TokenEnsemble = copy.copy(self)
+        taken.__dict__["_modules"] = {**self._modules, "experts": experts}
+        taken.config = copy.copy(self.config)
+        taken.config.expert_weights = weights
+        return taken
+
+    def _now(self) -> tuple[Experts, list[float]]:
+        """Return the experts and their weights, as many of one as of the other."""
+        experts, weights = self.experts, self.config.expert_weights
+        if len(experts) != len(weights):
+            # Perhaps one is just being added.
+            with turn_of(self):
+                experts, weights = self.experts, self.config.expert_weights
+        if len(experts) != len(weights):
+            raise ValueError(
+                f"config.expert_weights has {len(weights)} values for {len(experts)} experts: give one each, and add "
+                "experts with add_expert"
+            )
+        return experts, weights
+
+    def without(self, index: int) -> TokenEnsemble:
+        """Return the ensemble of all experts but number `index` (from 0; -1 is the last), sharing their weights.
+
+        Raises:
+            IndexError: no such expert.
+            ValueError: it is the only one.
+        """
+        _, weights = self._now()
+        if not -len(weights) <= index < len(weights):
+            raise IndexError(f"there is no expert {index}: {len(weights)} experts are numbered from 0")
+        kept = [t for t in range(len(weights)) if t != index % len(weights)]
+        return self.reweighted([weights[t] for t in kept], kept)
+
+    def __getitem__(self, index: slice) -> TokenEnsemble:
+        """Return the ensemble of some experts, sharing their weights: `ensemble[:3]` is the first three."""
+        if not isinstance(index, slice):
+            raise TypeError(f"an ensemble is sliced, as in ensemble[:3]; got index {index!r}")
+        _, weights = self._now()
+        return self.reweighted(weights[index], range(len(weights))[index])
+
+    def reweighted(self, expert_weights: Sequence[float], indices: Sequence[int] | None = None) -> TokenEnsemble:
+        """Return an ensemble of the experts `indices` (all of them if None) with other weights, sharing theirs."""
+        experts, _ = self._now()
+        experts = experts.selected(range(len(experts)) if indices is None else indices)
+        _check(expert_weights, self.config.combine, len(experts))
+        settings = {"combine": self.config.combine, "base": self.config.base}
+        chosen = TokenEnsemble(EnsembleConfig.of(experts, expert_weights=expert_weights, **settings), experts)
+        chosen.generation_config = copy.deepcopy(self.generation_config)
+        return chosen
+
+    def new_cache(self) -> EnsembleCache:
+        """Return an empty cache for all experts, with the adapters as they are now."""
+        return _new_cache(self.experts)
+
+    def expert_logits(
+        self,
+        indices: Iterable[int],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        positions: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: EnsembleCache | None = None,
+        last_only: bool = False,
+    ) -> list[torch.Tensor]:
+        """Run some experts on one batch and return their logits, each in the expert's own dtype.
+
+        Args:
+            indices: which experts to run.
+            input_ids: int64 [B, L].
+            attention_mask: int64 [B, past + L]; None means no padding.
+            positions: bool [B, L]; keep only its n true entries, giving logits [n, V].
+            position_ids: int64 [B, L]; None leaves them to the expert.
+            cache: what the experts have seen before; it grows by L.
+            last_only: compute logits of the last position only, giving [B, 1, V].
+
+        Raises:
+            ValueError: more tokens than an expert reads, or (on the CPU, where looking costs nothing) ids outside the
+                vocabulary; a cache of other experts or rows.
+        """
+        inputs = (input_ids, attention_mask, position_ids, positions)
+        return self._run(self.experts, list(indices), inputs, cache, last_only)
+
+    def _run(
+        self,
+        experts: Experts,
+        indices: list[int],
+        tensors: tuple[torch.Tensor | None, ...],
+        cache: EnsembleCache | None,
+        last_only: bool,
+    ) -> list[torch.Tensor]:
+        """Do what `expert_logits` does, with these experts."""
+        input_ids, attention_mask, position_ids, positions = tensors
+        assert input_ids is not None
+        if cache is not None:
+            cache.require_fit(experts.members(), input_ids.shape[0])
+        self._check_input(input_ids, attention_mask, cache)
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "use_cache": cache is not None,
+        }
+        if position_ids is not None:
+            # One row for all, as transformers gives them, would not fit rows that are stacked.
+            inputs["position_ids"] = position_ids.expand(input_ids.shape[0], -1)
+        if last_only:
+            inputs["logits_to_keep"] = 1
+        if cache is not None and cache.stacked:
+            return _stacked_logits(cache.stacked, cache.experts[0], inputs, indices)
+
+        def run(model: torch.nn.Module, index: int) -> torch.Tensor:
+            own = {} if cache is None else {CACHE: cache.experts[index]}
+            if positions is None:
+                logits = model(**inputs, **own).logits
+            else:
+                with own_head(model) as mine, only_positions(mine, positions):
+                    logits = mine(**inputs, **own).logits
+            count(experts.carrier(index), input_ids, attention_mask, logits.shape[:-1].numel())
+            return logits
+
+        return experts.map(run, indices)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return the mixture's log-probabilities as float32 `.logits` [B, L, V] (or the last `logits_to_keep`).
+
+        Args:
+            input_ids: int64 [B, L].
+            attention_mask: int64 [B, past + L].
+            position_ids: int64 [B, L].
+            cache: an `EnsembleCache`; None or another empty cache starts one if `use_cache` is true.
+            labels: int64 [B, L], -100 where ignored; the loss is the mean negative log-probability of the next label.
+            use_cache: return a cache (the default is not to).
+            logits_to_keep: 0 for all positions.
+            past_key_values: what transformers before 5.24 calls `cache`.
+            kwargs: `return_dict` and `cache_position`, which transformers passes along and no ensemble needs.
+
+        Raises:
+            FloatingPointError: an expert gives NaN, +inf or no finite logit at a position that is no padding; names
+                row and expert. On the CPU alone, or within `generate`: elsewhere looking would make the program wait
+                for the device, and all log-probabilities of such a position are NaN **[choice]**.
+            TypeError: any other keyword with a value, such as `inputs_embeds`: experts share no embedding; or both
+                `cache` and `past_key_values`.
+            ValueError: `labels` with `combine="vote"`, whose log-probabilities are -inf off the vote; a filled
+                cache that is not an `EnsembleCache`, or one of other experts or rows.
+        """
+        if labels is not None and self.config.combine == "vote":
+            raise ValueError('combine="vote" has no loss: its distribution is 0 off the vote; use "prob" or "logprob"')
+        # A switch that is off asks for nothing.
+        asked = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+        unknown = sorted(asked.keys() - set(_NOT_NEEDED))
+        if unknown:
+            raise TypeError(f"an ensemble's forward does not know {', '.join(unknown)}: leave them out")
+        experts, weights = self._now()
+        seen = _own_cache({"cache": cache, "past_key_values": past_key_values})
+        if seen is None and use_cache:
+            seen = _new_cache(experts)
+        tensors = (input_ids, attention_mask, position_ids, None)
+        logits = self._run(experts, list(range(len(weights))), tensors, seen, logits_to_keep == 1)
+        if logits_to_keep > 1:
+            logits = [row[:, -logits_to_keep:] for row in logits]
+        device = logits[0].device
+        log_probs = ops.mixture_log_probs(
+            logits, torch.tensor(weights, dtype=torch.float32, device=device), combine=self.config.combine
+        )
+        if device.type == "cpu" or self._prompts is not None:
+            _require_numbers(log_probs, logits, attention_mask, self.row_names(len(input_ids)))
+        loss = None
+        if labels is not None:
+            loss = torch.nn.functional.nll_loss(
+                log_probs[:, :-1].flatten(0, 1),
+                labels[:, 1:].flatten().to(log_probs.device),
+                ignore_index=-100,
+            )
+        return CausalLMOutputWithPast(loss=loss, logits=log_probs, **{CACHE: seen})
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, *, fused: bool = True, **kwargs: Any) -> Any:
+        """Generate token ids as any transformers model does.
+
+        Plain greedy decoding and sampling with temperature, top-k, top-p and min-p end each step in one fused op
+        (`ops.mixture_sample`); anything else takes transformers' own loops. Prompt and answer together are never
+        longer than the shortest context of the experts: generation stops there, with a warning **[choice]**.
+
+        What the call leaves open is taken from the ensemble's `generation_config`, as for any transformers model. It
+        is a copy of expert 1's, with everything that stands there: sampling, a repetition penalty (Qwen2.5 comes with
+        one), several end tokens, each of which ends a text. To do without, set it on the ensemble, e.g.
+        `ensemble.generation_config.repetition_penalty = 1.0`. (`label` differs in one thing: it is greedy unless it is
+        told otherwise.)
+
+        Args:
+            inputs: int64 [B, length] prompts, or pass `input_ids`; left-padded if their lengths differ.
+            fused: False always takes transformers' own loops.
+            kwargs: as for `transformers.GenerationMixin.generate`. A cache may be called `cache` or
+                `past_key_values`, whatever transformers calls it.
+
+        Raises:
+            FloatingPointError: an expert gives NaN, +inf or no finite logit for a text that has not ended, on any
+                path; names row (from 0, of the prompts) and expert.
+            TypeError: both `cache` and `past_key_values`, or something else than a cache.
+            ValueError: beam search with `combine="vote"`; a prompt that fills an expert's context; ids outside the
+                vocabulary; a `cache_implementation`; a cache of another model, other experts or rows, or one that
+                leaves no token of the prompt to read.
+        """
+        call = self.snapshot()
+        call._fused = fused
+        return call._generate(inputs, kwargs)
+
+    def _generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
+        """Do what `generate` does, on an ensemble that is this call's own."""
+        cache = _own_cache({name: kwargs.pop(name, None) for name in _CACHE_NAMES})
+        settings = self._settings(kwargs)
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        if prompt is not None:
+            self._check_prompt(prompt, kwargs.get("attention_mask"), cache)
+            kwargs |= self._stop_at_context(prompt, settings, kwargs.get("attention_mask"))
+        if (settings.num_beams or 1) > 1 and self.config.combine == "vote":
+            raise ValueError(
+                'combine="vote" cannot rank beams: it gives one token all the mass; use "prob" or "logprob"'
+            )
+        if cache is None and settings.use_cache is not False:
+            cache = self.new_cache()
+        if cache is not None:
+            kwargs[CACHE] = cache
+        self._prompts = 1 if prompt is None else len(prompt)
+        return super().generate(inputs, **kwargs)
+
+    def row_names(self, count: int) -> list[str]:
+        """Return what messages call the rows of a batch; within `generate`, several rows may go on from one prompt."""
+        copies = max(1, count // (self._prompts or count or 1))
+        return [f"row {row // copies} of the batch" for row in range(count)]
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        tokenizer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Decode greedily or by sampling: what transformers' `generate` calls once everything is prepared.
+
+        What the fused op cannot do (another logits processor, returned scores, no cache) goes to transformers' own
+        loop, which draws from the same distribution. `tokenizer` has done its work in the stopping criteria.
+        """
+        sampling = Sampling.from_processors(logits_processor, bool(generation_config.do_sample))
+        cached = isinstance(model_kwargs.get(CACHE), EnsembleCache)
+        general = synced_gpus or generation_config.return_dict_in_generate or not cached or not self._fused
+        if general or sampling is None:
+            return super()._sample(
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+        return fused_sample(self, input_ids, sampling, stopping_criteria, generation_config, streamer, **model_kwargs)
+
+    def _settings(self, kwargs: dict[str, Any]) -> GenerationConfig:
+        """Return what `generate` will make of its arguments, and take out a `cache_implementation` that is ours."""
+        settings = copy.deepcopy(self.generation_config)
+        given = kwargs.get("generation_config")
+        if given is not None:
+            settings.update(**{name: value for name, value in given.to_dict().items() if value is not None})
+        settings.update(**kwargs)
+        # "dynamic_full" is what transformers before 5.24 names where an ensemble is an assistant.
+        if settings.cache_implementation not in (None, "dynamic", "dynamic_full"):
+            raise ValueError(
+                f"cache_implementation={settings.cache_implementation!r} does not work with an ensemble, whose cache "
+                "holds one dynamic cache per expert: leave it out"
+            )
+        if settings.cache_implementation is not None:
+            # The default by its name, which transformers refuses beside the cache that it gets.
+            kwargs.pop("cache_implementation", None)
+            kwargs["generation_config"] = copy.deepcopy(given or self.generation_config)
+            kwargs["generation_config"].cache_implementation = None
+        return settings
+
+    def label(self, questions: Dataset, processing_class: PreTrainedTokenizerBase, **options: Any) -> Dataset:
+        """Answer questions, greedily unless `sampling` says otherwise; see `labelling.label_questions`.
+
+        Every end token of `generation_config`, and the tokenizer's, ends an answer. How it samples plays no part here,
+        and what else there would change the distribution (as a repetition penalty) is refused; `generate` obeys all.
+        """
+        return label_questions(self.snapshot(), questions, processing_class, **options)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        record: Mapping[str, Any] | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:
+        """Write the ensemble to one folder, whole or not at all; `push_to_hub` does so first.
+
+        What an ensemble that was saved there before consists of is replaced; everything else in the folder stays. A
+        kill leaves the one or the other whole (see `ensemw2s.models.own_files`).
+
+        Args:
+            save_directory: a new folder, that of an ensemble, or one without a model.
+            processing_class: the experts' tokenizer, saved along.
+            record: a JSON-able account of the boosting run, saved as `boosting.json`.
+            max_shard_size: the largest file of a whole model's weights, e.g. "2GB"; None leaves it to transformers.
+
+        Raises:
+            DiskFullError: the disk is full; what was at `save_directory` before is untouched.
+            FileExistsError: another model, or a file that no ensemble of ours wrote, is in the way.
+            PermissionError: the folder cannot be written.
+            ValueError: `processing_class` knows tokens that the experts do not.
+        """
+        if processing_class is not None:
+            require_tokenizer(self, processing_class)
+        config = copy.deepcopy(self.config)
+        config.base = stored(config.base, Path(save_directory).expanduser())
+        _check_settings(json.loads(config.to_json_string()), "the ensemble's config")
+        options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        with own_files(save_directory, "ensemble") as folder:
+            config.save_pretrained(folder)
+            self.generation_config.save_pretrained(folder)
+            for index in range(self.num_experts):
+                self.experts.save_expert(index, folder / "experts" / str(index + 1), **options)
+            if isinstance(self.experts, AdapterExperts) and self.config.base is None:
+                self.experts.save_base(folder / "base", **options)
+            if processing_class is not None:
+                processing_class.save_pretrained(folder)
+            if record is not None:
+                write_json(folder / RECORD_FILE, record)
+            (folder / "README.md").write_text(model_card(self, record), encoding="utf-8")
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Upload the ensemble; see `transformers.PreTrainedModel.push_to_hub`.
+
+        Raises:
+            ValueError: the base model is referred to as a folder, which nobody else has.
+        """
+        if self.config.base is not None and Path(self.config.base["source"]).is_absolute():
+            raise ValueError(
+                f"the experts' base model is the folder {self.config.base['source']}, which nobody else has: build the "
+                "ensemble without base_reference, so that its base is saved with it, or refer to a model on the hub"
+            )
+        return super().push_to_hub(repo_id, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: EnsembleConfig | None = None,
+        subfolder: str = "",
+        **model_init_kwargs: Any,
+    ) -> TokenEnsemble:
+        """Load a saved ensemble from a folder or the hub.
+
+        A stranger's folder is safe to load: no code of its is run, nothing is unpickled, and what its files may ask for
+        is an allow-list (see `ensemw2s.models.saved`).
+
+        Args:
+            pretrained_model_name_or_path: a folder written by `save_pretrained`, or a hub id.
+            config: used in place of the saved one.
+            subfolder: where in it the ensemble lies.
+            model_init_kwargs: passed on to each model's `from_pretrained` (`dtype`, `device_map`, ...), but for
+                `revision` and `force_download`, which concern the ensemble alone. `trust_remote_code` is off unless it
+                is passed. `source` names the base model of adapters, if it is not where the ensemble says.
+
+        Raises:
+            FileNotFoundError: the folder, its base model, an expert's weights or a part of them are missing; names
+                which.
+            OSError: a file cannot be read.
+            ValueError: weights or settings that are damaged, settings that are the caller's to make, or a number of
+                expert weights other than that of the experts saved; names file and key, or the expert.
+        """
+        if (model_init_kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path"):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds an adapter_config.json beside an ensemble: delete it"
+            )
+        hub = {name: model_init_kwargs.pop(name) for name in HUB_VERSION if name in model_init_kwargs}
+        hub |= {name: model_init_kwargs[name] for name in HUB_ACCESS if name in model_init_kwargs}
+        folder = local_folder(pretrained_model_name_or_path, subfolder, hub)
+        files = whole(folder)
+        check_links(files)
+        # transformers' own classes read the settings themselves, from files that may not count any more.
+        if config is None or (files != folder and config._name_or_path == str(pretrained_model_name_or_path)):
+            settings = read_settings(files / "config.json", "the ensemble")
+            config = EnsembleConfig.from_dict(settings, name_or_path=str(files))
+        folders = expert_folders(files, len(config.expert_weights))
+        experts: Experts
+        if config.kind == "models":
+            experts = _load_models(folders, model_init_kwargs)
+        else:
+            source = model_init_kwargs.pop("source", None)
+            if source is None:
+                config.base = found(config.base, folder)
+            else:
+                config.base = settled(check_base({**(config.base or {}), "source": source}, "from_pretrained"))
+            experts = AdapterExperts(_load_base(config.base, folder, model_init_kwargs), folders)
+        _check_described(config, experts, files)
+        ensemble = cls(config, experts)
+        if (files / "generation_config.json").exists():
+            described = {"vocab_size": config.vocab_size}
+            ensemble.generation_config = read_generation_config(
+                files / "generation_config.json", "the ensemble", described
+            )
+        return ensemble
+
+    @staticmethod
+    def read_record(save_directory: str | os.PathLike[str]) -> dict[str, Any]:
+        """Return the boosting record that was saved with the ensemble.
+
+        Raises:
+            FileNotFoundError, OSError, ValueError: there is none, it cannot be read, or it is damaged.
+        """
+        file = whole(Path(save_directory)) / RECORD_FILE
+        if not file.exists():
+            raise FileNotFoundError(f"{save_directory} has no {RECORD_FILE}: the ensemble was saved without a record")
+        return read_settings(file, "the ensemble's record")
+
+    def _check_prompt(self, prompt: torch.Tensor, mask: torch.Tensor | None, cache: EnsembleCache | None) -> None:
+        """Raise ValueError for a prompt that the experts cannot read, or that leaves nothing to read or to write."""
+        self._check_ids(prompt)
+        length, window = _longest(prompt, mask), self.config.max_position_embeddings
+        if window is not None and length >= window:
+            raise ValueError(
+                f"the prompt has {length} tokens but expert {self._narrowest()} reads at most {window}, answer "
+                "included: shorten the prompt"
+            )
+        seen = cache.get_seq_length() if cache is not None else 0
+        total = prompt.shape[1] if mask is None else mask.shape[1]
+        if seen and seen >= total:
+            raise ValueError(
+                f"the cache holds {seen} tokens and the prompt {total}, so none is left to read: pass the whole text "
+                "as input_ids, or its new part with an attention_mask over the whole; or drop the cache's last token "
+                "with cache.crop(-1)"
+            )
+
+    def _stop_at_context(
+        self, prompt: torch.Tensor, settings: GenerationConfig, mask: torch.Tensor | None
+    ) -> dict[str, int]:
+        """Return the length arguments of `generate` that keep to the shortest context of the experts."""
+        window = self.config.max_position_embeddings
+        if window is None:
+            return {}
+        room = window - _longest(prompt, mask)
+        if settings.max_new_tokens is not None:
+            name, value, most = "max_new_tokens", settings.max_new_tokens, room
+        else:
+            name, value, most = "max_length", settings.max_length or 0, prompt.shape[1] + room
+        if value <= most:
+            return {}
+        warnings.warn(
+            f"{name}={value} reaches beyond the {window} tokens that expert {self._narrowest()} reads: generation "
+            f"stops there, after at most {room} new tokens",
+            stacklevel=4,
+        )
+        return {name: most}
+
+    def _check_input(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: EnsembleCache | None
+    ) -> None:
+        if input_ids.device.type == "cpu":
+            self._check_ids(input_ids)
+        window = self.config.max_position_embeddings
+        length = input_ids.shape[1] + (cache.get_seq_length() if cache is not None else 0)
+        # Padding is counted only where it may matter: on a GPU, looking at the mask waits for it.
+        if window is not None and length > window:
+            length = _longest(input_ids, attention_mask) if attention_mask is not None else length
+            if length > window:
+                raise ValueError(
+                    f"the text has {length} tokens but expert {self._narrowest()} reads at most {window}: shorten it"
+                )
+
+    def _check_ids(self, input_ids: torch.Tensor) -> None:
+        if not input_ids.numel():
+            return
+        low, high = (int(value) for value in input_ids.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"input_ids holds {low if low < 0 else high}, but the experts' vocabulary has "
+                f"{self.config.vocab_size} tokens, numbered from 0: encode the text with the experts' own tokenizer"
+            )
+
+    def _narrowest(self) -> int:
+        """Return the number, from 1, of the expert with the shortest context."""
+        lengths = context_lengths(self.experts)
+        return min(lengths, key=lengths.__getitem__) + 1
+
+
+def _load_models(folders: Sequence[Path], model_init_kwargs: Mapping[str, Any]) -> ModelExperts:
+    owners = [f"expert {number} of {len(folders)}" for number in range(1, len(folders) + 1)]
+    for path, owner in zip(folders, owners, strict=True):
+        require_whole(path, MODEL_WEIGHTS, owner)
+    models = [load_saved_model(path, owner, **model_init_kwargs) for path, owner in zip(folders, owners, strict=True)]
+    require_one_dtype(models, range(1, len(models) + 1))
+    return ModelExperts(models)
+
+
+def _load_base(base: Mapping[str, Any] | None, folder: Path, model_init_kwargs: Mapping[str, Any]) -> PreTrainedModel:
+    """Load the base model of the ensemble in `folder`: the one that it refers to, or its own."""
+    if base is None:
+        return load_saved_model(whole(folder) / "base", "the experts' base model", **model_init_kwargs)
+    try:
+        return load_model(**{**arguments(base, model_init_kwargs), **model_init_kwargs})
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        raise type(error)(f"{folder / 'config.json'}: the experts' base model cannot be had: {error}") from error
+
+
+# What an ensemble's `config.json` holds: the keys of ours, and those that transformers gives every configuration.
+_OURS = ("expert_weights", "combine", "kind", "base", "vocab_size", "max_position_embeddings", *_SPECIAL_TOKENS)
+_EVERY = {"is_decoder", "tie_word_embeddings", "use_cache", "torch_dtype", *PreTrainedConfig().to_dict()}
+
+
+def _check_settings(settings: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError for settings that no ensemble saves; `where` begins the message."""
+    unknown = sorted(map(str, settings.keys() - {*_OURS, *_EVERY}))
+    if unknown:
+        raise ValueError(f"{where}: {short(unknown[0])} is no setting of an ensemble: delete it, or pass it yourself")
+    checks = {
+        "model_type": lambda value: value == EnsembleConfig.model_type,
+        "expert_weights": lambda value: isinstance(value, list) and all(map(_is_weight, value)),
+        "combine": lambda value: value in COMBINE,
+        "kind": lambda value: value in ("adapters", "models"),
+        "vocab_size": lambda value: type(value) is int and value > 0,
+        "max_position_embeddings": lambda value: value is None or (type(value) is int and value > 0),
+    }
+    for key, is_good in checks.items():
+        if key in settings and not is_good(settings[key]):
+            raise ValueError(f"{where}: {key} cannot be {short(settings[key])}")
+    for key in _SPECIAL_TOKENS:
+        check_tokens(key, settings.get(key), settings, where)
+    check_base(settings.get("base"), where)
+
+
+def _is_weight(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
+
+
+def _check_described(config: EnsembleConfig, experts: Experts, folder: Path) -> None:
+    """Raise ValueError for a configuration that promises more than the experts hold."""
+    own = EnsembleConfig.of(experts)
+    for key in ("vocab_size", "max_position_embeddings"):
+        says, has = getattr(config, key, None), getattr(own, key)
+        if has is not None and (says is None or says > has or (key == "vocab_size" and says != has)):
+            raise ValueError(f"{folder / 'config.json'}: {key} is {short(says)}, but the experts' is {has}: correct it")
+
+
+def _longest(input_ids: torch.Tensor, mask: torch.Tensor | None) -> int:
+    """Return the number of tokens of the longest row, padding left out."""
+    return input_ids.shape[1] if mask is None else int(mask.sum(1).max())
+
+
+@torch.compiler.disable
+def _new_cache(experts: Experts) -> EnsembleCache:
+    stacked = experts.stacked()
+    configs = [experts.expert_config(t) for t in range(1 if stacked else len(experts))]
+    return EnsembleCache(configs, stacked, experts.members())
+
+
+def _own_cache(given: Mapping[str, Any]) -> EnsembleCache | None:
+    """Return the one cache among the arguments that may hold one; None for an empty one of transformers' own."""
+    caches = {name: cache for name, cache in given.items() if cache is not None}
+    if len(caches) > 1:
+        raise TypeError(f"{' and '.join(caches)} are two names of one argument: give one of them")
+    for name, cache in caches.items():
+        if isinstance(cache, EnsembleCache):
+            return cache
+        if not isinstance(cache, Cache):
+            raise TypeError(
+                f"{name} is a {type(cache).__name__}: expected an EnsembleCache, as of ensemble.new_cache()"
+            )
+        if cache.get_seq_length():
+            raise ValueError(
+                f"{name} is a filled {type(cache).__name__}: an ensemble needs the EnsembleCache that it returned, or "
+                "the one from ensemble.new_cache()"
+            )
+    return None
+
+
+@torch.compiler.disable
+def _require_numbers(
+    log_probs: torch.Tensor, logits: Sequence[torch.Tensor], mask: torch.Tensor | None, names: Sequence[str]
+) -> None:
+    """Raise FloatingPointError where a distribution, [B, L, V], is none, leaving out padding."""
+    # All of a distribution is NaN or none of it.
+    valid = ~log_probs[..., 0].isnan()
+    if mask is not None and mask.dim() == 2:
+        valid |= (mask[:, -valid.shape[1] :] == 0).to(valid.device)
+    require_valid(valid, names, logits)
+
+
+# Every call has a stacked model of its own, which would be compiled anew.
+@torch.compiler.disable
+def _stacked_logits(
+    stacked: StackedAdapters, cache: Cache, inputs: dict[str, Any], indices: list[int]
+) -> list[torch.Tensor]:
+    """Run all experts in one forward pass and return the logits of those in `indices`."""
+    repeated = repeat_rows(inputs, stacked.count)
+    with stacked.model() as model:
+        logits = model(**repeated, **{CACHE: cache}).logits
+    count(stacked.base, repeated["input_ids"], repeated["attention_mask"], logits.shape[:-1].numel())
+    each = logits.unflatten(0, (stacked.count, -1)).unbind(0)
+    return [each[index] for index in indices]
+
+
+def _check(expert_weights: Sequence[float], combine: str, num_experts: int) -> None:
+    if num_experts == 0:
+        raise ValueError("an ensemble needs at least one expert, got none")
+    if len(expert_weights) != num_experts:
+        raise ValueError(f"expert_weights has {len(expert_weights)} values for {num_experts} experts: give one each")
+    bad = [weight for weight in expert_weights if not 0 < weight < float("inf")]
+    if bad:
+        raise ValueError(f"expert_weights must be positive and finite, got {bad[0]}: leave such an expert out")
+    if combine not in COMBINE:
+        raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {combine!r}")
+
+
+def _generation_config(experts: Experts) -> GenerationConfig:
+    settings: Any = experts.carrier(0).generation_config
+    return GenerationConfig.from_dict(settings.to_dict())
+
+
+AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig)
+AutoModelForCausalLM.register(EnsembleConfig, TokenEnsemble)

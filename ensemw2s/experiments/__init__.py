@@ -1,0 +1,1 @@
+"""A whole experiment in one folder, its configuration, its plan, and studies of many."""

@@ -1,0 +1,346 @@
+"""A study: one experiment on many tasks with many seeds, run in pieces, its figures kept in one file.
+
+Each pair of a task and a seed is a *cell*: an `Experiment` in a folder of its own. What a cell measured goes into the
+study's records, one JSON object per line, from which `ensemw2s report` makes tables and plots. Cells that are in the
+records are not run again, whether their folders are still there or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ensemw2s.experiments.config import ExperimentConfig, build_config, check_folder_name, merge_settings, read_settings
+from ensemw2s.runtime.accounts import enter_growing, is_ours
+from ensemw2s.runtime.claims import Kind, claim_shared, held_file
+from ensemw2s.runtime.files import read_json_lines, write_json_lines
+from ensemw2s.runtime.values import check_number, shown, shown_names
+
+# What a study keeps of a cell's records: kind -> fields, None for all. Of the rounds it keeps a summary, a kind of its
+# own: tables of rounds are for the report of one run.
+KEPT: dict[str, tuple[str, ...] | None] = {
+    "arm": None,
+    "answers": None,
+    "pgr": None,
+    "cost": None,
+    "labels": None,
+    "mixture": ("arm", "num_experts", "expert_weights"),
+    "round": (
+        "arm", "round", "attempt", "error", "prior_error", "expert_weight", "accepted", "effective_sample_size",
+        "num_units", "shrinkage", "train_tokens",
+    ),
+}  # fmt: skip
+_KIND = Kind("study", "a study", files=("*.log",), setting="name or output_dir")
+_ROUND_SUMMARY = "round_summary"
+# A cell's questions are its own: generators start from another seed in each.
+_SEED_STEP = 1000
+_MOST_SEEDS = 10_000
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """What a study does.
+
+    Attributes:
+        settings: of the experiment, as in its own file, without `data` where tasks bring theirs.
+        tasks: the tasks, by name: settings that replace those of the experiment.
+        seeds: of the cells of each task.
+        comparisons: pairs of arms whose difference is what the study is for, declared before it is run.
+        primary_split: "id" or "ood": the split on which they are judged.
+    """
+
+    settings: dict[str, Any]
+    tasks: dict[str, dict[str, Any]]
+    seeds: tuple[int, ...]
+    comparisons: tuple[tuple[str, str], ...] = ()
+    primary_split: str = "ood"
+
+    @property
+    def name(self) -> str:
+        """Return the study's name."""
+        return str(self.settings["name"])
+
+    def with_tasks(self, names: Sequence[str]) -> StudyConfig:
+        """Return the study of these tasks alone; what the records hold of others stays in them.
+
+        Raises:
+            ValueError: a name that is none of the tasks.
+        """
+        unknown = [name for name in names if name not in self.tasks]
+        if unknown:
+            raise ValueError(f"{shown(unknown[0])} is none of the study's tasks {shown_names(self.tasks)}")
+        return dataclasses.replace(self, tasks={name: self.tasks[name] for name in names})
+
+    def cells(self) -> Iterator[Cell]:
+        """Yield the cells, all tasks with one seed before any with the next."""
+        for seed in self.seeds:
+            for task in self.tasks:
+                yield Cell(task, seed, self._experiment(task, seed))
+
+    def _experiment(self, task: str, seed: int) -> ExperimentConfig:
+        settings = merge_settings(self.settings, self.tasks[task])
+        folder = str(Path(str(settings.get("output_dir", "run"))) / self.name)
+        own = {"name": f"{task}-{seed}", "task": task, "seed": seed, "output_dir": folder,
+               "store": settings.get("store") or str(Path(folder) / "store")}  # fmt: skip
+        for source in ("easy", "hard"):
+            sources = settings.get("data", {})
+            if isinstance(sources, Mapping) and isinstance(sources.get(source), Mapping) and "seed" in sources[source]:
+                first = sources[source]["seed"]
+                if type(first) is not int:
+                    raise ValueError(f"data.{source}.seed must be a whole number, got {shown(first)}")
+                shifted = first + _SEED_STEP * seed
+                own = merge_settings(own, {"data": {source: {**sources[source], "seed": shifted}}})
+        return build_config(merge_settings(settings, own))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One task with one seed."""
+
+    task: str
+    seed: int
+    config: ExperimentConfig
+
+    @property
+    def key(self) -> str:
+        """Return a hash of what decides the cell's results."""
+        text = json.dumps(self.config.results_key(), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+class Study:
+    """Run a study's cells and keep their figures.
+
+    Args:
+        config: what to do.
+        records: the file of the study's records; None: `records.jsonl` in the study's folder.
+        say: called with each line meant for the reader.
+    """
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        records: str | os.PathLike[str] | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.config = config
+        self.cells = list(config.cells())
+        self.file = Path(records) if records is not None else self.cells[0].config.folder.parent / "records.jsonl"
+        self.say = say
+
+    def missing(self) -> list[Cell]:
+        """Return the cells whose figures are not in the records, or are those of another configuration.
+
+        Raises:
+            ValueError: some of a cell's records are gone or changed; names the file and the cell.
+        """
+        records = self._records()
+        kept = {(r.get("task"), r.get("seed")): r.get("key") for r in records if r["kind"] == "cell"}
+        self._check_whole(records)
+        return [cell for cell in self.cells if kept.get((cell.task, cell.seed)) != cell.key]
+
+    def run(self, jobs: int = 1, minutes: float | None = None) -> None:
+        """Run the missing cells, and add each to the records as soon as it is finished.
+
+        Args:
+            jobs: cells that run at the same time, each in a process of its own.
+            minutes: begin no cell after this time; None runs all.
+
+        Raises:
+            InUseError: another process adds to the records, or works in a cell's folder.
+            Exception: what a cell raised; the cells that were running are finished first.
+        """
+        check_number("jobs", jobs, whole=True)
+        if minutes is not None:
+            check_number("minutes", minutes)
+        # What is no file of records is refused before anything is written.
+        self._records()
+        claim_shared(self.cells[0].config.folder.parent, _KIND)
+        with held_file(self.file):
+            self._run(jobs, minutes)
+
+    def _run(self, jobs: int, minutes: float | None) -> None:
+        end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
+        waiting = self.missing()
+        self.say(f"{self.config.name}: {len(self.cells) - len(waiting)} of {len(self.cells)} cells are in {self.file}")
+        if jobs == 1:
+            while waiting and time.monotonic() < end:
+                cell = waiting.pop(0)
+                self._add(cell, _run_cell(cell))
+        else:
+            self._run_side_by_side(waiting, jobs, end)
+        if waiting:
+            self.say(f"{len(waiting)} cells are left: the same command goes on with them")
+
+    def _run_side_by_side(self, waiting: list[Cell], jobs: int, end: float) -> None:
+        """Take cells from `waiting` until `end`, `jobs` at a time."""
+        context = multiprocessing.get_context("spawn")
+        running: dict[Any, Cell] = {}
+        with ProcessPoolExecutor(min(jobs, len(waiting) or 1), mp_context=context, initializer=_start_worker) as pool:
+            while running or (waiting and time.monotonic() < end):
+                while waiting and len(running) < jobs and time.monotonic() < end:
+                    cell = waiting.pop(0)
+                    running[pool.submit(_run_cell, cell)] = cell
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    self._add(running.pop(future), future.result())
+
+    def _add(self, cell: Cell, records: Sequence[Mapping[str, Any]]) -> None:
+        others = [r for r in self._records() if (r.get("task"), r.get("seed")) != (cell.task, cell.seed)]
+        rows = [row for row in others if row["kind"] not in ("study", "environment")]
+        environment = [record for record in records if record["kind"] == "environment"]
+        write_json_lines(self.file, [self._header(), *environment, *rows, *_kept(cell, records)])
+        seconds = sum(record["seconds"] for record in records if record["kind"] == "phase")
+        self.say(f"{cell.task}, seed {cell.seed}: {seconds:.0f} s")
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "kind": "study", "name": self.config.name, "primary_split": self.config.primary_split,
+            "comparisons": [list(pair) for pair in self.config.comparisons],
+        }  # fmt: skip
+
+    def _records(self) -> list[dict[str, Any]]:
+        if not self.file.exists():
+            return []
+        rows = read_json_lines(self.file, "Bring back the file as it was, or delete the line")
+        if not all(isinstance(row.get("kind"), str) for row in rows):
+            raise ValueError(
+                f'{self.file} is no file of a study\'s records: expected a text field "kind" in every line'
+            )
+        return rows
+
+    def _check_whole(self, records: Sequence[Mapping[str, Any]]) -> None:
+        for cell in (record for record in records if record["kind"] == "cell" and "records" in record):
+            place = (cell["task"], cell["seed"])
+            rows = [r for r in records if r is not cell and (r.get("task"), r.get("seed")) == place]
+            if _digest(rows) != cell["records"]:
+                raise ValueError(
+                    f"{self.file}: the records of {cell['task']}, seed {cell['seed']}, are not those that were "
+                    "measured: some are gone or changed. Bring them back, or delete the line of kind cell, and it is "
+                    "run again"
+                )
+
+
+def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> StudyConfig:
+    """Read a study from a YAML or JSON file.
+
+    It holds the keys of an experiment and, beside them, `tasks` (name -> keys that replace those of the experiment),
+    `seeds` (a number of seeds, from 0 on, or a list), and what is declared beforehand: `comparisons` (pairs of arms)
+    and `primary_split`.
+
+    Args:
+        path: the file.
+        overrides: "dotted.key=value" each, e.g. "seeds=3".
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unparsable text, no tasks or seeds, an arm in a comparison that no cell has, or whatever
+            `config.build_config` refuses in a cell.
+    """
+    settings = read_settings(path, overrides)
+    settings.pop("quick", None)
+    tasks, seeds = settings.pop("tasks", None), settings.pop("seeds", None)
+    comparisons, split = settings.pop("comparisons", []), settings.pop("primary_split", "ood")
+    if not isinstance(tasks, Mapping) or not tasks or not all(isinstance(task, Mapping) for task in tasks.values()):
+        raise ValueError(f"{path}: tasks must be a mapping of names to settings of an experiment, got {shown(tasks)}")
+    if split not in ("id", "ood"):
+        raise ValueError(f'{path}: primary_split must be "id" or "ood", got {shown(split)}')
+    if not isinstance(settings.get("name"), str):
+        raise ValueError(f"{path}: name must be a text: it names the study")
+    check_folder_name(settings["name"])
+    for section, own in {"": settings, **{f"tasks.{task}.": own for task, own in tasks.items()}}.items():
+        idle = [key for key in ("seed", "task", *(["name"] if section else ())) if own.get(key) is not None]
+        if idle:
+            raise ValueError(
+                f"{path}: {section}{idle[0]} does nothing in a study, whose cells have names, tasks and seeds of their "
+                "own (keys `tasks` and `seeds`): leave it out"
+            )
+    study = StudyConfig(settings, dict(tasks), _seeds(path, seeds), _pairs(path, comparisons), split)
+    for cell in study.cells():
+        arms = _arms(cell.config)
+        unknown = [arm for pair in study.comparisons for arm in pair if arm not in arms]
+        if unknown:
+            raise ValueError(f"{path}: comparisons name {unknown[0]:.100}, which is none of the arms {', '.join(arms)}")
+    return study
+
+
+def _seeds(path: str | os.PathLike[str], seeds: Any) -> tuple[int, ...]:
+    numbers = range(min(seeds, _MOST_SEEDS + 1)) if type(seeds) is int else seeds
+    good = isinstance(numbers, list | range) and all(type(seed) is int and seed >= 0 for seed in numbers)
+    if not good or not 1 <= len(numbers) <= _MOST_SEEDS or len(set(numbers)) < len(numbers):
+        raise ValueError(
+            f"{path}: seeds must be a number of seeds, or a list of different whole numbers, 1 to {_MOST_SEEDS} of "
+            f"them; got {shown(seeds)}"
+        )
+    return tuple(numbers)
+
+
+def _pairs(path: str | os.PathLike[str], comparisons: Any) -> tuple[tuple[str, str], ...]:
+    good = isinstance(comparisons, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and pair[0] != pair[1] for pair in comparisons
+    )
+    if not good:
+        raise ValueError(f"{path}: comparisons must be a list of pairs of different arms, got {shown(comparisons)}")
+    return tuple((str(first), str(second)) for first, second in comparisons)
+
+
+def _arms(config: ExperimentConfig) -> list[str]:
+    derived = ["zero_shot_weak", "zero_shot_strong", "best_expert", "majority_vote", "uniform_average"]
+    experts = ["single_expert", "ensemble", *config.ensembles, *(["equal_cost"] if config.equal_cost else [])]
+    return [*derived, *experts, *config.students]
+
+
+def _kept(cell: Cell, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    place = {"task": cell.task, "seed": cell.seed}
+    rows: list[dict[str, Any]] = []
+    for record in records:
+        if record["kind"] in KEPT:
+            fields = KEPT[record["kind"]]
+            chosen = dict(record) if fields is None else {name: record[name] for name in fields if name in record}
+            kind = _ROUND_SUMMARY if record["kind"] == "round" else record["kind"]
+            rows.append({**chosen, "kind": kind, **place})
+    return [{"kind": "cell", **place, "key": cell.key, "records": _digest(rows)}, *rows]
+
+
+def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a hash of all of a cell's records, by which they are known to be whole."""
+    return hashlib.blake2b(json.dumps(rows, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _start_worker() -> None:
+    from ensemw2s.runtime.console import quiet_libraries
+
+    quiet_libraries()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Leave no cell running behind a study that was killed: the next one would run it a second time beside it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run_cell(cell: Cell) -> list[dict[str, Any]]:
+    from ensemw2s.experiments.experiment import PHASES, Experiment
+
+    folder = cell.config.folder
+    log_file = folder.with_name(f"{folder.name}.log")
+    if log_file.exists() and not is_ours(log_file):
+        raise ValueError(f"{log_file} is no log of this study, which would overwrite it: move it away")
+    enter_growing(log_file)
+    with log_file.open("w") as log, contextlib.redirect_stderr(log):
+        experiment = Experiment(cell.config, overwrite=True, say=lambda line: print(line, file=log))
+        # A study has a report of its own.
+        return experiment.run(tuple(phase for phase in PHASES if phase != "report"))

@@ -1,0 +1,360 @@
+"""Questions whose answers are choices, answered by likelihood.
+
+The answer is the choice `c` of the highest log-probability `sum_j log p(c_j | prompt, c_<j)` over the tokens of `c`,
+its end token included where the format has one. For an ensemble with `combine="prob"` or `"logprob"`, `p` is the
+mixture's next-token distribution (method, phase 2). With `combine="vote"` each expert votes for the choice that it
+finds likeliest and the votes are weighted, which on one-token choices is SAMME's weighted vote [choice].
+
+The prompt is run once per question; its choices go on from the cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ensemw2s import ops
+from ensemw2s.data.batches import PromptCollator
+from ensemw2s.data.questions import check_choices, warn_of_unknown
+from ensemw2s.data.tokens import QuestionFormat, answer_with_end, fitted_prompt
+from ensemw2s.models.mixture import _Alone, damaged, expert_names, refuse_damaged
+from ensemw2s.runtime import processes
+from ensemw2s.runtime.values import check_number
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ChoiceScores:
+    """How N questions were answered by likelihood, in dataset order.
+
+    Attributes:
+        log_probs: for each question float64 [K], the log-probability (nats) of each of its K choices: the sum over its
+            tokens, or the mean with `length_normalised`; with `combine="vote"` the log of its share of the votes.
+        chosen: int64 [N], the index of the likeliest choice, the earliest of several.
+        correct: bool [N], whether that is the answer; None if the questions have no answers.
+    """
+
+    log_probs: list[np.ndarray]
+    chosen: np.ndarray
+    correct: np.ndarray | None
+
+    @property
+    def confidence(self) -> np.ndarray:
+        """Return float64 [N], the log (nats) of the chosen one's share of the choices' probability (their softmax)."""
+        return np.array([-np.log(np.exp(row - row.max()).sum()) for row in self.log_probs])
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A question in tokens: int lists, one of them for each choice."""
+
+    row_id: str
+    prompt: list[int]
+    choices: list[list[int]]
+
+
+def tokenize_choices(
+    questions: Dataset, tokenizer: PreTrainedTokenizerBase, question_format: QuestionFormat, name: str = "questions"
+) -> list[_Question]:
+    """Turn questions with `id`, `prompt` and `choices` into tokens.
+
+    Raises:
+        ValueError: no such column, choices that `questions.check_choices` refuses or that the tokenizer changes, more
+            tokens than allowed, or a choice whose tokens begin another one's (it could never be the less likely of the
+            two); names the row.
+    """
+    missing = [column for column in ("id", "prompt", "choices") if column not in questions.column_names]
+    if missing:
+        raise ValueError(
+            f"{name} has no column {missing[0]!r}, which answering by likelihood needs; it has "
+            f"{', '.join(questions.column_names) or 'none'}"
+        )
+    check_choices(questions, name)
+    found = []
+    for row in questions.select_columns(["id", "prompt", "choices"]):
+        place = f"{name}, id {row['id']}"
+        prompt = question_format.prompt(row["prompt"], tokenizer)
+        choices = [answer_with_end(choice, prompt, question_format, place) for choice in row["choices"]]
+        _refuse_beginnings(row["choices"], choices, place)
+        ids = fitted_prompt(prompt, max(map(len, choices)), question_format, place)
+        found.append(_Question(row["id"], ids, choices))
+    warn_of_unknown(((row.row_id, ids) for row in found for ids in row.choices), tokenizer, name)
+    return found
+
+
+def _refuse_beginnings(texts: Sequence[str], choices: Sequence[list[int]], place: str) -> None:
+    for first, text in zip(choices, texts, strict=True):
+        for second, other in zip(choices, texts, strict=True):
+            if first is not second and second[: len(first)] == first:
+                raise ValueError(
+                    f"{place}: in this tokenizer the choice {other!r} begins with, or is, the choice {text!r}, so the "
+                    "latter could never lose: reword one, or end answers with the end token (end_token: true)"
+                )
+
+
+def score_choices(
+    model: Any,
+    questions: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    question_format: QuestionFormat | None = None,
+    length_normalised: bool = False,
+    batch_size: int = 32,
+    description: str | None = None,
+) -> ChoiceScores:
+    """Answer questions by likelihood under a causal language model or a `TokenEnsemble`.
+
+    Args:
+        model: the model or ensemble, in evaluation mode.
+        questions: columns `id`, `prompt`, `choices` and, for `correct`, `answer`.
+        tokenizer: the model's.
+        question_format: how a question becomes tokens; None is the default format.
+        length_normalised: rank choices by their mean log-probability per token, not the sum. The sum is the default
+            [choice]: it is the likelihood, the probability that sampling gives this choice, and so agrees with how
+            answers are decoded; the mean favours long choices that end predictably. lm-eval's `acc` is the sum, its
+            `acc_norm` the sum per byte.
+        batch_size: the most choices in one forward pass (one question's choices are never parted).
+        description: the name of a progress bar; None shows none.
+
+    Raises:
+        FloatingPointError: the model, or an expert, gives NaN, +inf or no finite logit; names which and the question.
+        ValueError: see `tokenize_choices`; or no questions.
+    """
+    from ensemw2s.ensemble.model import TokenEnsemble
+
+    experts = model.snapshot() if isinstance(model, TokenEnsemble) else _Alone(model)
+    return score_choice_mixtures(
+        experts,
+        questions,
+        tokenizer,
+        {"model": list(experts.config.expert_weights)},
+        question_format=question_format,
+        length_normalised=length_normalised,
+        batch_size=batch_size,
+        description=description,
+    )["model"]
+
+
+def score_choice_mixtures(
+    ensemble: Any,
+    questions: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    mixtures: Mapping[str, Sequence[float]],
+    *,
+    question_format: QuestionFormat | None = None,
+    length_normalised: bool = False,
+    batch_size: int = 32,
+    description: str | None = None,
+    combine: Mapping[str, str] | None = None,
+) -> dict[str, ChoiceScores]:
+    """Answer questions under several mixtures of the same experts; see `score_choices`.
+
+    Each expert is run once for all mixtures that combine distributions in the same way.
+
+    Args:
+        ensemble: a `TokenEnsemble` of T experts.
+        questions: as in `score_choices`.
+        tokenizer: the experts' tokenizer.
+        mixtures: name -> T non-negative weights.
+        question_format: as in `score_choices`.
+        length_normalised: as in `score_choices`.
+        batch_size: as in `score_choices`.
+        description: as in `score_choices`.
+        combine: name -> how that mixture combines distributions, where it is not as the ensemble does; "vote" counts
+            the experts' chosen choices.
+    """
+    if not isinstance(ensemble, _Alone):
+        ensemble = ensemble.snapshot()
+    rows = tokenize_choices(questions, tokenizer, question_format or QuestionFormat())
+    if not rows:
+        raise ValueError("there are no questions to answer: expected at least one")
+    end = tokenizer.eos_token_id
+    batches = processes.share(list(batches_of_choices(rows, batch_size)))
+    mine: list[tuple[list[int], dict[str, list[np.ndarray]]]] = []
+    hidden = description is None or not processes.is_main()
+    bar = tqdm(total=sum(map(len, batches)), desc=description, unit="question", leave=False, disable=hidden)
+    for batch in batches:
+        scores = _score_batch(ensemble, [rows[i] for i in batch], mixtures, end, length_normalised, combine)
+        mine.append((batch, scores))
+        bar.update(len(batch))
+    bar.close()
+    found: dict[str, list[Any]] = {name: [None] * len(rows) for name in mixtures}
+    for batch, scores in itertools.chain.from_iterable(processes.gather(mine)):
+        for name, values in scores.items():
+            for i, value in zip(batch, values, strict=True):
+                found[name][i] = value
+    answers = questions["answer"] if "answer" in questions.column_names else None
+    return {name: _chosen(values, questions["choices"], answers) for name, values in found.items()}
+
+
+def choose_answers(  # type: ignore[no-untyped-def]
+    ensemble, questions, rows: Sequence[_Question], batch: Sequence[int], tokenizer
+) -> Iterator[dict[str, Any]]:
+    """Yield the pseudo-labels of a batch of questions, as rows of `labelling.label_questions`.
+
+    Args:
+        ensemble: a `TokenEnsemble`.
+        questions: columns `id`, `prompt` and `choices`.
+        rows: all questions in tokens (`tokenize_choices`).
+        batch: which of them to answer.
+        tokenizer: the experts' tokenizer.
+    """
+    count = ensemble.num_experts
+    mixtures = {"ensemble": list(ensemble.config.expert_weights)}
+    mixtures |= {f"expert {t + 1}": np.eye(count)[t].tolist() for t in range(count)}
+    scores = _score_batch(ensemble, [rows[i] for i in batch], mixtures, tokenizer.eos_token_id, False)
+    chosen = {name: _chosen(values, [], None) for name, values in scores.items()}
+    ours = chosen.pop("ensemble")
+    agrees = np.array([own.chosen == ours.chosen for own in chosen.values()], dtype=float)
+    for place, i in enumerate(batch):
+        pick = int(ours.chosen[place])
+        yield {
+            "id": rows[i].row_id,
+            "prompt": questions[i]["prompt"],
+            "answer": questions[i]["choices"][pick],
+            "choices": questions[i]["choices"],
+            "answer_ids": np.array(rows[i].choices[pick], dtype=np.int32),
+            "num_tokens": len(rows[i].choices[pick]),
+            "finished": True,
+            "confidence": float(ours.confidence[place]),
+            "agreement": float(agrees[:, place].mean()),
+            "expert_agreement": agrees[:, place].tolist(),
+        }
+
+
+def _chosen(log_probs: list[np.ndarray], choices: Sequence[list[str]], answers: Sequence[str] | None) -> ChoiceScores:
+    picks = np.array([int(row.argmax()) for row in log_probs], dtype=np.int64)
+    if answers is None:
+        return ChoiceScores(log_probs, picks, None)
+    texts = [row[pick] for row, pick in zip(choices, picks, strict=True)]
+    return ChoiceScores(log_probs, picks, np.array([a == b for a, b in zip(texts, answers, strict=True)]))
+
+
+def batches_of_choices(rows: Sequence[_Question], batch_size: int) -> Iterator[list[int]]:
+    """Yield indices in batches of at most `batch_size` choices, prompts of similar length together."""
+    check_number("batch_size", batch_size, whole=True)
+    batch: list[int] = []
+    size = 0
+    for i in sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt), i)):
+        if batch and size + len(rows[i].choices) > batch_size:
+            yield batch
+            batch, size = [], 0
+        batch.append(i)
+        size += len(rows[i].choices)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def _score_batch(
+    ensemble: Any,
+    rows: Sequence[_Question],
+    mixtures: Mapping[str, Sequence[float]],
+    pad_token_id: int,
+    length_normalised: bool,
+    combine: Mapping[str, str] | None = None,
+) -> dict[str, list[np.ndarray]]:
+    """Return, for each mixture, float64 [K] for each question; `combine` as in `score_choice_mixtures`."""
+    ways = dict.fromkeys(mixtures, ensemble.config.combine) | dict(combine or {})
+    scores: dict[str, list[np.ndarray]] = {}
+    for way in dict.fromkeys(ways.values()):
+        alike = {name: weights for name, weights in mixtures.items() if ways[name] == way}
+        scores |= _score_alike(ensemble, rows, alike, way, pad_token_id, length_normalised)
+    return scores
+
+
+def _score_alike(
+    ensemble: Any,
+    rows: Sequence[_Question],
+    mixtures: Mapping[str, Sequence[float]],
+    combine: str,
+    pad_token_id: int,
+    length_normalised: bool,
+) -> dict[str, list[np.ndarray]]:
+    if combine == "vote":
+        # What is voted on are choices, not tokens: each expert's own likelihoods come first.
+        token_mixtures = dict(enumerate(np.eye(ensemble.num_experts).tolist()))
+        own = _token_log_probs(ensemble, rows, token_mixtures, "prob", pad_token_id)
+        each = [_sums(own[t], rows, length_normalised) for t in range(ensemble.num_experts)]
+        return {name: [_votes(experts, weights) for experts in zip(*each, strict=True)]
+                for name, weights in mixtures.items()}  # fmt: skip
+    tokens = _token_log_probs(ensemble, rows, mixtures, combine, pad_token_id)
+    return {name: _sums(values, rows, length_normalised) for name, values in tokens.items()}
+
+
+def _votes(log_probs: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+    """Return the log of each choice's share of the votes, -inf for none."""
+    shares = np.zeros(len(log_probs[0]))
+    for own, weight in zip(log_probs, weights, strict=True):
+        shares[own.argmax()] += weight
+    with np.errstate(divide="ignore"):
+        return np.log(shares / shares.sum())
+
+
+def _sums(log_probs: np.ndarray, rows: Sequence[_Question], length_normalised: bool) -> list[np.ndarray]:
+    """Add up what `_token_log_probs` returns, choice by choice."""
+    lengths = np.array([len(choice) for row in rows for choice in row.choices])
+    sums = np.add.reduceat(log_probs, np.concatenate([[0], np.cumsum(lengths)[:-1]]))
+    values = sums / lengths if length_normalised else sums
+    split = np.split(values, np.cumsum([len(row.choices) for row in rows])[:-1])
+    for row, own in zip(rows, split, strict=True):
+        if np.isnan(own).any():
+            raise FloatingPointError(
+                f"the experts' mixture gives no token a probability along a choice of question {row.row_id!r}: every "
+                'token is impossible for one of them; combine them by "prob"'
+            )
+    return split
+
+
+def _token_log_probs(
+    ensemble: Any, rows: Sequence[_Question], mixtures: Mapping[Any, Sequence[float]], combine: str, pad_token_id: int
+) -> dict[Any, np.ndarray]:
+    """Return, for each mixture, float64 [n]: the log-probability of every token of every choice, in order."""
+    device = ensemble.device
+    weights = {name: torch.tensor(values, dtype=torch.float32, device=device) for name, values in mixtures.items()}
+    inputs = PromptCollator(pad_token_id)([{"input_ids": row.prompt} for row in rows])
+    mask = inputs["attention_mask"].to(device)
+    cache = ensemble.new_cache()
+    indices = range(ensemble.num_experts)
+    places = (mask.cumsum(-1) - 1).clamp_min(0)
+    logits = ensemble.expert_logits(
+        indices, inputs["input_ids"].to(device), mask, position_ids=places, cache=cache, last_only=True
+    )
+    used = [t for t in indices if any(values[t] > 0 for values in mixtures.values())]
+    owners = ["the model"] if isinstance(ensemble, _Alone) else expert_names(used)
+    names = [f"question {row.row_id!r}" for row in rows]
+    owner = torch.tensor([i for i, row in enumerate(rows) for _ in row.choices], device=device)
+    choices = [choice for row in rows for choice in row.choices]
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(c) for c in choices], batch_first=True, padding_value=-1)
+    ids = ids.to(device)
+    first = [row[:, -1] for row in logits]
+    refuse_damaged(damaged([first[t] for t in used]), owners, names)
+    log_probs = {name: torch.zeros(ids.shape, dtype=torch.float64, device=device) for name in weights}
+    for name, values in weights.items():
+        mixed = ops.mixture_log_probs(first, values, combine=combine)
+        log_probs[name][:, 0] = mixed[owner, ids[:, 0]].double()
+    if ids.shape[1] > 1:
+        cache.batch_select_indices(owner)
+        later = ids[:, 1:] >= 0
+        # A choice's last token is in no context.
+        mask = torch.cat([mask[owner], torch.ones_like(later, dtype=mask.dtype)], dim=1)
+        places = (mask.cumsum(-1) - 1)[:, -later.shape[1] :]
+        logits = ensemble.expert_logits(
+            indices, ids[:, :-1].clamp_min(0), mask, position_ids=places, cache=cache, last_only=False
+        )
+        kept = [row[later] for row in logits]
+        of_tokens = [names[i] for i in owner[:, None].expand_as(later)[later].tolist()]
+        refuse_damaged(damaged([kept[t] for t in used]), owners, of_tokens)
+        for name, values in weights.items():
+            scores = ops.mixture_scores(kept, values, ids[:, 1:][later], combine=combine)
+            log_probs[name][:, 1:][later] = scores.log_probs.double()
+    return {name: values[ids >= 0].cpu().numpy() for name, values in log_probs.items()}

@@ -1,0 +1,267 @@
+"""Token-by-token decoding of an ensemble that ends every step in one fused op, and pseudo-answers made with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ensemw2s import ops
+from ensemw2s.inference.label_files import short
+from ensemw2s.models.loading import CACHE
+from ensemw2s.models.mixture import damaged, expert_names, refuse_damaged
+from ensemw2s.runtime.values import check_fields
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ensemw2s.ensemble.cache import EnsembleCache
+    from ensemw2s.ensemble.model import TokenEnsemble
+
+
+# Settings of a generation config that play no part in `label`: how `generate` samples (`label` is told by `sampling`),
+# how long its texts are (`max_new_tokens`), how it computes, what it returns, what is for beams or assistants alone.
+_NO_PART_IN_LABELS = {
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+    "max_length", "max_new_tokens", "early_stopping", "length_penalty", "use_cache", "cache_implementation",
+    "cache_config", "max_cache_len", "prefill_chunk_size", "low_memory", "compile_config", "disable_compile",
+    "continuous_batching_config", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
+    "return_dict_in_generate", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id",
+    "renormalize_logits", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit",
+    "assistant_lookbehind", "target_lookbehind", "transformers_version",
+}  # fmt: skip
+# These do nothing at 1.
+_ONE_DOES_NOTHING = {
+    "repetition_penalty", "encoder_repetition_penalty", "num_beams", "num_beam_groups", "num_return_sequences",
+    "guidance_scale",
+}  # fmt: skip
+# With every other setting, 0 does nothing.
+_ZERO_DOES_SOMETHING = {"forced_bos_token_id", "forced_eos_token_id", "max_time"}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from the mixture; the defaults are greedy. Filters act in the order of the fields."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @classmethod
+    def from_processors(cls, processors: LogitsProcessorList, do_sample: bool) -> Sampling | None:
+        """Read transformers' warpers; None if there is anything that the fused op does not do, or in another order."""
+        if not do_sample:
+            return cls() if not processors else None
+        known = [
+            (TemperatureLogitsWarper, "temperature"),
+            (TopKLogitsWarper, "top_k"),
+            (TopPLogitsWarper, "top_p"),
+            (MinPLogitsWarper, "min_p"),
+        ]
+        order = [kind for kind, _ in known]
+        kinds = [type(processor) for processor in processors]
+        if any(kind not in order for kind in kinds) or kinds != sorted(set(kinds), key=order.index):
+            return None
+        # A warper that keeps more than one token at least does something else than the op.
+        if any(getattr(processor, "min_tokens_to_keep", 1) != 1 for processor in processors):
+            return None
+        names = dict(known)
+        values = {names[type(p)]: getattr(p, names[type(p)]) for p in processors}
+        return cls(**{"temperature": 1.0, **values})
+
+
+class MixtureDecoder:
+    """One batch being decoded: every expert's cache, the attention mask, and the step counter.
+
+    Args:
+        ensemble: T experts with their weights.
+        input_ids: int64 [B, length], left-padded prompts, or the part of them that `cache` does not hold.
+        attention_mask: int64 [B, length of the whole prompts].
+        seeds: int64 [B]; row b's draws depend on seeds[b] and the step alone.
+        sampling: how tokens are chosen.
+        cache: an empty cache, or one that already holds the beginning of the prompts.
+    """
+
+    def __init__(
+        self,
+        ensemble: TokenEnsemble,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        seeds: torch.Tensor,
+        sampling: Sampling,
+        cache: EnsembleCache | None = None,
+    ) -> None:
+        self.ensemble = ensemble
+        self.attention_mask = attention_mask
+        self.seeds = seeds
+        self.sampling = sampling
+        self.cache = ensemble.new_cache() if cache is None else cache
+        self.weights = ensemble.mixture_weights(input_ids.device)
+        # The prompt may be the whole text, or only what follows the text that the cache holds.
+        self.pending = input_ids[:, self.cache.get_seq_length() - attention_mask.shape[1] :]
+        self.position = 0
+
+    def logits(self) -> list[torch.Tensor]:
+        """Run the experts on what they have not seen and return their T logits [B, V] for the next token."""
+        places = (self.attention_mask.cumsum(-1) - 1).clamp_min(0)[:, -self.pending.shape[1] :]
+        logits = self.ensemble.expert_logits(
+            range(self.ensemble.num_experts),
+            self.pending,
+            self.attention_mask,
+            position_ids=places,
+            cache=self.cache,
+            last_only=True,
+        )
+        return [row[:, -1] for row in logits]
+
+    def choose(self, logits: list[torch.Tensor]) -> Any:
+        """Choose B tokens from the mixture: `ops.mixture_sample`'s named tuple."""
+        positions = torch.full_like(self.seeds, self.position)
+        return ops.mixture_sample(
+            logits,
+            self.weights,
+            temperature=self.sampling.temperature,
+            top_k=self.sampling.top_k,
+            top_p=self.sampling.top_p,
+            min_p=self.sampling.min_p,
+            seeds=self.seeds,
+            positions=positions,
+            combine=self.ensemble.config.combine,
+        )
+
+    def step(self) -> Any:
+        """Run the experts and choose B tokens; see `choose`."""
+        return self.choose(self.logits())
+
+    def append(self, tokens: torch.Tensor) -> None:
+        """Make `tokens` (int64 [B]) the next input of every expert."""
+        self.pending = tokens[:, None]
+        self.attention_mask = torch.cat([self.attention_mask, torch.ones_like(self.attention_mask[:, :1])], dim=1)
+        self.position += 1
+
+
+def require_valid(valid: torch.Tensor, names: Sequence[str], logits: Sequence[torch.Tensor]) -> None:
+    """Raise FloatingPointError, naming rows and experts, unless all rows are valid.
+
+    Args:
+        valid: bool [B] or [B, L]: the mixture is a distribution there.
+        names: what messages call the B rows.
+        logits: of T experts, [B, V] or [B, L, V].
+    """
+    if bool(valid.all()):
+        return
+    bad = ~valid
+    damage = (damaged(logits) & bad.to(logits[0].device)).reshape(len(logits), len(bad), -1).any(-1)
+    refuse_damaged(damage, expert_names(range(len(logits))), names)
+    rows = [name for name, is_bad in zip(names, bad.reshape(len(bad), -1).any(-1).tolist(), strict=True) if is_bad]
+    raise FloatingPointError(
+        f"the experts' mixture gives no token a probability for {', '.join(rows[:5])}{' and more' * (len(rows) > 5)}: "
+        'every token is impossible for one of them; combine them by "prob"'
+    )
+
+
+def require_tokenizer(ensemble: TokenEnsemble, processing_class: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless every token of `processing_class`, its end token above all, is one that experts know."""
+    size, end = ensemble.config.vocab_size, processing_class.eos_token_id
+    if end is None:
+        raise ValueError("the tokenizer has no end token, so no answer could end: set processing_class.eos_token")
+    largest = max([end, *processing_class.get_vocab().values()])
+    if largest >= size:
+        raise ValueError(
+            f"the tokenizer has token ids up to {largest} (end token {end}), but the experts' vocabulary has {size} "
+            "tokens, numbered from 0: pass the tokenizer that the experts were trained with"
+        )
+
+
+def fused_sample(
+    model: TokenEnsemble,
+    input_ids: torch.Tensor,
+    sampling: Sampling,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> torch.Tensor:
+    """Decode in place of transformers' sampling loop, writing no distribution over the vocabulary.
+
+    Args:
+        model: the ensemble.
+        input_ids: int64 [B, length].
+        sampling: how tokens are chosen.
+        stopping_criteria: transformers', called with the tokens so far and no scores.
+        generation_config: as transformers' `generate` has prepared it.
+        streamer: is given each step's tokens.
+        model_kwargs: the attention mask, if there is padding, and an `EnsembleCache`.
+
+    Returns:
+        int64 [B, length + steps]; rows that have ended are padded.
+    """
+    mask = model_kwargs.get("attention_mask")
+    if mask is None:
+        # `generate` drops a mask without padding, and notes how long it was.
+        length = getattr(generation_config, "_mask_length", None) or input_ids.shape[1]
+        mask = input_ids.new_ones(len(input_ids), length)
+    decoder = MixtureDecoder(
+        model,
+        input_ids,
+        mask,
+        ops.draw_seeds(len(input_ids), input_ids.device),
+        sampling,
+        model_kwargs[CACHE],
+    )
+    pad = generation_config._pad_token_tensor
+    running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    names = model.row_names(len(input_ids))
+    while bool(running.any()):
+        logits = decoder.logits()
+        choice = decoder.choose(logits)
+        require_valid(choice.valid | ~running, names, logits)
+        tokens = choice.tokens if pad is None else torch.where(running, choice.tokens, pad)
+        input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        running &= ~stopping_criteria(input_ids, None)
+        decoder.append(tokens)
+    if streamer is not None:
+        streamer.end()
+    return input_ids
+
+
+def require_distinct(ids: Sequence[Any]) -> None:
+    """Raise ValueError, naming it, if an id is there twice: one of its questions would get the other's answer."""
+    seen: set[Any] = set()
+    for row_id in ids:
+        if row_id in seen:
+            raise ValueError(f"questions has the id {row_id!r} more than once: ids must be unique")
+        seen.add(row_id)
+
+
+def require_plain(generation_config: GenerationConfig) -> None:
+    """Raise ValueError, naming it, for a setting with which `generate` would not draw from the mixture itself."""
+    known = vars(GenerationConfig())
+    for name, value in vars(generation_config).items():
+        if name.startswith("_") or name not in known or name in _NO_PART_IN_LABELS:
+            continue
+        nothing = 1.0 if name in _ONE_DOES_NOTHING else None
+        zero_counts = name in _ZERO_DOES_SOMETHING and value is not None
+        if (value or zero_counts) and value != nothing:
+            raise ValueError(
+                f"ensemble.generation_config.{name} is {short(value)} (it began as a copy of expert 1's generation "
+                "config). generate() obeys it, label() asks for the mixture itself and does not: to label, set "
+                f"ensemble.generation_config.{name} = {nothing} (in a saved ensemble, in its generation_config.json)"
+            )

@@ -1,0 +1,429 @@
+"""Files of labelled questions: rows as JSON lines, each bound to the run that wrote it, and what that run was.
+
+Beside the rows, in `<name>.run.json`, stands the description of their run: all that decides an answer. Rows stay plain
+JSON lines, one a question, which pandas and datasets read. Each ends with `check`, a hash of the row and of the
+description, so that a row of another run, or one that was changed, is known by itself, whatever stands beside it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ensemw2s.runtime.files import append_json_lines, write_json, write_json_lines
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+# One row per answer token, k wide.
+TOP_COLUMNS = ("top_token_ids", "top_log_probs")
+
+
+# On file: little-endian, whatever machine wrote it.
+_FILE_DTYPES = {"top_token_ids": "<i4", "top_log_probs": "<f4"}
+_KIND = "labels"
+# A row's last key on file; rows that are handed out do not have it.
+_CHECK = "check"
+# What the file of rows begins with, however early the process that wrote it was killed.
+_FIRST_BYTES = b'{"id": '
+# No number on file comes near it; larger ones have no float.
+_LARGE = 1e300
+_WAY_OUT = "name another file or delete this one"
+
+
+def packed_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a labelled row as plain JSON: the arrays of its cache as base64 of their bytes.
+
+    A cache stands in the line of its answer, so that a kill drops both or neither, and keeps every bit; a third of its
+    size is the price.
+    """
+    packed = {**row, "answer_ids": [int(token) for token in row["answer_ids"]]}
+    for name, dtype in _FILE_DTYPES.items():
+        if name in row:
+            packed[name] = base64.b64encode(row[name].astype(dtype).tobytes()).decode("ascii")
+    return packed
+
+
+def unpacked_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `packed_row` was given."""
+    unpacked = dict(row)
+    unpacked["answer_ids"] = np.array(row["answer_ids"], dtype=np.int32)
+    for name, dtype in _FILE_DTYPES.items():
+        if name in row:
+            flat = np.frombuffer(base64.b64decode(row[name]), dtype=dtype)
+            unpacked[name] = flat.reshape(len(row["answer_ids"]), -1)
+    return unpacked
+
+
+def short(value: Any, most: int = 60) -> str:
+    """Return a value as an error shows it: cut off where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def read_labels(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read the rows that `TokenEnsemble.label` left in its `output_file`; none if there is no such file.
+
+    The file is left as it is: a last line that a kill has cut off is not read.
+
+    Raises:
+        ValueError: a row that is damaged or, where the description of its run is beside the file, was changed or
+            belongs to another run; names file and line.
+    """
+    lines = _Lines.of(Path(path))
+    description = _description_beside(Path(path))
+    rows = lines.checked(None if description is None else _digest(description))
+    return [unpacked_row(row) for row in rows]
+
+
+@dataclass(frozen=True)
+class LabelFile:
+    """Where a call of `label` keeps its finished rows, and finds those of an earlier call.
+
+    Each process but the main one has a file of its own beside it, until all are done.
+
+    Attributes:
+        path: the file of the main process, and in the end of all rows.
+        describe: returns what decides the answers, as plain JSON; called on the main process alone.
+        questions: columns `id`, `prompt` and optionally `choices`.
+    """
+
+    path: Path
+    describe: Callable[[], dict[str, Any]]
+    questions: Dataset
+
+    def resume(self) -> tuple[list[dict[str, Any]], str]:
+        """Return what any process of an earlier call has finished (packed), left in one file, and the run's digest.
+
+        On the main process alone, before any row is written.
+
+        Raises:
+            ValueError: rows of another run, saying what differs; rows that are damaged, naming file and line; or a file
+                of something else.
+        """
+        if self.path.is_dir():
+            raise ValueError(f"output_file {self.path} is a folder: name a file in it")
+        mine = json.loads(json.dumps({"kind": _KIND, **self.describe()}))
+        digest = _digest(mine)
+        files = [self.path, *self._others()]
+        read = [_Lines.of(file) for file in files]
+        theirs = _description_beside(self.path)
+        if theirs is not None and theirs != mine and any(lines.whole for lines in read):
+            raise ValueError(
+                f"{self.path} holds answers of another run; differing: {self._differences(mine, theirs, read)}. "
+                f"Answers of two runs are not mixed: {_WAY_OUT}"
+            )
+        rows: dict[Any, dict[str, Any]] = {}
+        for lines in read:
+            rows |= {row["id"]: row for row in lines.checked(digest, self._ids())}
+        if theirs != mine:
+            write_json(_description_file(self.path), mine)
+        if len(files) > 1:
+            self.join(rows.values(), digest)
+        elif read[0].torn:
+            _cut(self.path, read[0].torn)
+        return list(rows.values()), digest
+
+    def append(self, rows: Iterable[Mapping[str, Any]], digest: str, process: int) -> None:
+        """Keep finished rows (packed) of a process."""
+        file = self.path if process == 0 else self.path.with_name(f"{self.path.name}.process-{process}")
+        append_json_lines(file, (_with_check(row, digest) for row in rows))
+
+    def join(self, rows: Iterable[Mapping[str, Any]], digest: str) -> None:
+        """Leave all rows (packed) in one file; on the main process alone."""
+        write_json_lines(self.path, (_with_check(row, digest) for row in rows))
+        for file in self._others():
+            file.unlink()
+
+    def _others(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.process-*"))
+
+    def _ids(self) -> set[Any]:
+        return set(self.questions["id"])
+
+    def _differences(self, mine: Mapping[str, Any], theirs: Mapping[str, Any], read: Sequence[_Lines]) -> str:
+        """Say what differs between two descriptions, with the values where they are short."""
+        found = [_difference(name, theirs.get(name), mine.get(name)) for name in sorted(mine.keys() | theirs.keys())
+                 if mine.get(name) != theirs.get(name)]  # fmt: skip
+        if mine.get("questions") != theirs.get("questions"):
+            found.append(self._changed_question(read))
+        return ", ".join(part for part in found if part)
+
+    def _changed_question(self, read: Sequence[_Lines]) -> str:
+        """Name a question on file that is now another one."""
+        now = {row["id"]: row for row in self.questions}
+        for lines in read:
+            for row in lines.parsed():
+                row_id = row.get("id")
+                question = now.get(row_id) if _is_id(row_id) else None
+                if question is None:
+                    return f"there is no question with the id {short(row_id)} any more"
+                for name in ("prompt", "choices"):
+                    if row.get(name) != question.get(name):
+                        return f"the {name} of id {short(row_id)} was {short(row.get(name))}"
+        return ""
+
+
+def _difference(name: str, theirs: Any, mine: Any) -> str:
+    # Hashes tell nobody anything.
+    if name in ("experts", "base", "questions", "tokenizer", "prompt_tokens"):
+        return name
+    return f"{name} ({short(theirs)} on file, {short(mine)} now)"
+
+
+def _description_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.run.json")
+
+
+def _description_beside(path: Path) -> dict[str, Any] | None:
+    """Return the description of a file of rows; raises ValueError if it is something else."""
+    file = _description_file(path)
+    if not file.exists():
+        return None
+    found = _parsed(file.read_bytes())
+    if not isinstance(found, dict) or found.get("kind") != _KIND:
+        raise ValueError(f"{file} does not describe a run of label(): delete it, or name another output_file")
+    return found
+
+
+def _digest(description: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(description, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _with_check(row: Mapping[str, Any], digest: str) -> dict[str, Any]:
+    text = json.dumps([digest, row], sort_keys=True)
+    return {**row, _CHECK: hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
+
+
+def _cut(path: Path, torn: int) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - torn)
+
+
+# Reading rows
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """The lines of a file that was appended to.
+
+    Attributes:
+        file: where they are.
+        whole: those that are there to their end.
+        torn: bytes of the last line, if a kill has cut it off.
+    """
+
+    file: Path
+    whole: list[bytes]
+    torn: int
+
+    @classmethod
+    def of(cls, file: Path) -> _Lines:
+        """Read a file, of no lines if it does not exist.
+
+        Raises:
+            ValueError: its last line has no end, and is no beginning of a row either.
+        """
+        content = file.read_bytes() if file.exists() else b""
+        *whole, last = content.split(b"\n")
+        if last and (last[: len(_FIRST_BYTES)] != _FIRST_BYTES[: len(last)] or _is_of_others(last)):
+            raise ValueError(
+                f"{file}, line {len(whole) + 1}: no row that label() began to write: this is no file of labels. Name "
+                "another output_file"
+            )
+        return cls(file, whole, len(last))
+
+    def parsed(self) -> list[dict[str, Any]]:
+        """Return the rows that can be read, whatever is in them."""
+        rows = (_parsed(line) for line in self.whole)
+        return [row for row in rows if isinstance(row, dict)]
+
+    def checked(self, digest: str | None = None, ids: set[Any] | None = None) -> list[dict[str, Any]]:
+        """Return all rows (packed), without their checks.
+
+        Args:
+            digest: of the run that they must belong to; None leaves that open.
+            ids: of the questions that they must answer; None leaves that open.
+
+        Raises:
+            ValueError: a row that `label` would not have written; names file and line.
+        """
+        rows: list[dict[str, Any]] = []
+        seen: dict[Any, int] = {}
+        for number, line in enumerate(self.whole, 1):
+            row = _parsed(line)
+            problem = (
+                _stranger(row, ids)
+                or _problem(row)
+                or _other_shape(row, rows[:1])
+                or _other_run(row, digest)
+                or _again(row, seen)
+            )
+            if problem:
+                raise ValueError(
+                    f"{self.file}, line {number}: {problem}. Delete that line, and label() answers the question again; "
+                    f"or {_WAY_OUT}"
+                )
+            seen[row["id"]] = number
+            rows.append({name: value for name, value in row.items() if name != _CHECK})
+        return rows
+
+
+def _parsed(line: bytes) -> Any:
+    """Return what a line says, None if it is no JSON or holds NaN."""
+    try:
+        return json.loads(line, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_of_others(line: bytes) -> bool:
+    """Say whether a line without an end is nevertheless whole, and no row of ours."""
+    row = _parsed(line)
+    return row is not None and _CHECK not in row
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGE < value < _LARGE
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and -1e-9 <= value <= 1 + 1e-9
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+# Key -> what it must be, in a function and in words.
+_COLUMNS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "id": (_is_id, "text or a whole number"),
+    "prompt": (_is_text, "text"),
+    "answer": (_is_text, "text"),
+    "answer_ids": (
+        lambda value: isinstance(value, list) and len(value) > 0 and all(map(_is_token, value)),
+        "a list of token ids, at least one",
+    ),
+    "num_tokens": (_is_token, "a number of tokens"),
+    "finished": (lambda value: isinstance(value, bool), "true or false"),
+    # A mean of float32 logarithms may be a rounding above 0.
+    "confidence": (lambda value: _is_number(value) and value <= 1e-3, "a finite log-probability, at most 0"),
+    "agreement": (_is_share, "a share in [0, 1]"),
+    "expert_agreement": (
+        lambda value: isinstance(value, list) and len(value) > 0 and all(map(_is_share, value)),
+        "a list of shares in [0, 1], one for each expert",
+    ),
+    _CHECK: (_is_text, "text"),
+}
+_WITH_CHOICES: dict[str, tuple[Callable[[Any], bool], str]] = {"choices": (_is_texts, "a list of texts")}
+_WITH_CACHE: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "top_token_ids": (_is_text, "base64 text"),
+    "top_log_probs": (_is_text, "base64 text"),
+    "top_temperature": (lambda value: _is_number(value) and value > 0, "a positive number"),
+}
+
+
+# What is wrong with a row as it is on file, in words; None if nothing is.
+
+
+def _stranger(row: Any, ids: set[Any] | None) -> str | None:
+    found = row.get("id") if isinstance(row, dict) else None
+    if ids is None or not _is_id(found) or found in ids:
+        return None
+    return f"it answers the question {short(found)}, which is not in this dataset, so it belongs to another run"
+
+
+def _problem(row: Any) -> str | None:
+    if not isinstance(row, dict):
+        return "no JSON object (or one with NaN or infinity in it): the line is damaged"
+    columns = dict(_COLUMNS)
+    for optional in (_WITH_CHOICES, _WITH_CACHE):
+        columns |= optional if optional.keys() & row.keys() else {}
+    missing = [name for name in columns if name not in row]
+    if missing:
+        return f"it has no {missing[0]!r}, as every row of label() has"
+    unknown = [name for name in row if name not in columns]
+    if unknown:
+        return f"it has {short(unknown[0])}, which no row of label() has"
+    for name, (is_right, words) in columns.items():
+        if not is_right(row[name]):
+            return f"{name} is {short(row[name])}, expected {words}"
+    return _wrong_length(row)
+
+
+def _wrong_length(row: Mapping[str, Any]) -> str | None:
+    """Say which part of a row does not fit its others, None if all do."""
+    count = len(row["answer_ids"])
+    if row["num_tokens"] != count:
+        return f"answer_ids has {count} tokens, num_tokens says {row['num_tokens']}"
+    if "choices" in row and row["answer"] not in row["choices"]:
+        return f"the answer {short(row['answer'])} is not among its choices"
+    sizes = {}
+    for name in TOP_COLUMNS if "top_log_probs" in row else ():
+        try:
+            sizes[name] = len(base64.b64decode(row[name], validate=True))
+        except (ValueError, binascii.Error):
+            return f"{name} is no base64 text"
+        if not sizes[name] or sizes[name] % (4 * count):
+            return f"{name} has {sizes[name]} bytes, no multiple of 4 for each of {count} tokens"
+    if len(set(sizes.values())) > 1:
+        return "top_token_ids and top_log_probs differ in their numbers of values"
+    if sizes and bool(np.isnan(np.frombuffer(base64.b64decode(row["top_log_probs"]), dtype="<f4")).any()):
+        return "top_log_probs holds NaN"
+    return None
+
+
+def _other_shape(row: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) -> str | None:
+    """Compare a row with the first of its file: both have as many experts and keep as many tokens."""
+    for first in before:
+        if row.keys() - {_CHECK} != first.keys():
+            return "it has other keys than the first row"
+        counts = len(row["expert_agreement"]), len(first["expert_agreement"])
+        if counts[0] != counts[1]:
+            return f"expert_agreement has {counts[0]} values, that of the first row {counts[1]}"
+        if _width(row) != _width(first):
+            return f"top_log_probs keeps {_width(row)} tokens, that of the first row {_width(first)}"
+    return None
+
+
+def _width(row: Mapping[str, Any]) -> int:
+    """Return the number of tokens kept for each answer token."""
+    return len(base64.b64decode(row.get("top_log_probs", ""))) // (4 * len(row["answer_ids"]))
+
+
+def _again(row: Mapping[str, Any], seen: Mapping[Any, int]) -> str | None:
+    return f"the id {short(row['id'])} is in line {seen[row['id']]} already" if row["id"] in seen else None
+
+
+def _other_run(row: Mapping[str, Any], digest: str | None) -> str | None:
+    content = {name: value for name, value in row.items() if name != _CHECK}
+    if digest is None or _with_check(content, digest)[_CHECK] == row[_CHECK]:
+        return None
+    return "it was changed after it was written, or belongs to another run"

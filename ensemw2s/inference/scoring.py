@@ -1,0 +1,340 @@
+"""Teacher-forced scores of given answers: which tokens a model or an ensemble would have got wrong.
+
+With a fixed tokenisation, greedy decoding produces an answer exactly when every teacher-forced argmax along it is
+right, so exact match needs no decoding. That holds for a single model and for an ensemble alike.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ensemw2s import ops
+from ensemw2s.data.batches import AnswerCollator, next_token_mask
+from ensemw2s.data.tokens import answer_lengths, check_examples
+from ensemw2s.ensemble.model import TokenEnsemble
+from ensemw2s.models.heads import CHUNK_ELEMENTS, gives_the_logits, only_positions, output_head, own_head, states_before
+from ensemw2s.models.mixture import damaged, expert_names, refuse_damaged, repeat_rows
+from ensemw2s.ops import TokenScores
+from ensemw2s.runtime import processes
+from ensemw2s.runtime.meter import count
+from ensemw2s.runtime.values import check_number
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """Per-token scores of N answers with n tokens in all, in dataset order.
+
+    Attributes:
+        lengths: int64 [N], tokens of each answer.
+        token_wrong: bool [n], whether the argmax differs from the answer's token.
+        token_log_probs: float32 [n], log-probability of the answer's token (nats).
+    """
+
+    lengths: np.ndarray
+    token_wrong: np.ndarray
+    token_log_probs: np.ndarray
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Return bool [N]: no token of the answer is wrong (greedy exact match)."""
+        starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
+        return ~np.logical_or.reduceat(self.token_wrong, starts)
+
+    @property
+    def accuracy(self) -> float:
+        """Return the share of answers that are right in every token."""
+        return float(self.correct.mean())
+
+    @property
+    def token_error(self) -> float:
+        """Return the share of answer tokens that are wrong."""
+        return float(self.token_wrong.mean())
+
+
+def score_answers(
+    model: torch.nn.Module,
+    examples: Dataset,
+    *,
+    pad_token_id: int,
+    batch_size: int = 32,
+    description: str | None = None,
+) -> AnswerScores:
+    """Score the answers of `examples` under a causal language model or a `TokenEnsemble`.
+
+    Args:
+        model: anything with `.logits` of shape [batch, length, V]; a `TokenEnsemble` is scored by its mixture.
+        examples: columns `input_ids` and `prompt_length` (`tokens.tokenize_questions`).
+        pad_token_id: fills short rows.
+        batch_size: examples per forward pass.
+        description: the name of a progress bar; None shows none.
+
+    Raises:
+        FloatingPointError: the model, or an expert, gives NaN, +inf or no finite logit for a token of an answer; names
+            which and the row.
+        ValueError: no examples, a missing column, or an answer without tokens; names the row.
+    """
+    if isinstance(model, TokenEnsemble):
+        weights = {"ensemble": list(model.config.expert_weights)}
+        return score_mixtures(
+            model,
+            examples,
+            weights,
+            pad_token_id=pad_token_id,
+            batch_size=batch_size,
+            description=description,
+        )["ensemble"]
+
+    def judge(logits: list[Tensor], labels: Tensor) -> dict[str, TokenScores]:
+        return {"model": ops.token_scores(logits[0], labels)}
+
+    run = _ModelRun(partial(nullcontext, model), model)
+    return _score([run], ["the model"], judge, examples, pad_token_id, batch_size, description)["model"]
+
+
+def score_mixtures(
+    ensemble: TokenEnsemble,
+    examples: Dataset,
+    mixtures: Mapping[str, Sequence[float]],
+    *,
+    pad_token_id: int,
+    batch_size: int = 32,
+    description: str | None = None,
+    combine: Mapping[str, str] | None = None,
+) -> dict[str, AnswerScores]:
+    """Score answers under several mixtures of the same experts, each expert being run once.
+
+    LoRA experts on one base run together, as one batch of T x `batch_size` rows.
+
+    Args:
+        ensemble: the experts, and how they are combined.
+        examples: columns `input_ids` and `prompt_length`.
+        mixtures: name -> T non-negative weights (a one-hot row scores that expert alone).
+        pad_token_id: fills short rows.
+        batch_size: examples per forward pass.
+        description: the name of a progress bar; None shows none.
+        combine: name -> how that mixture combines distributions ("prob", "logprob" or "vote"), where it is not as the
+            ensemble does.
+
+    Raises:
+        FloatingPointError: an expert that a mixture gives a positive weight gives NaN, +inf or no finite logit for a
+            token of an answer; names the expert and the row.
+        ValueError: no mixture, or one without T non-negative and finite weights, not all 0; no examples, a
+            missing column, or an answer without tokens.
+    """
+    ensemble = ensemble.snapshot()
+    _check_mixtures(mixtures, ensemble.num_experts)
+    # An expert that no mixture uses is not run.
+    used = [t for t in range(ensemble.num_experts) if any(weights[t] > 0 for weights in mixtures.values())]
+    parts = {name: [place for place, t in enumerate(used) if weights[t] > 0] for name, weights in mixtures.items()}
+    rows = {
+        name: torch.tensor([float(weights[t]) for t in used if weights[t] > 0]) for name, weights in mixtures.items()
+    }
+    ways = dict.fromkeys(mixtures, ensemble.config.combine) | dict(combine or {})
+
+    def judge(logits: list[Tensor], labels: Tensor) -> dict[str, TokenScores]:
+        return {
+            name: ops.mixture_scores([logits[t] for t in parts[name]], weights.to(labels.device), labels, ways[name])
+            for name, weights in rows.items()
+        }
+
+    runs = _expert_runs(ensemble, used)
+    return _score(runs, expert_names(used), judge, examples, pad_token_id, batch_size, description)
+
+
+class _ModelRun:
+    """A model, or adapters stacked on one, run up to the output head; the head then takes some rows at a time.
+
+    Logits of all answer tokens of a batch would take tokens x V numbers: more than everything else together.
+
+    Args:
+        context: gives the model.
+        carrier: the model whose cost it is.
+        copies: how many stacked experts the model is; their rows follow one another.
+    """
+
+    def __init__(
+        self, context: Callable[[], AbstractContextManager[Any]], carrier: torch.nn.Module, copies: int = 1
+    ) -> None:
+        self.context, self.carrier, self.copies = context, carrier, copies
+        with self._model() as model:
+            self.device = next(model.parameters()).device
+            self.vocabulary = int(model.config.get_text_config().vocab_size)
+            # A model that changes its logits behind the head has to make them in its own forward pass.
+            token = torch.zeros(copies, 1, dtype=torch.int64, device=self.device)
+            self.ends_in_head = gives_the_logits(output_head(model), model, {"input_ids": token, "use_cache": False})
+
+    @contextmanager
+    def _model(self) -> Iterator[Any]:
+        with self.context() as model, own_head(model) as mine:
+            yield mine
+
+    def answer_rows(self, batch: Mapping[str, Tensor], mask: Tensor) -> Tensor:
+        """Return, per copy, the hidden states [copies, n, d] at the true entries of `mask`, or else the logits."""
+        inputs = repeat_rows({key: batch[key] for key in ("input_ids", "attention_mask")}, self.copies)
+
+        def select(hidden: Tensor) -> Tensor:
+            return hidden.unflatten(0, (self.copies, -1))[:, mask.to(hidden.device)]
+
+        with self._model() as model:
+            if self.ends_in_head:
+                rows = states_before(output_head(model), model, inputs, select)
+            else:
+                with only_positions(model, mask.repeat(self.copies, 1)):
+                    rows = model(**inputs, use_cache=False).logits.unflatten(0, (self.copies, -1))
+        count(self.carrier, inputs["input_ids"], inputs["attention_mask"], rows.shape[:-1].numel())
+        return rows
+
+    def logits(self, rows: Tensor) -> list[Tensor]:
+        """Return, per copy, the logits [n, V] of what `answer_rows` returned."""
+        if not self.ends_in_head:
+            return list(rows)
+        with self._model() as model:
+            return list(output_head(model)(rows))
+
+
+def _expert_runs(ensemble: TokenEnsemble, used: Sequence[int]) -> list[_ModelRun]:
+    """Return one run for LoRA experts on one base, or one per expert."""
+    experts = ensemble.experts
+    stacked = experts.selected(used).stacked()
+    if stacked is not None:
+        return [_ModelRun(stacked.model, stacked.base, stacked.count)]
+    return [_ModelRun(partial(experts.expert, index), experts.carrier(index)) for index in used]
+
+
+def _score(
+    runs: Sequence[_ModelRun],
+    owners: Sequence[str],
+    judge: Callable[[list[Tensor], Tensor], dict[str, TokenScores]],
+    examples: Dataset,
+    pad_token_id: int,
+    batch_size: int,
+    description: str | None,
+) -> dict[str, AnswerScores]:
+    """Let `judge` score all answer tokens by all runs' logits, each process its share of the batches.
+
+    Whole batches are shared out: a row meets the same rows (and the same padding) as in one process, so that its
+    logits have the same bits.
+
+    `owners` are what messages call those whose logits the runs give, in their order.
+    """
+    check_number("batch_size", batch_size, whole=True)
+    check_examples(examples, description or "the answers to score")
+    lengths = answer_lengths(examples)
+    # Rows of similar length share a batch, so that little is spent on padding; results go back by position.
+    order = np.argsort([len(ids) for ids in examples["input_ids"]], kind="stable")
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    rows = np.concatenate([np.empty(0, dtype=np.int64), *processes.share(batches)])
+    bar = description if processes.is_main() else None
+    share = (runs, judge, examples.select(rows), pad_token_id, batch_size, bar)
+    shares = [(own, *found) for own, found in processes.gather((rows, _score_share(*share) if len(rows) else ({}, ())))]
+    for rows, _, damage in shares:
+        if len(rows):
+            refuse_damaged(
+                _by_answer(damage, lengths[rows]), owners, [f"the answer in row {row} of the examples" for row in rows]
+            )
+    scores = _merge(lengths, [(own, part) for own, part, _ in shares])
+    for name, values in scores.items():
+        _check_scores(name, values.token_log_probs, np.cumsum(lengths) - lengths)
+    return scores
+
+
+def _by_answer(damage: np.ndarray, lengths: np.ndarray) -> Tensor:
+    """Return bool [experts, N]: whether any token of an answer is marked in `damage`, bool [experts, tokens]."""
+    return torch.from_numpy(np.logical_or.reduceat(damage, np.cumsum(lengths) - lengths, axis=1))
+
+
+def _merge(lengths: np.ndarray, shares: list[tuple[np.ndarray, dict[str, AnswerScores]]]) -> dict[str, AnswerScores]:
+    """Put every process's scores into dataset order."""
+    starts = np.cumsum(lengths) - lengths
+    merged: dict[str, AnswerScores] = {}
+    for rows, scores in shares:
+        places = np.concatenate([np.empty(0, dtype=np.int64), *(starts[row] + np.arange(lengths[row]) for row in rows)])
+        for name, part in scores.items():
+            if name not in merged:
+                merged[name] = AnswerScores(
+                    lengths, np.empty(lengths.sum(), dtype=bool), np.empty(lengths.sum(), dtype=np.float32)
+                )
+            merged[name].token_wrong[places] = part.token_wrong
+            merged[name].token_log_probs[places] = part.token_log_probs
+    return merged
+
+
+@torch.no_grad()
+def _score_share(
+    runs: Sequence[_ModelRun],
+    judge: Callable[[list[Tensor], Tensor], dict[str, TokenScores]],
+    examples: Dataset,
+    pad_token_id: int,
+    batch_size: int,
+    description: str | None,
+) -> tuple[dict[str, AnswerScores], np.ndarray]:
+    """Score the answer tokens in the order of `examples`, in chunks of bounded size.
+
+    Returns:
+        The scores, and bool [experts, tokens]: whose logits are no numbers (`mixture.damaged`).
+    """
+    loader = DataLoader(examples, batch_size=batch_size, collate_fn=AnswerCollator(pad_token_id))
+    wrong: dict[str, list[np.ndarray]] = defaultdict(list)
+    gold: dict[str, list[np.ndarray]] = defaultdict(list)
+    damage: list[np.ndarray] = []
+    for batch in tqdm(loader, desc=description, unit="batch", leave=False, disable=description is None):
+        for scores, bad in _in_chunks(runs, judge, {key: value.to(runs[0].device) for key, value in batch.items()}):
+            damage.append(bad.cpu().numpy())
+            for name, values in scores.items():
+                wrong[name].append(~values.correct.cpu().numpy())
+                gold[name].append(values.log_probs.float().cpu().numpy())
+    lengths = answer_lengths(examples)
+    scored = {name: AnswerScores(lengths, np.concatenate(wrong[name]), np.concatenate(gold[name])) for name in wrong}
+    return scored, np.concatenate(damage, axis=1)
+
+
+def _in_chunks(
+    runs: Sequence[_ModelRun], judge: Callable[..., dict[str, TokenScores]], batch: Mapping[str, Tensor]
+) -> Iterator[tuple[dict[str, TokenScores], Tensor]]:
+    mask = next_token_mask(batch["labels"])
+    labels = batch["labels"][:, 1:][mask[:, :-1]]
+    rows = [run.answer_rows(batch, mask) for run in runs]
+    size = max(1, CHUNK_ELEMENTS // sum(run.copies * run.vocabulary for run in runs))
+    for start in range(0, len(labels), size):
+        part = slice(start, start + size)
+        logits = [each for run, hidden in zip(runs, rows, strict=True) for each in run.logits(hidden[:, part])]
+        scores = judge(logits, labels[part].to(logits[0].device))
+        bad = damaged(logits)
+        # Or the next chunk would be made beside this one.
+        del logits
+        yield scores, bad
+
+
+def _check_mixtures(mixtures: Mapping[str, Sequence[float]], num_experts: int) -> None:
+    if not mixtures:
+        raise ValueError("mixtures is empty: name at least one")
+    for name, weights in mixtures.items():
+        if len(weights) != num_experts or not all(0 <= w < float("inf") for w in weights) or not any(weights):
+            raise ValueError(
+                f"mixture {name!r} is {list(weights)}: expected {num_experts} weights, one per expert, finite, at "
+                "least 0 and not all 0"
+            )
+
+
+def _check_scores(name: str, log_probs: np.ndarray, starts: np.ndarray) -> None:
+    broken = np.isnan(log_probs)
+    if broken.any():
+        row = int(np.searchsorted(starts, broken.argmax(), side="right")) - 1
+        raise FloatingPointError(
+            f"{name}: the experts' mixture gives no token a probability along the answer in row {row} of the examples: "
+            'every token is impossible for one of them; combine them by "prob"'
+        )

@@ -1,0 +1,1 @@
+"""One language model: loaded, thinned, its head replaced; and the protocol of many."""

@@ -1,0 +1,1 @@
+"""What runs measured: records, statistics, pools, tables, figures, pages. No torch."""

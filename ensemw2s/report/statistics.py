@@ -1,0 +1,405 @@
+"""Statistics on measured answers: accuracies, paired differences, performance gap recovered. No model in sight.
+
+Measurements are arrays of right (1) and wrong (0), one entry per test question, of shape `[n]`, or
+`[seeds, n]` when the same questions were answered by runs with several seeds. Arms that are compared answered
+the same questions in the same order, which is what makes their differences far less noisy than either accuracy.
+
+Pooled figures take one such array per task, by the task's name. Each is the mean over tasks, which all weigh the same
+[choice], and its interval comes from resampling seeds and questions within each task. **Tasks are fixed, not
+resampled**: the interval is about these tasks and says nothing about others.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+RESAMPLES_PER_CHUNK = 1000
+# Draws for as many questions take 2 MB a chunk, and are kept for the next figure on them.
+MOST_CACHED_QUESTIONS = 1000
+
+
+class Estimate(NamedTuple):
+    """A measured value and its standard error, in the same unit."""
+
+    value: float
+    standard_error: float
+
+
+class Interval(NamedTuple):
+    """A measured value and the ends of its confidence interval, in the same unit."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class PerformanceGapRecovered:
+    """The share of the gap between the weak baseline and the ceiling that a student closes.
+
+    Attributes:
+        value: `(student - weak) / (ceiling - weak)`, 1 for a student as good as the ceiling; None if undefined.
+        low: lower end of its confidence interval; None if undefined.
+        high: upper end of its confidence interval; None if undefined.
+        defined: whether the gap's interval lies above 0. Otherwise the ratio divides by noise.
+        gap: `ceiling - weak`, a difference of accuracies.
+        gap_low: lower end of the gap's confidence interval.
+        gap_high: upper end of the gap's confidence interval.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    defined: bool
+    gap: float
+    gap_low: float
+    gap_high: float
+
+
+def accuracy(correct: ArrayLike) -> Estimate:
+    """Return the share of right answers and its standard error over questions, `sqrt(p (1 - p) / (n - 1))`.
+
+    The standard error is 0 when all answers are right or all are wrong; `wilson_interval` tells what that leaves
+    open.
+
+    Args:
+        correct: 0/1 or bool `[n]`, n at least 2.
+
+    Raises:
+        ValueError: another shape, fewer than two questions, or values other than 0 and 1.
+    """
+    outcomes = _outcomes("correct", correct)
+    if outcomes.shape[0] != 1 or outcomes.shape[1] < 2:
+        raise ValueError(f"correct must have shape [n] with n >= 2 questions, got {np.shape(correct)}")
+    return Estimate(float(outcomes.mean()), float(outcomes[0].std(ddof=1) / math.sqrt(outcomes.shape[1])))
+
+
+def token_error(wrong: Sequence[ArrayLike]) -> Estimate:
+    """Return the share of wrong answer tokens, with a standard error that counts questions and not tokens.
+
+    The tokens of one answer stand and fall together, so they are no independent samples; this is the usual
+    linearised standard error of a ratio of two sums over questions.
+
+    Args:
+        wrong: for each question 0/1 or bool `[answer tokens]`, 1 where the teacher-forced argmax was wrong.
+
+    Raises:
+        ValueError: fewer than two questions, a question without tokens, or values other than 0 and 1.
+    """
+    if len(wrong) < 2:
+        raise ValueError(f"wrong must hold at least 2 questions, got {len(wrong)}")
+    answers = [_outcomes(f"wrong[{i}]", bits).ravel() for i, bits in enumerate(wrong)]
+    errors = np.array([bits.sum() for bits in answers])
+    lengths = np.array([bits.size for bits in answers])
+    rate = errors.sum() / lengths.sum()
+    residuals = errors - rate * lengths
+    variance = len(wrong) / (len(wrong) - 1) * np.dot(residuals, residuals) / lengths.sum() ** 2
+    return Estimate(float(rate), math.sqrt(variance))
+
+
+def wilson_interval(share: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return Wilson's score interval of an accuracy; unlike `share ± 2 standard errors` it holds near 0 and 1.
+
+    Args:
+        share: measured accuracy in [0, 1].
+        n: number of questions, at least 1.
+        confidence: in (0, 1).
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+    from scipy.special import ndtri
+
+    if not 0.0 <= share <= 1.0 or n < 1:
+        raise ValueError(f"share must be in [0, 1] and n at least 1, got {share} and {n}")
+    _check_confidence(confidence)
+    z2 = float(ndtri(0.5 + confidence / 2)) ** 2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_difference(
+    first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Return `accuracy(first) - accuracy(second)` with its percentile bootstrap interval.
+
+    Questions are resampled, the same ones for both arms. With several seeds these are resampled too, independently
+    of the questions (the two-way bootstrap of Owen, "The pigeonhole bootstrap", 2007); S seeds understate the
+    spread between seeds by about `sqrt((S - 1) / S)`.
+
+    Args:
+        first: 0/1 or bool, `[n]` or `[seeds, n]`.
+        second: as `first`, for the same questions in the same order.
+        confidence: in (0, 1).
+        resamples: number of bootstrap samples, at least 100.
+        seed: of the bootstrap; same seed, same interval.
+
+    Raises:
+        ValueError: different shapes, values other than 0 and 1, or an argument outside its range.
+    """
+    outcomes = _stack({"first": first, "second": second})
+    means = _bootstrap_means(outcomes, resamples, seed)
+    return _difference(outcomes.mean(axis=(1, 2)), means, confidence)
+
+
+def performance_gap_recovered(
+    weak: ArrayLike,
+    student: ArrayLike,
+    ceiling: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> PerformanceGapRecovered:
+    """Return `PGR = (student - weak) / (ceiling - weak)` (Burns et al., 2023) with its bootstrap interval.
+
+    Undefined unless the lower end of the gap's interval is above 0. The bootstrap is that of `paired_difference`,
+    all three arms on the same resampled questions. The few resamples whose gap is not positive count as an
+    unbounded ratio on the side of the student's gain.
+
+    Args:
+        weak: the weak baseline's answers, 0/1 or bool, `[n]` or `[seeds, n]`.
+        student: the student's, on the same questions.
+        ceiling: those of the student that was taught by the truth.
+        confidence: in (0, 1).
+        resamples: number of bootstrap samples, at least 100.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: different shapes, values other than 0 and 1, or an argument outside its range.
+    """
+    outcomes = _stack({"weak": weak, "student": student, "ceiling": ceiling})
+    means = _bootstrap_means(outcomes, resamples, seed)
+    return _gap_recovered(outcomes.mean(axis=(1, 2)), means, confidence)
+
+
+def pooled_accuracy(
+    correct: Mapping[str, ArrayLike], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Return the mean over tasks of an arm's accuracy, with its percentile bootstrap interval.
+
+    Args:
+        correct: per task, 0/1 or bool, `[n]` or `[seeds, n]`; tasks may differ in seeds and n.
+        confidence: in (0, 1).
+        resamples: number of bootstrap samples, at least 100.
+        seed: of the bootstrap; same seed, same interval.
+
+    Raises:
+        ValueError: no task, values other than 0 and 1, or an argument outside its range.
+    """
+    values, means = _pooled_means({"correct": correct}, resamples, seed)
+    return Interval(float(values[0]), *_percentiles(means[:, 0], confidence))
+
+
+def pooled_difference(
+    first: Mapping[str, ArrayLike],
+    second: Mapping[str, ArrayLike],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Return the mean over tasks of `accuracy(first) - accuracy(second)`, with its percentile bootstrap interval.
+
+    Within each task this is the bootstrap of `paired_difference`, and with one task it is the same. Where the seeds of
+    a task answered different questions, which the two-way bootstrap takes for the same ones, the interval is wider than
+    it need be.
+
+    Args:
+        first: per task, 0/1 or bool, `[n]` or `[seeds, n]`; tasks may differ in seeds and n.
+        second: the other arm on the same tasks, seeds and questions.
+        confidence: in (0, 1).
+        resamples: number of bootstrap samples, at least 100.
+        seed: of the bootstrap; same seed, same interval.
+
+    Raises:
+        ValueError: no task, different tasks or shapes, values other than 0 and 1, or an argument outside its range.
+    """
+    values, means = _pooled_means({"first": first, "second": second}, resamples, seed)
+    return _difference(values, means, confidence)
+
+
+def pooled_gap_recovered(
+    weak: Mapping[str, ArrayLike],
+    student: Mapping[str, ArrayLike],
+    ceiling: Mapping[str, ArrayLike],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> PerformanceGapRecovered:
+    """Return the student's mean gain over tasks divided by the mean gap, with its bootstrap interval.
+
+    A ratio of means and not a mean of ratios [choice], which one task with a small gap would rule. Undefined as in
+    `performance_gap_recovered`, by the interval of the mean gap.
+
+    Args:
+        weak: per task, the weak baseline's answers, 0/1 or bool, `[n]` or `[seeds, n]`.
+        student: the student's, on the same tasks, seeds and questions.
+        ceiling: those of the student that was taught by the truth.
+        confidence: in (0, 1).
+        resamples: number of bootstrap samples, at least 100.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: no task, different tasks or shapes, values other than 0 and 1, or an argument outside its range.
+    """
+    values, means = _pooled_means({"weak": weak, "student": student, "ceiling": ceiling}, resamples, seed)
+    return _gap_recovered(values, means, confidence)
+
+
+def normalise_answer(text: str) -> str:
+    """Return the form in which answers are compared.
+
+    Unicode compatibility forms are unified (NFKC), case is folded, white space becomes single spaces, and closing
+    full stops are dropped. So answers that differ in white space alone, as in the indentation of code, count as equal;
+    scored token by token (`scoring.score_answers`), they do not.
+    """
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(". ")
+
+
+def exact_match(answers: Sequence[str], references: Sequence[str]) -> NDArray[np.bool_]:
+    """Compare answers with the true ones after `normalise_answer`: bool `[n]`.
+
+    Raises:
+        ValueError: different numbers of answers and references.
+    """
+    if len(answers) != len(references):
+        raise ValueError(f"there are {len(answers)} answers but {len(references)} references")
+    return np.array(
+        [normalise_answer(a) == normalise_answer(r) for a, r in zip(answers, references, strict=True)],
+        dtype=np.bool_,
+    )
+
+
+def majority_vote(answers: Sequence[Sequence[str]]) -> list[str]:
+    """Return for each question the answer that most experts gave; among equals, the earliest expert's.
+
+    Args:
+        answers: T lists of n answers. Answers equal after `normalise_answer` count as one, and the wording of the
+            first expert who gave it is returned.
+
+    Raises:
+        ValueError: no expert, or experts with different numbers of answers.
+    """
+    if not answers or len({len(given) for given in answers}) != 1:
+        raise ValueError(
+            f"answers must be one list per expert, all of one length; got lengths {[len(a) for a in answers]}"
+        )
+    return [_most_common(given) for given in zip(*answers, strict=True)]
+
+
+def _most_common(given: Sequence[str]) -> str:
+    votes: dict[str, list[str]] = {}
+    for text in given:
+        votes.setdefault(normalise_answer(text), []).append(text)
+    # max keeps the first of equals, and a dict the order in which answers came up.
+    return max(votes.values(), key=len)[0]
+
+
+def _difference(values: NDArray[np.float64], means: NDArray[np.float64], confidence: float) -> Interval:
+    """Return the first arm's value minus the second's, `values` [2], by their bootstrap `means` [resamples, 2]."""
+    return Interval(float(values[0] - values[1]), *_percentiles(means[:, 0] - means[:, 1], confidence))
+
+
+def _gap_recovered(
+    values: NDArray[np.float64], means: NDArray[np.float64], confidence: float
+) -> PerformanceGapRecovered:
+    """Return PGR from the accuracies of weak, student and ceiling, `values` [3], and `means` [resamples, 3]."""
+    gains, gaps = means[:, 1] - means[:, 0], means[:, 2] - means[:, 0]
+    gap_low, gap_high = _percentiles(gaps, confidence)
+    gain, gap = float(values[1] - values[0]), float(values[2] - values[0])
+    if gap_low <= 0.0:
+        return PerformanceGapRecovered(None, None, None, False, gap, gap_low, gap_high)
+    unbounded = np.where(gains < 0, -np.inf, np.inf)
+    ratios = np.divide(gains, gaps, out=unbounded, where=gaps > 0)
+    low, high = _percentiles(ratios, confidence)
+    return PerformanceGapRecovered(gain / gap, low, high, True, gap, gap_low, gap_high)
+
+
+def _pooled_means(
+    arms: Mapping[str, Mapping[str, ArrayLike]], resamples: int, seed: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the mean accuracies over tasks, float64 [arms], and their bootstrap, float64 [resamples, arms]."""
+    first, tasks = next((name, list(by_task)) for name, by_task in arms.items())
+    if not tasks:
+        raise ValueError(f"{first} holds no task: give the answers of at least one")
+    for name, by_task in arms.items():
+        if set(by_task) != set(tasks):
+            raise ValueError(f"arms must have answered the same tasks, got {first} {tasks} and {name} {list(by_task)}")
+    stacks = [_stack({f"{name}[{task!r}]": by_task[task] for name, by_task in arms.items()}) for task in tasks]
+    # Each task has its own draws, so that chance does not move two tasks together.
+    means = [_bootstrap_means(outcomes, resamples, seed, index) for index, outcomes in enumerate(stacks)]
+    return np.mean([outcomes.mean(axis=(1, 2)) for outcomes in stacks], axis=0), np.mean(means, axis=0)
+
+
+def _bootstrap_means(outcomes: NDArray[np.float64], resamples: int, seed: int, task: int = 0) -> NDArray[np.float64]:
+    """Return float64 [resamples, arms]: accuracies of `outcomes` [arms, seeds, n], questions and seeds resampled.
+
+    The draws depend on seeds, n, `seed` and `task` alone: figures on the same questions share them, whichever arms they
+    compare.
+    """
+    if resamples < 100:
+        raise ValueError(f"resamples must be at least 100, got {resamples}")
+    arms, seeds, n = outcomes.shape
+    draw = _draws if n <= MOST_CACHED_QUESTIONS else _draws.__wrapped__
+    means = np.empty((resamples, arms))
+    for chunk, start in enumerate(range(0, resamples, RESAMPLES_PER_CHUNK)):
+        size = min(RESAMPLES_PER_CHUNK, resamples - start)
+        question_counts, seed_counts = draw(size, seeds, n, (seed, task, chunk))
+        right = (question_counts @ outcomes.reshape(arms * seeds, n).T).reshape(size, arms, seeds)
+        # Sums of whole numbers are exact, so that equal arms differ by 0 and not by a rounding that looks like a win.
+        means[start : start + size] = np.einsum("ras,rs->ra", right, seed_counts) / (n * seeds)
+    return means
+
+
+@functools.lru_cache(maxsize=256)
+def _draws(size: int, seeds: int, n: int, entropy: tuple[int, ...]) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    """Return how often each question [size, n] and each seed [size, seeds] is drawn in each of `size` resamples."""
+    generator = np.random.default_rng(entropy)
+    return _counts(generator, size, n), _counts(generator, size, seeds)
+
+
+def _counts(generator: np.random.Generator, size: int, n: int) -> NDArray[np.uint16]:
+    cells = generator.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+    return np.bincount(cells.ravel(), minlength=size * n).reshape(size, n).astype(np.uint16)
+
+
+def _percentiles(samples: NDArray[np.float64], confidence: float) -> tuple[float, float]:
+    _check_confidence(confidence)
+    tail = (1 - confidence) / 2
+    # "nearest" takes order statistics that mirror each other, and never interpolates with an infinite one.
+    low, high = np.quantile(samples, [tail, 1 - tail], method="nearest")
+    return float(low), float(high)
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}")
+
+
+def _outcomes(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    """Return `values` as float64 [seeds, n] after checking that they are 0 and 1 only."""
+    array = np.asarray(values)
+    if array.ndim not in (1, 2) or array.size == 0:
+        raise ValueError(f"{name} must have shape [n] or [seeds, n] and not be empty, got {array.shape}")
+    if not np.isin(array, (0, 1)).all():
+        raise ValueError(f"{name} must hold 0 (wrong) and 1 (right) only")
+    return np.atleast_2d(array).astype(np.float64)
+
+
+def _stack(arms: dict[str, ArrayLike]) -> NDArray[np.float64]:
+    outcomes = {name: _outcomes(name, values) for name, values in arms.items()}
+    if len({array.shape for array in outcomes.values()}) != 1:
+        shapes = ", ".join(f"{name} {np.shape(values)}" for name, values in arms.items())
+        raise ValueError(f"arms must have answered the same questions with the same seeds, got shapes {shapes}")
+    return np.stack(list(outcomes.values()))

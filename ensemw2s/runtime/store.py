@@ -1,0 +1,93 @@
+"""Results kept by what they were computed from: runs that need the same one compute it once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from ensemw2s.runtime import accounts, processes
+from ensemw2s.runtime.claims import Kind, claim_shared
+from ensemw2s.runtime.files import new_folder
+from ensemw2s.runtime.fingerprint import plain
+
+_KIND = Kind("store", "a store", files=(), setting="store", alone=True)
+
+
+class Store:
+    """A folder of folders, each under the hash of all that decides its content.
+
+    Files are hard links where the disk allows it, so that a result takes its space once; they are never written to.
+    Several runs may use a store at the same time.
+
+    Args:
+        folder: made on first use.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+
+    def obtain(self, target: Path, key: Any, make: Callable[[], None]) -> None:
+        """Put the result for `key` into the folder `target`; every process must call this.
+
+        Args:
+            target: where it shall be; nothing happens if it exists.
+            key: what decides the result, in values that JSON or `fingerprint.plain` knows.
+            make: computes it and writes `target`, whole or not at all.
+
+        Raises:
+            ValueError: what the store keeps under the key is damaged, or its folder holds files that are not ours.
+        """
+        kept = self.folder / _hash(key)
+        if processes.on_main(self._is_there, kept, target):
+            return
+        processes.on_main(accounts.promise, target, kept.name)
+        make()
+        processes.on_main(self._keep, target, kept)
+
+    def fulfil(self, target: Path) -> None:
+        """Keep what is at `target` if the process that made it died before it did; every process must call this."""
+        processes.on_main(self._fulfil, target)
+
+    def _fulfil(self, target: Path) -> None:
+        name = accounts.promised(target)
+        if name is not None:
+            self._keep(target, self.folder / name)
+
+    def _is_there(self, kept: Path, target: Path) -> bool:
+        if not target.exists() and kept.exists():
+            _link(kept, target)
+        return target.exists()
+
+    def _keep(self, target: Path, kept: Path) -> None:
+        if not kept.exists():
+            claim_shared(self.folder, _KIND)
+            # Two runs may have made the same.
+            with FileLock(_KIND.lock(self.folder)):
+                _link(target, kept)
+
+
+def _hash(key: Any) -> str:
+    text = json.dumps(key, sort_keys=True, default=plain)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _link(source: Path, target: Path) -> None:
+    if target.exists():
+        return
+    accounts.check(source)
+    with new_folder(target) as aside:
+        shutil.copytree(source, aside, copy_function=_link_file, dirs_exist_ok=True)
+
+
+def _link_file(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,176 @@
+"""The answers that a student learns from: which are used, and whether a cache fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ensemw2s.data.questions import check_questions
+from ensemw2s.data.tokens import QuestionFormat
+from ensemw2s.inference.label_files import TOP_COLUMNS
+from ensemw2s.runtime.values import check_number
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+CACHE_COLUMNS = ("answer_ids", *TOP_COLUMNS, "top_temperature")
+
+
+# Checks of what a student is given
+
+
+def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless every token id means the same to both tokenizers, the end token included."""
+    if teacher.get_vocab() != student.get_vocab() or teacher.eos_token_id != student.eos_token_id:
+        raise ValueError(
+            f"the teacher's tokenizer ({len(teacher.get_vocab())} tokens) and the student's "
+            f'({len(student.get_vocab())} tokens) differ: variant="soft" compares distributions token by token and '
+            'needs one tokenizer for both; use variant="sft"'
+        )
+
+
+def check_answer_ids(
+    answers: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    question_format: QuestionFormat,
+    ends: Sequence[int],
+    name: str = "this tokenizer",
+) -> None:
+    """Check that a tokenizer reads the tokens `answer_ids` as the teacher did who chose them.
+
+    Args:
+        answers: columns `prompt`, `answer`, `answer_ids` and optionally `id` and `finished` (all are, without it).
+        tokenizer: of the model that is to be trained on them, or to be asked about them.
+        question_format: how a question becomes tokens.
+        ends: the ids that end an answer of that model.
+        name: what errors call the tokenizer.
+
+    Raises:
+        ValueError: tokens that are another text than `answer`, or do not end as the model's answers do; names the row.
+    """
+    names = [name for name in ("id", "prompt", "answer", "answer_ids", "finished") if name in answers.column_names]
+    for index, row in enumerate(answers.select_columns(names)):
+        ids = [int(token) for token in row["answer_ids"]]
+        ended = bool(ids) and ids[-1] in ends
+        prompt = question_format.prompt(row["prompt"], tokenizer)
+        text = question_format.answer_text(ids[:-1] if ended else ids, prompt).strip()
+        wanted = question_format.end_token and row.get("finished", True)
+        if text != row["answer"].strip() or ended is not wanted:
+            raise ValueError(
+                f"the answers, id {row.get('id', index)}: {name} reads the teacher's tokens as {text!r}"
+                f"{' and an end token' if ended else ''}, the teacher meant {row['answer']!r}"
+                f"{' and an end token' if wanted else ''}: "
+                'variant="soft" needs a student with the teacher\'s tokenizer (use variant="sft" with another one), '
+                "and answers whose `answer` was not changed without their `answer_ids`"
+            )
+
+
+def with_own_end(answers: Dataset, end: int, ends: Sequence[int]) -> list[list[int]]:
+    """Return `answer_ids` in which each of the tokens `ends` that ends an answer is `end`, the student's own."""
+    rows = [list(ids) for ids in answers["answer_ids"]]
+    return [[*ids[:-1], end] if ids[-1] in ends else ids for ids in rows]
+
+
+def check_cache(answers: Dataset, temperature: float, top_logprobs: int | None) -> None:
+    """Check that a cache has a row for each token, the temperature asked for, and enough tokens.
+
+    Raises:
+        ValueError: names the column, and the row where it is one.
+    """
+    missing = [name for name in CACHE_COLUMNS if name not in answers.column_names]
+    if missing:
+        raise ValueError(
+            f"train_dataset has no column {missing[0]!r}: a cache of a teacher has {', '.join(CACHE_COLUMNS)}; "
+            "write it with TokenEnsemble.label(..., top_logprobs=k) or student.teacher.cache_teacher"
+        )
+    found = set(answers["top_temperature"])
+    if found != {temperature}:
+        raise ValueError(
+            f"the cache in train_dataset was written at temperature {', '.join(map(str, sorted(found)))}, the student "
+            f"is to learn at {temperature}: a mixture cannot be brought to another temperature later; write it again"
+        )
+    width = None
+    rows = answers.select_columns(list(CACHE_COLUMNS)).with_format("numpy")
+    for index, row in enumerate(rows):
+        shapes = [row[name].shape for name in TOP_COLUMNS]
+        width = width or shapes[0][-1]
+        if shapes != [(len(row["answer_ids"]), width)] * 2:
+            raise ValueError(
+                f"train_dataset, row {index}: top_token_ids and top_log_probs have shapes {shapes[0]} and {shapes[1]}, "
+                f"expected {(len(row['answer_ids']), width)}: one row per answer token, as many tokens in every row"
+            )
+        log_probs = np.asarray(row["top_log_probs"], dtype=np.float64)
+        # NaN is at most 0 in no way; rounding may lift a logarithm or a sum a little.
+        if not (bool((log_probs <= 1e-3).all()) and bool((np.exp(log_probs).sum(-1) <= 1 + 1e-3).all())):
+            raise ValueError(
+                f"train_dataset, row {index}: top_log_probs are no log-probabilities (each at most 0, and those of a "
+                "token at most 1 together as probabilities): the cache is damaged; write it again"
+            )
+    if top_logprobs is not None and (width or 0) < top_logprobs:
+        raise ValueError(
+            f"top_logprobs={top_logprobs}, but the cache in train_dataset keeps {width} tokens: label with more, or "
+            "ask for fewer"
+        )
+
+
+def usable_answers(
+    answers: Dataset,
+    *,
+    min_confidence: float | None = None,
+    keep_fraction: float | None = None,
+    keep_unfinished: bool = False,
+) -> Dataset:
+    """Return the rows whose answer is not empty, not cut off, and, if asked for, confident enough.
+
+    Args:
+        answers: a column `answer`; rows count as finished where there is no column `finished`.
+        min_confidence: the least `confidence` (nats, at most 0).
+        keep_fraction: the share of the dataset's rows to keep, the most confident ones; earlier rows before later ones
+            of the same confidence. Fewer are kept if fewer are usable.
+        keep_unfinished: keep answers that were cut off before their end token.
+
+    Raises:
+        ValueError: nothing is left, an answer is no text, or there is no `answer` column, or no `confidence` column to
+            filter by.
+    """
+    names = answers.column_names
+    if "answer" not in names:
+        raise ValueError(
+            f"the dataset to train on has no column 'answer', only {', '.join(names) or 'none'}: "
+            "label it with TokenEnsemble.label"
+        )
+    filters = {"min_confidence": min_confidence, "keep_fraction": keep_fraction}
+    for name, value in filters.items():
+        if value is not None:
+            check_number(name, value)
+    asked = next((f"{name}={value}" for name, value in filters.items() if value is not None), None)
+    if asked and "confidence" not in names:
+        raise ValueError(
+            f"{asked} needs a column `confidence`; the dataset has {', '.join(names)}. "
+            "Label it with TokenEnsemble.label, or leave it out"
+        )
+    columns = answers.select_columns([name for name in ("answer", "finished", "confidence") if name in names])
+    rows = dict(enumerate(columns))
+    kept = [i for i, row in rows.items() if str(row["answer"] or "").strip()]
+    empty = len(rows) - len(kept)
+    if not keep_unfinished:
+        kept = [i for i in kept if rows[i].get("finished", True)]
+    cut = len(rows) - empty - len(kept)
+    if min_confidence is not None:
+        kept = [i for i in kept if rows[i]["confidence"] >= min_confidence]
+    if keep_fraction is not None:
+        # An unknown confidence, NaN, is never among the most confident.
+        ranked = sorted((i for i in kept if rows[i]["confidence"] <= 0), key=lambda i: -rows[i]["confidence"])
+        kept = sorted(ranked[: math.ceil(keep_fraction * len(rows))])
+    if not kept:
+        raise ValueError(
+            f"none of the {len(answers)} answers is left to train on: {empty} are empty, {cut} were cut off before "
+            f"their end, {len(rows) - empty - cut} are not confident enough. Lower min_confidence, let the teacher "
+            "answer with more max_new_tokens, or train it longer"
+        )
+    return check_questions(answers.select(kept), "train_dataset")

@@ -1,0 +1,77 @@
+"""A student's predictions, from its logits or from its hidden states and head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ensemw2s import ops
+from ensemw2s.models.heads import CHUNK_ELEMENTS
+from ensemw2s.ops.topk_kl import reference as topk_kl_reference
+
+
+@dataclass
+class HiddenPredictions:
+    """A student's predictions for n tokens, as hidden states and the head behind them.
+
+    Attributes:
+        states: floating point [n, d].
+        head: [V, d], of the states' dtype.
+    """
+
+    states: Tensor
+    head: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the predictions lie."""
+        return self.states.device
+
+    @property
+    def logits(self) -> Tensor:
+        """Return [n, V]."""
+        return self.states @ self.head.T
+
+    def cross_entropy(self, labels: Tensor, token_weights: Tensor) -> Tensor:
+        """Return `sum_i w_i CE_i` for int64 labels [n]."""
+        return ops.linear_weighted_cross_entropy(self.states, self.head, labels, token_weights)
+
+    @torch.no_grad()
+    def argmax(self) -> Tensor:
+        """Return int64 [n], the likeliest tokens, some rows at a time."""
+        rows = self.states.split(max(1, CHUNK_ELEMENTS // len(self.head)))
+        return torch.cat([(some @ self.head.T).argmax(-1) for some in rows])
+
+    def topk_kl(self, token_ids: Tensor, log_probs: Tensor, token_weights: Tensor, temperature: float) -> Tensor:
+        """Return `sum_i w_i KL_i` from a cached top-k; see `ops.topk_kl`."""
+        return ops.topk_kl(self.states, self.head, token_ids, log_probs, token_weights, temperature)
+
+
+@dataclass
+class LogitPredictions:
+    """A student's predictions for n tokens, as logits [n, V]: for heads that are no plain linear layer."""
+
+    logits: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the predictions lie."""
+        return self.logits.device
+
+    def cross_entropy(self, labels: Tensor, token_weights: Tensor) -> Tensor:
+        """Return `sum_i w_i CE_i` for int64 labels [n]."""
+        return ops.weighted_cross_entropy(self.logits, labels, token_weights)
+
+    @torch.no_grad()
+    def argmax(self) -> Tensor:
+        """Return int64 [n], the likeliest tokens."""
+        return self.logits.argmax(-1)
+
+    def topk_kl(self, token_ids: Tensor, log_probs: Tensor, token_weights: Tensor, temperature: float) -> Tensor:
+        """Return `sum_i w_i KL_i` from a cached top-k; see `ops.topk_kl`."""
+        return topk_kl_reference(self.logits / temperature, token_ids, log_probs, token_weights).sum()
+
+
+Predictions = HiddenPredictions | LogitPredictions

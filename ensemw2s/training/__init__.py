@@ -1,0 +1,1 @@
+"""One model fine-tuned on weighted answer tokens, with checkpoints, without padding."""

@@ -1,0 +1,336 @@
+"""The rounds: what they compute, that they can be killed anywhere, and what they refuse."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ensemw2s import BoostingConfig, BoostingTrainer, TokenEnsemble
+from ensemw2s.boosting import algorithm
+from ensemw2s.boosting.trainer import closing_identity
+from ensemw2s.data.tokens import tokenize_questions
+from ensemw2s.inference.scoring import score_answers
+from ensemw2s.runtime.files import read_array, read_json, write_array, write_json
+from ensemw2s.training.trainer import AnswerTrainer
+from tests.tiny import END, FORMAT, llama, lora, questions, saved_model, tokenizer
+
+FAST: dict[str, Any] = {
+    "num_rounds": 3, "num_train_epochs": 2, "learning_rate": 2e-2, "per_device_train_batch_size": 8,
+    "disable_tqdm": True, "lr_scheduler_type": "constant",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_model(tmp_path_factory.mktemp("model"))
+
+
+def trainer(
+    model: Any, folder: Path, *, adapters: bool = True, validate: bool = True, **settings: Any
+) -> BoostingTrainer:
+    return BoostingTrainer(
+        model if not isinstance(model, Path) else str(model),
+        args=BoostingConfig(output_dir=str(folder), **(FAST | settings)),
+        train_dataset=questions(24),
+        eval_dataset=questions(8, seed=9, start=100) if validate else None,
+        processing_class=tokenizer(),
+        peft_config=lora() if adapters else None,
+        question_format=FORMAT,
+    )
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    """Every file of a run that should be the same in another run, by relative name."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() or path.name in ("cost.json", "costs.jsonl") or path.name.startswith("ensemw2s."):
+            continue
+        content = path.read_bytes()
+        if path.name == "record.json":
+            content = repr({k: v for k, v in read_json(path).items() if "seconds" not in k}).encode()
+        if path.name == "adapter_config.json":
+            # peft holds the names of the adapted modules in a set, which has no order of its own.
+            content = repr({k: sorted(v) if isinstance(v, list) else v for k, v in read_json(path).items()}).encode()
+        files[str(path.relative_to(folder))] = content
+    return files
+
+
+# What the rounds compute
+
+
+@pytest.mark.parametrize("recipe", ["tempered", "paper", "bagging"])
+@pytest.mark.parametrize("unit", [("token", None), ("window", 2), ("sequence", None)])
+def test_records_can_be_recomputed_from_the_saved_experts(
+    model: Path, tmp_path: Path, recipe: str, unit: tuple[str, int | None]
+) -> None:
+    runner = trainer(model, tmp_path, recipe=recipe, unit=unit[0], window=unit[1], num_rounds=2, num_train_epochs=12)
+    ensemble = runner.train()
+    examples = tokenize_questions(questions(24), tokenizer(), FORMAT)
+    lengths = [len(row["input_ids"]) - row["prompt_length"] for row in examples]
+    units = algorithm.unit_index(lengths, *unit)
+
+    def losses(model: Any) -> np.ndarray:
+        scores = score_answers(model, examples, pad_token_id=END)
+        token_losses = 1 - np.exp(scores.token_log_probs) if recipe == "tempered" else scores.token_wrong
+        return algorithm.unit_losses(token_losses, units)
+
+    weights = np.full(units[-1] + 1, 1 / (units[-1] + 1))
+    margin = 0.5 / weights.size
+    prior = np.clip(np.mean(losses(llama(0))), margin, 1 - margin)
+    tolerance = 1e-6 if recipe == "tempered" else 1e-12
+    accepted = [record for record in runner.records if record["accepted"]]
+    assert len(accepted) == ensemble.num_experts
+    for number, record in enumerate(accepted):
+        lost = losses(ensemble[number : number + 1])
+        error = np.clip(weights @ lost, margin, 1 - margin)
+        assert record["error"] == pytest.approx(error, abs=tolerance)
+        np.testing.assert_allclose(read_array(tmp_path / f"rounds/{number + 1}/weights.npy"), weights, rtol=tolerance)
+        if recipe == "bagging":
+            assert record["expert_weight"] == 1.0
+            continue
+        alpha = np.log((1 - error) / error) + np.log(1 / (1 - prior) - 1)
+        assert record["expert_weight"] == pytest.approx(alpha, rel=10 * tolerance)
+        # How far a tempered update goes is tested with the other settings.
+        weights = weights * np.exp(record["shrinkage"] * record["expert_weight"] * lost)
+        weights /= weights.sum()
+    assert ensemble.config.expert_weights == [record["expert_weight"] for record in accepted]
+
+
+def test_the_validation_figures_are_those_of_the_growing_ensemble(model: Path, tmp_path: Path) -> None:
+    runner = trainer(model, tmp_path)
+    ensemble = runner.train()
+    examples = tokenize_questions(questions(8, seed=9, start=100), tokenizer(), FORMAT)
+    for number, record in enumerate(r for r in runner.records if r["accepted"]):
+        scores = score_answers(ensemble[: number + 1], examples, pad_token_id=END)
+        alone = score_answers(ensemble[number : number + 1], examples, pad_token_id=END)
+        assert record["validation"] == {
+            "expert": alone.accuracy, "ensemble": scores.accuracy, "token_error": scores.token_error,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("shrinkage", [1.0, 0.3])
+def test_the_closing_identity_holds_in_the_run_s_own_files(model: Path, tmp_path: Path, shrinkage: float) -> None:
+    runner = trainer(model, tmp_path, shrinkage=shrinkage, errors="hard", validate=False)
+    runner.train()
+    checks = closing_identity(tmp_path)
+    assert [check["round"] for check in checks] == [r["round"] for r in runner.records if r["accepted"]]
+    assert all(check["sum_gap"] <= 1e-9 for check in checks)
+    gaps = [check["identity_gap"] for check in checks if check["identity_gap"] is not None]
+    assert gaps and max(gaps) <= 1e-12
+    if shrinkage == 1.0:
+        record = runner.records[0]
+        scores = tmp_path / "rounds/1/attempt-1/training_scores"
+        wrong = algorithm.unit_losses(read_array(scores / "token_wrong.npy"), read_array(tmp_path / "units.npy"))
+        after = algorithm.weighted_error(read_array(tmp_path / "rounds/2/weights.npy"), wrong)
+        assert after == pytest.approx(record["prior_error"], abs=1e-12)
+
+
+def test_the_closing_identity_check_notices_a_changed_weight(model: Path, tmp_path: Path) -> None:
+    trainer(model, tmp_path, num_rounds=1, errors="hard", validate=False).train()
+    file = tmp_path / "rounds/2/weights.npy"
+    weights = read_array(file)
+    weights[:5] *= 1.01
+    write_array(file, weights / weights.sum())
+    assert closing_identity(tmp_path)[0]["identity_gap"] > 1e-6
+
+
+def test_whole_models_and_one_model_per_round_make_an_ensemble_too(model: Path, tmp_path: Path) -> None:
+    single = trainer(model, tmp_path / "a", adapters=False, num_rounds=2).train()
+    assert single.config.kind == "models"
+    several = trainer([llama(0), llama(5)], tmp_path / "b", num_rounds=2).train()
+    assert several.config.kind == "models"
+    embeddings = [m.get_input_embeddings().weight for m in several.experts.models]
+    assert torch.equal(embeddings[0], llama(0).get_input_embeddings().weight)
+    assert torch.equal(embeddings[1], llama(5).get_input_embeddings().weight)
+
+
+# Killed and continued
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+import ensemw2s.runtime.files as files
+from tests.boosting.test_trainer import trainer
+
+# Count the files and folders that come into being, and die right before the one that is asked for.
+stop_at, done = int(sys.argv[3]), 0
+replace = Path.replace
+
+def counted(self, target):
+    global done
+    done += 1
+    if done == stop_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(self, target)
+
+Path.replace = counted
+trainer(Path(sys.argv[1]), Path(sys.argv[2]), num_rounds=2).train()
+print(done)
+"""
+
+
+def run_script(model: Path, folder: Path, stop_at: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(model), str(folder), str(stop_at)],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, timeout=300,
+    )  # fmt: skip
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(model: Path, tmp_path: Path) -> None:
+    whole = run_script(model, tmp_path / "whole", 0)
+    assert whole.returncode == 0, whole.stderr
+    saves = int(whole.stdout.split()[-1])
+    # After the first save, in the middle of a round, and before the last one; each continued in another process.
+    for stop_at in (2, saves // 2, saves):
+        folder = tmp_path / f"killed-{stop_at}"
+        assert run_script(model, folder, stop_at).returncode == -signal.SIGKILL
+        assert kept(folder) != kept(tmp_path / "whole")
+        again = run_script(model, folder, 0)
+        assert again.returncode == 0, again.stderr
+        assert kept(folder) == kept(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("adapters", [True, False], ids=["lora", "whole-models"])
+def test_an_expert_whose_training_was_killed_goes_on_from_its_last_checkpoint(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapters: bool
+) -> None:
+    settings = {"num_rounds": 2, "save_strategy": "steps", "save_steps": 2, "adapters": adapters}
+    steps, stop_at, own = 0, 0, AnswerTrainer.training_step
+
+    def counted(self: AnswerTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == stop_at:
+            raise KeyboardInterrupt
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(AnswerTrainer, "training_step", counted)
+    trainer(model, tmp_path / "whole", **settings).train()
+    whole = steps
+    # In the last step of the second expert, whose last checkpoint is one step old.
+    steps, stop_at = 0, whole
+    with pytest.raises(KeyboardInterrupt):
+        trainer(model, tmp_path / "killed", **settings).train()
+    steps, stop_at = 0, 0
+    # How often checkpoints are written is no other configuration.
+    trainer(model, tmp_path / "killed", **(settings | {"save_steps": 3})).train()
+    assert steps == 2
+    assert kept(tmp_path / "killed") == kept(tmp_path / "whole")
+    assert not list(tmp_path.rglob("checkpoint*"))
+
+
+def test_the_number_of_dataloader_workers_changes_nothing(model: Path, tmp_path: Path) -> None:
+    for workers in (0, 2):
+        trainer(model, tmp_path / str(workers), num_rounds=1, dataloader_num_workers=workers).train()
+    # The configuration that is kept leaves the workers out, so it is equal too.
+    assert kept(tmp_path / "0") == kept(tmp_path / "2")
+
+
+def test_another_seed_gives_another_expert(model: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        trainer(model, tmp_path / str(seed), num_rounds=1, seed=seed).train()
+    name = "rounds/1/attempt-1/expert/adapter_model.safetensors"
+    assert kept(tmp_path / "0")[name] != kept(tmp_path / "1")[name]
+
+
+def test_more_rounds_continue_a_finished_run(model: Path, tmp_path: Path) -> None:
+    one = trainer(model, tmp_path, num_rounds=1).train()
+    before = kept(tmp_path)
+    two = trainer(model, tmp_path, num_rounds=2).train()
+    assert two.config.expert_weights[0] == one.config.expert_weights[0]
+    assert two.num_experts == 2
+    after = kept(tmp_path)
+    assert {name: after[name] for name in before} == before
+
+
+# An expert that is no better than the pre-trained model
+
+
+def test_a_useless_expert_is_retried_once_and_then_ends_boosting(model: Path, tmp_path: Path) -> None:
+    runner = trainer(model, tmp_path, num_rounds=3, prior=0.9999)
+    runner.train()
+    # Rounds from the second on see no training: a learning rate of 0 leaves the pre-trained model.
+    runner = trainer(model, tmp_path / "b", num_rounds=3, learning_rate=0.0)
+    with pytest.raises(
+        RuntimeError, match=r"no expert beats the pre-trained model: round 1 stopped boosting.*not below"
+    ):
+        runner.train()
+    assert [(r["round"], r["attempt"], r["accepted"]) for r in runner.records] == [(1, 1, False), (1, 2, False)]
+    assert all(r["expert_weight"] <= 0 for r in runner.records)
+
+
+def test_boosting_that_stops_early_keeps_the_experts_before(model: Path, tmp_path: Path) -> None:
+    runner = trainer(model, tmp_path, num_rounds=2)
+    runner.train()
+    # As if both experts of round 2 had been no better than the prior.
+    for attempt in (1, 2):
+        folder = tmp_path / f"rounds/2/attempt-{attempt}"
+        record = read_json(tmp_path / "rounds/2/attempt-1/record.json")
+        write_json(folder / "record.json", record | {"attempt": attempt, "accepted": False})
+    ensemble = runner.train()
+    assert ensemble.num_experts == 1
+    assert runner.stop_reason.startswith("round 2 stopped boosting")
+    assert runner.record()["stop_reason"] == runner.stop_reason
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_rounds": 0}, "num_rounds must be from 1 to 10000, got 0"),
+        ({"prior": 1.5}, r"prior must be .* a number in \(0, 1\), got 1\.5"),
+        ({"prior": "uniform", "unit": "sequence"}, 'prior="uniform" needs unit="token"'),
+        ({"recipe": "papr"}, "recipe must be one of paper, tempered, chained, bagging, deep_ensemble, got 'papr'"),
+        ({"shrinkage": 0.0}, r"shrinkage must be in \(0, 1\]"),
+        ({"uniform_mix": 1.0}, r"uniform_mix must be in \[0, 1\)"),
+        ({"sampling": "boot"}, "sampling must be one of draw"),
+        ({"unit": "window"}, "needs window >= 1"),
+        ({"combine": "mean"}, "combine must be one of prob, logprob, vote"),
+    ],
+)
+def test_a_bad_setting_is_refused_at_once(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        BoostingConfig(output_dir=str(tmp_path), **settings)
+
+
+def test_a_question_in_both_datasets_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is in both train_dataset and eval_dataset"):
+        BoostingTrainer(
+            str(model), BoostingConfig(output_dir=str(tmp_path)), questions(3), questions(3), question_format=FORMAT
+        )
+
+
+def test_a_model_from_nowhere_needs_its_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="processing_class is missing, and the model was not loaded from a folder"):
+        BoostingTrainer(llama(0), BoostingConfig(output_dir=str(tmp_path)), questions(3), question_format=FORMAT)
+
+
+def test_the_number_of_models_must_fit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model lists 2 models for 3 rounds"):
+        trainer([llama(0), llama(1)], tmp_path)
+
+
+def test_a_folder_of_another_configuration_is_refused_and_overwritten_on_request(model: Path, tmp_path: Path) -> None:
+    trainer(model, tmp_path, num_rounds=1).train()
+    with pytest.raises(ValueError, match=r"another configuration; differing: learning_rate, shrinkage\."):
+        trainer(model, tmp_path, num_rounds=1, learning_rate=1e-2, shrinkage=0.5).train()
+    replaced = trainer(model, tmp_path, num_rounds=1, learning_rate=1e-2, shrinkage=0.5, overwrite=True)
+    fresh = trainer(model, tmp_path.parent / "fresh", num_rounds=1, learning_rate=1e-2, shrinkage=0.5)
+    assert replaced.train().config.expert_weights == fresh.train().config.expert_weights
+
+
+def test_the_ensemble_of_a_run_refers_to_its_base(model: Path, tmp_path: Path) -> None:
+    ensemble = trainer(model, tmp_path / "run", num_rounds=1).train()
+    ensemble.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "base").exists()
+    assert TokenEnsemble.from_pretrained(tmp_path / "saved").config.base == {"source": str(model)}

@@ -1,0 +1,207 @@
+"""Studies: cells, what is kept of them, going on, and refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from ensemw2s.cli import main
+from ensemw2s.experiments import study as experiments_study
+from ensemw2s.experiments.study import Study, load_study
+from ensemw2s.report.records import read_records
+from ensemw2s.runtime.files import read_complete_lines
+from tests.experiments.test_experiment import settings
+from tests.running import wait_for_files
+
+
+def write_study(folder: Path, **changes: Any) -> Path:
+    """Two tasks and two seeds on tiny models, without students."""
+    base = settings(folder)
+    data = base.pop("data")
+    values = base | {
+        "name": "tiny", "seeds": 2, "students": {}, "comparisons": [["ensemble", "deep_ensemble"]],
+        "ensembles": {"deep_ensemble": {"recipe": "deep_ensemble"}}, "primary_split": "id",
+        "tasks": {"plain": {"data": data}, "letters": {"data": letters(data)}},
+    }  # fmt: skip
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump(values | changes, sort_keys=False))
+    return file
+
+
+def letters(data: dict[str, Any]) -> dict[str, Any]:
+    """The same sizes on generated questions, which have a seed."""
+    sources = {"easy": {"characters": "copy", "size": 60, "seed": 1, "min_length": 3, "max_length": 3},
+               "hard": {"characters": "copy", "size": 60, "seed": 2, "min_length": 4, "max_length": 4}}  # fmt: skip
+    return data | sources
+
+
+def fake_cells(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Let cells give a record each instead of training; returns those that were run."""
+    run: list[tuple[str, int]] = []
+
+    def cell_records(cell: Any) -> list[dict[str, Any]]:
+        run.append((cell.task, cell.seed))
+        arm = {"kind": "arm", "arm": "ensemble", "split": "id", "metric": "accuracy", "value": 0.5,
+               "standard_error": 0.1, "n": 20}  # fmt: skip
+        return [arm, {"kind": "phase", "phase": "boost", "seconds": 1.0}, {"kind": "environment", "python": "3"}]
+
+    monkeypatch.setattr(experiments_study, "_run_cell", cell_records)
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    assert main(["study", str(write_study(folder, seeds=1)), "--records", str(folder / "kept.jsonl")]) == 0
+    return folder / "kept.jsonl"
+
+
+def test_the_records_of_a_study_are_those_of_its_cells(finished: Path) -> None:
+    records = read_records(finished)
+    (header,) = [record for record in records if record["kind"] == "study"]
+    assert (header["name"], header["primary_split"]) == ("tiny", "id")
+    assert header["comparisons"] == [["ensemble", "deep_ensemble"]]
+    for task in ("plain", "letters"):
+        cell = read_complete_lines(finished.parent / f"run/tiny/{task}-0/results.jsonl")
+        for kind in ("arm", "answers", "cost"):
+            kept = [record for record in records if record["kind"] == kind and record["task"] == task]
+            assert kept == [record for record in cell if record["kind"] == kind]
+            assert kept
+    assert sum(record["kind"] == "environment" for record in records) == 1
+    # Small enough to be committed: token weights stay in the cells' folders.
+    assert not any("weight_quantiles" in record for record in records)
+
+
+def test_experts_are_shared_and_each_cell_has_its_own_questions(finished: Path) -> None:
+    folder = finished.parent / "run" / "tiny"
+    assert (folder / "store").exists()
+    assert (folder / "plain-0.log").read_text().count("round 1/2") >= 2
+    values = yaml.safe_load((finished.parent / "study.yaml").read_text())
+    cells = {(cell.task, cell.seed): cell.config for cell in Study(load_study(finished.parent / "study.yaml")).cells}
+    assert cells["letters", 0].data.easy["seed"] == values["tasks"]["letters"]["data"]["easy"]["seed"]
+    more = {
+        (cell.task, cell.seed): cell.config for cell in load_study(finished.parent / "study.yaml", ["seeds=3"]).cells()
+    }
+    assert [more["letters", seed].data.hard["seed"] for seed in (0, 1, 2)] == [2, 1002, 2002]
+    assert [more["plain", seed].seed for seed in (0, 1, 2)] == [0, 1, 2]
+
+
+def test_all_tasks_come_before_the_next_seed_and_finished_cells_are_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fake_cells(monkeypatch)
+    file = write_study(tmp_path)
+    Study(load_study(file, ["seeds=1"]), tmp_path / "kept.jsonl").run()
+    assert run == [("plain", 0), ("letters", 0)]
+    # The folders may be gone: what the records hold is done.
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    Study(load_study(file), tmp_path / "kept.jsonl").run()
+    assert run[2:] == [("plain", 1), ("letters", 1)]
+    Study(load_study(file), tmp_path / "kept.jsonl").run()
+    assert len(run) == 4
+    rows = read_complete_lines(tmp_path / "kept.jsonl")
+    assert [row["kind"] for row in rows].count("study") == 1
+    assert sorted((row["task"], row["seed"]) for row in rows if row["kind"] == "arm") == sorted(run)
+
+
+def test_a_cell_of_another_configuration_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fake_cells(monkeypatch)
+    file = write_study(tmp_path)
+    Study(load_study(file), tmp_path / "kept.jsonl").run()
+    Study(load_study(file, ["boosting.num_rounds=3"]), tmp_path / "kept.jsonl").run()
+    assert len(run) == 8
+    rows = read_complete_lines(tmp_path / "kept.jsonl")
+    assert sum(row["kind"] == "arm" for row in rows) == 4
+    # Where it is kept is no other configuration.
+    Study(
+        load_study(file, ["boosting.num_rounds=3", f"output_dir={tmp_path / 'elsewhere'}"]), tmp_path / "kept.jsonl"
+    ).run()
+    assert len(run) == 8
+
+
+def test_no_cell_begins_after_the_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, said = fake_cells(monkeypatch), []
+    Study(load_study(write_study(tmp_path)), tmp_path / "kept.jsonl", say=said.append).run(minutes=0)
+    assert run == []
+    assert said[-1] == "4 cells are left: the same command goes on with them"
+
+
+def test_some_tasks_alone_leave_the_others_records_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fake_cells(monkeypatch)
+    file, kept = write_study(tmp_path), tmp_path / "kept.jsonl"
+    assert main(["study", str(file), "--tasks", "letters", "--records", str(kept)]) == 0
+    assert main(["study", str(file), "seeds=1", "--tasks", "plain", "--records", str(kept)]) == 0
+    assert run == [("letters", 0), ("letters", 1), ("plain", 0)]
+    assert sorted((r["task"], r["seed"]) for r in read_complete_lines(kept) if r["kind"] == "cell") == sorted(run)
+    with pytest.raises(ValueError, match="'words' is none of the study's tasks plain, letters"):
+        load_study(file).with_tasks(["words"])
+
+
+def test_cells_side_by_side_give_the_same_records(finished: Path, tmp_path: Path) -> None:
+    for name in ("weak", "strong", "easy.jsonl", "hard.jsonl"):
+        source = finished.parent / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    Study(load_study(write_study(tmp_path, seeds=1)), tmp_path / "kept.jsonl").run(jobs=2)
+
+    def outcomes(file: Path) -> set[str]:
+        return {json.dumps(row, sort_keys=True) for row in read_complete_lines(file) if row["kind"] == "answers"}
+
+    assert outcomes(tmp_path / "kept.jsonl") == outcomes(finished)
+
+
+def test_a_killed_study_leaves_no_cell_running(tmp_path: Path) -> None:
+    endless = settings(tmp_path)["boosting"] | {"num_train_epochs": 100_000}
+    file = write_study(tmp_path, boosting=endless)
+    command = [sys.executable, "-m", "ensemw2s", "study", str(file), "--jobs", "2"]
+    study = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    rounds = Path("ensembles", "single_expert", "boosting", "rounds", "1")
+    begun = [tmp_path / "run" / "tiny" / f"{task}-0" / rounds / "weights.npy" for task in ("plain", "letters")]
+    workers: list[psutil.Process] = []
+    try:
+        wait_for_files(study, *begun)
+        workers = study.children(recursive=True)
+        assert len(workers) >= 2
+        study.kill()
+        _, alive = psutil.wait_procs(workers, timeout=30)
+        assert alive == []
+    finally:
+        for process in [study, *workers]:
+            if process.is_running():
+                process.kill()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": {}}, "tasks must be a mapping of names to settings"),
+        ({"tasks": {"plain": 3}}, "tasks must be a mapping of names to settings"),
+        ({"seeds": None}, "seeds must be a number of seeds, or a list of different whole numbers, .* got None"),
+        ({"seeds": []}, "seeds must be a number of seeds"),
+        ({"seeds": [0, -1]}, "seeds must be a number of seeds"),
+        ({"seeds": True}, "seeds must be a number of seeds"),
+        ({"primary_split": "test"}, 'primary_split must be "id" or "ood"'),
+        ({"comparisons": [["ensemble"]]}, "comparisons must be a list of pairs of different arms"),
+        (
+            {"comparisons": [["ensemble", "bagging"]]},
+            "comparisons name bagging, which is none of the arms zero_shot_weak",
+        ),
+        ({"ensembles": {"deep_ensemble": {"recipe": "deep"}}}, "recipe must be one of"),
+        ({"name": None}, "name must be a text"),
+    ],
+)
+def test_bad_studies_are_refused_in_words(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_study(write_study(tmp_path, **changes))
+
+
+def test_less_than_one_job_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="jobs must be from 1 to 1024, got 0"):
+        Study(load_study(write_study(tmp_path))).run(jobs=0)
