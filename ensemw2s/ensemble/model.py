@@ -519,7 +519,10 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 streamer=streamer,
                 **model_kwargs,
             )
-        return fused_sample(self, input_ids, sampling, stopping_criteria, generation_config, streamer, **model_kwargs)
+        names = self.row_names(len(input_ids))
+        return fused_sample(
+            self, input_ids, names, sampling, stopping_criteria, generation_config, streamer, **model_kwargs
+        )
 
     def _settings(self, kwargs: dict[str, Any]) -> GenerationConfig:
         """Return what `generate` will make of its arguments, and take out a `cache_implementation` that is ours."""

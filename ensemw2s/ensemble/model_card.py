@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData
 
 if TYPE_CHECKING:
-    from ensemw2s.ensemble.model import TokenEnsemble
+    from ensemw2s.models.mixture import ExpertMixture
 
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -59,7 +59,7 @@ print(lm_eval.simple_evaluate(model=model, tasks=["arc_easy"])["results"])
 """
 
 
-def model_card(ensemble: TokenEnsemble, record: Mapping[str, Any] | None = None) -> str:
+def model_card(ensemble: ExpertMixture, record: Mapping[str, Any] | None = None) -> str:
     """Return a README with front matter that `huggingface_hub.ModelCard` reads.
 
     Args:
@@ -104,7 +104,7 @@ def license_of(source: str) -> str | None:
     return named if isinstance(named, str) else None
 
 
-def _sources(ensemble: TokenEnsemble) -> list[str]:
+def _sources(ensemble: ExpertMixture) -> list[str]:
     """Return where the base, or each whole model, was loaded from; an empty text stands for nowhere."""
     if ensemble.config.base:
         return [str(ensemble.config.base["source"])]
@@ -112,7 +112,7 @@ def _sources(ensemble: TokenEnsemble) -> list[str]:
     return list(dict.fromkeys(str(ensemble.experts.expert_config(t)._name_or_path) for t in range(count)))
 
 
-def _description(ensemble: TokenEnsemble, sources: list[str]) -> str:
+def _description(ensemble: ExpertMixture, sources: list[str]) -> str:
     config = ensemble.config
     if config.kind == "adapters":
         kept = f", layers {config.base['keep_layers']}" if config.base and config.base.get("keep_layers") else ""
@@ -134,7 +134,7 @@ def _named(source: str) -> str:
     return "a local folder" if Path(source).exists() else f"`{source}`"
 
 
-def _experts_table(ensemble: TokenEnsemble) -> str:
+def _experts_table(ensemble: ExpertMixture) -> str:
     weights = ensemble.config.expert_weights
     rows = [f"| {t} | {w:.4f} | {w / sum(weights):.4f} |" for t, w in enumerate(weights, 1)]
     return "\n".join(["| expert | weight | share |", "|---|---|---|", *rows])

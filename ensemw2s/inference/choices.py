@@ -23,7 +23,7 @@ from ensemw2s import ops
 from ensemw2s.data.batches import PromptCollator
 from ensemw2s.data.questions import check_choices, warn_of_unknown
 from ensemw2s.data.tokens import QuestionFormat, answer_with_end, fitted_prompt
-from ensemw2s.models.mixture import _Alone, damaged, expert_names, refuse_damaged
+from ensemw2s.models.mixture import Mixture, OneModel, damaged, expert_names, is_mixture, refuse_damaged
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.values import check_number
 
@@ -129,9 +129,7 @@ def score_choices(
         FloatingPointError: the model, or an expert, gives NaN, +inf or no finite logit; names which and the question.
         ValueError: see `tokenize_choices`; or no questions.
     """
-    from ensemw2s.ensemble.model import TokenEnsemble
-
-    experts = model.snapshot() if isinstance(model, TokenEnsemble) else _Alone(model)
+    experts: Mixture = model.snapshot() if is_mixture(model) else OneModel(model)
     return score_choice_mixtures(
         experts,
         questions,
@@ -145,7 +143,7 @@ def score_choices(
 
 
 def score_choice_mixtures(
-    ensemble: Any,
+    ensemble: Mixture,
     questions: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     mixtures: Mapping[str, Sequence[float]],
@@ -161,7 +159,7 @@ def score_choice_mixtures(
     Each expert is run once for all mixtures that combine distributions in the same way.
 
     Args:
-        ensemble: a `TokenEnsemble` of T experts.
+        ensemble: T models.
         questions: as in `score_choices`.
         tokenizer: the experts' tokenizer.
         mixtures: name -> T non-negative weights.
@@ -172,8 +170,7 @@ def score_choice_mixtures(
         combine: name -> how that mixture combines distributions, where it is not as the ensemble does; "vote" counts
             the experts' chosen choices.
     """
-    if not isinstance(ensemble, _Alone):
-        ensemble = ensemble.snapshot()
+    ensemble = ensemble.snapshot()
     rows = tokenize_choices(questions, tokenizer, question_format or QuestionFormat())
     if not rows:
         raise ValueError("there are no questions to answer: expected at least one")
@@ -196,13 +193,17 @@ def score_choice_mixtures(
     return {name: _chosen(values, questions["choices"], answers) for name, values in found.items()}
 
 
-def choose_answers(  # type: ignore[no-untyped-def]
-    ensemble, questions, rows: Sequence[_Question], batch: Sequence[int], tokenizer
+def choose_answers(
+    ensemble: Mixture,
+    questions: Dataset,
+    rows: Sequence[_Question],
+    batch: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[dict[str, Any]]:
     """Yield the pseudo-labels of a batch of questions, as rows of `labelling.label_questions`.
 
     Args:
-        ensemble: a `TokenEnsemble`.
+        ensemble: T models with their weights.
         questions: columns `id`, `prompt` and `choices`.
         rows: all questions in tokens (`tokenize_choices`).
         batch: which of them to answer.
@@ -256,7 +257,7 @@ def batches_of_choices(rows: Sequence[_Question], batch_size: int) -> Iterator[l
 
 @torch.no_grad()
 def _score_batch(
-    ensemble: Any,
+    ensemble: Mixture,
     rows: Sequence[_Question],
     mixtures: Mapping[str, Sequence[float]],
     pad_token_id: int,
@@ -273,7 +274,7 @@ def _score_batch(
 
 
 def _score_alike(
-    ensemble: Any,
+    ensemble: Mixture,
     rows: Sequence[_Question],
     mixtures: Mapping[str, Sequence[float]],
     combine: str,
@@ -316,7 +317,11 @@ def _sums(log_probs: np.ndarray, rows: Sequence[_Question], length_normalised: b
 
 
 def _token_log_probs(
-    ensemble: Any, rows: Sequence[_Question], mixtures: Mapping[Any, Sequence[float]], combine: str, pad_token_id: int
+    ensemble: Mixture,
+    rows: Sequence[_Question],
+    mixtures: Mapping[Any, Sequence[float]],
+    combine: str,
+    pad_token_id: int,
 ) -> dict[Any, np.ndarray]:
     """Return, for each mixture, float64 [n]: the log-probability of every token of every choice, in order."""
     device = ensemble.device
@@ -330,7 +335,7 @@ def _token_log_probs(
         indices, inputs["input_ids"].to(device), mask, position_ids=places, cache=cache, last_only=True
     )
     used = [t for t in indices if any(values[t] > 0 for values in mixtures.values())]
-    owners = ["the model"] if isinstance(ensemble, _Alone) else expert_names(used)
+    owners = ["the model"] if isinstance(ensemble, OneModel) else expert_names(used)
     names = [f"question {row.row_id!r}" for row in rows]
     owner = torch.tensor([i for i, row in enumerate(rows) for _ in row.choices], device=device)
     choices = [choice for row in rows for choice in row.choices]

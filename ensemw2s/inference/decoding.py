@@ -1,4 +1,4 @@
-"""Token-by-token decoding of an ensemble that ends every step in one fused op, and pseudo-answers made with it."""
+"""Token-by-token decoding of a mixture that ends every step in one fused op, and pseudo-answers made with it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ from ensemw2s.models.mixture import damaged, expert_names, refuse_damaged
 from ensemw2s.runtime.values import check_fields
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedTokenizerBase
 
-    from ensemw2s.ensemble.cache import EnsembleCache
-    from ensemw2s.ensemble.model import TokenEnsemble
+    from ensemw2s.models.mixture import ExpertMixture, Mixture
 
 
 # Settings of a generation config that play no part in `label`: how `generate` samples (`label` is told by `sampling`),
@@ -89,7 +88,7 @@ class MixtureDecoder:
     """One batch being decoded: every expert's cache, the attention mask, and the step counter.
 
     Args:
-        ensemble: T experts with their weights.
+        ensemble: T models with their weights.
         input_ids: int64 [B, length], left-padded prompts, or the part of them that `cache` does not hold.
         attention_mask: int64 [B, length of the whole prompts].
         seeds: int64 [B]; row b's draws depend on seeds[b] and the step alone.
@@ -99,12 +98,12 @@ class MixtureDecoder:
 
     def __init__(
         self,
-        ensemble: TokenEnsemble,
+        ensemble: Mixture,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         seeds: torch.Tensor,
         sampling: Sampling,
-        cache: EnsembleCache | None = None,
+        cache: Cache | None = None,
     ) -> None:
         self.ensemble = ensemble
         self.attention_mask = attention_mask
@@ -175,7 +174,7 @@ def require_valid(valid: torch.Tensor, names: Sequence[str], logits: Sequence[to
     )
 
 
-def require_tokenizer(ensemble: TokenEnsemble, processing_class: PreTrainedTokenizerBase) -> None:
+def require_tokenizer(ensemble: ExpertMixture, processing_class: PreTrainedTokenizerBase) -> None:
     """Raise ValueError unless every token of `processing_class`, its end token above all, is one that experts know."""
     size, end = ensemble.config.vocab_size, processing_class.eos_token_id
     if end is None:
@@ -189,8 +188,9 @@ def require_tokenizer(ensemble: TokenEnsemble, processing_class: PreTrainedToken
 
 
 def fused_sample(
-    model: TokenEnsemble,
+    mixture: Mixture,
     input_ids: torch.Tensor,
+    names: Sequence[str],
     sampling: Sampling,
     stopping_criteria: Any,
     generation_config: Any,
@@ -200,13 +200,14 @@ def fused_sample(
     """Decode in place of transformers' sampling loop, writing no distribution over the vocabulary.
 
     Args:
-        model: the ensemble.
+        mixture: T models with their weights.
         input_ids: int64 [B, length].
+        names: what messages call the B rows.
         sampling: how tokens are chosen.
         stopping_criteria: transformers', called with the tokens so far and no scores.
         generation_config: as transformers' `generate` has prepared it.
         streamer: is given each step's tokens.
-        model_kwargs: the attention mask, if there is padding, and an `EnsembleCache`.
+        model_kwargs: the attention mask, if there is padding, and a cache of the mixture's.
 
     Returns:
         int64 [B, length + steps]; rows that have ended are padded.
@@ -217,7 +218,7 @@ def fused_sample(
         length = getattr(generation_config, "_mask_length", None) or input_ids.shape[1]
         mask = input_ids.new_ones(len(input_ids), length)
     decoder = MixtureDecoder(
-        model,
+        mixture,
         input_ids,
         mask,
         ops.draw_seeds(len(input_ids), input_ids.device),
@@ -226,7 +227,6 @@ def fused_sample(
     )
     pad = generation_config._pad_token_tensor
     running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    names = model.row_names(len(input_ids))
     while bool(running.any()):
         logits = decoder.logits()
         choice = decoder.choose(logits)

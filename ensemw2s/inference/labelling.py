@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from ensemw2s.ensemble.model import TokenEnsemble
+    from ensemw2s.models.mixture import ExpertMixture
 
 
 # An expert that gives a token more than half of its probability has it as its argmax, whatever the rest is.
 _AGREES = 0.5
 
 
-def require_room(ensemble: TokenEnsemble, prompts: Dataset, max_new_tokens: int) -> None:
+def require_room(ensemble: ExpertMixture, prompts: Dataset, max_new_tokens: int) -> None:
     """Raise ValueError, naming the question, if a prompt and its answer do not fit the experts' context together."""
     window = ensemble.config.max_position_embeddings
     for row in prompts if window is not None else ():
@@ -56,7 +56,7 @@ def require_room(ensemble: TokenEnsemble, prompts: Dataset, max_new_tokens: int)
 
 @one_at_a_time("output_file")
 def label_questions(
-    ensemble: TokenEnsemble,
+    ensemble: ExpertMixture,
     questions: Dataset,
     processing_class: PreTrainedTokenizerBase,
     *,
@@ -188,7 +188,7 @@ def label_questions(
 
 
 def _description(
-    ensemble: TokenEnsemble,
+    ensemble: ExpertMixture,
     questions: Dataset,
     processing_class: PreTrainedTokenizerBase,
     question_format: QuestionFormat,
@@ -257,7 +257,7 @@ def _answered(
 
 @torch.no_grad()
 def _label_batch(
-    ensemble: TokenEnsemble,
+    ensemble: ExpertMixture,
     questions: Dataset,
     prompts: Dataset,
     batch: list[int],
@@ -320,7 +320,7 @@ def _label_batch(
         }
 
 
-def require_probabilities(ensemble: TokenEnsemble) -> None:
+def require_probabilities(ensemble: ExpertMixture) -> None:
     """Raise ValueError unless the ensemble's distribution has a loss."""
     if ensemble.config.combine == "vote":
         raise ValueError(
@@ -333,7 +333,7 @@ def require_probabilities(ensemble: TokenEnsemble) -> None:
 
 
 def top_tokens(
-    ensemble: TokenEnsemble, expert_logits: Sequence[Tensor], count: int, temperature: float = 1.0
+    ensemble: ExpertMixture, expert_logits: Sequence[Tensor], count: int, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Return the mixture's likeliest tokens: ids int32 [..., count], log-probabilities float32 [..., count], falling.
 

@@ -22,9 +22,8 @@ from tqdm.auto import tqdm
 from ensemw2s import ops
 from ensemw2s.data.batches import AnswerCollator, next_token_mask
 from ensemw2s.data.tokens import answer_lengths, check_examples
-from ensemw2s.ensemble.model import TokenEnsemble
 from ensemw2s.models.heads import CHUNK_ELEMENTS, gives_the_logits, only_positions, output_head, own_head, states_before
-from ensemw2s.models.mixture import damaged, expert_names, refuse_damaged, repeat_rows
+from ensemw2s.models.mixture import ExpertMixture, damaged, expert_names, is_mixture, refuse_damaged, repeat_rows
 from ensemw2s.ops import TokenScores
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.meter import count
@@ -87,7 +86,7 @@ def score_answers(
             which and the row.
         ValueError: no examples, a missing column, or an answer without tokens; names the row.
     """
-    if isinstance(model, TokenEnsemble):
+    if is_mixture(model):
         weights = {"ensemble": list(model.config.expert_weights)}
         return score_mixtures(
             model,
@@ -106,7 +105,7 @@ def score_answers(
 
 
 def score_mixtures(
-    ensemble: TokenEnsemble,
+    ensemble: ExpertMixture,
     examples: Dataset,
     mixtures: Mapping[str, Sequence[float]],
     *,
@@ -206,7 +205,7 @@ class _ModelRun:
             return list(output_head(model)(rows))
 
 
-def _expert_runs(ensemble: TokenEnsemble, used: Sequence[int]) -> list[_ModelRun]:
+def _expert_runs(ensemble: ExpertMixture, used: Sequence[int]) -> list[_ModelRun]:
     """Return one run for LoRA experts on one base, or one per expert."""
     experts = ensemble.experts
     stacked = experts.selected(used).stacked()

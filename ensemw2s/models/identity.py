@@ -21,7 +21,7 @@ from ensemw2s.runtime.fingerprint import digest_values, plain
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ensemw2s.ensemble.experts import AdapterExperts, Experts
+    from ensemw2s.models.mixture import ExpertModels
 
 
 # Where a model was loaded from and by which version says nothing of what it computes.
@@ -65,13 +65,13 @@ def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]], *more: Any) -> s
     return digest.hexdigest()
 
 
-def describe_experts(experts: Experts) -> dict[str, Any]:
+def describe_experts(experts: ExpertModels) -> dict[str, Any]:
     """Return what decides the distributions of T experts: `experts`, a hash for each, and that of a shared `base`.
 
     By content: neither where they lie nor how they are called plays a part, nor whether they were saved and loaded.
     """
     if experts.kind == "adapters":
-        return _describe_adapters(experts)  # type: ignore[arg-type]
+        return _describe_adapters(experts)
     found = []
     for index in range(len(experts)):
         with experts.expert(index) as model:
@@ -79,7 +79,7 @@ def describe_experts(experts: Experts) -> dict[str, Any]:
     return {"base": None, "experts": found}
 
 
-def _describe_adapters(experts: AdapterExperts) -> dict[str, Any]:
+def _describe_adapters(experts: Any) -> dict[str, Any]:
     plain_model = experts.base.get_base_model()
     # Those that put a prompt in front have none.
     prefix = getattr(experts.base.base_model, "prefix", "\0")

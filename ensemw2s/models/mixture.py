@@ -2,19 +2,161 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self, TypeGuard, TypeVar
 
 import torch
-from transformers import DynamicCache
+from torch import nn
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig
 
 from ensemw2s.models.loading import CACHE
 from ensemw2s.runtime.meter import count
 
+Result = TypeVar("Result")
 
-class _Alone:
-    """One causal language model with as much of a `TokenEnsemble`'s face as is needed here."""
+
+class MixtureConfig(Protocol):
+    """How the distributions of T models become one."""
+
+    @property
+    def expert_weights(self) -> Sequence[float]:
+        """T non-negative numbers, not normalised."""
+
+    @property
+    def combine(self) -> str:
+        """One of `ops.checks.COMBINES`: "prob", "logprob" or "vote"."""
+
+
+class Mixture(Protocol):
+    """What may be asked of T causal language models over one vocabulary of V tokens, B texts at a time."""
+
+    @property
+    def num_experts(self) -> int:
+        """Return T."""
+
+    @property
+    def config(self) -> MixtureConfig:
+        """Return the weights and how they are used."""
+
+    @property
+    def device(self) -> torch.device:
+        """Return where token ids are wanted."""
+
+    def snapshot(self) -> Self:
+        """Return the mixture as it is now: what is added later is not in it."""
+
+    def mixture_weights(self, device: torch.device | None = None) -> torch.Tensor:
+        """Return the weights as float32 [T] on `device`, not normalised."""
+
+    def new_cache(self) -> Cache:
+        """Return an empty cache for all T models, which has B rows once they have read something."""
+
+    def expert_logits(
+        self,
+        indices: Iterable[int],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        *,
+        position_ids: torch.Tensor,
+        cache: Any,
+        last_only: bool,
+    ) -> list[torch.Tensor]:
+        """Run the models `indices` and return the logits of each, [B, L, V], or [B, 1, V] with `last_only`.
+
+        Args:
+            indices: which models, from 0.
+            input_ids: int64 [B, L], what the models have not seen yet.
+            attention_mask: int64 [B, past + L].
+            position_ids: int64 [B, L].
+            cache: what `new_cache` returned; it grows by L.
+            last_only: whether to compute logits of the last position alone.
+        """
+
+
+class StackedExperts(Protocol):
+    """T experts that run as one model on T batches of rows, one expert's after the other's."""
+
+    @property
+    def base(self) -> nn.Module:
+        """Return the model that carries them."""
+
+    @property
+    def count(self) -> int:
+        """Return T."""
+
+    def model(self) -> AbstractContextManager[nn.Module]:
+        """Within the block, the yielded module takes the stacked rows."""
+
+
+class ExpertModels(Protocol):
+    """The T models of a mixture, each by itself."""
+
+    @property
+    def kind(self) -> str:
+        """Return "adapters" (on one base) or "models"."""
+
+    def __len__(self) -> int:
+        """Return T."""
+
+    def expert(self, index: int) -> AbstractContextManager[nn.Module]:
+        """Within the block, the yielded module runs as expert `index`; do not change it."""
+
+    def carrier(self, index: int) -> nn.Module:
+        """Return the model that carries expert `index`: itself, or the base that its adapter is on."""
+
+    def expert_config(self, index: int) -> PreTrainedConfig:
+        """Return the model configuration of expert `index`."""
+
+    def selected(self, indices: Sequence[int]) -> ExpertModels:
+        """Return the named experts, sharing their weights with these."""
+
+    def stacked(self) -> StackedExperts | None:
+        """Return all experts as one model, or None where each has to run by itself."""
+
+    def map(self, run: Callable[[nn.Module, int], Result], indices: Sequence[int]) -> list[Result]:
+        """Return `run(expert, index)` for some experts."""
+
+
+class ExpertMixture(Mixture, Protocol):
+    """A mixture that also gives its experts, one by one, and says how its texts are decoded: a `TokenEnsemble`."""
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Return what a `MixtureConfig` has, and the `vocab_size` and `max_position_embeddings` of all."""
+
+    @property
+    def experts(self) -> ExpertModels:
+        """Return the T experts."""
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """Return how texts are decoded where nothing else is said."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the weights of all experts."""
+
+    def expert_logits(
+        self,
+        indices: Iterable[int],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        positions: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Any = None,
+        last_only: bool = False,
+    ) -> list[torch.Tensor]:
+        """Return logits as `Mixture` does; with `positions` (bool [B, L]), [n, V] at its n true entries."""
+
+
+class OneModel:
+    """One causal language model as a mixture of one.
+
+    Args:
+        model: the model, in evaluation mode.
+    """
 
     num_experts = 1
 
@@ -28,26 +170,41 @@ class _Alone:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.config = self.Config()
-        self.device = next(model.parameters()).device
+        self.device: torch.device = next(model.parameters()).device
+
+    def snapshot(self) -> Self:
+        """Return the mixture itself, to which nothing is ever added."""
+        return self
+
+    def mixture_weights(self, device: torch.device | None = None) -> torch.Tensor:
+        """Return float32 [1]."""
+        return torch.ones(1, device=device)
 
     def new_cache(self) -> DynamicCache:
+        """Return an empty cache for the model."""
         return DynamicCache(config=self.model.config)
 
     def expert_logits(
         self,
-        indices: Sequence[int],
+        indices: Iterable[int],
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         *,
         position_ids: torch.Tensor,
-        cache: DynamicCache,
+        cache: Any,
         last_only: bool,
     ) -> list[torch.Tensor]:
+        """Run the model; see `Mixture.expert_logits`."""
         kept = 1 if last_only else 0
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache, "use_cache": True}
         logits = self.model(input_ids=input_ids, logits_to_keep=kept, **inputs).logits
         count(self.model, input_ids, attention_mask, logits.shape[:-1].numel())
         return [logits]
+
+
+def is_mixture(model: Any) -> TypeGuard[ExpertMixture]:
+    """Return whether a model is a mixture whose experts can be asked one by one."""
+    return hasattr(model, "expert_logits")
 
 
 def repeat_rows(inputs: Mapping[str, Any], copies: int) -> dict[str, Any]:

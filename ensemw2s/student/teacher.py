@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from ensemw2s.ensemble.model import TokenEnsemble
+    from ensemw2s.models.mixture import ExpertMixture
 
 
 # Predictions at answer tokens: hidden states in front of a linear head, or logits where the head is something else
@@ -69,7 +69,7 @@ class LiveTeacher:
         ValueError: `combine="vote"`, which has no loss.
     """
 
-    def __init__(self, ensemble: TokenEnsemble) -> None:
+    def __init__(self, ensemble: ExpertMixture) -> None:
         require_probabilities(ensemble)
         self.ensemble = ensemble = ensemble.snapshot()
         self.stacked = ensemble.experts.stacked()
@@ -158,7 +158,7 @@ class LiveTeacher:
 
 
 def cache_teacher(
-    ensemble: TokenEnsemble,
+    ensemble: ExpertMixture,
     answers: Dataset,
     processing_class: PreTrainedTokenizerBase,
     *,

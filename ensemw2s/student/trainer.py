@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedTokenizerBase
 
-    from ensemw2s.ensemble.model import TokenEnsemble
+    from ensemw2s.models.mixture import ExpertMixture
 
 
 Variant = Literal["sft", "soft", "confidence"]
@@ -139,7 +139,7 @@ class StudentTrainer:
         question_format: QuestionFormat | None = None,
         model_init_kwargs: Mapping[str, Any] | None = None,
         description: str = "training student",
-        teacher: TokenEnsemble | None = None,
+        teacher: ExpertMixture | None = None,
     ) -> None:
         self.args = args
         if peft_config is not None:

@@ -19,7 +19,8 @@ from ensemw2s.data.tokens import tokenize_questions
 from ensemw2s.experiments.config import build_config
 from ensemw2s.experiments.experiment import Experiment
 from ensemw2s.inference.choices import score_choice_mixtures, score_choices
-from ensemw2s.inference.decoding import Sampling
+from ensemw2s.inference.decoding import MixtureDecoder, Sampling
+from ensemw2s.models.mixture import OneModel
 from ensemw2s.runtime.files import read_array
 from ensemw2s.student.answers import usable_answers
 from tests.experiments.test_experiment import records_of, settings
@@ -344,3 +345,16 @@ def test_an_experiment_with_choices_is_judged_by_likelihood(tmp_path: Path) -> N
     labels = [json.loads(line) for line in (run / "labels" / "ensemble.jsonl").read_text().splitlines()]
     assert all(label["answer"] in label["choices"] for label in labels)
     assert "Exact OOD, %" in (run / "report.html").read_text()
+
+
+def test_one_model_is_decoded_as_a_mixture_of_one() -> None:
+    model = llama(0)
+    prompts = torch.randint(3, 20, (2, 5), generator=torch.Generator().manual_seed(0))
+    decoder = MixtureDecoder(OneModel(model), prompts, torch.ones_like(prompts), torch.arange(2), Sampling())
+    for _ in range(4):
+        choice = decoder.step()
+        logits = model(input_ids=prompts).logits[:, -1]
+        assert choice.tokens.equal(logits.argmax(-1))
+        torch.testing.assert_close(choice.log_probs, logits.log_softmax(-1).amax(-1))
+        prompts = torch.cat([prompts, choice.tokens[:, None]], dim=1)
+        decoder.append(choice.tokens)
