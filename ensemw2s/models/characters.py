@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ensemw2s.data.characters import TASKS, draw_letters
 from ensemw2s.data.tokens import IGNORED
-from ensemw2s.models.loading import cached_model
+from ensemw2s.models.model_cache import cached_model
 
 _CLUTTER = "aceopqrstvwxyz "
 _LONGEST_CLUTTER = 8

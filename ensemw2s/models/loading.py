@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ensemw2s.models.model_cache import cached_model
 from ensemw2s.models.saved import (
     HUB_ACCESS,
     HUB_VERSION,
@@ -31,42 +30,12 @@ from ensemw2s.models.saved import (
     require_whole,
     short,
 )
-from ensemw2s.runtime.files import cache_folder, new_folder
 
 # What this transformers calls the argument and the output that hold a cache: 5.24 renamed both.
 CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values"))
 # What configurations call the number of positions that a model was made for.
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _LAYER_RANGE = re.compile(r"^(\d+)(?:-(\d+))?$")
-
-
-def cached_model(name: str, make: Callable[[Path], None]) -> Path:
-    """Return the folder `name` of the model cache, which `make` fills on first use; what is there is only read.
-
-    Raises:
-        DiskFullError: the disk is full.
-        OSError: the folder is not there yet and cannot be written.
-    """
-    folder = cache_folder() / name
-    if is_there(folder, "the model cache"):
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes may want the model at once: one makes it, the others wait for it.
-        with FileLock(folder.with_name(f".{name}.lock")):
-            if not folder.exists():
-                with new_folder(folder) as aside:
-                    make(aside)
-    except OSError as error:
-        if error.errno not in _NOT_WRITABLE:
-            raise
-        raise OSError(
-            error.errno,
-            f"the model cache {folder.parent} does not hold {name} yet and cannot be written ({error.strerror}): set "
-            "ENSEMW2S_CACHE to a folder that can be",
-        ) from error
-    return folder
 
 
 def load_model(

@@ -17,7 +17,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from ensemw2s.data.tokens import tokenize_questions
-from ensemw2s.models import loading
+from ensemw2s.models import loading, model_cache
 from ensemw2s.models.loading import load_model, load_tokenizer, parse_layers, thin_layers
 from tests.faults.folders import as_nobody
 from tests.tiny import FORMAT, gpt2, llama, saved_model, tokenizer
@@ -285,7 +285,7 @@ def test_a_read_only_disk_with_a_filled_cache(tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patched:
         for name in ("mkdir", "touch", "rename", "replace", "unlink"):
             patched.setattr(Path, name, refuse)
-        patched.setattr(loading, "FileLock", refuse)
+        patched.setattr(model_cache, "FileLock", refuse)
         assert torch.equal(logits(load_model("package:carries_one")), logits(llama(0)))
         with pytest.raises(
             OSError, match=r"does not hold package-carries_two yet .*Read-only file system.|ENSEMW2S_CACHE"
@@ -296,7 +296,7 @@ def test_a_read_only_disk_with_a_filled_cache(tmp_path: Path, monkeypatch: pytes
 def test_others_may_read_what_the_cache_is_filled_with(empty_cache: Path) -> None:
     before = os.umask(0o022)
     try:
-        folder = loading.cached_model("made", lambda aside: llama(0).save_pretrained(aside))
+        folder = model_cache.cached_model("made", lambda aside: llama(0).save_pretrained(aside))
     finally:
         os.umask(before)
     assert {oct(file.stat().st_mode & 0o777) for file in folder.iterdir()} == {"0o644"}
