@@ -17,7 +17,7 @@ help:
 	@echo "make study       the cells that docs/results/ lacks (STUDY=small_pair|..., JOBS=2, MINUTES=60: a piece of it)"
 	@echo "make results     docs/results.md and its plots, from those records"
 	@echo "make test        the test suite            make test-slow    with the slow tests"
-	@echo "make lint        ruff, mypy, clang-format, the site   make format  rewrite in the house style"
+	@echo "make lint        ruff, mypy, import-linter, clang-format, the site   make format  rewrite in the house style"
 	@echo "make docs        the documentation site, in site/"
 	@echo "make benchmarks  kernel benchmarks         make check-wheel  build and try wheel and sdist"
 	@echo "make gpu-check   build, test and measure on the GPU of this machine, if it has one"
@@ -77,6 +77,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	git ls-files $(CPP_FILES) | xargs $(BIN)/clang-format --dry-run --Werror
 	$(MKDOCS) --strict --site-dir build/site
 

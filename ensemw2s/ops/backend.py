@@ -217,6 +217,5 @@ def build_info() -> dict[str, str]:
     info = {"compiled": "no" if _WHY_MISSING else "yes", "triton": "yes" if find_spec("triton") else "no"}
     if _WHY_MISSING:
         return {**info, "reason": _WHY_MISSING}
-    from ensemw2s import _host
-
-    return {**info, "compiler": _host.compiler(), "instruction_set": _host.instruction_set()}
+    host = import_module("ensemw2s._host")
+    return {**info, "compiler": host.compiler(), "instruction_set": host.instruction_set()}
