@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _HOME = {
     "BoostingConfig": "boosting.config",
     "BoostingTrainer": "boosting.trainer",
-    "EnsembleConfig": "ensemble.model",
+    "EnsembleConfig": "ensemble.config",
     "TokenEnsemble": "ensemble.model",
     "StudentConfig": "student.trainer",
     "StudentTrainer": "student.trainer",
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ensemw2s.data.questions import split_questions as split_questions
     from ensemw2s.data.tokens import QuestionFormat as QuestionFormat
     from ensemw2s.data.tokens import tokenize_questions as tokenize_questions
-    from ensemw2s.ensemble.model import EnsembleConfig as EnsembleConfig
+    from ensemw2s.ensemble.config import EnsembleConfig as EnsembleConfig
     from ensemw2s.ensemble.model import TokenEnsemble as TokenEnsemble
     from ensemw2s.experiments.rating import rate_difficulty as rate_difficulty
     from ensemw2s.inference.scoring import score_answers as score_answers

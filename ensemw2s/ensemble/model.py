@@ -7,7 +7,6 @@ The next-token distribution is a mixture of the experts' (EnsemW2S, section "wea
 from __future__ import annotations
 
 import copy
-import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,6 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
@@ -28,32 +26,21 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ensemw2s import ops
 from ensemw2s.ensemble.cache import EnsembleCache
+from ensemw2s.ensemble.config import EnsembleConfig
 from ensemw2s.ensemble.experts import AdapterExperts, Experts, ModelExperts, context_lengths
-from ensemw2s.ensemble.model_card import model_card
+from ensemw2s.ensemble.saving import load_parts, read_record, save_ensemble
 from ensemw2s.ensemble.stacked import StackedAdapters
-from ensemw2s.inference.decoding import Sampling, fused_sample, require_tokenizer, require_valid
+from ensemw2s.inference.decoding import Sampling, fused_sample, require_valid
 from ensemw2s.inference.labelling import label_questions
-from ensemw2s.models.base_reference import arguments, check_base, found, settled, stored
+from ensemw2s.models.base_reference import check_base, settled
 from ensemw2s.models.heads import only_positions, own_head
-from ensemw2s.models.loading import CACHE, load_model, load_saved_model
+from ensemw2s.models.loading import CACHE, load_model
 from ensemw2s.models.mixture import repeat_rows
-from ensemw2s.models.own_files import own_files, whole
 from ensemw2s.models.saved import (
-    HUB_ACCESS,
-    HUB_VERSION,
-    MODEL_WEIGHTS,
-    check_links,
-    check_tokens,
-    expert_folders,
-    local_folder,
-    read_generation_config,
-    read_settings,
     require_one_dtype,
-    require_whole,
-    short,
 )
 from ensemw2s.models.sharing import turn_of
-from ensemw2s.runtime.files import write_json
+from ensemw2s.ops.checks import COMBINES
 from ensemw2s.runtime.meter import count
 
 if TYPE_CHECKING:
@@ -62,63 +49,10 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
 
-COMBINE = ("prob", "logprob", "vote")
-RECORD_FILE = "boosting.json"
 # What transformers passes to every model's forward and an ensemble has no use for.
 _NOT_NEEDED = ("return_dict", "cache_position")
-_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What the argument that holds a cache is called, by transformers from 5.24 on and before.
 _CACHE_NAMES = ("cache", "past_key_values")
-
-
-class EnsembleConfig(PreTrainedConfig):
-    """Configuration of a `TokenEnsemble`.
-
-    Attributes:
-        expert_weights: T positive floats, the boosting weights a_t (natural-log units); normalised when used.
-        combine: "prob", "logprob" or "vote" (method, phase 2).
-        kind: "adapters" (on one base model) or "models".
-        base: for adapters, where the base model comes from: `source`, and perhaps `keep_layers` and `dtype` as in
-            `loading.load_model`; None if its weights are saved with the ensemble.
-
-    Raises:
-        ValueError: any other key in `base`, or a value that cannot be meant.
-    """
-
-    model_type = "ensemw2s"
-
-    def __init__(
-        self,
-        expert_weights: Sequence[float] = (),
-        combine: str = "prob",
-        kind: str = "adapters",
-        base: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.expert_weights = [float(weight) for weight in expert_weights]
-        self.combine = combine
-        self.kind = kind
-        self.base = check_base(base, "EnsembleConfig")
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> EnsembleConfig:
-        """Return the configuration that a saved ensemble's `config.json` holds.
-
-        Raises:
-            ValueError: a key that no ensemble saves, or a value that is none of its; names both and the file.
-        """
-        _check_settings(config_dict, str(Path(kwargs.get("name_or_path") or "") / "config.json"))
-        return super().from_dict(config_dict, **kwargs)
-
-    @classmethod
-    def of(cls, experts: Experts, **settings: Any) -> EnsembleConfig:
-        """Describe `experts`: vocabulary and special tokens of the first one, the shortest context of all."""
-        first = experts.expert_config(0).get_text_config(decoder=True)
-        shared: dict[str, Any]
-        shared = {name: getattr(first, name, None) for name in ("vocab_size", *_SPECIAL_TOKENS)}
-        shared["max_position_embeddings"] = min(context_lengths(experts).values(), default=None)
-        return cls(kind=experts.kind, is_decoder=True, tie_word_embeddings=False, **shared, **settings)
 
 
 class TokenEnsemble(PreTrainedModel, GenerationMixin):
@@ -577,24 +511,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             PermissionError: the folder cannot be written.
             ValueError: `processing_class` knows tokens that the experts do not.
         """
-        if processing_class is not None:
-            require_tokenizer(self, processing_class)
-        config = copy.deepcopy(self.config)
-        config.base = stored(config.base, Path(save_directory).expanduser())
-        _check_settings(json.loads(config.to_json_string()), "the ensemble's config")
-        options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-        with own_files(save_directory, "ensemble") as folder:
-            config.save_pretrained(folder)
-            self.generation_config.save_pretrained(folder)
-            for index in range(self.num_experts):
-                self.experts.save_expert(index, folder / "experts" / str(index + 1), **options)
-            if isinstance(self.experts, AdapterExperts) and self.config.base is None:
-                self.experts.save_base(folder / "base", **options)
-            if processing_class is not None:
-                processing_class.save_pretrained(folder)
-            if record is not None:
-                write_json(folder / RECORD_FILE, record)
-            (folder / "README.md").write_text(model_card(self, record), encoding="utf-8")
+        save_ensemble(self, save_directory, processing_class, record, max_shard_size)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Upload the ensemble; see `transformers.PreTrainedModel.push_to_hub`.
@@ -638,37 +555,12 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             ValueError: weights or settings that are damaged, settings that are the caller's to make, or a number of
                 expert weights other than that of the experts saved; names file and key, or the expert.
         """
-        if (model_init_kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path"):
-            raise ValueError(
-                f"{pretrained_model_name_or_path} holds an adapter_config.json beside an ensemble: delete it"
-            )
-        hub = {name: model_init_kwargs.pop(name) for name in HUB_VERSION if name in model_init_kwargs}
-        hub |= {name: model_init_kwargs[name] for name in HUB_ACCESS if name in model_init_kwargs}
-        folder = local_folder(pretrained_model_name_or_path, subfolder, hub)
-        files = whole(folder)
-        check_links(files)
-        # transformers' own classes read the settings themselves, from files that may not count any more.
-        if config is None or (files != folder and config._name_or_path == str(pretrained_model_name_or_path)):
-            settings = read_settings(files / "config.json", "the ensemble")
-            config = EnsembleConfig.from_dict(settings, name_or_path=str(files))
-        folders = expert_folders(files, len(config.expert_weights))
-        experts: Experts
-        if config.kind == "models":
-            experts = _load_models(folders, model_init_kwargs)
-        else:
-            source = model_init_kwargs.pop("source", None)
-            if source is None:
-                config.base = found(config.base, folder)
-            else:
-                config.base = settled(check_base({**(config.base or {}), "source": source}, "from_pretrained"))
-            experts = AdapterExperts(_load_base(config.base, folder, model_init_kwargs), folders)
-        _check_described(config, experts, files)
+        config, experts, generation_config = load_parts(
+            pretrained_model_name_or_path, config, subfolder, model_init_kwargs
+        )
         ensemble = cls(config, experts)
-        if (files / "generation_config.json").exists():
-            described = {"vocab_size": config.vocab_size}
-            ensemble.generation_config = read_generation_config(
-                files / "generation_config.json", "the ensemble", described
-            )
+        if generation_config is not None:
+            ensemble.generation_config = generation_config
         return ensemble
 
     @staticmethod
@@ -678,10 +570,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         Raises:
             FileNotFoundError, OSError, ValueError: there is none, it cannot be read, or it is damaged.
         """
-        file = whole(Path(save_directory)) / RECORD_FILE
-        if not file.exists():
-            raise FileNotFoundError(f"{save_directory} has no {RECORD_FILE}: the ensemble was saved without a record")
-        return read_settings(file, "the ensemble's record")
+        return read_record(save_directory)
 
     def _check_prompt(self, prompt: torch.Tensor, mask: torch.Tensor | None, cache: EnsembleCache | None) -> None:
         """Raise ValueError for a prompt that the experts cannot read, or that leaves nothing to read or to write."""
@@ -753,64 +642,6 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         return min(lengths, key=lengths.__getitem__) + 1
 
 
-def _load_models(folders: Sequence[Path], model_init_kwargs: Mapping[str, Any]) -> ModelExperts:
-    owners = [f"expert {number} of {len(folders)}" for number in range(1, len(folders) + 1)]
-    for path, owner in zip(folders, owners, strict=True):
-        require_whole(path, MODEL_WEIGHTS, owner)
-    models = [load_saved_model(path, owner, **model_init_kwargs) for path, owner in zip(folders, owners, strict=True)]
-    require_one_dtype(models, range(1, len(models) + 1))
-    return ModelExperts(models)
-
-
-def _load_base(base: Mapping[str, Any] | None, folder: Path, model_init_kwargs: Mapping[str, Any]) -> PreTrainedModel:
-    """Load the base model of the ensemble in `folder`: the one that it refers to, or its own."""
-    if base is None:
-        return load_saved_model(whole(folder) / "base", "the experts' base model", **model_init_kwargs)
-    try:
-        return load_model(**{**arguments(base, model_init_kwargs), **model_init_kwargs})
-    except (FileNotFoundError, ImportError, ValueError) as error:
-        raise type(error)(f"{folder / 'config.json'}: the experts' base model cannot be had: {error}") from error
-
-
-# What an ensemble's `config.json` holds: the keys of ours, and those that transformers gives every configuration.
-_OURS = ("expert_weights", "combine", "kind", "base", "vocab_size", "max_position_embeddings", *_SPECIAL_TOKENS)
-_EVERY = {"is_decoder", "tie_word_embeddings", "use_cache", "torch_dtype", *PreTrainedConfig().to_dict()}
-
-
-def _check_settings(settings: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError for settings that no ensemble saves; `where` begins the message."""
-    unknown = sorted(map(str, settings.keys() - {*_OURS, *_EVERY}))
-    if unknown:
-        raise ValueError(f"{where}: {short(unknown[0])} is no setting of an ensemble: delete it, or pass it yourself")
-    checks = {
-        "model_type": lambda value: value == EnsembleConfig.model_type,
-        "expert_weights": lambda value: isinstance(value, list) and all(map(_is_weight, value)),
-        "combine": lambda value: value in COMBINE,
-        "kind": lambda value: value in ("adapters", "models"),
-        "vocab_size": lambda value: type(value) is int and value > 0,
-        "max_position_embeddings": lambda value: value is None or (type(value) is int and value > 0),
-    }
-    for key, is_good in checks.items():
-        if key in settings and not is_good(settings[key]):
-            raise ValueError(f"{where}: {key} cannot be {short(settings[key])}")
-    for key in _SPECIAL_TOKENS:
-        check_tokens(key, settings.get(key), settings, where)
-    check_base(settings.get("base"), where)
-
-
-def _is_weight(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < float("inf")
-
-
-def _check_described(config: EnsembleConfig, experts: Experts, folder: Path) -> None:
-    """Raise ValueError for a configuration that promises more than the experts hold."""
-    own = EnsembleConfig.of(experts)
-    for key in ("vocab_size", "max_position_embeddings"):
-        says, has = getattr(config, key, None), getattr(own, key)
-        if has is not None and (says is None or says > has or (key == "vocab_size" and says != has)):
-            raise ValueError(f"{folder / 'config.json'}: {key} is {short(says)}, but the experts' is {has}: correct it")
-
-
 def _longest(input_ids: torch.Tensor, mask: torch.Tensor | None) -> int:
     """Return the number of tokens of the longest row, padding left out."""
     return input_ids.shape[1] if mask is None else int(mask.sum(1).max())
@@ -877,8 +708,8 @@ def _check(expert_weights: Sequence[float], combine: str, num_experts: int) -> N
     bad = [weight for weight in expert_weights if not 0 < weight < float("inf")]
     if bad:
         raise ValueError(f"expert_weights must be positive and finite, got {bad[0]}: leave such an expert out")
-    if combine not in COMBINE:
-        raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {combine!r}")
+    if combine not in COMBINES:
+        raise ValueError(f"combine must be one of {', '.join(COMBINES)}, got {combine!r}")
 
 
 def _generation_config(experts: Experts) -> GenerationConfig:
