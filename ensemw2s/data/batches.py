@@ -12,6 +12,11 @@ from torch.utils.data import Sampler
 from ensemw2s.data.tokens import IGNORED
 
 
+def by_length(lengths: Sequence[int]) -> list[int]:
+    """Return the places of all rows, the shortest first; rows of one length stay in their order."""
+    return sorted(range(len(lengths)), key=lengths.__getitem__)
+
+
 class LengthBucketSampler(Sampler[int]):
     """An order of rows in which neighbours of one batch have similar lengths, for little padding.
 

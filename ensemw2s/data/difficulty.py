@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ensemw2s.data.questions import check_disjoint, check_questions, question_key
+from ensemw2s.runtime.fingerprint import digest_json
 from ensemw2s.runtime.values import check_number, is_finite_number, shown, shown_names
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def assign_folds(questions: Dataset, folds: int, seed: int = 0) -> np.ndarray:
 
 def random_rank(seed: int, *text: str) -> str:
     """Return a key whose order is random and depends on the seed and the text alone."""
-    return hashlib.blake2b(json.dumps(["difficulty", seed, *text]).encode(), digest_size=16).hexdigest()
+    return digest_json(["difficulty", seed, *text])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import hashlib
 import io
 import json
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ensemw2s.data.known_datasets import binary_question, from_schema
+from ensemw2s.runtime.fingerprint import digest_json
 from ensemw2s.runtime.parsing import parse_json, read_text, require_file
 from ensemw2s.runtime.values import LARGEST, shown, shown_names
 
@@ -412,7 +412,7 @@ def check_choices(dataset: Dataset, name: str) -> None:
 
 
 def _content_id(*parts: str) -> str:
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+    return digest_json(parts, 8)
 
 
 def _numbered(ids: Sequence[str]) -> list[str]:

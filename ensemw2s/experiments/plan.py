@@ -27,7 +27,7 @@ import torch
 from peft import get_peft_model
 
 from ensemw2s.boosting.config import BoostingConfig
-from ensemw2s.data.batches import LengthBucketSampler, PromptCollator
+from ensemw2s.data.batches import LengthBucketSampler, PromptCollator, by_length
 from ensemw2s.data.difficulty import assign_folds
 from ensemw2s.data.tokens import answer_lengths, tokenize_prompts, tokenize_questions
 from ensemw2s.ensemble.model import TokenEnsemble
@@ -185,7 +185,7 @@ def _training_order(
 
 def scoring_work(lengths: Sequence[int], answers: Sequence[int], batch_size: int) -> Work:
     """Return the work of scoring given answers once, in the batches of `ensemw2s.inference.scoring`."""
-    order = np.argsort(lengths, kind="stable")
+    order = by_length(lengths)
     total = Work()
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -204,7 +204,7 @@ def decoding_work(
         batch_size: questions decoded together.
         max_new_tokens: the most tokens of an answer.
     """
-    order = sorted(range(len(prompts)), key=lambda i: (prompts[i], i))
+    order = by_length(prompts)
     reading, writing, steps = Work(), Work(), 0
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
@@ -530,7 +530,7 @@ class _Planner:
             if count > 1:
                 mixtures |= {f"expert {t}": np.eye(count)[t].tolist() for t in range(count)} | {"same": [1.0] * count}
             examples = self._examples("test_ood", model)
-            order = np.argsort([len(ids) for ids in examples["input_ids"]])
+            order = by_length([len(ids) for ids in examples["input_ids"]])
             score_mixtures(ensemble, examples.select(order[:2]), mixtures, pad_token_id=tokenizer.eos_token_id)
             longest = examples.select(order[-_SCORING_BATCH:])
             paces: list[float] = []
@@ -550,7 +550,7 @@ class _Planner:
         prompts = [len(prompt) for prompt in ids]
         _, answers = self._lengths("unlabelled", self.config.weak)
         reading, writing, steps = decoding_work(prompts, answers, settings.batch_size, settings.max_new_tokens)
-        batch = sorted(range(len(ids)), key=lambda i: (prompts[i], i))[-settings.batch_size :]
+        batch = by_length(prompts)[-settings.batch_size :]
         ensemble = self._ensemble(self.config.weak, count)
         inputs = PromptCollator(tokenizer.eos_token_id)([{"input_ids": ids[i]} for i in batch])
         decoder = MixtureDecoder(
@@ -578,7 +578,7 @@ class _Planner:
             tokenizer = self.weak_tokenizer
             questions = self.trial._questions("unlabelled")
             rows = tokenize_choices(questions, tokenizer, self.format)
-        order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt), i))
+        order = by_length([len(row.prompt) for row in rows])
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         task = _Task.of(choosing_work(rows, batches), self.weak.infers, count)
         ensemble = self._ensemble(self.config.weak, count)

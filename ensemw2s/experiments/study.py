@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import multiprocessing
 import os
 import threading
@@ -25,6 +23,7 @@ from ensemw2s.experiments.config import ExperimentConfig, build_config, check_fo
 from ensemw2s.runtime.accounts import enter_growing, is_ours
 from ensemw2s.runtime.claims import Kind, claim_shared, held_file
 from ensemw2s.runtime.files import read_json_lines, write_json_lines
+from ensemw2s.runtime.fingerprint import digest_json
 from ensemw2s.runtime.values import check_number, shown, shown_names
 
 # What a study keeps of a cell's records: kind -> fields, None for all. Of the rounds it keeps a summary, a kind of its
@@ -115,8 +114,7 @@ class Cell:
     @property
     def key(self) -> str:
         """Return a hash of what decides the cell's results."""
-        text = json.dumps(self.config.results_key(), sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return digest_json(self.config.results_key(), 8)
 
 
 class Study:
@@ -314,7 +312,7 @@ def _kept(cell: Cell, records: Sequence[Mapping[str, Any]]) -> list[dict[str, An
 
 def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a hash of all of a cell's records, by which they are known to be whole."""
-    return hashlib.blake2b(json.dumps(rows, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return digest_json(rows, 8)
 
 
 def _start_worker() -> None:

@@ -20,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ensemw2s import ops
-from ensemw2s.data.batches import PromptCollator
+from ensemw2s.data.batches import PromptCollator, by_length
 from ensemw2s.data.questions import check_choices, warn_of_unknown
 from ensemw2s.data.tokens import QuestionFormat, answer_with_end, fitted_prompt
 from ensemw2s.models.mixture import Mixture, OneModel, damaged, expert_names, is_mixture, refuse_damaged
@@ -245,7 +245,7 @@ def batches_of_choices(rows: Sequence[_Question], batch_size: int) -> Iterator[l
     check_number("batch_size", batch_size, whole=True)
     batch: list[int] = []
     size = 0
-    for i in sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt), i)):
+    for i in by_length([len(row.prompt) for row in rows]):
         if batch and size + len(rows[i].choices) > batch_size:
             yield batch
             batch, size = [], 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import glob
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ensemw2s.runtime.files import append_json_lines, write_json, write_json_lines
+from ensemw2s.runtime.fingerprint import digest_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -83,7 +83,7 @@ def read_labels(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     lines = _Lines.of(Path(path))
     description = _description_beside(Path(path))
-    rows = lines.checked(None if description is None else _digest(description))
+    rows = lines.checked(None if description is None else digest_json(description))
     return [unpacked_row(row) for row in rows]
 
 
@@ -115,7 +115,7 @@ class LabelFile:
         if self.path.is_dir():
             raise ValueError(f"output_file {self.path} is a folder: name a file in it")
         mine = json.loads(json.dumps({"kind": _KIND, **self.describe()}))
-        digest = _digest(mine)
+        digest = digest_json(mine)
         files = [self.path, *self._others()]
         read = [_Lines.of(file) for file in files]
         theirs = _description_beside(self.path)
@@ -197,13 +197,8 @@ def _description_beside(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def _digest(description: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(description, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
 def _with_check(row: Mapping[str, Any], digest: str) -> dict[str, Any]:
-    text = json.dumps([digest, row], sort_keys=True)
-    return {**row, _CHECK: hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
+    return {**row, _CHECK: digest_json([digest, row], 8)}
 
 
 def _cut(path: Path, torn: int) -> None:

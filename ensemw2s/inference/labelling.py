@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ensemw2s import ops
-from ensemw2s.data.batches import PromptCollator
+from ensemw2s.data.batches import PromptCollator, by_length
 from ensemw2s.data.tokens import QuestionFormat, end_tokens, require_readable, tokenize_prompts
 from ensemw2s.inference.choices import choose_answers, tokenize_choices
 from ensemw2s.inference.decoding import (
@@ -28,7 +28,7 @@ from ensemw2s.inference.label_files import TOP_COLUMNS, LabelFile, packed_row, u
 from ensemw2s.models.identity import describe_experts, digest_tokenizer
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.claims import one_at_a_time
-from ensemw2s.runtime.fingerprint import digest_columns, digest_values
+from ensemw2s.runtime.fingerprint import digest_columns, digest_json
 from ensemw2s.runtime.values import check_number
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def label_questions(
         return choose_answers(ensemble, questions, choices, batch, processing_class)
 
     require_distinct(prompts["id"])
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]["input_ids"]), i))
+    order = by_length([len(ids) for ids in prompts["input_ids"]])
     # Batches are cut before finished rows are left out, so that a continued run meets the same batches.
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     file = None if output_file is None else LabelFile(Path(output_file), describe, questions)
@@ -204,7 +204,7 @@ def _description(
         "questions": digest_columns(questions, columns),
         "format": asdict(question_format),
         "tokenizer": digest_tokenizer(processing_class),
-        "prompt_tokens": digest_values(tokens),
+        "prompt_tokens": digest_json([tokens]),
     }
     if decoding:
         sampling = decoding["sampling"]

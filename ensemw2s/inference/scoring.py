@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ensemw2s import ops
-from ensemw2s.data.batches import AnswerCollator, next_token_mask
+from ensemw2s.data.batches import AnswerCollator, by_length, next_token_mask
 from ensemw2s.data.tokens import answer_lengths, check_examples
 from ensemw2s.models.heads import CHUNK_ELEMENTS, gives_the_logits, only_positions, output_head, own_head, states_before
 from ensemw2s.models.mixture import ExpertMixture, damaged, expert_names, is_mixture, refuse_damaged, repeat_rows
@@ -234,7 +234,7 @@ def _score(
     check_examples(examples, description or "the answers to score")
     lengths = answer_lengths(examples)
     # Rows of similar length share a batch, so that little is spent on padding; results go back by position.
-    order = np.argsort([len(ids) for ids in examples["input_ids"]], kind="stable")
+    order = by_length([len(ids) for ids in examples["input_ids"]])
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     rows = np.concatenate([np.empty(0, dtype=np.int64), *processes.share(batches)])
     bar = description if processes.is_main() else None

@@ -8,8 +8,6 @@ weak-to-strong experiments are about.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import string
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ensemw2s.data.characters import TASKS, draw_letters
 from ensemw2s.data.tokens import IGNORED
 from ensemw2s.models.model_cache import cached_model
+from ensemw2s.runtime.fingerprint import digest_json
 
 _CLUTTER = "aceopqrstvwxyz "
 _LONGEST_CLUTTER = 8
@@ -87,8 +86,7 @@ def scratch_folder(name: str) -> Path:
 
 
 def _digest(recipe: _Recipe) -> str:
-    text = json.dumps([_VERSION, asdict(recipe)], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    return digest_json([_VERSION, asdict(recipe)], 4)
 
 
 def _make_tokenizer() -> PreTrainedTokenizerFast:

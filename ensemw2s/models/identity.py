@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ensemw2s.runtime.files import digest_of_files
-from ensemw2s.runtime.fingerprint import digest_values, plain
+from ensemw2s.runtime.fingerprint import digest_json, plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,7 +121,7 @@ def digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     decoder = json.loads(backend.to_str())["decoder"] if backend is not None else type(tokenizer).__name__
     special = tokenizer.eos_token_id, sorted(tokenizer.all_special_ids)
-    return digest_values(sorted(tokenizer.get_vocab().items()), special, decoder)
+    return digest_json([sorted(tokenizer.get_vocab().items()), special, decoder])
 
 
 def computes(model: Any) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ensemw2s.runtime.fingerprint import digest_json
+
 ACCOUNT = "ensemw2s.files.jsonl"
 # The files by which a folder is ours are named with this: account, lock and markers.
 RESERVED = "ensemw2s."
@@ -115,7 +117,7 @@ def enter(path: Path_, made: Path) -> str:
         replaced = [old for old, written in entries(owner).items() if old.startswith(f"{own}/") and written]
         rows |= {old: {"replaced": True} for old in replaced if old not in rows}
         append_whole(owner / ACCOUNT, (json.dumps({"file": name, **values}) for name, values in rows.items()))
-    return hashlib.blake2b(json.dumps(found, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return digest_json(found)
 
 
 def enter_growing(path: Path_) -> None:

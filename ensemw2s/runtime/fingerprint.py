@@ -30,9 +30,10 @@ def digest_examples(examples: Dataset) -> str:
     return digest_columns(examples, ["input_ids", "prompt_length"])
 
 
-def digest_values(*values: Any) -> str:
-    """Name values of JSON by a hash."""
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
+def digest_json(value: Any, size: int = 16) -> str:
+    """Name a value by a hash of `size` bytes; JSON or `plain` knows all that is in it, and no order of keys counts."""
+    text = json.dumps(value, sort_keys=True, default=plain)
+    return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
 
 
 def plain(value: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,7 +13,7 @@ from filelock import FileLock
 from ensemw2s.runtime import accounts, processes
 from ensemw2s.runtime.claims import Kind, claim_shared
 from ensemw2s.runtime.files import new_folder
-from ensemw2s.runtime.fingerprint import plain
+from ensemw2s.runtime.fingerprint import digest_json
 
 _KIND = Kind("store", "a store", files=(), setting="store", alone=True)
 
@@ -44,7 +42,7 @@ class Store:
         Raises:
             ValueError: what the store keeps under the key is damaged, or its folder holds files that are not ours.
         """
-        kept = self.folder / _hash(key)
+        kept = self.folder / digest_json(key)
         if processes.on_main(self._is_there, kept, target):
             return
         processes.on_main(accounts.promise, target, kept.name)
@@ -71,11 +69,6 @@ class Store:
             # Two runs may have made the same.
             with FileLock(_KIND.lock(self.folder)):
                 _link(target, kept)
-
-
-def _hash(key: Any) -> str:
-    text = json.dumps(key, sort_keys=True, default=plain)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _link(source: Path, target: Path) -> None:
