@@ -50,7 +50,7 @@ study: $(READY)
 	done
 
 results: $(READY)
-	$(BIN)/ensemw2s report --markdown docs/results.md
+	$(BIN)/python docs/refresh_tables.py docs/results.md
 	for study in small_pair real real_confirm; do \
 		$(BIN)/ensemw2s report docs/results/$$study.jsonl --plot docs/results/$$study.svg || exit 1; \
 	done

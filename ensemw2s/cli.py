@@ -36,7 +36,7 @@ EXAMPLES = """examples:
   ensemw2s boost examples/reverse_words.yaml && ensemw2s label run/reverse_words
   ensemw2s report run/reverse_words run/as_published --output both.html
   ensemw2s report run/words_seed_0 run/words_seed_1 run/words_seed_2
-  ensemw2s report docs/results/study.jsonl --plot docs/study.svg --markdown README.md
+  ensemw2s report docs/results/study.jsonl --plot docs/study.svg
   accelerate launch --num_processes 2 -m ensemw2s run examples/reverse_words.yaml
 
 exit codes:
@@ -209,12 +209,12 @@ def _parser() -> argparse.ArgumentParser:
     study.set_defaults(command=_study)
 
     report = commands.add_parser(
-        "report", help="write the HTML report of runs or of a study, a plot of its comparisons, tables in Markdown",
+        "report", help="write the HTML report of runs or of a study, or a plot of its comparisons",
         description="Report on runs and studies. Runs with the same settings but for task, questions and seed are "
         "pooled; others stand side by side. The page is written unless --plot is all that is asked of the paths.",
     )  # fmt: skip
     report.add_argument(
-        "paths", nargs="*", type=_text, metavar="PATH", help="folders of runs, or .jsonl files of studies"
+        "paths", nargs="+", type=_text, metavar="PATH", help="folders of runs, or .jsonl files of studies"
     )
     report.add_argument(
         "--output",
@@ -222,12 +222,6 @@ def _parser() -> argparse.ArgumentParser:
         help="the HTML file (default: report.html in the first run's folder, or beside the first study)",
     )
     report.add_argument("--plot", type=_text, metavar="FILE", help="draw the comparisons to this .svg or .png file")
-    report.add_argument(
-        "--markdown",
-        type=_text,
-        metavar="FILE",
-        help="refresh the tables of this Markdown file, which names its own records",
-    )
     report.set_defaults(command=_report)
 
     env = commands.add_parser("env", help="versions, compiled features, devices: what a bug report needs")
@@ -259,6 +253,7 @@ def _run(options: argparse.Namespace) -> None:
     from ensemw2s.experiments.experiment import PHASES, Experiment
     from ensemw2s.report.tables import results_table
     from ensemw2s.runtime import processes
+    from ensemw2s.runtime.records import RESULTS_FILE, parse_records
 
     quiet_libraries()
     console = _console()
@@ -270,8 +265,8 @@ def _run(options: argparse.Namespace) -> None:
     records = experiment.run(options.phases or PHASES)
     if processes.is_main():
         if options.phases is None or "evaluate" in options.phases:
-            console.print(results_table(records))
-        console.print(f"results: {experiment.folder / 'results.jsonl'}")
+            console.print(results_table(parse_records(records)))
+        console.print(f"results: {experiment.folder / RESULTS_FILE}")
     processes.end()
 
 
@@ -303,25 +298,17 @@ def _console() -> Console:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from ensemw2s.report.markdown import refresh_tables
     from ensemw2s.report.page import write_forest_plot, write_report
+    from ensemw2s.runtime.records import REPORT_FILE
 
-    if not options.paths and (options.output or options.plot or not options.markdown):
-        raise ValueError("report needs a PATH, a run's folder or a study's .jsonl file (--markdown alone needs none)")
     if options.plot:
         write_forest_plot(options.paths, options.plot)
         print(options.plot)
-    if options.paths and (options.output or not options.plot):
-        output = options.output or _default_page(Path(options.paths[0]))
+    if options.output or not options.plot:
+        first = Path(options.paths[0])
+        output = options.output or (first.with_suffix(".html") if first.suffix == ".jsonl" else first / REPORT_FILE)
         write_report(options.paths, output)
         print(output)
-    if options.markdown:
-        count = refresh_tables(options.markdown)
-        print(f"{options.markdown}: {count} table{'' if count == 1 else 's'} refreshed")
-
-
-def _default_page(path: Path) -> Path:
-    return path.with_suffix(".html") if path.suffix == ".jsonl" else path / "report.html"
 
 
 def _env(options: argparse.Namespace) -> None:

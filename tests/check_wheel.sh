@@ -43,3 +43,5 @@ print("wheel works:", build_info())
 PY
 "$work/venv/bin/python" -m ensemw2s --help > /dev/null
 "$work/venv/bin/ensemw2s" --help > /dev/null
+"$work/venv/bin/ensemw2s" report "$root/docs/results/real_ablation.jsonl" --output "$work/page.html"
+grep -q "Declared comparisons" "$work/page.html"

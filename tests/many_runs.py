@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr
 
-from ensemw2s.report.records import answers_text, questions_digest
+from ensemw2s.report.pool import Pool, pool_runs
 from ensemw2s.report.statistics import accuracy
+from ensemw2s.runtime.records import answers_text, parse_records, questions_digest
 
 # True accuracies (ID, OOD) of each arm before the task's own ease is added.
 SKILL = {
@@ -56,6 +57,7 @@ def study_records(
                     records += answer_records(answers, digest, task=task, seed=s, arm=arm, split=split)
         for s in range(seeds):
             records += [cost_record(arm, task=task, seed=s) for arm in skill]
+            records += [pgr_record(arm, task=task, seed=s) for arm in skill if arm.startswith("student")]
     study = {
         "kind": "study",
         "name": "small_pair",
@@ -81,6 +83,17 @@ def cost_record(arm: str, **place: Any) -> dict[str, Any]:
         "kind": "cost", **place, "arm": arm, "train_seconds": 10 * size, "train_tokens": 1000 * size,
         "train_flops": 1e12 * size, "inference_seconds": size, "inference_tokens": 100, "inference_flops": 1e11 * size,
     }  # fmt: skip
+
+
+def pgr_record(arm: str, **place: Any) -> dict[str, Any]:
+    """Return a student's share of the gap as a run leaves it, which a pool works out anew."""
+    return {"kind": "pgr", **place, "arm": arm, "split": "ood", "value": None, "low": None, "high": None,
+            "defined": False}  # fmt: skip
+
+
+def pool_of(records: Sequence[Mapping[str, Any]]) -> Pool:
+    """Return the pool of records that were read as JSON."""
+    return pool_runs(parse_records(records))
 
 
 def outcomes(records: Sequence[Mapping[str, Any]], arm: str, split: str) -> dict[str, np.ndarray]:

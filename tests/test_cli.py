@@ -71,28 +71,25 @@ def test_a_phase_alone_needs_the_ones_before(tmp_path: Path, capsys: pytest.Capt
     assert "run data first" in capsys.readouterr().err
 
 
-def test_a_study_is_reported_drawn_and_tabled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_is_reported_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = tmp_path / "pair.jsonl"
     write_json_lines(study, study_records(seeds=2, n=10))
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- records: pair.jsonl; table: differences -->\n<!-- end -->\n")
     assert main(["report", str(study)]) == 0
     assert (tmp_path / "pair.html").exists()
     assert main(["report", str(study), "--plot", str(tmp_path / "a.svg")]) == 0
     assert main(["report", str(study), "--plot", str(tmp_path / "a.svg"), "--output", str(tmp_path / "b.html")]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"pair.jsonl", "README.md", "pair.html", "a.svg", "b.html"}
-    assert main(["report", "--markdown", str(readme)]) == 0
-    assert "| Ensemble against deep ensemble |" in readme.read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"pair.jsonl", "pair.html", "a.svg", "b.html"}
     assert capsys.readouterr().out.split("\n") == [
-        str(tmp_path / "pair.html"), str(tmp_path / "a.svg"), str(tmp_path / "a.svg"), str(tmp_path / "b.html"),
-        f"{readme}: 1 table refreshed", "",
+        str(tmp_path / "pair.html"), str(tmp_path / "a.svg"), str(tmp_path / "a.svg"), str(tmp_path / "b.html"), "",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("words", [[], ["--plot", "a.svg"], ["--markdown", "a.md", "--output", "a.html"]])
+@pytest.mark.parametrize("words", [[], ["--plot", "a.svg"], ["--output", "a.html"]])
 def test_a_report_of_nothing_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", *words]) == 2
-    assert "report needs a PATH, a run's folder or a study's .jsonl file" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["report", *words])
+    assert stop.value.code == 2
+    assert "the following arguments are required: PATH" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_told_in_words(

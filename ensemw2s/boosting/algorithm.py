@@ -43,7 +43,6 @@ __all__ = [
     "fit_mixture_weights",
     "initial_weights",
     "loss_weights",
-    "mix_uniform",
     "prior_error",
     "tempered_shrinkage",
     "unit_index",
@@ -160,26 +159,6 @@ def initial_weights(num_units: int, out: NDArray[np.float64] | None = None) -> N
     result = _result(out, num_units)
     result[:] = 1.0 / num_units
     return result
-
-
-def mix_uniform(weights: ArrayLike, uniform_mix: float) -> NDArray[np.float64]:
-    """Blend the weights with the uniform distribution: `(1 - m) D + m / N` [choice; the paper has m = 0].
-
-    A unit's weight in the loss is then at least `m` times what it is under uniform weights, so that an
-    expert keeps learning the easy tokens after a sharp update.
-
-    Args:
-        weights: float64 `[N]`, summing to 1.
-        uniform_mix: `m` in [0, 1).
-
-    Returns:
-        float64 `[N]`, summing to 1; a new array.
-
-    Raises:
-        ValueError: weights that are no distribution, or `uniform_mix` outside [0, 1).
-    """
-    distribution = _distribution(weights)
-    return _mixed(distribution, uniform_mix)(slice(None))
 
 
 def _mixed(distribution: NDArray[np.float64], uniform_mix: float) -> _WeightsOf:
@@ -585,7 +564,9 @@ def loss_weights(
             `draw_fraction * N` different units, drawn by the mixed weights (`draw_without_replacement`) [choice];
             `"reweight"`: `N` times the mixed weights, no randomness [choice]; and two baselines that ignore `weights`:
             `"bagging"`, counts of N uniform draws, and `"all"`, 1 everywhere (a deep ensemble).
-        uniform_mix: `m` of `mix_uniform`; without effect on the baselines.
+        uniform_mix: `m` in [0, 1), which blends the weights with the uniform distribution, `(1 - m) D + m / N` [choice;
+            the paper has m = 0]: a unit's weight is then at least `m` times what it is under uniform weights, so that
+            an expert keeps learning the easy tokens after a sharp update. Without effect on the baselines.
         draw_fraction: the share of the units that `"without_replacement"` draws, in (0, 1].
         deduplicate: count a unit that was drawn several times once [choice: False].
         method: how to draw, see `draw_counts`.

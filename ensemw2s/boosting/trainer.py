@@ -27,6 +27,7 @@ from ensemw2s.runtime.claims import Kind, claimed, description_of
 from ensemw2s.runtime.files import map_array, new_array, read_array, read_json, write_array, write_json
 from ensemw2s.runtime.fingerprint import digest_questions
 from ensemw2s.runtime.meter import Ledger, total
+from ensemw2s.runtime.records import QUANTILE_LEVELS, IdentityRecord, RoundRecord
 from ensemw2s.runtime.store import Store
 from ensemw2s.training.checkpoints import discard_checkpoints
 from ensemw2s.training.fine_tune import PRESENTATION
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-WEIGHT_QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 # An expert no better than the prior is trained once more with a fresh seed before boosting stops (invariant 4).
 ATTEMPTS = 2
 # More rounds go on from the ones there are.
@@ -266,11 +266,11 @@ class BoostingTrainer:
     def _attempt(self, number: int, attempt: int) -> dict[str, Any]:
         folder = self._attempt_folder(number, attempt)
         with Ledger(folder / "costs.jsonl").running() as costs:
-            record = self._judged(number, attempt)
-            return {**record, "seconds": processes.on_main(costs.total)["seconds"]}
+            judged = self._judged(number, attempt)
+            return RoundRecord(**judged, seconds=processes.on_main(costs.total)["seconds"]).to_json()
 
     def _judged(self, number: int, attempt: int) -> dict[str, Any]:
-        """Train the expert of an attempt and return its record."""
+        """Train the expert of an attempt and return the fields of its record, but for the time it took."""
         folder = self._attempt_folder(number, attempt)
         weights = self._weights(number)
         self._train_expert(number, attempt)
@@ -284,7 +284,7 @@ class BoostingTrainer:
         spread = processes.on_main(self._next_weights, number, losses, update, accepted)
         validate = accepted and self.args.validate_rounds
         return {
-            "kind": "round", "round": number, "attempt": attempt, "error": error, "prior_error": prior_error,
+            "round": number, "attempt": attempt, "error": error, "prior_error": prior_error,
             "expert_weight": expert_weight, "clamped": clamped, "accepted": accepted,
             "num_units": self.num_units, **spread, "num_processes": processes.count(),
             "validation": self._validate(number, folder, expert_weight) if validate else None,
@@ -302,11 +302,11 @@ class BoostingTrainer:
                     step = self.args.step(following, losses, update)
                     self.args.update(following, losses, update, step, out=updated)
             following = self._weights(number + 1)
-        quantiles = algorithm.weight_quantiles(following, WEIGHT_QUANTILES)
+        quantiles = algorithm.weight_quantiles(following, QUANTILE_LEVELS)
         return {
             "shrinkage": step,
             "effective_sample_size": algorithm.effective_sample_size(following),
-            "weight_quantiles": {str(q): float(v) for q, v in zip(WEIGHT_QUANTILES, quantiles, strict=True)},
+            "weight_quantiles": {str(q): float(v) for q, v in zip(QUANTILE_LEVELS, quantiles, strict=True)},
         }
 
     # Experts
@@ -507,9 +507,8 @@ def closing_identity(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]
             wrong = read_array(file.parent / "losses.npy")
             factor = np.exp(record["shrinkage"] * record["expert_weight"]) * record["error"]
             gap = abs(algorithm.weighted_error(after, wrong) - factor / (factor + 1 - record["error"]))
-        checks.append({
-            "kind": "identity", "round": number, "identity_gap": gap, "sum_gap": abs(float(after.sum()) - 1.0),
-        })  # fmt: skip
+        sum_gap = abs(float(after.sum()) - 1.0)
+        checks.append(IdentityRecord(round=number, identity_gap=gap, sum_gap=sum_gap).to_json())
     return checks
 
 

@@ -234,10 +234,6 @@ class QuestionFormat:
         rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         return PromptTokens.of(str(rendered), tokenizer, add_special_tokens=False)
 
-    def prompt_ids(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Return the token ids of a prompt."""
-        return self.prompt(prompt, tokenizer).ids
-
     def answer_ids(self, answer: str, tokenizer: PreTrainedTokenizerBase, prompt: str = "") -> list[int]:
         """Return the token ids of an answer behind its prompt, without the end token."""
         return self.prompt(prompt, tokenizer).followed_by(self.answer_prefix, answer)

@@ -10,8 +10,9 @@ from transformers import PreTrainedConfig
 
 from ensemw2s.ensemble.experts import Experts, context_lengths
 from ensemw2s.models.base_reference import check_base
-from ensemw2s.models.saved import check_tokens, short
+from ensemw2s.models.saved import check_tokens
 from ensemw2s.ops.checks import COMBINES
+from ensemw2s.runtime.values import shown
 
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -75,7 +76,7 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
     """Raise ValueError for settings that no ensemble saves; `where` begins the message."""
     unknown = sorted(map(str, settings.keys() - {*_OURS, *_EVERY}))
     if unknown:
-        raise ValueError(f"{where}: {short(unknown[0])} is no setting of an ensemble: delete it, or pass it yourself")
+        raise ValueError(f"{where}: {shown(unknown[0])} is no setting of an ensemble: delete it, or pass it yourself")
     checks = {
         "model_type": lambda value: value == EnsembleConfig.model_type,
         "expert_weights": lambda value: isinstance(value, list) and all(map(_is_weight, value)),
@@ -86,7 +87,7 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
     }
     for key, is_good in checks.items():
         if key in settings and not is_good(settings[key]):
-            raise ValueError(f"{where}: {key} cannot be {short(settings[key])}")
+            raise ValueError(f"{where}: {key} cannot be {shown(settings[key])}")
     for key in _SPECIAL_TOKENS:
         check_tokens(key, settings.get(key), settings, where)
     check_base(settings.get("base"), where)
@@ -102,4 +103,4 @@ def check_described(config: EnsembleConfig, experts: Experts, folder: Path) -> N
     for key in ("vocab_size", "max_position_embeddings"):
         says, has = getattr(config, key, None), getattr(own, key)
         if has is not None and (says is None or says > has or (key == "vocab_size" and says != has)):
-            raise ValueError(f"{folder / 'config.json'}: {key} is {short(says)}, but the experts' is {has}: correct it")
+            raise ValueError(f"{folder / 'config.json'}: {key} is {shown(says)}, but the experts' is {has}: correct it")

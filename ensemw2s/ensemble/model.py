@@ -28,7 +28,7 @@ from ensemw2s import ops
 from ensemw2s.ensemble.cache import EnsembleCache
 from ensemw2s.ensemble.config import EnsembleConfig
 from ensemw2s.ensemble.experts import AdapterExperts, Experts, ModelExperts, context_lengths
-from ensemw2s.ensemble.saving import load_parts, read_record, save_ensemble
+from ensemw2s.ensemble.saving import load_parts, save_ensemble
 from ensemw2s.ensemble.stacked import StackedAdapters
 from ensemw2s.inference.decoding import Sampling, fused_sample, require_valid
 from ensemw2s.inference.labelling import label_questions
@@ -562,15 +562,6 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         if generation_config is not None:
             ensemble.generation_config = generation_config
         return ensemble
-
-    @staticmethod
-    def read_record(save_directory: str | os.PathLike[str]) -> dict[str, Any]:
-        """Return the boosting record that was saved with the ensemble.
-
-        Raises:
-            FileNotFoundError, OSError, ValueError: there is none, it cannot be read, or it is damaged.
-        """
-        return read_record(save_directory)
 
     def _check_prompt(self, prompt: torch.Tensor, mask: torch.Tensor | None, cache: EnsembleCache | None) -> None:
         """Raise ValueError for a prompt that the experts cannot read, or that leaves nothing to read or to write."""

@@ -109,14 +109,6 @@ def load_parts(
     return config, experts, read_generation_config(file, "the ensemble", {"vocab_size": config.vocab_size})
 
 
-def read_record(save_directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the boosting record that was saved with an ensemble; see `TokenEnsemble.read_record`."""
-    file = whole(Path(save_directory)) / RECORD_FILE
-    if not file.exists():
-        raise FileNotFoundError(f"{save_directory} has no {RECORD_FILE}: the ensemble was saved without a record")
-    return read_settings(file, "the ensemble's record")
-
-
 def _load_models(folders: Sequence[Path], model_init_kwargs: Mapping[str, Any]) -> ModelExperts:
     owners = [f"expert {number} of {len(folders)}" for number in range(1, len(folders) + 1)]
     for path, owner in zip(folders, owners, strict=True):

@@ -22,9 +22,10 @@ from ensemw2s.data.questions import SOURCE_KINDS
 from ensemw2s.data.tokens import QuestionFormat
 from ensemw2s.models.adapters import check_peft_config
 from ensemw2s.models.loading import check_dtype
-from ensemw2s.report.arms import _TAKEN, CEILING, TRUTH
+from ensemw2s.report.arms import CEILING, TAKEN, TRUTH
 from ensemw2s.runtime.accounts import RESERVED, absolute
 from ensemw2s.runtime.parsing import MOST_BYTES, MOST_LEVELS, parse_json, parse_yaml, read_text, require_file
+from ensemw2s.runtime.records import CONFIG_FILE
 from ensemw2s.runtime.values import (
     LARGEST,
     IdleSettingError,
@@ -318,7 +319,7 @@ def read_settings(
         raise ValueError("the name of the configuration is empty: give a YAML or JSON file, or the folder of a run")
     path = Path(path)
     folder = _run_folder(path)
-    path = path if folder is None else folder / "config.json"
+    path = path if folder is None else folder / CONFIG_FILE
     require_file(path, "give a YAML or JSON file, or the folder of an earlier run")
     settings = _parse_with_base(path)
     if folder is not None:
@@ -343,7 +344,7 @@ def read_settings(
 
 def _run_folder(path: Path) -> Path | None:
     """Return the folder of a run that `path` is, or whose own configuration it is; None if it is a file of a user's."""
-    if path.name == "config.json" and (path.parent / f"{RESERVED}run.json").is_file():
+    if path.name == CONFIG_FILE and (path.parent / f"{RESERVED}run.json").is_file():
         path = path.parent
     if not path.is_dir():
         return None
@@ -437,7 +438,7 @@ def _check_sizes(sizes: Mapping[str, Any]) -> None:
 
 
 def _check_ensemble(config: ExperimentConfig, arm: str, own: Any) -> None:
-    _check_arm(arm, own, "ensembles", _TAKEN)
+    _check_arm(arm, own, "ensembles", TAKEN)
     _check_settings(own, BoostingConfig, f"ensembles.{arm}.", _settable(BoostingConfig))
     with _named(f"ensembles.{arm}.", BoostingConfig, own):
         config.ensemble_config(arm, config.folder)
@@ -472,7 +473,7 @@ def _check_arm(arm: str, own: Any, section: str, taken: Sequence[str]) -> None:
 
 
 def _check_student(config: ExperimentConfig, arm: str, own: Any) -> None:
-    _check_arm(arm, own, "students", [name for name in _TAKEN if name != CEILING] + list(config.ensembles))
+    _check_arm(arm, own, "students", [name for name in TAKEN if name != CEILING] + list(config.ensembles))
     single = ["single_expert", *(["equal_cost"] if config.equal_cost else [])]
     teachers = [*single, "ensemble", *config.ensembles, TRUTH]
     if own.get("teacher") not in teachers:

@@ -31,15 +31,31 @@ from ensemw2s.inference.choices import ChoiceScores, score_choice_mixtures, scor
 from ensemw2s.inference.label_files import read_labels
 from ensemw2s.inference.scoring import AnswerScores, score_answers, score_mixtures
 from ensemw2s.models.loading import load_model, load_tokenizer
-from ensemw2s.report.arms import CEILING, TRUTH
-from ensemw2s.report.page import write_report
-from ensemw2s.report.records import POOLED_KINDS, answers_text, questions_digest
-from ensemw2s.report.statistics import accuracy, exact_match, performance_gap_recovered, token_error
+from ensemw2s.report.arms import BASELINE, CEILING, TRUTH
+from ensemw2s.report.statistics import accuracy, exact_match, pooled_gap_recovered, token_error
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.accounts import check, entered
 from ensemw2s.runtime.claims import Kind, claimed
 from ensemw2s.runtime.files import digest_of_files, read_json, read_json_lines, settle, write_json, write_json_lines
 from ensemw2s.runtime.meter import Ledger, measured, peak_memory, total
+from ensemw2s.runtime.records import (
+    CONFIG_FILE,
+    POOLED_KINDS,
+    REPORT_FILE,
+    RESULTS_FILE,
+    TEST_SPLITS,
+    AnswersRecord,
+    ArmRecord,
+    BestExpertRecord,
+    CostRecord,
+    EnvironmentRecord,
+    LabelsRecord,
+    PgrRecord,
+    PhaseRecord,
+    QuestionsRecord,
+    answers_text,
+    questions_digest,
+)
 from ensemw2s.runtime.store import Store
 from ensemw2s.student.answers import check_same_tokenizer
 from ensemw2s.student.trainer import StudentTrainer, load_trained
@@ -47,12 +63,12 @@ from ensemw2s.training.checkpoints import discard_checkpoints
 from ensemw2s.training.trainer import on_device
 
 PHASES = ("data", "boost", "label", "student", "evaluate", "report")
-TEST_SPLITS = {"validation": "validation", "id": "test_id", "ood": "test_ood"}
-RESULTS_FILE = "results.jsonl"
+# The names of splits in records, and those of their files.
+MEASURED_SPLITS = {"validation": "validation", "id": "test_id", "ood": "test_ood"}
 # All that a run keeps in its folder.
 RUN = Kind("run", "a run", (
-    "config.json", "data", "difficulty", "records", "boosting", "ensembles", "ensemble", "labels", "students", "scores",
-    "store", RESULTS_FILE, "report.html",
+    CONFIG_FILE, "data", "difficulty", "records", "boosting", "ensembles", "ensemble", "labels", "students", "scores",
+    "store", RESULTS_FILE, REPORT_FILE,
 ), setting="name or output_dir", alone=True)  # fmt: skip
 
 
@@ -111,7 +127,7 @@ class Experiment:
                 self._costs = Ledger(self.folder / "records" / f"{phase}.costs.jsonl")
                 with peak_memory(), self._costs.running():
                     records = getattr(self, f"_{phase}")()
-                    records.append({"kind": "phase", "phase": phase, **processes.on_main(self._costs.total)})
+                    records.append(PhaseRecord(phase=phase, **processes.on_main(self._costs.total)).to_json())
                 processes.on_main(write_json_lines, self._records_file(phase), map(self._of_this_run, records))
             processes.on_main(self._collect_results)
         return read_json_lines(self.folder / RESULTS_FILE)
@@ -168,7 +184,7 @@ class Experiment:
             kept = [column for column in columns if column in split.column_names]
             write_json_lines(self._data_file(name), list(split.select_columns(kept)))
         self.say("questions: " + ", ".join(f"{name} {len(splits[name])}" for name in SPLITS))
-        return records + [{"kind": "questions", "split": name, "n": len(splits[name])} for name in SPLITS]
+        return records + [QuestionsRecord(split=name, n=len(splits[name])).to_json() for name in SPLITS]
 
     def _boost(self) -> list[dict[str, Any]]:
         records = []
@@ -212,11 +228,12 @@ class Experiment:
             processes.on_main(settle, file)
             right = float(exact_match(answers["answer"], truth).mean())
             self.say(f"{teacher} answered {len(answers)} hard questions, {right:.1%} of them right")
-            records.append({
-                "kind": "labels", "teacher": teacher, "accuracy": right, "n": len(answers),
-                "confidence": float(np.mean(answers["confidence"])), "agreement": float(np.mean(answers["agreement"])),
-                **{name: spent[name] for name in ("seconds", "tokens", "flops")},
-            })  # fmt: skip
+            confidence, agreement = (float(np.mean(answers[name])) for name in ("confidence", "agreement"))
+            took = {name: spent[name] for name in ("seconds", "tokens", "flops")}
+            record = LabelsRecord(
+                teacher=teacher, accuracy=right, n=len(answers), confidence=confidence, agreement=agreement, **took
+            )
+            records.append(record.to_json())
         return records
 
     def _student(self) -> list[dict[str, Any]]:
@@ -240,15 +257,17 @@ class Experiment:
         scores["best_expert"], inference["best_expert"] = scores[best], inference[best]
         order = self._table_order(scores)
         records = [record for arm in order for record in self._arm_records(arm, scores[arm])]
-        records.append({"kind": "best_expert", "arm": best})
+        records.append(BestExpertRecord(arm=best).to_json())
         records += self._recovered(scores)
         records += [self._cost(arm, inference[arm]) for arm in order]
         return [*records, environment()]
 
     def _report(self) -> None:
         self._collect_results()
-        write_report([self.folder], self.folder / "report.html")
-        self.say(f"report: {self.folder / 'report.html'}")
+        from ensemw2s.report.page import write_report
+
+        write_report([self.folder], self.folder / REPORT_FILE)
+        self.say(f"report: {self.folder / REPORT_FILE}")
 
     # Training and teachers
 
@@ -351,7 +370,7 @@ class Experiment:
         model, tokenizer = load(config), load_tokenizer(config.source)
         outcomes = {}
         with measured() as spent:
-            for split, name in TEST_SPLITS.items():
+            for split, name in MEASURED_SPLITS.items():
                 shown: dict[str, Any] = {"description": f"{arm}: {split}"}
                 answers = score_answers(
                     model, self._examples(name, tokenizer), pad_token_id=tokenizer.eos_token_id, **shown
@@ -370,7 +389,7 @@ class Experiment:
         tokenizer = self._weak_tokenizer()
         outcomes: dict[str, dict[str, Any]] = {arm: {} for arm in mixtures}
         with measured() as spent:
-            for split, name in TEST_SPLITS.items():
+            for split, name in MEASURED_SPLITS.items():
                 shown: dict[str, Any] = {"description": f"experts and ensembles: {split}", "combine": combine}
                 answers = score_mixtures(
                     ensemble, self._examples(name, tokenizer), mixtures, pad_token_id=tokenizer.eos_token_id, **shown
@@ -433,30 +452,27 @@ class Experiment:
     def _arm_records(self, arm: str, splits: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
         for split, outcome in splits.items():
-            shared = {"arm": arm, "split": split}
             wrong, correct = outcome["token_wrong"], outcome["correct"]
             estimates = {"accuracy": accuracy(np.array(correct, dtype=bool)), "token_error": token_error(wrong)}
             if outcome["by_likelihood"]:
                 estimates["exact_match"] = accuracy(np.array([not any(bits) for bits in wrong]))
-            for metric, estimate in estimates.items():
-                records.append({
-                    "kind": "arm", **shared, "metric": metric, **estimate._asdict(), "n": len(correct),
-                })  # fmt: skip
-            ids = self._questions(TEST_SPLITS[split])["id"]
-            records.append({
-                "kind": "answers", **shared, "correct": answers_text(correct), "questions": questions_digest(ids),
-            })  # fmt: skip
+            for metric, (value, error) in estimates.items():
+                record = ArmRecord(
+                    arm=arm, split=split, metric=metric, value=value, standard_error=error, n=len(correct)
+                )
+                records.append(record.to_json())
+            text, digest = answers_text(correct), questions_digest(self._questions(MEASURED_SPLITS[split])["id"])
+            records.append(AnswersRecord(arm=arm, split=split, correct=text, questions=digest).to_json())
         return records
 
     def _recovered(self, scores: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         records = []
         for arm in self.config.students if CEILING in self.config.students else ():
-            for split in ("id", "ood"):
-                weak, student, ceiling = (
-                    np.array(scores[name][split]["correct"], dtype=bool) for name in ("single_expert", arm, CEILING)
-                )
-                gap = performance_gap_recovered(weak, student, ceiling, seed=self.config.seed)
-                records.append({"kind": "pgr", "arm": arm, "split": split, **dataclasses.asdict(gap)})
+            for split in TEST_SPLITS:
+                # A single run is a pool of one task.
+                arms = [{self.config.name: scores[name][split]["correct"]} for name in (BASELINE, arm, CEILING)]
+                gap = pooled_gap_recovered(*arms, seed=self.config.seed)
+                records.append(PgrRecord(arm=arm, split=split, **dataclasses.asdict(gap)).to_json())
         return records
 
     def _cost(self, arm: str, inference: Mapping[str, Any]) -> dict[str, Any]:
@@ -467,11 +483,9 @@ class Experiment:
             training = self._student_cost(arm)
         elif trained_as in self.expert_arms():
             training = self._boosting_cost(trained_as)
-        return {
-            "kind": "cost", "arm": arm,
-            **{f"train_{name}": value for name, value in training.items()},
-            **{f"inference_{name}": value for name, value in inference.items()},
-        }  # fmt: skip
+        spent = {f"train_{name}": value for name, value in training.items()}
+        spent |= {f"inference_{name}": value for name, value in inference.items()}
+        return CostRecord(arm=arm, **spent).to_json()
 
     def _table_order(self, scores: Mapping[str, Any]) -> list[str]:
         experts = sorted((arm for arm in scores if arm.startswith("expert_")), key=lambda arm: int(arm.split("_")[1]))
@@ -496,7 +510,7 @@ class Experiment:
         return self.config.task or self.config.name
 
     def _keep_config(self) -> None:
-        file = self.folder / "config.json"
+        file = self.folder / CONFIG_FILE
         if not file.exists():
             own = {"name": self.config.name, "output_dir": self.config.output_dir}
             write_json(file, {**own, **self._description()})
@@ -587,17 +601,16 @@ def environment() -> dict[str, Any]:
     """Return what ran: versions, machine, threads, and the backend behind each op."""
     packages = ("ensemw2s", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {
-        "kind": "environment",
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "processes": processes.count(),
-        "backends": {op: ops.backend_for(op, device) for op in ("mixture_log_probs", "mixture_sample")},
-        "build": ops.build_info(),
-    }
+    return EnvironmentRecord(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        versions={name: importlib.metadata.version(name) for name in packages},
+        device=device,
+        threads=torch.get_num_threads(),
+        processes=processes.count(),
+        backends={op: ops.backend_for(op, device) for op in ("mixture_log_probs", "mixture_sample")},
+        build=ops.build_info(),
+    ).to_json()
 
 
 def _outcomes(answers: AnswerScores, choices: ChoiceScores | None) -> dict[str, Any]:

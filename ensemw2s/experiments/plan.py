@@ -32,7 +32,7 @@ from ensemw2s.data.difficulty import assign_folds
 from ensemw2s.data.tokens import answer_lengths, tokenize_prompts, tokenize_questions
 from ensemw2s.ensemble.model import TokenEnsemble
 from ensemw2s.experiments.config import ExperimentConfig, ModelConfig
-from ensemw2s.experiments.experiment import TEST_SPLITS, Experiment
+from ensemw2s.experiments.experiment import MEASURED_SPLITS, Experiment
 from ensemw2s.inference.choices import batches_of_choices, score_choice_mixtures, tokenize_choices
 from ensemw2s.inference.decoding import MixtureDecoder, Sampling
 from ensemw2s.inference.scoring import score_mixtures
@@ -448,7 +448,7 @@ class _Planner:
     def _test_work(self, model: ModelConfig, ways: int = 1) -> Work:
         """Return the work of one model on all test questions, choices being scored in several ways."""
         total = Work()
-        for split in TEST_SPLITS.values():
+        for split in MEASURED_SPLITS.values():
             total += scoring_work(*self._lengths(split, model), _SCORING_BATCH)
             if self.with_choices:
                 rows = tokenize_choices(self.trial._questions(split), self._tokenizer(model), self.format)

@@ -121,7 +121,7 @@ class _Raters:
                 others, asked = (examples.select(np.flatnonzero(rows)) for rows in (~held_out, held_out))
                 found = self._rate_fold(others, asked, f"rating difficulty, fold {number + 1} of {folds}")
                 processes.on_main(write_json, file, found)
-                processes.on_main(discard_checkpoints, folder)
+            processes.on_main(discard_checkpoints, folder)
             difficulty[held_out] = read_json(file)["difficulty"]
         return difficulty
 

@@ -24,18 +24,27 @@ from ensemw2s.runtime.accounts import enter_growing, is_ours
 from ensemw2s.runtime.claims import Kind, claim_shared, held_file
 from ensemw2s.runtime.files import read_json_lines, write_json_lines
 from ensemw2s.runtime.fingerprint import digest_json
+from ensemw2s.runtime.records import (
+    TEST_SPLITS,
+    AnswersRecord,
+    ArmRecord,
+    CellRecord,
+    CostRecord,
+    EnvironmentRecord,
+    LabelsRecord,
+    PgrRecord,
+    PhaseRecord,
+    RoundRecord,
+    StudyRecord,
+)
 from ensemw2s.runtime.values import check_number, shown, shown_names
 
 # What a study keeps of a cell's records: kind -> fields, None for all. Of the rounds it keeps a summary, a kind of its
 # own: tables of rounds are for the report of one run.
 KEPT: dict[str, tuple[str, ...] | None] = {
-    "arm": None,
-    "answers": None,
-    "pgr": None,
-    "cost": None,
-    "labels": None,
+    **dict.fromkeys((kind.kind for kind in (ArmRecord, AnswersRecord, PgrRecord, CostRecord, LabelsRecord)), None),
     "mixture": ("arm", "num_experts", "expert_weights"),
-    "round": (
+    RoundRecord.kind: (
         "arm", "round", "attempt", "error", "prior_error", "expert_weight", "accepted", "effective_sample_size",
         "num_units", "shrinkage", "train_tokens",
     ),
@@ -144,7 +153,7 @@ class Study:
             ValueError: some of a cell's records are gone or changed; names the file and the cell.
         """
         records = self._records()
-        kept = {(r.get("task"), r.get("seed")): r.get("key") for r in records if r["kind"] == "cell"}
+        kept = {(r.get("task"), r.get("seed")): r.get("key") for r in records if r["kind"] == CellRecord.kind}
         self._check_whole(records)
         return [cell for cell in self.cells if kept.get((cell.task, cell.seed)) != cell.key]
 
@@ -195,17 +204,16 @@ class Study:
 
     def _add(self, cell: Cell, records: Sequence[Mapping[str, Any]]) -> None:
         others = [r for r in self._records() if (r.get("task"), r.get("seed")) != (cell.task, cell.seed)]
-        rows = [row for row in others if row["kind"] not in ("study", "environment")]
-        environment = [record for record in records if record["kind"] == "environment"]
-        write_json_lines(self.file, [self._header(), *environment, *rows, *_kept(cell, records)])
-        seconds = sum(record["seconds"] for record in records if record["kind"] == "phase")
+        rows = [row for row in others if row["kind"] not in (StudyRecord.kind, EnvironmentRecord.kind)]
+        environment = [record for record in records if record["kind"] == EnvironmentRecord.kind]
+        header = StudyRecord(
+            name=self.config.name,
+            primary_split=self.config.primary_split,
+            comparisons=[list(pair) for pair in self.config.comparisons],
+        )
+        write_json_lines(self.file, [header.to_json(), *environment, *rows, *_kept(cell, records)])
+        seconds = sum(record["seconds"] for record in records if record["kind"] == PhaseRecord.kind)
         self.say(f"{cell.task}, seed {cell.seed}: {seconds:.0f} s")
-
-    def _header(self) -> dict[str, Any]:
-        return {
-            "kind": "study", "name": self.config.name, "primary_split": self.config.primary_split,
-            "comparisons": [list(pair) for pair in self.config.comparisons],
-        }  # fmt: skip
 
     def _records(self) -> list[dict[str, Any]]:
         if not self.file.exists():
@@ -218,7 +226,7 @@ class Study:
         return rows
 
     def _check_whole(self, records: Sequence[Mapping[str, Any]]) -> None:
-        for cell in (record for record in records if record["kind"] == "cell" and "records" in record):
+        for cell in (row for row in records if row["kind"] == CellRecord.kind and "records" in row):
             place = (cell["task"], cell["seed"])
             rows = [r for r in records if r is not cell and (r.get("task"), r.get("seed")) == place]
             if _digest(rows) != cell["records"]:
@@ -251,7 +259,7 @@ def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     comparisons, split = settings.pop("comparisons", []), settings.pop("primary_split", "ood")
     if not isinstance(tasks, Mapping) or not tasks or not all(isinstance(task, Mapping) for task in tasks.values()):
         raise ValueError(f"{path}: tasks must be a mapping of names to settings of an experiment, got {shown(tasks)}")
-    if split not in ("id", "ood"):
+    if split not in TEST_SPLITS:
         raise ValueError(f'{path}: primary_split must be "id" or "ood", got {shown(split)}')
     if not isinstance(settings.get("name"), str):
         raise ValueError(f"{path}: name must be a text: it names the study")
@@ -305,9 +313,9 @@ def _kept(cell: Cell, records: Sequence[Mapping[str, Any]]) -> list[dict[str, An
         if record["kind"] in KEPT:
             fields = KEPT[record["kind"]]
             chosen = dict(record) if fields is None else {name: record[name] for name in fields if name in record}
-            kind = _ROUND_SUMMARY if record["kind"] == "round" else record["kind"]
+            kind = _ROUND_SUMMARY if record["kind"] == RoundRecord.kind else record["kind"]
             rows.append({**chosen, "kind": kind, **place})
-    return [{"kind": "cell", **place, "key": cell.key, "records": _digest(rows)}, *rows]
+    return [CellRecord(task=cell.task, seed=cell.seed, key=cell.key, records=_digest(rows)).to_json(), *rows]
 
 
 def _digest(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -17,10 +17,9 @@ from transformers import (
 )
 
 from ensemw2s import ops
-from ensemw2s.inference.label_files import short
 from ensemw2s.models.loading import CACHE
 from ensemw2s.models.mixture import damaged, expert_names, refuse_damaged
-from ensemw2s.runtime.values import check_fields
+from ensemw2s.runtime.values import check_fields, shown
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedTokenizerBase
@@ -261,7 +260,7 @@ def require_plain(generation_config: GenerationConfig) -> None:
         zero_counts = name in _ZERO_DOES_SOMETHING and value is not None
         if (value or zero_counts) and value != nothing:
             raise ValueError(
-                f"ensemble.generation_config.{name} is {short(value)} (it began as a copy of expert 1's generation "
+                f"ensemble.generation_config.{name} is {shown(value)} (it began as a copy of expert 1's generation "
                 "config). generate() obeys it, label() asks for the mixture itself and does not: to label, set "
                 f"ensemble.generation_config.{name} = {nothing} (in a saved ensemble, in its generation_config.json)"
             )

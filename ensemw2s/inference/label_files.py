@@ -21,6 +21,7 @@ import numpy as np
 
 from ensemw2s.runtime.files import append_json_lines, write_json, write_json_lines
 from ensemw2s.runtime.fingerprint import digest_json
+from ensemw2s.runtime.values import shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,12 +65,6 @@ def unpacked_row(row: Mapping[str, Any]) -> dict[str, Any]:
             flat = np.frombuffer(base64.b64decode(row[name]), dtype=dtype)
             unpacked[name] = flat.reshape(len(row["answer_ids"]), -1)
     return unpacked
-
-
-def short(value: Any, most: int = 60) -> str:
-    """Return a value as an error shows it: cut off where it is long."""
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def read_labels(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -168,10 +163,10 @@ class LabelFile:
                 row_id = row.get("id")
                 question = now.get(row_id) if _is_id(row_id) else None
                 if question is None:
-                    return f"there is no question with the id {short(row_id)} any more"
+                    return f"there is no question with the id {shown(row_id)} any more"
                 for name in ("prompt", "choices"):
                     if row.get(name) != question.get(name):
-                        return f"the {name} of id {short(row_id)} was {short(row.get(name))}"
+                        return f"the {name} of id {shown(row_id)} was {shown(row.get(name))}"
         return ""
 
 
@@ -179,7 +174,7 @@ def _difference(name: str, theirs: Any, mine: Any) -> str:
     # Hashes tell nobody anything.
     if name in ("experts", "base", "questions", "tokenizer", "prompt_tokens"):
         return name
-    return f"{name} ({short(theirs)} on file, {short(mine)} now)"
+    return f"{name} ({shown(theirs)} on file, {shown(mine)} now)"
 
 
 def _description_file(path: Path) -> Path:
@@ -352,7 +347,7 @@ def _stranger(row: Any, ids: set[Any] | None) -> str | None:
     found = row.get("id") if isinstance(row, dict) else None
     if ids is None or not _is_id(found) or found in ids:
         return None
-    return f"it answers the question {short(found)}, which is not in this dataset, so it belongs to another run"
+    return f"it answers the question {shown(found)}, which is not in this dataset, so it belongs to another run"
 
 
 def _problem(row: Any) -> str | None:
@@ -366,10 +361,10 @@ def _problem(row: Any) -> str | None:
         return f"it has no {missing[0]!r}, as every row of label() has"
     unknown = [name for name in row if name not in columns]
     if unknown:
-        return f"it has {short(unknown[0])}, which no row of label() has"
+        return f"it has {shown(unknown[0])}, which no row of label() has"
     for name, (is_right, words) in columns.items():
         if not is_right(row[name]):
-            return f"{name} is {short(row[name])}, expected {words}"
+            return f"{name} is {shown(row[name])}, expected {words}"
     return _wrong_length(row)
 
 
@@ -379,7 +374,7 @@ def _wrong_length(row: Mapping[str, Any]) -> str | None:
     if row["num_tokens"] != count:
         return f"answer_ids has {count} tokens, num_tokens says {row['num_tokens']}"
     if "choices" in row and row["answer"] not in row["choices"]:
-        return f"the answer {short(row['answer'])} is not among its choices"
+        return f"the answer {shown(row['answer'])} is not among its choices"
     sizes = {}
     for name in TOP_COLUMNS if "top_log_probs" in row else ():
         try:
@@ -414,7 +409,7 @@ def _width(row: Mapping[str, Any]) -> int:
 
 
 def _again(row: Mapping[str, Any], seen: Mapping[Any, int]) -> str | None:
-    return f"the id {short(row['id'])} is in line {seen[row['id']]} already" if row["id"] in seen else None
+    return f"the id {shown(row['id'])} is in line {seen[row['id']]} already" if row["id"] in seen else None
 
 
 def _other_run(row: Mapping[str, Any], digest: str | None) -> str | None:

@@ -22,9 +22,10 @@ from tqdm.auto import tqdm
 from ensemw2s import ops
 from ensemw2s.data.batches import AnswerCollator, by_length, next_token_mask
 from ensemw2s.data.tokens import answer_lengths, check_examples
-from ensemw2s.models.heads import CHUNK_ELEMENTS, gives_the_logits, only_positions, output_head, own_head, states_before
+from ensemw2s.models.heads import gives_the_logits, only_positions, output_head, own_head, states_before
 from ensemw2s.models.mixture import ExpertMixture, damaged, expert_names, is_mixture, refuse_damaged, repeat_rows
 from ensemw2s.ops import TokenScores
+from ensemw2s.ops.row_losses import CHUNK_ELEMENTS
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.meter import count
 from ensemw2s.runtime.values import check_number

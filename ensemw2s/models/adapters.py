@@ -21,7 +21,8 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, get_peft_mo
 from safetensors import safe_open
 from torch import nn
 
-from ensemw2s.models.saved import REMEDY, first_line, read_settings, require_weights, require_whole, short
+from ensemw2s.models.saved import REMEDY, first_line, read_settings, require_weights, require_whole
+from ensemw2s.runtime.values import shown
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -65,12 +66,12 @@ def check_peft_config(config: PeftConfig, where: str, *, loaded: bool = False, m
     kind = _kind(config.peft_type)
     if kind not in KINDS:
         raise ValueError(
-            f"{where}: adapters of the kind {short(kind)} cannot be experts of one base model, or are not known to "
+            f"{where}: adapters of the kind {shown(kind)} cannot be experts of one base model, or are not known to "
             f"work as such: use peft.LoraConfig, or one of {', '.join(KINDS[1:])}"
         )
     if getattr(config, "bias", "none") != "none":
         raise ValueError(
-            f"{where}: bias={short(getattr(config, 'bias', None))} trains biases of the base model, which has to stay "
+            f"{where}: bias={shown(getattr(config, 'bias', None))} trains biases of the base model, which has to stay "
             'as it is (experts share it): use bias="none"'
         )
     if merged and (kind in _NOT_MERGED or getattr(config, "lora_bias", False)):
@@ -90,7 +91,7 @@ def _check_lora(config: Any, where: str, inits: tuple[Any, ...]) -> None:
     init = config.init_lora_weights
     if not any(init is known if isinstance(known, bool) else init == known for known in inits):
         raise ValueError(
-            f"{where}: init_lora_weights={short(init)} changes the weights of the base model, which has to stay as it "
+            f"{where}: init_lora_weights={shown(init)} changes the weights of the base model, which has to stay as it "
             f"is (experts share it), or needs a pass over data first: use {', '.join(map(repr, inits))}"
         )
     plain = type(config)()
@@ -98,10 +99,10 @@ def _check_lora(config: Any, where: str, inits: tuple[Any, ...]) -> None:
         value = getattr(config, field.name)
         if field.name not in _LORA | _ORIGIN and value and value != getattr(plain, field.name, None):
             raise ValueError(
-                f"{where}: {field.name}={short(value)} does not work with experts of one base: leave it out"
+                f"{where}: {field.name}={shown(value)} does not work with experts of one base: leave it out"
             )
     if not (type(config.r) is int and config.r > 0):
-        raise ValueError(f"{where}: r must be a whole number, at least 1, got {short(config.r)}")
+        raise ValueError(f"{where}: r must be a whole number, at least 1, got {shown(config.r)}")
 
 
 def read_peft_config(folder: Path, owner: str) -> PeftConfig:
@@ -116,7 +117,7 @@ def read_peft_config(folder: Path, owner: str) -> PeftConfig:
     kind = settings.get("peft_type")
     if kind not in KINDS or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(
-            f"{where}: peft_type {short(kind)} is no kind of adapter that can be an expert (expected one of "
+            f"{where}: peft_type {shown(kind)} is no kind of adapter that can be an expert (expected one of "
             f"{', '.join(KINDS)}). {REMEDY}"
         )
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
@@ -127,7 +128,7 @@ def read_peft_config(folder: Path, owner: str) -> PeftConfig:
             _check_type(known[key], value, where)
             given[key] = value
         elif value and key not in known:
-            raise ValueError(f"{where}: {short(key)} is no setting of this version of peft: upgrade peft, or delete it")
+            raise ValueError(f"{where}: {shown(key)} is no setting of this version of peft: upgrade peft, or delete it")
     try:
         config = config_class(**given)
         check_peft_config(config, where, loaded=True)
@@ -148,7 +149,7 @@ def _check_type(field: dataclasses.Field[Any], value: Any, where: str) -> None:
     elif isinstance(default, int | float):
         wrong = wrong or isinstance(value, bool) or not isinstance(value, int | float)
     if wrong:
-        raise ValueError(f"{where}: {field.name} cannot be {short(value)}. {REMEDY}")
+        raise ValueError(f"{where}: {field.name} cannot be {shown(value)}. {REMEDY}")
 
 
 def attach_adapter(

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from ensemw2s.models.loading import check_dtype, hub_folder
-from ensemw2s.models.saved import HUB_ACCESS, short
+from ensemw2s.models.saved import HUB_ACCESS
+from ensemw2s.runtime.values import shown
 
 KEYS = ("source", "keep_layers", "dtype")
 # Arguments of `loading.load_model` that say where a model is put and how it is reached, not what it computes.
@@ -45,15 +46,15 @@ def check_base(base: Any, where: str) -> dict[str, Any] | None:
     if base is None:
         return None
     if not isinstance(base, Mapping):
-        raise ValueError(f"{where}: base must be null or hold the `source` of a model, got {short(base)}")
+        raise ValueError(f"{where}: base must be null or hold the `source` of a model, got {shown(base)}")
     for key in base:
         if key not in KEYS:
-            raise ValueError(f"{where}: base may hold {', '.join(KEYS)} alone, got {short(key)}: pass it yourself")
+            raise ValueError(f"{where}: base may hold {', '.join(KEYS)} alone, got {shown(key)}: pass it yourself")
     source, layers, dtype = (base.get(key) for key in KEYS)
     if not isinstance(source, str | os.PathLike) or not str(source) or "\0" in str(source):
-        raise ValueError(f"{where}: base: source must name a model, got {short(source)}")
+        raise ValueError(f"{where}: base: source must name a model, got {shown(source)}")
     if layers is not None and not (isinstance(layers, str) and _LAYERS.fullmatch(layers)):
-        raise ValueError(f'{where}: base: keep_layers must look like "0-11,22-29", got {short(layers)}')
+        raise ValueError(f'{where}: base: keep_layers must look like "0-11,22-29", got {shown(layers)}')
     checked = {"source": str(source), "keep_layers": layers, "dtype": _name(dtype, where)}
     return {key: value for key, value in checked.items() if value is not None}
 
@@ -109,7 +110,7 @@ def found(base: Mapping[str, Any] | None, folder: Path) -> dict[str, Any] | None
         return dict(base, source=str(place))
     if not (_MADE_HERE.fullmatch(source) or _HUB_ID.fullmatch(source)):
         raise FileNotFoundError(
-            f"{folder}/config.json: base: {short(source)} is neither a path (./, ../ or / in front), nor package:NAME, "
+            f"{folder}/config.json: base: {shown(source)} is neither a path (./, ../ or / in front), nor package:NAME, "
             "scratch:NAME or the id of a model on the hub (owner/name)"
         )
     return dict(base)

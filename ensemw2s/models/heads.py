@@ -17,9 +17,6 @@ from torch import Tensor, nn
 from ensemw2s import ops
 from ensemw2s.models.sharing import NotShareable, turn_of, view
 
-# Logits made at a time where not all are wanted at once: 32 MiB of float32, few enough to stay small, enough for matrix
-# products at speed.
-CHUNK_ELEMENTS = 2**23
 # What the probe puts in place of logits runs from minus this to this: no soft cap in use leaves such values alone.
 _PROBE_RANGE = 100.0
 

@@ -28,8 +28,8 @@ from ensemw2s.models.saved import (
     listed_parts,
     read_settings,
     require_whole,
-    short,
 )
+from ensemw2s.runtime.values import shown, shown_names
 
 # What this transformers calls the argument and the output that hold a cache: 5.24 renamed both.
 CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values"))
@@ -79,8 +79,8 @@ def load_saved_model(folder: str | os.PathLike[str], owner: str, **model_init_kw
     if loading["unexpected_keys"]:
         names = sorted(loading["unexpected_keys"])
         raise ValueError(
-            f"{owner}: {folder} holds weights that its config.json has no place for: {_some(names)} ({len(names)} "
-            f"tensors). {REMEDY}"
+            f"{owner}: {folder} holds weights that its config.json has no place for: {shown_names(names, 3)} "
+            f"({len(names)} tensors). {REMEDY}"
         )
     return model
 
@@ -115,15 +115,13 @@ def _require_all_weights(model: PreTrainedModel, loading: Mapping[str, Any], own
     if loading["missing_keys"]:
         # transformers fills these with random numbers and only warns.
         missing = sorted(loading["missing_keys"])
-        raise ValueError(f"{owner} has no weights for {_some(missing)} ({len(missing)} tensors): save it whole")
+        raise ValueError(
+            f"{owner} has no weights for {shown_names(missing, 3)} ({len(missing)} tensors): save it whole"
+        )
     for name, weight in model.named_parameters():
         held = weight.is_floating_point() and weight.dtype.itemsize > 1 and weight.numel() and not weight.is_meta
         if held and not all(bool(end.isfinite()) for end in weight.aminmax()):
             raise ValueError(f"{owner}: {name} holds NaN or infinite weights, so the model is of no use. {REMEDY}")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3])
 
 
 def hub_folder(source: str, hub: Mapping[str, Any]) -> Path:
@@ -160,7 +158,7 @@ def check_dtype(dtype: str | torch.dtype) -> None:
     """Raise ValueError unless `dtype` is a floating dtype of torch, the name of one, or "auto"."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ValueError(f'dtype must be "float32", "bfloat16" or another floating dtype of torch; got {short(dtype)}')
+        raise ValueError(f'dtype must be "float32", "bfloat16" or another floating dtype of torch; got {shown(dtype)}')
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -232,13 +230,13 @@ def parse_layers(keep_layers: str, count: int) -> list[int]:
     for part in str(keep_layers).split(","):
         found = _LAYER_RANGE.match(part.strip())
         if found is None:
-            raise ValueError(f'keep_layers must look like "0-11,22-29", got {short(keep_layers)}')
+            raise ValueError(f'keep_layers must look like "0-11,22-29", got {shown(keep_layers)}')
         first, last = int(found[1]), int(found[2] or found[1])
         # Not beyond the first that is not there: the text may name any number of them.
         layers += range(first, min(last, count) + 1)
     if not layers or layers != sorted(set(layers)) or layers[-1] >= count:
         raise ValueError(
-            f"keep_layers {short(keep_layers)} must name layers between 0 and {count - 1} in rising order, each once"
+            f"keep_layers {shown(keep_layers)} must name layers between 0 and {count - 1} in rising order, each once"
         )
     return layers
 
@@ -289,7 +287,7 @@ def require_model(folder: Path) -> None:
 
 def _converted_package(name: str) -> Path:
     if not name.isidentifier():
-        raise ValueError(f"package:{short(name)} names no package: give the name that pip knows it by")
+        raise ValueError(f"package:{shown(name)} names no package: give the name that pip knows it by")
     return cached_model(f"package-{name}", partial(_convert_package, name))
 
 

@@ -19,8 +19,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from ensemw2s.models.saved import is_there, read_settings, short
+from ensemw2s.models.saved import is_there, read_settings
 from ensemw2s.runtime.files import DiskFullError, is_disk_full, keep, new_folder, share_as_usual, sync
+from ensemw2s.runtime.values import shown
 
 MANIFEST = "ensemw2s.json"
 _PARTIAL, _READY = ".ensemw2s-partial", ".ensemw2s-ready"
@@ -194,7 +195,7 @@ def _leave_out_theirs(folder: Path, aside: Path, kind: str) -> None:
     old, new = _listed(folder), _files_in(aside)
     theirs = _saved_kind(folder)
     if theirs not in (None, kind):
-        raise FileExistsError(f"{folder} holds another thing of ours, a {short(theirs)}: name another folder")
+        raise FileExistsError(f"{folder} holds another thing of ours, a {shown(theirs)}: name another folder")
     for name in _MODELS:
         if os.path.lexists(folder / name) and name not in old:
             _refuse(folder / name, kind)

@@ -9,11 +9,9 @@ weights are safetensors; everything else is the caller's to say. What is missing
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import re
-import reprlib
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +25,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+
+from ensemw2s.runtime.parsing import parse_json
+from ensemw2s.runtime.values import shown
 
 MODEL_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 # Which version of a hub repository is meant: a base model lies in another repository, with versions of its own.
@@ -53,13 +54,6 @@ _MOST_COUNTED = 10_000
 # Files of distributed checkpoints, which transformers would read in place of the weights.
 _DISTRIBUTED = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 _FLOATS = ("F16", "BF16", "F32", "F64")
-_cut = reprlib.Repr()
-_cut.maxstring = _cut.maxother = 60
-
-
-def short(value: Any) -> str:
-    """Return a value of a stranger's for an error message, cut to one short line."""
-    return _cut.repr(value)
 
 
 def first_line(error: BaseException) -> str:
@@ -100,13 +94,13 @@ def read_settings(file: Path, owner: str) -> dict[str, Any]:
     if size > _MOST_BYTES:
         raise ValueError(f"{owner}: {file} holds {size:,} bytes, far more than settings do. {REMEDY}")
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = parse_json(file.read_bytes(), str(file), not_finite=True)
     except OSError as error:
         raise _unreadable(file, owner, error) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{owner}: {file} is not valid JSON ({first_line(error)}). {REMEDY}") from error
+    except ValueError as error:
+        raise ValueError(f"{owner}: {error}. {REMEDY}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{owner}: {file} must hold a JSON object, got {short(value)}. {REMEDY}")
+        raise ValueError(f"{owner}: {file} must hold a JSON object, got {shown(value)}. {REMEDY}")
     return value
 
 
@@ -210,7 +204,7 @@ def listed_parts(index: Path, owner: str) -> list[str]:
     for part in places.values():
         if not isinstance(part, str) or Path(part).name != part or not part.endswith(".safetensors"):
             raise ValueError(
-                f"{owner}: {index} says that weights are in {short(part)}, which is no safetensors file beside it. "
+                f"{owner}: {index} says that weights are in {shown(part)}, which is no safetensors file beside it. "
                 f"{REMEDY}"
             )
     return sorted(set(places.values()))
@@ -271,7 +265,7 @@ def check_model_config(config: Mapping[str, Any], where: str, count: int) -> Non
         or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING
     ):
         raise ValueError(
-            f"{where}: model_type {short(kind)} is no causal language model of this version of transformers. If it "
+            f"{where}: model_type {shown(kind)} is no causal language model of this version of transformers. If it "
             "comes with code of its own, and you trust that, pass trust_remote_code=True"
         )
     if kind == "ensemw2s":
@@ -279,7 +273,7 @@ def check_model_config(config: Mapping[str, Any], where: str, count: int) -> Non
     for key, value in _settings_in(config):
         _check_setting(key, value, where)
         if key == "num_hidden_layers" and isinstance(value, int) and value > count:
-            raise ValueError(f"{where}: num_hidden_layers is {short(value)}, but there are {count} tensors. {REMEDY}")
+            raise ValueError(f"{where}: num_hidden_layers is {shown(value)}, but there are {count} tensors. {REMEDY}")
 
 
 def _settings_in(value: Any) -> Iterator[tuple[str, Any]]:
@@ -297,22 +291,22 @@ def _check_setting(key: str, value: Any, where: str) -> None:
     known = _IMPLEMENTATIONS.get(key)
     chosen = value.values() if isinstance(value, dict) else [value]
     if known is not None and any(name is not None and name not in known for name in chosen):
-        raise ValueError(f"{where}: {key} may be {' or '.join(known)} in a file, got {short(value)}: pass it yourself")
+        raise ValueError(f"{where}: {key} may be {' or '.join(known)} in a file, got {shown(value)}: pass it yourself")
     if key in _CALLERS and value:
-        raise ValueError(f"{where}: {key} is not for a file to say, got {short(value)}: delete it, or pass it yourself")
+        raise ValueError(f"{where}: {key} is not for a file to say, got {shown(value)}: delete it, or pass it yourself")
     if key == "quantization_config" and value is not None:
         method = value.get("quant_method") if isinstance(value, dict) else value
         if method != _QUANTISED:
             raise ValueError(
-                f"{where}: weights compressed by {short(method)} may bring code from the hub. If you trust that, pass "
+                f"{where}: weights compressed by {shown(method)} may bring code from the hub. If you trust that, pass "
                 "quantization_config yourself"
             )
     if key.startswith("__") or callable(getattr(PreTrainedConfig, key, None)):
-        raise ValueError(f"{where}: {short(key)} is no setting of a model. {REMEDY}")
+        raise ValueError(f"{where}: {shown(key)} is no setting of a model. {REMEDY}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where}: {key} is {value}, which is no number. {REMEDY}")
     if isinstance(value, int) and (abs(value) >= 2**63 or (_COUNTS.match(key) and value > _MOST_COUNTED)):
-        raise ValueError(f"{where}: {key} is {short(value)}, more than any model has. {REMEDY}")
+        raise ValueError(f"{where}: {key} is {shown(value)}, more than any model has. {REMEDY}")
 
 
 def read_generation_config(file: Path, owner: str, config: Mapping[str, Any]) -> GenerationConfig:
@@ -326,7 +320,7 @@ def read_generation_config(file: Path, owner: str, config: Mapping[str, Any]) ->
     where = f"{owner}: {file}"
     for key, value in settings.items():
         if key in _CALLERS or key.startswith("__") or callable(getattr(GenerationConfig, key, None)):
-            raise ValueError(f"{where}: {short(key)} is not for a file to say: delete it")
+            raise ValueError(f"{where}: {shown(key)} is not for a file to say: delete it")
         if key in ("eos_token_id", "pad_token_id", "bos_token_id"):
             check_tokens(key, value, config, where)
         if isinstance(value, float) and not math.isfinite(value):
@@ -346,7 +340,7 @@ def check_tokens(key: str, value: Any, config: Mapping[str, Any], where: str) ->
     for token in value if several else [value]:
         # Padding that there is no token for is -1 in some models.
         if token is not None and not (type(token) is int and -1 <= token < size):
-            raise ValueError(f"{where}: {key} is {short(value)}, not a token of the vocabulary of {size}. {REMEDY}")
+            raise ValueError(f"{where}: {key} is {shown(value)}, not a token of the vocabulary of {size}. {REMEDY}")
 
 
 # Ensembles

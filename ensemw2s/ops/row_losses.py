@@ -22,8 +22,8 @@ from ensemw2s.ops.checks import accumulation_dtype
 
 Rows = Tensor | slice  # some rows: their numbers, int64, or a slice of all
 
-# Logits of a chunk: 32 MiB of float32, which is 170 rows of 49k tokens; half as many make matrix products 13% slower.
-_CHUNK_ELEMENTS = 2**23
+# Logits made at a time: 32 MiB of float32, 170 rows of 49k tokens; half as many make matrix products 13% slower.
+CHUNK_ELEMENTS = 2**23
 _GPU_CHUNK_ELEMENTS = 2**27  # 512 MiB of float32; a thousand rows of 128k tokens, enough for matrix products at speed
 _GPU_HEAD_ELEMENTS = 2**24  # of a head's gradient made at a time beside the whole: 64 MiB of float32
 _LEAST_DIVISOR = 1e-30  # a temperature below it or above its inverse might be 0 or infinite in float32
@@ -146,7 +146,7 @@ def _unit_of(row_weights: Tensor, dtype: torch.dtype) -> Tensor | float | None:
 def _row_groups(row_weights: Tensor, size: int) -> Iterable[Rows]:
     """Chunks of rows: on a CPU only those that count, elsewhere slices of all, for which nothing is waited."""
     if row_weights.device.type == "cpu":
-        return row_weights.nonzero()[:, 0].split(max(1, _CHUNK_ELEMENTS // size))
+        return row_weights.nonzero()[:, 0].split(max(1, CHUNK_ELEMENTS // size))
     return _slices(row_weights.shape[0], max(1, _GPU_CHUNK_ELEMENTS // size))
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+
+from ensemw2s.runtime.records import ArmRecord, Record, of_kind
 
 TRUTH = "truth"
-CEILING = "ceiling"
-
+# The ends of the gap that students close.
+BASELINE, CEILING = "single_expert", "ceiling"
 
 # In the order of tables. Experts by number stand before the best of them.
 ARM_NAMES = {
     "zero_shot_weak": "Weak model, zero-shot",
     "zero_shot_strong": "Strong model, zero-shot",
-    "single_expert": "Single weak expert",
+    BASELINE: "Single weak expert",
     "equal_cost": "Single weak expert at equal cost",
     "best_expert": "Best expert on validation",
     "majority_vote": "Majority vote",
@@ -26,21 +29,20 @@ ARM_NAMES = {
     "student_bagging": "Student of bagging",
     "student_ensemble": "Student of ensemble",
     "student_confidence": "Student with confidence loss",
-    "ceiling": "Ceiling: taught by truth",
+    CEILING: "Ceiling: taught by truth",
 }
 # Those of runs that belong to no study.
 COMPARISONS = (
-    ("ensemble", "single_expert"),
+    ("ensemble", BASELINE),
+    ("ensemble", "best_expert"),
     ("ensemble", "uniform_average"),
     ("student_ensemble", "student_single"),
     ("student_ensemble", "ensemble"),
 )
 
-BASELINE = "single_expert"
-
 
 # Arms that an ensemble cannot be called after.
-_TAKEN = ("single_expert", "equal_cost", "ensemble", "uniform_average", "best_expert", "majority_vote", TRUTH, CEILING)
+TAKEN = ("single_expert", "equal_cost", "ensemble", "uniform_average", "best_expert", "majority_vote", TRUTH, CEILING)
 
 
 _ORDER = {arm: position for position, arm in enumerate(ARM_NAMES)}
@@ -58,13 +60,19 @@ def _rank(part: str) -> tuple[float, int, str]:
     return (_ORDER[part], 0, "") if part in _ORDER else (len(_ORDER), 0, part)
 
 
+def measured_arms(records: Iterable[Record]) -> list[str]:
+    """Return the measured arms in the order of tables."""
+    return sorted({record.arm for record in of_kind(records, ArmRecord)}, key=arm_order)
+
+
 def arm_name(arm: str) -> str:
     """Return an arm's name for a reader: "paper.expert_2" is "Recipe as published: expert 2"."""
     whole, _, part = arm.partition(".")
     if part:
         return f"{arm_name(whole)}: {lower_first(arm_name(part))}"
     number = _expert_number(arm)
-    return f"Expert {number}" if number is not None else ARM_NAMES.get(arm, _upper_first(arm.replace("_", " ")))
+    text = f"expert {number}" if number is not None else ARM_NAMES.get(arm, arm.replace("_", " "))
+    return text[:1].upper() + text[1:]
 
 
 def _expert_number(arm: str) -> int | None:
@@ -75,7 +83,3 @@ def _expert_number(arm: str) -> int | None:
 def lower_first(text: str) -> str:
     """Return a name as it stands within a sentence."""
     return text[:1].lower() + text[1:]
-
-
-def _upper_first(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -1,4 +1,4 @@
-"""What many runs say together: figures over tasks and seeds from tidy records, as pure functions.
+"""What runs say together: figures over tasks and seeds from records, as pure functions. A single run is a pool of one.
 
 `pool_runs` checks and groups the records; the other functions give one figure each. A figure is a mean over tasks,
 which all weigh the same, with an interval that resamples seeds and questions within each task (see `evaluate`).
@@ -6,15 +6,17 @@ which all weigh the same, with an interval that resamples seeds and questions wi
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from ensemw2s.report.arms import BASELINE, CEILING, COMPARISONS, arm_order
-from ensemw2s.report.records import TEST_SPLITS, answers_array, of_kind, run_keys
 from ensemw2s.report.statistics import (
     Interval,
     PerformanceGapRecovered,
@@ -22,19 +24,30 @@ from ensemw2s.report.statistics import (
     pooled_difference,
     pooled_gap_recovered,
 )
+from ensemw2s.runtime.records import (
+    TEST_SPLITS,
+    AnswersRecord,
+    ArmRecord,
+    CostRecord,
+    PgrRecord,
+    Record,
+    RunRecord,
+    StudyRecord,
+    answers_array,
+    of_kind,
+    run_keys,
+)
 
 # Below this the percentile bootstrap over seeds is clearly too narrow: with n seeds by a factor of sqrt((n-1)/n).
 ENOUGH_SEEDS = 5
-COST_FIELDS = tuple(f"{use}_{amount}" for use in ("train", "inference") for amount in ("seconds", "tokens", "flops"))
+COST_FIELDS = [f"{use}_{amount}" for use in ("train", "inference") for amount in ("seconds", "tokens", "flops")]
 
 Pair = tuple[str, str]
-Records = Iterable[Mapping[str, Any]]
-ByTask = Mapping[str, NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The measured runs of several tasks and seeds, grouped.
+    """The measured runs of one or several tasks and seeds, grouped.
 
     Attributes:
         name: of the study; "" for runs that belong to none.
@@ -45,7 +58,9 @@ class Pool:
         answers: for (arm, split) and a task, bool `[seeds, n]`: right or wrong. An arm is in a task if all of the
             task's seeds measured it.
         questions: for (task, split), the number of different questions.
-        costs: for an arm and a task, the records of kind `cost` of all its seeds.
+        students: the arms whose share of the gap the runs give.
+        costs: of each of `COST_FIELDS`, for (arm, task), the mean over seeds; NaN where a seed does not know.
+        exact: for (arm, split, task), the mean over seeds of the share of exact answers, where choices decide.
         remarks: sentences for the reader: what was left out, and what limits the intervals.
     """
 
@@ -54,9 +69,11 @@ class Pool:
     primary_split: str
     comparisons: tuple[Pair, ...]
     seeds: Mapping[str, tuple[int, ...]]
-    answers: Mapping[tuple[str, str], ByTask]
+    answers: Mapping[tuple[str, str], Mapping[str, NDArray[np.bool_]]]
     questions: Mapping[tuple[str, str], int]
-    costs: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
+    students: frozenset[str]
+    costs: Mapping[str, Mapping[tuple[str, ...], float]]
+    exact: Mapping[tuple[str, ...], float]
     remarks: tuple[str, ...]
 
     @property
@@ -85,6 +102,11 @@ def accuracy(pool: Pool, arm: str, split: str, task: str | None = None) -> Inter
     return pooled_accuracy(_answers(pool, arm, split, tasks))
 
 
+def exact_match(pool: Pool, arm: str, split: str) -> float | None:
+    """Return an arm's share of exact answers, the mean over all tasks; None where a run has none."""
+    return _mean(pool.exact, [(arm, split, task) for task in pool.seeds])
+
+
 def difference(pool: Pool, pair: Pair, split: str, task: str | None = None) -> Interval | None:
     """Return how much larger the first arm's share of right answers is than the second's.
 
@@ -105,25 +127,11 @@ def gap_recovered(pool: Pool, arm: str, split: str) -> PerformanceGapRecovered |
 
 
 def mean_cost(pool: Pool, arm: str, field: str, tasks: Sequence[str]) -> float | None:
-    """Return what an arm cost per run: the mean over tasks of the mean over seeds.
+    """Return what an arm cost per run: the mean over `tasks` of the mean over seeds of one of `COST_FIELDS`.
 
-    Args:
-        pool: the runs.
-        arm: the arm.
-        field: one of `COST_FIELDS`; seconds, tokens or FLOPs.
-        tasks: those to average over.
-
-    Returns:
-        None without tasks, or where a run does not know.
+    None without tasks, or where a run does not know.
     """
-    by_task = pool.costs.get(arm, {})
-    means = []
-    for task in tasks:
-        known = [record[field] for record in by_task.get(task, ()) if record.get(field) is not None]
-        if len(known) < len(pool.seeds[task]):
-            return None
-        means.append(np.mean(known))
-    return float(np.mean(means)) if means else None
+    return _mean(pool.costs[field], [(arm, task) for task in tasks])
 
 
 def flops_per_point(pool: Pool, arm: str) -> float | None:
@@ -142,7 +150,7 @@ def flops_per_point(pool: Pool, arm: str) -> float | None:
 
 def measured_comparisons(pool: Pool) -> list[Pair]:
     """Return the comparisons of whose arms some task measured both."""
-    return [pair for pair in pool.comparisons if _share_a_task(pool.answers, pair)]
+    return [pair for pair in pool.comparisons if any(shared_tasks(pool, split, *pair) for split in TEST_SPLITS)]
 
 
 def reference_arm(pool: Pool, reference: str | None = None) -> str:
@@ -167,15 +175,18 @@ def _answers(pool: Pool, arm: str, split: str, tasks: Sequence[str]) -> dict[str
     return {task: pool.answers[arm, split][task] for task in tasks}
 
 
+def _mean(means: Mapping[tuple[str, ...], float], rows: Sequence[tuple[str, ...]]) -> float | None:
+    """Return the mean over rows; None without rows, or where one is missing or unknown."""
+    values = [means.get(row, math.nan) for row in rows]
+    return None if not values or np.isnan(values).any() else float(np.mean(values))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Grouping
 
-# For (arm, split), a task and a seed: the record of kind `answers`.
-_Given = dict[tuple[str, str], dict[str, dict[int, Mapping[str, Any]]]]
 
-
-def pool_runs(records: Records) -> Pool:
-    """Group the records of several runs by task and seed.
+def pool_runs(records: Iterable[Record]) -> Pool:
+    """Group the records of one or several runs by task and seed.
 
     Arms that some seed of a task lacks are left out of that task; `remarks` says so.
 
@@ -185,123 +196,95 @@ def pool_runs(records: Records) -> Pool:
             splits.
     """
     rows = list(records)
-    given = _given_answers(rows)
-    seeds = _seeds(given)
-    if not seeds:
+    given = _frame(rows, AnswersRecord)
+    given = given[given["split"].isin(TEST_SPLITS)].assign(n=given["correct"].str.len())
+    if given.empty:
         raise ValueError("no record of kind 'answers' on test questions: run evaluate first")
-    questions = _count_questions(given, seeds)
-    answers = _complete_answers(given, seeds)
-    studies = of_kind(rows, "study")
-    comparisons = _declared_pairs(studies) if studies else COMPARISONS
-    not_measured = [pair for pair in comparisons if studies and not _share_a_task(answers, pair)]
-    return Pool(
-        name=", ".join(dict.fromkeys(study["name"] for study in studies)),
+    _check_same_questions(given)
+    seeds = {task: tuple(sorted(found.tolist())) for task, found in given.groupby("task")["seed"].unique().items()}
+    answers, left_out = _complete_answers(given, seeds)
+    studies = of_kind(rows, StudyRecord)
+    declared = dict.fromkeys((first, second) for study in studies for first, second in study.comparisons)
+    exact = _frame(rows, ArmRecord)
+    pool = Pool(
+        name=", ".join(dict.fromkeys(study.name for study in studies)),
         declared=bool(studies),
         primary_split=_primary_split(studies),
-        comparisons=comparisons,
+        comparisons=tuple(declared) if studies else COMPARISONS,
         seeds=seeds,
         answers=answers,
-        questions=questions,
-        costs=_costs(rows, seeds),
-        remarks=(
-            *(f"Not measured: {first} against {second}, which was declared." for first, second in not_measured),
-            *_unmeasured_runs(rows, seeds),
-            *_left_out(given, seeds),
-            *_limits(given, seeds),
-        ),
+        questions=_count_questions(given),
+        students=frozenset(record.arm for record in of_kind(rows, PgrRecord)) - {CEILING},
+        costs=_means(_frame(rows, CostRecord), ["arm", "task"], COST_FIELDS, seeds),
+        exact=_means(exact[exact["metric"] == "exact_match"], ["arm", "split", "task"], ["value"], seeds)["value"],
+        remarks=(*_unmeasured_runs(rows, seeds), *left_out, *_limits(given, seeds)),
     )
+    not_measured = [pair for pair in declared if pair not in measured_comparisons(pool)]
+    said = [f"Not measured: {first} against {second}, which was declared." for first, second in not_measured]
+    return dataclasses.replace(pool, remarks=(*said, *pool.remarks))
 
 
-def _given_answers(rows: Records) -> _Given:
-    given: _Given = {}
-    for record in of_kind(rows, "answers"):
-        if record["split"] not in TEST_SPLITS:
-            continue
-        by_seed = given.setdefault((record["arm"], record["split"]), {}).setdefault(record["task"], {})
-        if record["seed"] in by_seed:
+def _frame(records: Iterable[Record], kind: type[RunRecord]) -> pd.DataFrame:
+    return pd.DataFrame(of_kind(records, kind), columns=[field.name for field in dataclasses.fields(kind)])
+
+
+def _means(
+    frame: pd.DataFrame, keys: Sequence[str], values: Sequence[str], seeds: Mapping[str, Sequence[int]]
+) -> dict[str, dict[tuple[str, ...], float]]:
+    """Return means of `values` over the seeds of each task, by `keys`; NaN where one is missing or unknown."""
+    measured = [seed in seeds.get(task, ()) for task, seed in zip(frame["task"], frame["seed"], strict=True)]
+    groups = frame[np.array(measured, dtype=bool)].astype(dict.fromkeys(values, float)).groupby(keys)[values]
+    counts = groups.count()
+    wanted = counts.index.get_level_values("task").map(lambda task: len(seeds[task]))
+    means: dict[str, dict[tuple[str, ...], float]] = groups.mean().where(counts.eq(wanted, axis="index")).to_dict()
+    return means
+
+
+def _check_same_questions(given: pd.DataFrame) -> None:
+    """Refuse arms of one run that were measured twice or on different questions, and seeds with more than others."""
+    for (task, seed, split), run in given.groupby(["task", "seed", "split"], sort=False):
+        place, first = f"task {task}, seed {seed}, split {split}", run.iloc[0]
+        for arm in run["arm"][run["arm"].duplicated()]:
+            raise ValueError(f"{place}: {arm} was measured twice; pool one run of each task and seed")
+        other = run[(run["questions"] != first["questions"]) | (run["n"] != first["n"])]
+        if len(other):
             raise ValueError(
-                f"{_place(record['task'], record['seed'], record['split'])}: {record['arm']} was measured twice; pool "
-                "one run of each task and seed"
+                f"{place}: {first['arm']} and {other['arm'].iloc[0]} answered different questions ({first['n']} of "
+                f"digest {first['questions']}, {other['n'].iloc[0]} of {other['questions'].iloc[0]}); measure both on "
+                "the same ones to compare them"
             )
-        by_seed[record["seed"]] = record
-    return given
+    for (task, split), runs in given.groupby(["task", "split"]):
+        if runs["n"].nunique() > 1:
+            listed = ", ".join(f"{n} with seed {seed}" for seed, n in runs.groupby("seed")["n"].first().items())
+            raise ValueError(f"task {task}, split {split}: seeds must have equally many questions, got {listed}")
 
 
-def _seeds(given: _Given) -> dict[str, tuple[int, ...]]:
-    """Return the seeds of each task, tasks in alphabetical order."""
-    found: dict[str, set[int]] = {}
-    for by_task in given.values():
-        for task, by_seed in by_task.items():
-            found.setdefault(task, set()).update(by_seed)
-    return {task: tuple(sorted(found[task])) for task in sorted(found)}
+def _count_questions(given: pd.DataFrame) -> dict[tuple[str, str], int]:
+    """Return the number of different questions for (task, split)."""
+    sets = given.groupby(["task", "split"])
+    return (sets["questions"].nunique() * sets["n"].first()).to_dict()
 
 
-def _count_questions(given: _Given, seeds: Mapping[str, Sequence[int]]) -> dict[tuple[str, str], int]:
-    """Return the number of different questions for (task, split), after checking that arms had the same ones."""
-    counts = {}
-    for task in seeds:
-        for split in TEST_SPLITS:
-            runs = [_asked(given, task, seed, split) for seed in seeds[task]]
-            sizes = {seed: n for seed, (_, n) in zip(seeds[task], runs, strict=True) if n}
-            if len(set(sizes.values())) > 1:
-                listed = ", ".join(f"{n} with seed {seed}" for seed, n in sizes.items())
-                raise ValueError(f"task {task}, split {split}: seeds must have equally many questions, got {listed}")
-            if sizes:
-                counts[task, split] = len({digest for digest, n in runs if n}) * next(iter(sizes.values()))
-    return counts
+def _complete_answers(
+    given: pd.DataFrame, seeds: Mapping[str, Sequence[int]]
+) -> tuple[dict[tuple[str, str], dict[str, NDArray[np.bool_]]], list[str]]:
+    """Return the answers of each arm as arrays, of the tasks whose seeds all have them, and remarks on the others."""
+    answers: dict[tuple[str, str], dict[str, NDArray[np.bool_]]] = {}
+    lacking: dict[tuple[str, str], set[int]] = {}
+    for (arm, split, task), runs in given.sort_values("seed").groupby(["arm", "split", "task"]):
+        missing = set(seeds[task]) - set(runs["seed"])
+        if missing:
+            lacking.setdefault((task, arm), set()).update(missing)
+        else:
+            answers.setdefault((arm, split), {})[task] = np.stack(runs["correct"].map(answers_array).tolist())
+    return answers, [
+        f"Left out of task {task}: {arm}, which was not measured with {_listed('seed', sorted(missing))}."
+        for (task, arm), missing in sorted(lacking.items(), key=lambda item: (item[0][0], arm_order(item[0][1])))
+    ]
 
 
-def _asked(given: _Given, task: str, seed: int, split: str) -> tuple[str, int]:
-    """Return digest and number of the questions of one run's split, ("", 0) if it has none."""
-    digest, n, first = "", 0, ""
-    for (arm, of_split), by_task in given.items():
-        record = by_task.get(task, {}).get(seed)
-        if of_split != split or record is None:
-            continue
-        if not first:
-            digest, n, first = record["questions"], len(record["correct"]), arm
-        if (record["questions"], len(record["correct"])) != (digest, n):
-            raise ValueError(
-                f"{_place(task, seed, split)}: {first} and {arm} answered different questions ({n} of digest {digest}, "
-                f"{len(record['correct'])} of {record['questions']}); measure both on the same ones to compare them"
-            )
-    return digest, n
-
-
-def _complete_answers(given: _Given, seeds: Mapping[str, Sequence[int]]) -> dict[tuple[str, str], ByTask]:
-    """Return the answers of each arm as arrays, of the tasks whose seeds all have them."""
-    answers: dict[tuple[str, str], ByTask] = {}
-    for key, by_task in given.items():
-        complete = {
-            task: np.stack([answers_array(by_task[task][seed]["correct"]) for seed in seeds[task]])
-            for task in seeds
-            if len(by_task.get(task, ())) == len(seeds[task])
-        }
-        if complete:
-            answers[key] = complete
-    return answers
-
-
-def _declared_pairs(studies: Sequence[Mapping[str, Any]]) -> tuple[Pair, ...]:
-    pairs = [(first, second) for study in studies for first, second in study["comparisons"]]
-    return tuple(dict.fromkeys(pairs))
-
-
-def _share_a_task(answers: Mapping[tuple[str, str], ByTask], pair: Pair) -> bool:
-    first, second = ({(split, task) for split in TEST_SPLITS for task in answers.get((arm, split), ())} for arm in pair)
-    return bool(first & second)
-
-
-def _costs(rows: Records, seeds: Mapping[str, Sequence[int]]) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
-    costs: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
-    for record in of_kind(rows, "cost"):
-        if record["seed"] in seeds.get(record["task"], ()):
-            costs.setdefault(record["arm"], {}).setdefault(record["task"], []).append(record)
-    return costs
-
-
-def _primary_split(studies: Sequence[Mapping[str, Any]]) -> str:
-    splits = {study["primary_split"]: study["name"] for study in studies} or {"ood": ""}
+def _primary_split(studies: Sequence[StudyRecord]) -> str:
+    splits = {study.primary_split: study.name for study in studies} or {"ood": ""}
     if len(splits) > 1:
         listed = ", ".join(f"{split} ({name})" for split, name in splits.items())
         raise ValueError(f"studies that are pooled must have one primary_split, got {listed}")
@@ -312,54 +295,23 @@ def _primary_split(studies: Sequence[Mapping[str, Any]]) -> str:
 # Remarks
 
 
-def _unmeasured_runs(rows: Records, seeds: Mapping[str, Sequence[int]]) -> list[str]:
+def _unmeasured_runs(rows: Iterable[Record], seeds: Mapping[str, Sequence[int]]) -> list[str]:
     missing = sorted((task, seed) for task, seed in run_keys(rows) if seed not in seeds.get(task, ()))
     return [f"Left out: task {task}, seed {seed}, which has measured no arm yet." for task, seed in missing]
 
 
-def _left_out(given: _Given, seeds: Mapping[str, Sequence[int]]) -> list[str]:
-    """Say which arms some seed of a task lacks."""
-    found: dict[tuple[str, str], set[int]] = {}
-    for (arm, _), by_task in given.items():
-        for task, by_seed in by_task.items():
-            missing = set(seeds[task]) - set(by_seed)
-            if missing:
-                found.setdefault((task, arm), set()).update(missing)
-    return [
-        f"Left out of task {task}: {arm}, which was not measured with {_listed('seed', sorted(missing))}."
-        for (task, arm), missing in sorted(found.items(), key=lambda item: (item[0][0], arm_order(item[0][1])))
-    ]
-
-
-def _limits(given: _Given, seeds: Mapping[str, Sequence[int]]) -> list[str]:
-    remarks = []
+def _limits(given: pd.DataFrame, seeds: Mapping[str, Sequence[int]]) -> list[str]:
+    sets = given.groupby(["task", "arm", "split"])["questions"].nunique().groupby("task").max()
     alone = [task for task in seeds if len(seeds[task]) == 1]
-    if alone:
-        remarks.append(
-            f"One seed in {_listed('task', alone)}: intervals there cover the choice of questions, not the training."
-        )
     few = [task for task in seeds if 1 < len(seeds[task]) < ENOUGH_SEEDS]
-    if few:
-        remarks.append(
-            f"Fewer than {ENOUGH_SEEDS} seeds in {_listed('task', few)}: resampling so few understates how far they "
-            "are apart, so that an interval that ends near 0 decides little."
-        )
-    enough = [task for task in seeds if len(seeds[task]) >= ENOUGH_SEEDS]
-    several = [task for task in enough if any(_changes(by_task.get(task, {})) for by_task in given.values())]
-    if several:
-        remarks.append(
-            f"Seeds of {_listed('task', several)} answered different questions, so that intervals are wider than they "
-            "need be."
-        )
-    return remarks
-
-
-def _changes(by_seed: Mapping[int, Mapping[str, Any]]) -> bool:
-    return len({record["questions"] for record in by_seed.values()}) > 1
-
-
-def _place(task: str, seed: int, split: str) -> str:
-    return f"task {task}, seed {seed}, split {split}"
+    several = [task for task in seeds if len(seeds[task]) >= ENOUGH_SEEDS and sets[task] > 1]
+    remarks = (
+        (alone, "One seed in {}: intervals there cover the choice of questions, not the training."),
+        (few, f"Fewer than {ENOUGH_SEEDS} seeds in {{}}: resampling so few understates how far they are apart, so that "
+         "an interval that ends near 0 decides little."),
+        (several, "Seeds of {} answered different questions, so that intervals are wider than they need be."),
+    )  # fmt: skip
+    return [remark.format(_listed("task", tasks)) for tasks, remark in remarks if tasks]
 
 
 def _listed(noun: str, items: Sequence[Any]) -> str:

@@ -4,9 +4,13 @@ Measurements are arrays of right (1) and wrong (0), one entry per test question,
 `[seeds, n]` when the same questions were answered by runs with several seeds. Arms that are compared answered
 the same questions in the same order, which is what makes their differences far less noisy than either accuracy.
 
-Pooled figures take one such array per task, by the task's name. Each is the mean over tasks, which all weigh the same
-[choice], and its interval comes from resampling seeds and questions within each task. **Tasks are fixed, not
-resampled**: the interval is about these tasks and says nothing about others.
+Pooled figures take one such array per task, by the task's name; a single run is a pool of one task and one seed. Each
+is the mean over tasks, which all weigh the same [choice], with the percentile bootstrap's 95% interval: questions are
+resampled within each task, the same ones for all arms, and so are seeds, independently of the questions (the two-way
+bootstrap of Owen, "The pigeonhole bootstrap", 2007). S seeds understate the spread between seeds by about
+`sqrt((S - 1) / S)`; where the seeds of a task answered different questions, which the two-way bootstrap takes for the
+same ones, the interval is wider than it need be. **Tasks are fixed, not resampled**: the interval is about these tasks
+and says nothing about others.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ class Estimate(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """A measured value and the ends of its confidence interval, in the same unit."""
+    """A measured value and the ends of its 95% interval, in the same unit."""
 
     value: float
     low: float
@@ -47,12 +51,12 @@ class PerformanceGapRecovered:
 
     Attributes:
         value: `(student - weak) / (ceiling - weak)`, 1 for a student as good as the ceiling; None if undefined.
-        low: lower end of its confidence interval; None if undefined.
-        high: upper end of its confidence interval; None if undefined.
+        low: lower end of its 95% interval; None if undefined.
+        high: upper end of its 95% interval; None if undefined.
         defined: whether the gap's interval lies above 0. Otherwise the ratio divides by noise.
         gap: `ceiling - weak`, a difference of accuracies.
-        gap_low: lower end of the gap's confidence interval.
-        gap_high: upper end of the gap's confidence interval.
+        gap_low: lower end of the gap's 95% interval.
+        gap_high: upper end of the gap's 95% interval.
     """
 
     value: float | None
@@ -67,8 +71,7 @@ class PerformanceGapRecovered:
 def accuracy(correct: ArrayLike) -> Estimate:
     """Return the share of right answers and its standard error over questions, `sqrt(p (1 - p) / (n - 1))`.
 
-    The standard error is 0 when all answers are right or all are wrong; `wilson_interval` tells what that leaves
-    open.
+    The standard error is 0 when all answers are right or all are wrong, which leaves open what other questions bring.
 
     Args:
         correct: 0/1 or bool `[n]`, n at least 2.
@@ -105,127 +108,37 @@ def token_error(wrong: Sequence[ArrayLike]) -> Estimate:
     return Estimate(float(rate), math.sqrt(variance))
 
 
-def wilson_interval(share: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's score interval of an accuracy; unlike `share ± 2 standard errors` it holds near 0 and 1.
-
-    Args:
-        share: measured accuracy in [0, 1].
-        n: number of questions, at least 1.
-        confidence: in (0, 1).
-
-    Raises:
-        ValueError: an argument outside its range.
-    """
-    from scipy.special import ndtri
-
-    if not 0.0 <= share <= 1.0 or n < 1:
-        raise ValueError(f"share must be in [0, 1] and n at least 1, got {share} and {n}")
-    _check_confidence(confidence)
-    z2 = float(ndtri(0.5 + confidence / 2)) ** 2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def paired_difference(
-    first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> Interval:
-    """Return `accuracy(first) - accuracy(second)` with its percentile bootstrap interval.
-
-    Questions are resampled, the same ones for both arms. With several seeds these are resampled too, independently
-    of the questions (the two-way bootstrap of Owen, "The pigeonhole bootstrap", 2007); S seeds understate the
-    spread between seeds by about `sqrt((S - 1) / S)`.
-
-    Args:
-        first: 0/1 or bool, `[n]` or `[seeds, n]`.
-        second: as `first`, for the same questions in the same order.
-        confidence: in (0, 1).
-        resamples: number of bootstrap samples, at least 100.
-        seed: of the bootstrap; same seed, same interval.
-
-    Raises:
-        ValueError: different shapes, values other than 0 and 1, or an argument outside its range.
-    """
-    outcomes = _stack({"first": first, "second": second})
-    means = _bootstrap_means(outcomes, resamples, seed)
-    return _difference(outcomes.mean(axis=(1, 2)), means, confidence)
-
-
-def performance_gap_recovered(
-    weak: ArrayLike,
-    student: ArrayLike,
-    ceiling: ArrayLike,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> PerformanceGapRecovered:
-    """Return `PGR = (student - weak) / (ceiling - weak)` (Burns et al., 2023) with its bootstrap interval.
-
-    Undefined unless the lower end of the gap's interval is above 0. The bootstrap is that of `paired_difference`,
-    all three arms on the same resampled questions. The few resamples whose gap is not positive count as an
-    unbounded ratio on the side of the student's gain.
-
-    Args:
-        weak: the weak baseline's answers, 0/1 or bool, `[n]` or `[seeds, n]`.
-        student: the student's, on the same questions.
-        ceiling: those of the student that was taught by the truth.
-        confidence: in (0, 1).
-        resamples: number of bootstrap samples, at least 100.
-        seed: of the bootstrap.
-
-    Raises:
-        ValueError: different shapes, values other than 0 and 1, or an argument outside its range.
-    """
-    outcomes = _stack({"weak": weak, "student": student, "ceiling": ceiling})
-    means = _bootstrap_means(outcomes, resamples, seed)
-    return _gap_recovered(outcomes.mean(axis=(1, 2)), means, confidence)
-
-
-def pooled_accuracy(
-    correct: Mapping[str, ArrayLike], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> Interval:
-    """Return the mean over tasks of an arm's accuracy, with its percentile bootstrap interval.
+def pooled_accuracy(correct: Mapping[str, ArrayLike], *, resamples: int = 10_000, seed: int = 0) -> Interval:
+    """Return the mean over tasks of an arm's accuracy, with its interval.
 
     Args:
         correct: per task, 0/1 or bool, `[n]` or `[seeds, n]`; tasks may differ in seeds and n.
-        confidence: in (0, 1).
         resamples: number of bootstrap samples, at least 100.
         seed: of the bootstrap; same seed, same interval.
 
     Raises:
-        ValueError: no task, values other than 0 and 1, or an argument outside its range.
+        ValueError: no task, values other than 0 and 1, or fewer resamples.
     """
     values, means = _pooled_means({"correct": correct}, resamples, seed)
-    return Interval(float(values[0]), *_percentiles(means[:, 0], confidence))
+    return Interval(float(values[0]), *_percentiles(means[:, 0]))
 
 
 def pooled_difference(
-    first: Mapping[str, ArrayLike],
-    second: Mapping[str, ArrayLike],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
+    first: Mapping[str, ArrayLike], second: Mapping[str, ArrayLike], *, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
-    """Return the mean over tasks of `accuracy(first) - accuracy(second)`, with its percentile bootstrap interval.
-
-    Within each task this is the bootstrap of `paired_difference`, and with one task it is the same. Where the seeds of
-    a task answered different questions, which the two-way bootstrap takes for the same ones, the interval is wider than
-    it need be.
+    """Return the mean over tasks of `accuracy(first) - accuracy(second)`, with its interval.
 
     Args:
-        first: per task, 0/1 or bool, `[n]` or `[seeds, n]`; tasks may differ in seeds and n.
+        first: as for `pooled_accuracy`, whose settings these are.
         second: the other arm on the same tasks, seeds and questions.
-        confidence: in (0, 1).
-        resamples: number of bootstrap samples, at least 100.
-        seed: of the bootstrap; same seed, same interval.
+        resamples: number of bootstrap samples.
+        seed: of the bootstrap.
 
     Raises:
-        ValueError: no task, different tasks or shapes, values other than 0 and 1, or an argument outside its range.
+        ValueError: as `pooled_accuracy`, or different tasks or shapes.
     """
     values, means = _pooled_means({"first": first, "second": second}, resamples, seed)
-    return _difference(values, means, confidence)
+    return Interval(float(values[0] - values[1]), *_percentiles(means[:, 0] - means[:, 1]))
 
 
 def pooled_gap_recovered(
@@ -233,28 +146,34 @@ def pooled_gap_recovered(
     student: Mapping[str, ArrayLike],
     ceiling: Mapping[str, ArrayLike],
     *,
-    confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
 ) -> PerformanceGapRecovered:
-    """Return the student's mean gain over tasks divided by the mean gap, with its bootstrap interval.
+    """Return `PGR = (student - weak) / (ceiling - weak)` (Burns et al., 2023), of means over tasks, with its interval.
 
-    A ratio of means and not a mean of ratios [choice], which one task with a small gap would rule. Undefined as in
-    `performance_gap_recovered`, by the interval of the mean gap.
+    A ratio of means and not a mean of ratios [choice], which one task with a small gap would rule. Undefined unless the
+    lower end of the gap's interval is above 0. The few resamples whose gap is not positive count as an unbounded ratio
+    on the side of the student's gain.
 
     Args:
-        weak: per task, the weak baseline's answers, 0/1 or bool, `[n]` or `[seeds, n]`.
+        weak: the weak baseline's answers, as for `pooled_accuracy`, whose settings these are.
         student: the student's, on the same tasks, seeds and questions.
         ceiling: those of the student that was taught by the truth.
-        confidence: in (0, 1).
-        resamples: number of bootstrap samples, at least 100.
+        resamples: number of bootstrap samples.
         seed: of the bootstrap.
 
     Raises:
-        ValueError: no task, different tasks or shapes, values other than 0 and 1, or an argument outside its range.
+        ValueError: as `pooled_accuracy`, or different tasks or shapes.
     """
     values, means = _pooled_means({"weak": weak, "student": student, "ceiling": ceiling}, resamples, seed)
-    return _gap_recovered(values, means, confidence)
+    gains, gaps = means[:, 1] - means[:, 0], means[:, 2] - means[:, 0]
+    gap_low, gap_high = _percentiles(gaps)
+    gain, gap = float(values[1] - values[0]), float(values[2] - values[0])
+    if gap_low <= 0.0:
+        return PerformanceGapRecovered(None, None, None, False, gap, gap_low, gap_high)
+    unbounded = np.where(gains < 0, -np.inf, np.inf)
+    low, high = _percentiles(np.divide(gains, gaps, out=unbounded, where=gaps > 0))
+    return PerformanceGapRecovered(gain / gap, low, high, True, gap, gap_low, gap_high)
 
 
 def normalise_answer(text: str) -> str:
@@ -279,51 +198,6 @@ def exact_match(answers: Sequence[str], references: Sequence[str]) -> NDArray[np
         [normalise_answer(a) == normalise_answer(r) for a, r in zip(answers, references, strict=True)],
         dtype=np.bool_,
     )
-
-
-def majority_vote(answers: Sequence[Sequence[str]]) -> list[str]:
-    """Return for each question the answer that most experts gave; among equals, the earliest expert's.
-
-    Args:
-        answers: T lists of n answers. Answers equal after `normalise_answer` count as one, and the wording of the
-            first expert who gave it is returned.
-
-    Raises:
-        ValueError: no expert, or experts with different numbers of answers.
-    """
-    if not answers or len({len(given) for given in answers}) != 1:
-        raise ValueError(
-            f"answers must be one list per expert, all of one length; got lengths {[len(a) for a in answers]}"
-        )
-    return [_most_common(given) for given in zip(*answers, strict=True)]
-
-
-def _most_common(given: Sequence[str]) -> str:
-    votes: dict[str, list[str]] = {}
-    for text in given:
-        votes.setdefault(normalise_answer(text), []).append(text)
-    # max keeps the first of equals, and a dict the order in which answers came up.
-    return max(votes.values(), key=len)[0]
-
-
-def _difference(values: NDArray[np.float64], means: NDArray[np.float64], confidence: float) -> Interval:
-    """Return the first arm's value minus the second's, `values` [2], by their bootstrap `means` [resamples, 2]."""
-    return Interval(float(values[0] - values[1]), *_percentiles(means[:, 0] - means[:, 1], confidence))
-
-
-def _gap_recovered(
-    values: NDArray[np.float64], means: NDArray[np.float64], confidence: float
-) -> PerformanceGapRecovered:
-    """Return PGR from the accuracies of weak, student and ceiling, `values` [3], and `means` [resamples, 3]."""
-    gains, gaps = means[:, 1] - means[:, 0], means[:, 2] - means[:, 0]
-    gap_low, gap_high = _percentiles(gaps, confidence)
-    gain, gap = float(values[1] - values[0]), float(values[2] - values[0])
-    if gap_low <= 0.0:
-        return PerformanceGapRecovered(None, None, None, False, gap, gap_low, gap_high)
-    unbounded = np.where(gains < 0, -np.inf, np.inf)
-    ratios = np.divide(gains, gaps, out=unbounded, where=gaps > 0)
-    low, high = _percentiles(ratios, confidence)
-    return PerformanceGapRecovered(gain / gap, low, high, True, gap, gap_low, gap_high)
 
 
 def _pooled_means(
@@ -374,17 +248,11 @@ def _counts(generator: np.random.Generator, size: int, n: int) -> NDArray[np.uin
     return np.bincount(cells.ravel(), minlength=size * n).reshape(size, n).astype(np.uint16)
 
 
-def _percentiles(samples: NDArray[np.float64], confidence: float) -> tuple[float, float]:
-    _check_confidence(confidence)
-    tail = (1 - confidence) / 2
+def _percentiles(samples: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the ends of the 95% interval."""
     # "nearest" takes order statistics that mirror each other, and never interpolates with an infinite one.
-    low, high = np.quantile(samples, [tail, 1 - tail], method="nearest")
+    low, high = np.quantile(samples, [0.025, 0.975], method="nearest")
     return float(low), float(high)
-
-
-def _check_confidence(confidence: float) -> None:
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence must be in (0, 1), got {confidence}")
 
 
 def _outcomes(name: str, values: ArrayLike) -> NDArray[np.float64]:

@@ -1,295 +1,99 @@
-"""Tables of one run, as rows of text: for the terminal and for the report."""
+"""Tables of runs, as rows of text: for the terminal, the report and Markdown files.
+
+Every table in `TABLES` takes a `pool.Pool`, and by keyword what can be chosen about it; the others take the records
+of one run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
-from ensemw2s.report.arms import BASELINE, COMPARISONS, arm_name, lower_first
+from ensemw2s.report.arms import BASELINE, arm_name, lower_first
 from ensemw2s.report.pool import (
     Pair,
     Pool,
     accuracy,
     check_arm,
     difference,
+    exact_match,
     flops_per_point,
     gap_recovered,
     mean_cost,
     measured_comparisons,
+    pool_runs,
     reference_arm,
     shared_tasks,
 )
-from ensemw2s.report.records import TEST_SPLITS, answers_array, find, measured_arms, of_kind
-from ensemw2s.report.statistics import Interval, PerformanceGapRecovered, paired_difference
+from ensemw2s.report.statistics import Interval, PerformanceGapRecovered
+from ensemw2s.runtime.records import TEST_SPLITS, ArmRecord, LabelsRecord, PhaseRecord, Record, RoundRecord, of_kind
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-UNDEFINED = "undefined"
-_Figure = TypeVar("_Figure")
-
-_INTERVALS = "in brackets 95% intervals that resample seeds and questions within each task"
-
-
-MINUS = "−"
+MINUS, UNDEFINED = "−", "undefined"
+# By their headers: fields of `CostRecord`, and the unit in which they are shown.
+COSTS = {
+    "Training, s": ("train_seconds", 1.0),
+    "Training, tokens": ("train_tokens", 1.0),
+    "Training, TFLOP": ("train_flops", 1e12),
+    "Answers, s": ("inference_seconds", 1.0),
+    "Answers, tokens": ("inference_tokens", 1.0),
+    "Answers, TFLOP": ("inference_flops", 1e12),
+}
 
 Rows = tuple[list[str], list[list[str]]]
+_Figure = TypeVar("_Figure")
 
 
-def results_table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """Return every measured arm with its accuracies ± standard error, PGR with 95% interval, and costs."""
-    return _rich_table("Results", result_rows(records), never_wrapped=3)
-
-
-def rounds_table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """Return every boosting round with its errors, expert weight, effective sample size and validation accuracy."""
-    return _rich_table("Boosting rounds", round_rows(records), never_wrapped=1)
-
-
-def result_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
-    """Return every measured arm's accuracies, PGR and training costs."""
-    columns = {
-        "ID, %": lambda arm: _accuracy_text(records, arm, "id"),
-        "OOD, %": lambda arm: _accuracy_text(records, arm, "ood"),
-        "Exact ID, %": lambda arm: _accuracy_text(records, arm, "id", "exact_match"),
-        "Exact OOD, %": lambda arm: _accuracy_text(records, arm, "ood", "exact_match"),
-        "PGR ID": lambda arm: _pgr_text(find(records, "pgr", arm=arm, split="id")),
-        "PGR OOD": lambda arm: _pgr_text(find(records, "pgr", arm=arm, split="ood")),
-        "Train s": lambda arm: _cost_text(records, arm, "train_seconds", 1),
-        "Train TFLOP": lambda arm: _cost_text(records, arm, "train_flops", 1e12),
-    }
-    rows = [[arm_name(arm), *(cell(arm) for cell in columns.values())] for arm in measured_arms(records)]
-    return without_empty_columns(["Arm", *columns], rows)
-
-
-def arm_cost_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
-    """Return what every arm's training and answers cost."""
-    columns = {
-        "Training, s": ("train_seconds", 1),
-        "Training, tokens": ("train_tokens", 1),
-        "Training, TFLOP": ("train_flops", 1e12),
-        "Answers, s": ("inference_seconds", 1),
-        "Answers, tokens": ("inference_tokens", 1),
-        "Answers, TFLOP": ("inference_flops", 1e12),
-    }
-    rows = [
-        [arm_name(arm), *(_cost_text(records, arm, name, unit) for name, unit in columns.values())]
-        for arm in measured_arms(records)
-    ]
-    return without_empty_columns(["Arm", *columns], [row for row in rows if any(row[1:])])
-
-
-def phase_cost_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
-    """Return what every phase cost."""
-    columns = {"Seconds": ("seconds", 1), "Tokens": ("tokens", 1), "TFLOP": ("flops", 1e12),
-               "Peak memory, GB": ("peak_memory", 1e9)}  # fmt: skip
-    rows = [
-        [record["phase"], *(amount_text(record.get(name), unit) for name, unit in columns.values())]
-        for record in of_kind(records, "phase")
-    ]
-    return without_empty_columns(["Phase", *columns], rows)
-
-
-def without_empty_columns(headers: list[str], rows: list[list[str]]) -> Rows:
-    """Return the table without the columns in which no row has text."""
-    shown = [i for i in range(len(headers)) if any(row[i] for row in rows)]
-    return [headers[i] for i in shown], [[row[i] for i in shown] for row in rows]
-
-
-def round_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
-    """Return every boosting round, one row per attempt."""
-    headers = ["Round", "Weighted error ε", "Prior error ε₀", "Expert weight α", "Effective sample size",
-               "Validation: expert", "Validation: ensemble", "Time, s", "Note"]  # fmt: skip
-    return without_empty_columns(headers, [_round_row(record) for record in of_kind(records, "round")])
-
-
-def _round_row(record: Mapping[str, Any]) -> list[str]:
-    validation = record["validation"] or {}
-    share = record["effective_sample_size"] / record["num_units"]
-    notes = ["" if record["accepted"] else "not added: no better than the prior"]
-    notes += ["error clamped"] if record.get("clamped") else []
-    notes += [f"attempt {record['attempt']}"] if record.get("attempt", 1) > 1 else []
-    return [
-        str(record["round"]),
-        f"{record['error']:.4f}",
-        number(record["prior_error"], ".4f"),
-        f"{record['expert_weight']:.3f}",
-        f"{record['effective_sample_size']:.0f} of {record['num_units']} ({share:.0%})",
-        percent(validation.get("expert")),
-        percent(validation.get("ensemble")),
-        f"{record['seconds']:.1f}",
-        ", ".join(filter(None, notes)),
-    ]
-
-
-def _rich_table(title: str, content: Rows, never_wrapped: int) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    headers, rows = content
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for i, header in enumerate(headers):
-        # In a narrow terminal the later columns fold; nothing is cut off.
-        justify: Literal["left", "right"] = "left" if i == 0 or header == "Note" else "right"
-        table.add_column(header, justify=justify, no_wrap=i < never_wrapped, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _accuracy_text(records: Sequence[Mapping[str, Any]], arm: str, split: str, metric: str = "accuracy") -> str:
-    record = find(records, "arm", arm=arm, split=split, metric=metric)
-    return "" if record is None else f"{100 * record['value']:.1f} ± {100 * record['standard_error']:.1f}"
-
-
-def _pgr_text(record: Mapping[str, Any] | None) -> str:
-    if record is None:
-        return ""
-    if not record["defined"]:
-        return "undefined"
-    return interval_text(record["value"], record["low"], record["high"], form=".2f")
-
-
-def interval_text(value: float, low: float, high: float, *, form: str) -> str:
-    """Return a value and its interval, each as `form` says."""
-    return f"{value:{form}} ({low:{form}} to {high:{form}})".replace("-", MINUS)
-
-
-def _cost_text(records: Sequence[Mapping[str, Any]], arm: str, name: str, unit: float) -> str:
-    record = find(records, "cost", arm=arm)
-    return "" if record is None else amount_text(record.get(name), unit)
-
-
-def amount_text(value: float | None, unit: float) -> str:
-    """Return a cost in multiples of `unit`, with three significant digits; an unknown one is empty."""
-    if value is None:
-        return ""
-    value /= unit
-    # Three significant digits, whether the models are tiny or large.
-    return (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}").replace("-", MINUS)
-
-
-def percent(share: float | None) -> str:
-    """Return a share in percent; an unknown one is empty."""
-    return "" if share is None else f"{share:.1%}"
-
-
-def number(value: float | None, form: str) -> str:
-    """Return a formatted number; an unknown one is empty."""
-    return "" if value is None else format(value, form)
-
-
-def _comparisons(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, dict[str, Interval]]]:
-    """Return (first arm, second arm, paired difference per test split) for the comparisons that were measured."""
-    pairs = list(COMPARISONS)
-    best = _best_expert(records)
-    if best is not None:
-        pairs.insert(1, ("ensemble", best))
-    found = []
-    for first, second in pairs:
-        by_split = {}
-        for split in TEST_SPLITS:
-            a, b = (find(records, "answers", arm=arm, split=split) for arm in (first, second))
-            if a is None or b is None:
-                continue
-            if a["questions"] != b["questions"]:
-                raise ValueError(f"{first} and {second} answered different questions in split {split!r}")
-            by_split[split] = paired_difference(answers_array(a["correct"]), answers_array(b["correct"]))
-        if by_split:
-            found.append((first, second, by_split))
-    return found
-
-
-def _best_expert(records: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the expert with the best validation accuracy: chosen on a test set it would be flattered."""
-    measured = {
-        arm: record["value"]
-        for arm in measured_arms(records)
-        if arm.startswith("expert_")
-        and (record := find(records, "arm", arm=arm, split="validation", metric="accuracy")) is not None
-    }
-    return max(measured, key=lambda arm: measured[arm]) if len(measured) > 1 else None
-
-
-def difference_text(difference: Interval) -> str:
-    """Return a difference of shares in percentage points, its interval, and a word on which arm is better."""
-    return f"{difference_interval(difference)}: {verdict(difference)}"
-
-
-def difference_interval(difference: Interval) -> str:
-    """Return a difference of shares and its interval in percentage points."""
-    value, low, high = (signed_points(x) for x in difference)
-    return f"{value} ({low} to {high})"
-
-
-def signed_points(share: float) -> str:
-    """Return a difference of shares in percentage points, with its sign."""
-    # Adding 0 turns a -0 that rounding left into 0, which has no sign to show.
-    points = round(100 * share, 1) + 0.0
-    return f"{points:+.1f}".replace("-", MINUS) if points else "0.0"
-
-
-def verdict(difference: Interval) -> str:
-    """Return "better" or "worse" if the interval excludes 0, else "not decided"."""
-    if difference.low > 0:
-        return "better"
-    return "worse" if difference.high < 0 else "not decided"
-
-
-def comparison_rows(records: Sequence[Mapping[str, Any]]) -> Rows:
-    """Return the comparisons of one run: differences in the share of right answers, with 95% intervals."""
-    best = _best_expert(records)
-    rows = []
-    for first, second, by_split in _comparisons(records):
-        chosen = " (best on validation)" if second == best else ""
-        texts = [difference_text(by_split[split]) if split in by_split else "" for split in TEST_SPLITS]
-        rows.append([f"{arm_name(first)} against {lower_first(arm_name(second))}{chosen}", *texts])
-    return ["Comparison", *(f"{name}, points" for name in TEST_SPLITS.values())], rows
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables of a pool
 
 
 def accuracies(pool: Pool, *, arms: Sequence[str] | None = None) -> Rows:
     """Return each arm's mean accuracy over tasks, with its interval, and the number of tasks that measured it."""
-    headers = ["Arm", *(f"{name}, %" for name in TEST_SPLITS.values()), "Tasks"]
+    headers = ["Arm", *_by_split("{}, %"), *_by_split("Exact {}, %"), "Tasks"]
     rows = [
         [
             arm_name(arm),
-            *(_interval_text(accuracy(pool, arm, split)) for split in TEST_SPLITS),
+            *(_accuracy_text(accuracy(pool, arm, split)) for split in TEST_SPLITS),
+            *(_optional(_percents, exact_match(pool, arm, split)) for split in TEST_SPLITS),
             str(len(_tasks(pool, arm))),
         ]
         for arm in _chosen(pool, arms)
     ]
-    return headers, rows
+    return without_empty_columns(headers, rows)
 
 
 def by_task(pool: Pool, *, arms: Sequence[str] | None = None, split: str | None = None) -> Rows:
     """Return each arm's accuracy on each task: on both splits, or on one with its interval."""
-    if split is not None:
-        name = TEST_SPLITS[check_split(split)]
-        rows = [
-            [arm_name(arm), *(_interval_text(accuracy(pool, arm, split, task)) for task in pool.seeds)]
-            for arm in _chosen(pool, arms)
+    name = " / ".join(TEST_SPLITS.values()) if split is None else TEST_SPLITS[check_split(split)]
+    rows = [
+        [
+            arm_name(arm),
+            *(
+                _both_splits(pool, arm, task) if split is None else _accuracy_text(accuracy(pool, arm, split, task))
+                for task in pool.seeds
+            ),
         ]
-        return [f"Arm, {name} in %", *pool.seeds], rows
-    rows = [[arm_name(arm), *(_both_splits(pool, arm, task) for task in pool.seeds)] for arm in _chosen(pool, arms)]
-    return [f"Arm, {' / '.join(TEST_SPLITS.values())} in %", *pool.seeds], rows
+        for arm in _chosen(pool, arms)
+    ]
+    return [f"Arm, {name} in %", *pool.seeds], rows
 
 
 def differences(pool: Pool, *, arms: Sequence[str] | None = None) -> Rows:
     """Return the comparisons, or those between the given arms alone: mean differences over tasks."""
-    chosen = _chosen(pool, arms)
-    pairs = [pair for pair in measured_comparisons(pool) if set(pair) <= set(chosen)]
+    pairs = _chosen_pairs(pool, arms)
     return _difference_rows(pool, "Comparison", [(comparison_name(pair), pair) for pair in pairs])
 
 
 def differences_by_task(pool: Pool, *, arms: Sequence[str] | None = None, split: str | None = None) -> Rows:
     """Return the comparisons on each task: differences on the primary split, or on another."""
     split = check_split(split or pool.primary_split)
-    chosen = _chosen(pool, arms)
     rows = [
         [comparison_name(pair), *(_optional(difference_text, difference(pool, pair, split, t)) for t in pool.seeds)]
-        for pair in measured_comparisons(pool)
-        if set(pair) <= set(chosen)
+        for pair in _chosen_pairs(pool, arms)
     ]
     return [f"Comparison, {TEST_SPLITS[split]} in points", *pool.seeds], rows
 
@@ -303,30 +107,31 @@ def ablation(pool: Pool, *, arms: Sequence[str] | None = None, reference: str | 
 
 def pgr(pool: Pool, *, arms: Sequence[str] | None = None) -> Rows:
     """Return the share of the gap that each student (or each of the given arms) recovers."""
-    chosen = [arm for arm in _chosen(pool, arms) if arms is not None or arm.startswith("student")]
     rows = []
-    for arm in chosen:
-        recovered = [gap_recovered(pool, arm, split) for split in TEST_SPLITS]
-        gaps = [_optional(_gap_text, found) for found in recovered]
-        rows.append([arm_name(arm), *(_optional(_recovered_text, found) for found in recovered), *gaps])
-    names = list(TEST_SPLITS.values())
-    return ["Arm", *(f"PGR {name}" for name in names), *(f"Gap {name}, points" for name in names)], rows
+    for arm in _chosen(pool, arms):
+        if arms is not None or arm in pool.students:
+            recovered = [gap_recovered(pool, arm, split) for split in TEST_SPLITS]
+            gaps = [_optional(_gap_text, found) for found in recovered]
+            rows.append([arm_name(arm), *(_optional(_recovered_text, found) for found in recovered), *gaps])
+    return ["Arm", *_by_split("PGR {}"), *_by_split("Gap {}, points")], rows
 
 
 def cost(pool: Pool, *, arms: Sequence[str] | None = None) -> Rows:
     """Return what each arm cost per run, and its training FLOPs beyond the single expert's per point gained."""
-    columns = {
-        "Training, s": ("train_seconds", 1.0),
-        "Training, tokens": ("train_tokens", 1.0),
-        "Training, TFLOP": ("train_flops", 1e12),
-        "Answers, s": ("inference_seconds", 1.0),
-        "Answers, TFLOP": ("inference_flops", 1e12),
-    }
+    return _cost_rows(pool, arms, [header for header in COSTS if header != "Answers, tokens"])
+
+
+def whole_cost(pool: Pool) -> Rows:
+    """Return `cost` of all arms, with the tokens of their answers."""
+    return _cost_rows(pool, None, list(COSTS))
+
+
+def _cost_rows(pool: Pool, arms: Sequence[str] | None, columns: Sequence[str]) -> Rows:
     split = pool.primary_split
     rows = []
     for arm in _chosen(pool, arms):
         tasks = _tasks(pool, arm)
-        amounts = [amount_text(mean_cost(pool, arm, field, tasks), unit) for field, unit in columns.values()]
+        amounts = [_cost_text(pool, arm, tasks, header) for header in columns]
         gain = "" if arm == BASELINE else _optional(difference_text, difference(pool, (arm, BASELINE), split))
         undefined = UNDEFINED if gain and mean_cost(pool, arm, "train_flops", tasks) is not None else ""
         rows.append([arm_name(arm), *amounts, gain, amount_text(flops_per_point(pool, arm), 1e12) or undefined])
@@ -336,16 +141,9 @@ def cost(pool: Pool, *, arms: Sequence[str] | None = None) -> Rows:
 
 # By the names that a Markdown file asks for.
 TABLES: dict[str, Callable[..., Rows]] = {
-    "accuracies": accuracies,
-    "by_task": by_task,
-    "differences": differences,
-    "differences_by_task": differences_by_task,
-    "ablation": ablation,
-    "pgr": pgr,
-    "cost": cost,
+    table.__name__: table for table in (accuracies, by_task, differences, differences_by_task, ablation, pgr, cost)
 }
-
-
+_INTERVALS = "in brackets 95% intervals that resample seeds and questions within each task"
 # What a reader of each table has to know.
 NOTES = {
     "accuracies": f"Right answers: means over tasks, {_INTERVALS}. Empty where some task did not measure the arm.",
@@ -377,14 +175,14 @@ def comparison_name(pair: Pair) -> str:
     return f"{arm_name(pair[0])} against {lower_first(arm_name(pair[1]))}"
 
 
-def extent(pool: Pool, tasks: Iterable[str] | None = None) -> str:
+def extent(pool: Pool) -> str:
     """Return how much was measured: "3 tasks × 5 seeds × 200 ID and 100 OOD questions"."""
-    shown = list(pool.seeds if tasks is None else tasks)
     questions = " and ".join(
-        f"{sizes} {name}" for split, name in TEST_SPLITS.items() if (sizes := _questions(pool, shown, split))
+        f"{sizes} {name}" for split, name in TEST_SPLITS.items() if (sizes := _questions(pool, pool.seeds, split))
     )
-    seeds = _span(len(pool.seeds[task]) for task in shown)
-    return f"{_counted(str(len(shown)), 'task')} × {_counted(seeds, 'seed')} × {questions} questions"
+    tasks, seeds = str(len(pool.seeds)), _span(map(len, pool.seeds.values()))
+    counts = (f"{count} {noun}" + "s" * (count != "1") for count, noun in ((tasks, "task"), (seeds, "seed")))
+    return " × ".join((*counts, f"{questions} questions"))
 
 
 def check_split(split: str) -> str:
@@ -394,8 +192,23 @@ def check_split(split: str) -> str:
     return split
 
 
+def without_empty_columns(headers: list[str], rows: list[list[str]]) -> Rows:
+    """Return the table without the columns in which no row has text."""
+    shown = [i for i in range(len(headers)) if any(row[i] for row in rows)]
+    return [headers[i] for i in shown], [[row[i] for i in shown] for row in rows]
+
+
+def _by_split(header: str) -> list[str]:
+    return [header.format(name) for name in TEST_SPLITS.values()]
+
+
 def _chosen(pool: Pool, arms: Sequence[str] | None) -> list[str]:
     return pool.arms if arms is None else [check_arm(pool, arm) for arm in arms]
+
+
+def _chosen_pairs(pool: Pool, arms: Sequence[str] | None) -> list[Pair]:
+    chosen = _chosen(pool, arms)
+    return [pair for pair in measured_comparisons(pool) if set(pair) <= set(chosen)]
 
 
 def _tasks(pool: Pool, *arms: str) -> list[str]:
@@ -404,14 +217,13 @@ def _tasks(pool: Pool, *arms: str) -> list[str]:
 
 
 def _difference_rows(pool: Pool, title: str, named: Sequence[tuple[str, Pair]]) -> Rows:
-    headers = [title, *(f"{name}, points" for name in TEST_SPLITS.values()), "Tasks", "Seeds", "Questions"]
     rows = []
     for name, pair in named:
         found = [_optional(difference_text, difference(pool, pair, split)) for split in TEST_SPLITS]
         tasks = _tasks(pool, *pair)
         sizes = " / ".join(_questions(pool, tasks, split) for split in TEST_SPLITS)
         rows.append([name, *found, str(len(tasks)), _span(len(pool.seeds[task]) for task in tasks), sizes])
-    return headers, rows
+    return [title, *_by_split("{}, points"), "Tasks", "Seeds", "Questions"], rows
 
 
 def _questions(pool: Pool, tasks: Iterable[str], split: str) -> str:
@@ -423,18 +235,156 @@ def _span(counts: Iterable[int]) -> str:
     return "–".join(map(str, dict.fromkeys((found[0], found[-1])))) if found else ""
 
 
-def _counted(number: str, noun: str) -> str:
-    return f"{number} {noun}" if number == "1" else f"{number} {noun}s"
-
-
 def _both_splits(pool: Pool, arm: str, task: str) -> str:
     found = [accuracy(pool, arm, split, task) for split in TEST_SPLITS]
-    texts = [f"{100 * interval.value:.1f}" if interval else "" for interval in found]
-    return " / ".join(text or "–" for text in texts) if any(texts) else ""
+    return " / ".join(_percents(x.value) if x else "–" for x in found) if any(found) else ""
 
 
-def _interval_text(interval: Interval | None) -> str:
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables of one run
+
+
+def results_table(records: Sequence[Record]) -> Table:
+    """Return every measured arm with its accuracies ± standard error, PGR with 95% interval, and training costs."""
+    pool = pool_runs(records)
+    measured = {
+        (record.arm, record.metric, record.split): f"{100 * record.value:.1f} ± {100 * record.standard_error:.1f}"
+        for record in of_kind(records, ArmRecord)
+    }
+    columns = [(metric, split) for metric in ("accuracy", "exact_match") for split in TEST_SPLITS]
+    recovered = {row[0]: row[1:3] for row in pgr(pool)[1]}
+    rows = [
+        [
+            arm_name(arm),
+            *(measured.get((arm, *column), "") for column in columns),
+            *recovered.get(arm_name(arm), ["", ""]),
+            *(_cost_text(pool, arm, list(pool.seeds), header) for header in ("Training, s", "Training, TFLOP")),
+        ]
+        for arm in pool.arms
+    ]
+    headers = [*_by_split("{}, %"), *_by_split("Exact {}, %"), *_by_split("PGR {}"), "Train s", "Train TFLOP"]
+    return _rich_table("Results", without_empty_columns(["Arm", *headers], rows), never_wrapped=3)
+
+
+def _rich_table(title: str, content: Rows, never_wrapped: int) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for i, header in enumerate(content[0]):
+        # In a narrow terminal the later columns fold; nothing is cut off.
+        table.add_column(header, justify="right" if i else "left", no_wrap=i < never_wrapped, overflow="fold")
+    for row in content[1]:
+        table.add_row(*row)
+    return table
+
+
+def rounds(records: Iterable[RoundRecord]) -> Rows:
+    """Return every boosting round, one row per attempt."""
+    headers = ["Round", "Weighted error ε", "Prior error ε₀", "Expert weight α", "Effective sample size",
+               "Validation: expert", "Validation: ensemble", "Time, s", "Note"]  # fmt: skip
+    return without_empty_columns(headers, [_round_row(record) for record in records])
+
+
+def _round_row(record: RoundRecord) -> list[str]:
+    validation = record.validation or {}
+    share = record.effective_sample_size / record.num_units
+    notes = {
+        "not added: no better than the prior": not record.accepted,
+        "error clamped": record.clamped,
+        f"attempt {record.attempt}": record.attempt > 1,
+    }
+    return [
+        str(record.round),
+        f"{record.error:.4f}",
+        number(record.prior_error, ".4f"),
+        number(record.expert_weight, ".3f"),
+        f"{record.effective_sample_size:.0f} of {record.num_units} ({share:.0%})",
+        number(validation.get("expert"), ".1%"),
+        number(validation.get("ensemble"), ".1%"),
+        f"{record.seconds:.1f}",
+        ", ".join(note for note, holds in notes.items() if holds),
+    ]
+
+
+def phases(records: Iterable[Record]) -> Rows:
+    """Return what every phase cost."""
+    columns = {"Seconds": ("seconds", 1), "Tokens": ("tokens", 1), "TFLOP": ("flops", 1e12),
+               "Peak memory, GB": ("peak_memory", 1e9)}  # fmt: skip
+    rows = [
+        [record.phase, *(amount_text(getattr(record, field), unit) for field, unit in columns.values())]
+        for record in of_kind(records, PhaseRecord)
+    ]
+    return without_empty_columns(["Phase", *columns], rows)
+
+
+def labels(records: Iterable[Record]) -> Rows:
+    """Return what each teacher's answers to the unlabelled questions are worth."""
+    headers = ["Teacher", "Hard questions", "Answered right", "Mean log-probability per token, nats",
+               "Experts' agreement"]  # fmt: skip
+    rows = [
+        [
+            arm_name(record.teacher),
+            str(record.n),
+            number(record.accuracy, ".1%"),
+            number(record.confidence, ".3f"),
+            number(record.agreement, ".1%"),
+        ]
+        for record in of_kind(records, LabelsRecord)
+    ]
+    return headers, rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures as text
+
+
+def number(value: float | None, form: str) -> str:
+    """Return a formatted number; an unknown one is empty."""
+    return "" if value is None else format(value, form).replace("-", MINUS)
+
+
+def amount_text(value: float | None, unit: float) -> str:
+    """Return a cost in multiples of `unit`, with three significant digits; an unknown one is empty."""
+    # Three significant digits, whether the models are tiny or large.
+    return "" if value is None else number(value / unit, ",.0f" if abs(value / unit) >= 100 else ".3g")
+
+
+def interval_text(value: float, low: float, high: float, *, form: str) -> str:
+    """Return a value and its interval, each as `form` says."""
+    return f"{number(value, form)} ({number(low, form)} to {number(high, form)})"
+
+
+def difference_text(difference: Interval) -> str:
+    """Return a difference of shares in percentage points, its interval, and a word on which arm is better."""
+    verdict = "better" if difference.low > 0 else "worse" if difference.high < 0 else "not decided"
+    return f"{difference_interval(difference)}: {verdict}"
+
+
+def difference_interval(difference: Interval) -> str:
+    """Return a difference of shares and its interval in percentage points."""
+    value, low, high = (_signed_points(x) for x in difference)
+    return f"{value} ({low} to {high})"
+
+
+def _signed_points(share: float) -> str:
+    """Return a difference of shares in percentage points, with its sign."""
+    # Adding 0 turns a -0 that rounding left into 0, which has no sign to show.
+    points = round(100 * share, 1) + 0.0
+    return number(points, "+.1f") if points else "0.0"
+
+
+def _percents(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _accuracy_text(interval: Interval | None) -> str:
     return "" if interval is None else interval_text(*(100 * x for x in interval), form=".1f")
+
+
+def _cost_text(pool: Pool, arm: str, tasks: Sequence[str], header: str) -> str:
+    field, unit = COSTS[header]
+    return amount_text(mean_cost(pool, arm, field, tasks), unit)
 
 
 def _recovered_text(recovered: PerformanceGapRecovered) -> str:

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,9 @@ from ensemw2s.runtime import accounts, processes
 from ensemw2s.runtime.accounts import RESERVED
 from ensemw2s.runtime.files import is_alive, make_folder, read_json, sweep, write_json
 from ensemw2s.runtime.fingerprint import plain
+from ensemw2s.runtime.values import shown_names
 
 _MADE_BY = "ensemw2s"
-_SHOWN = 3
 Returned = TypeVar("Returned")
 
 
@@ -135,7 +135,7 @@ def _prepare(folder: Path, kind: Kind) -> None:
         if found:
             raise ValueError(
                 f"{folder} is not empty and holds no {kind.words.removeprefix('a ')} of ours (no "
-                f"{kind.marker(folder).name}), but {_some(found)}, which is left as it is: choose another "
+                f"{kind.marker(folder).name}), but {shown_names(found, 3)}, which is left as it is: choose another "
                 f"{kind.setting}"
             )
     make_folder(folder)
@@ -175,15 +175,10 @@ def discard(folder: Path, kind: Kind) -> None:
     found = [str(path.relative_to(folder)) for path in accounts.strangers(folder, kind.files)]
     if found:
         raise ValueError(
-            f"{folder} holds {kind.words}, and among its files some that are not ours: {_some(found)}. Nothing was "
-            f"deleted: move them away, or choose another {kind.setting}"
+            f"{folder} holds {kind.words}, and among its files some that are not ours: {shown_names(found, 3)}. "
+            f"Nothing was deleted: move them away, or choose another {kind.setting}"
         )
     accounts.delete(folder, kind.files)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(f"{name:.60}" for name in names[:_SHOWN]) + more
 
 
 # One at a time
@@ -203,7 +198,7 @@ def held(lock: Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        own.release()
+        _let_go(own)
 
 
 @contextmanager
@@ -238,8 +233,24 @@ def _take(lock: FileLock, what: str) -> None:
         lock.acquire()
     except Timeout:
         raise InUseError(_in_use(file, what)) from None
+    if not _is_native(file):
+        return
     holder = {"host": platform.node(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     file.write_text(json.dumps(holder) + "\n", encoding="utf-8")
+
+
+def _let_go(lock: FileLock) -> None:
+    if lock.is_locked:
+        file = Path(lock.lock_file)
+        if _is_native(file):
+            # Who waits for it sees that the file is gone, and makes a new one.
+            file.unlink(missing_ok=True)
+        lock.release()
+
+
+def _is_native(file: Path) -> bool:
+    """Say whether a lock is the kernel's, so that its file's content is ours; elsewhere filelock writes into it."""
+    return file.exists() and file.read_bytes()[:1] in (b"", b"{")
 
 
 def _in_use(lock: Path, what: str) -> str:
@@ -247,7 +258,7 @@ def _in_use(lock: Path, what: str) -> str:
         holder = json.loads(lock.read_text(encoding="utf-8"))
         host, pid, since = str(holder["host"]), int(holder["pid"]), str(holder["since"])
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{what} is in use by another process, which has just begun: wait until it has finished"
+        return f"{what} is in use by another process, says {lock}: wait until it has finished"
     holder = f"{what} is in use by process {pid} on {host}, since {since}: wait until it has finished, or end it"
     if host != platform.node():
         return f"{holder}. If it is certain that {host} is gone, delete {lock}"

@@ -85,6 +85,25 @@ def new_file(path: str | os.PathLike[str], *, watched: bool = True) -> Iterator[
         sync(path.parent)
 
 
+# Stands near the beginning of every page and picture of ours.
+SIGNATURE = "made by ensemw2s"
+_BEGINNING = 4096
+
+
+@contextmanager
+def new_page(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Do as `new_file` for a page or picture, and replace none but our own, which have `SIGNATURE` in them.
+
+    Raises:
+        ValueError: somebody else's file is at `path`.
+    """
+    path = Path(path)
+    if path.is_file() and SIGNATURE.encode() not in path.read_bytes()[:_BEGINNING]:
+        raise ValueError(f"{path} was not made by ensemw2s and is left as it is: name another file, or move it away")
+    with new_file(path) as aside:
+        yield aside
+
+
 @contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give an empty scratch folder that becomes folder `path` when the block ends without an error.

@@ -83,12 +83,13 @@ def decoded(text: bytes, place: str) -> str:
 # JSON
 
 
-def parse_json(text: str | bytes, place: str) -> Any:
+def parse_json(text: str | bytes, place: str, *, not_finite: bool = False) -> Any:
     """Return what a JSON text says.
 
     Args:
         text: the text; bytes are UTF-8.
         place: begins every error: the file, and the line if there is one text for each.
+        not_finite: whether NaN and infinity may stand there, which transformers writes.
 
     Raises:
         ValueError: no JSON; a key that an object has twice; NaN, infinity, or a number too large for a float; more
@@ -99,7 +100,7 @@ def parse_json(text: str | bytes, place: str) -> Any:
         value = json.loads(
             text,
             object_pairs_hook=_without_repeats,
-            parse_constant=_refuse_constant,
+            parse_constant=float if not_finite else _refuse_constant,
             parse_float=_finite,
         )
     except json.JSONDecodeError as error:

@@ -18,7 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 120, 120
-_LONGEST, _MOST_NAMES = 200, 12
+_LONGEST = 200
 # PyTorch, NumPy and C++ count in 32 bits here and there; no setting means anything beyond.
 LARGEST = 2**31 - 1
 SEEDS = f"[0, {2**32 - 1}]"
@@ -111,11 +111,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
-def shown_names(names: Iterable[Any]) -> str:
-    """Return names as an error lists them, the first twelve; "none" if there are none."""
+def shown_names(names: Iterable[Any], most: int = 12) -> str:
+    """Return names as an error lists them, the first `most` of them; "none" if there are none."""
     known = list(names)
-    first = ", ".join(name if len(name := str(item)) <= 60 else f"{name[:57]}..." for item in known[:_MOST_NAMES])
-    more = f" and {len(known) - _MOST_NAMES} more" if len(known) > _MOST_NAMES else ""
+    first = ", ".join(name if len(name := str(item)) <= 60 else f"{name[:57]}..." for item in known[:most])
+    more = f" and {len(known) - most} more" if len(known) > most else ""
     return f"{first or 'none'}{more}"
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ensemw2s import ops
-from ensemw2s.models.heads import CHUNK_ELEMENTS
+from ensemw2s.ops.row_losses import CHUNK_ELEMENTS
 from ensemw2s.ops.topk_kl import reference as topk_kl_reference
 
 

@@ -16,8 +16,9 @@ from ensemw2s.data.batches import AnswerCollator, next_token_mask
 from ensemw2s.data.tokens import QuestionFormat, end_tokens, tokenize_questions
 from ensemw2s.inference.label_files import TOP_COLUMNS
 from ensemw2s.inference.labelling import require_probabilities, top_tokens
-from ensemw2s.models.heads import CHUNK_ELEMENTS, linear_of, obstacle, output_head, own_head, states_before
+from ensemw2s.models.heads import linear_of, obstacle, output_head, own_head, states_before
 from ensemw2s.models.mixture import repeat_rows
+from ensemw2s.ops.row_losses import CHUNK_ELEMENTS
 from ensemw2s.runtime.meter import count
 from ensemw2s.runtime.values import check_number
 from ensemw2s.student.answers import check_answer_ids

@@ -105,11 +105,10 @@ def discard_checkpoints(output_dir: str | Path | None) -> None:
     folder = Path(str(output_dir)) / FOLDER
     if description_of(folder, _KIND) is None:
         return
-    lock = _KIND.lock(folder)
-    with held(lock, str(folder)):
+    with held(_KIND.lock(folder), str(folder)):
         discard(folder, _KIND)
-    for file in (_KIND.marker(folder), folder / ACCOUNT, lock):
-        file.unlink(missing_ok=True)
+        for file in (_KIND.marker(folder), folder / ACCOUNT):
+            file.unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
 

@@ -25,7 +25,7 @@ from ensemw2s.models.heads import linear_loss, linear_of, obstacle, only_positio
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.files import DiskFullError, is_disk_full
 from ensemw2s.runtime.meter import count, count_before, metered
-from ensemw2s.runtime.values import check_fields
+from ensemw2s.runtime.values import check_fields, shown_names
 from ensemw2s.training.checkpoints import begin_checkpoint, seal_checkpoint, spent_until
 from ensemw2s.training.packing import keeps_rows_apart, pack_rows, wants_one_line
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-_SHOWN_ROWS = 5
 _NOT_KNOWN = "not known before the first step"
 
 
@@ -278,9 +277,8 @@ class AnswerTrainer(Trainer):
             return ""
         rows = inputs["row"].tolist()
         names = self.train_dataset["id"] if "id" in self.train_dataset.column_names else None
-        shown = ", ".join(str(row if names is None else names[row]) for row in rows[:_SHOWN_ROWS])
-        more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
-        return f", in the batch of {'row' if names is None else 'id'} {shown}{more}"
+        shown = shown_names((row if names is None else names[row] for row in rows), 5)
+        return f", in the batch of {'row' if names is None else 'id'} {shown}"
 
     def _text(self, model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], answers: AnswerTokens) -> _Text:
         """Return what the model reads: packed rows where that saves padding, or the padded batch."""

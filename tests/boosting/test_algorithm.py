@@ -66,13 +66,17 @@ def test_a_unit_is_wrong_exactly_if_one_of_its_tokens_is(lengths, window, seed):
 # Weights, errors, updates
 
 
+def reweighted(weights, mix):
+    return algorithm.loss_weights(weights, sampling="reweight", uniform_mix=mix)
+
+
 @given(seeds, sizes, st.floats(0, 0.999))
 def test_mixing_keeps_a_distribution_and_a_floor(seed, size, mix):
     weights = random_weights(np.random.default_rng(seed), size)
-    mixed = algorithm.mix_uniform(weights, mix)
+    mixed = reweighted(weights, mix) / size
     np.testing.assert_allclose(mixed, (1 - mix) * weights + mix / size, rtol=1e-14)
     assert abs(math.fsum(mixed) - 1) < 1e-12
-    assert mixed.min() >= mix / size
+    assert mixed.min() >= mix / size * (1 - 1e-12)
 
 
 def test_effective_sample_size_of_known_weights():
@@ -124,7 +128,7 @@ def test_prior_is_read_from_the_named_place():
 @given(seeds, sizes, open_unit, st.floats(0.05, 1))
 def test_closing_identity_and_its_shrinkage_form(seed, size, prior, shrinkage):
     generator = np.random.default_rng(seed)
-    weights = algorithm.mix_uniform(random_weights(generator, size), 0.2)
+    weights = 0.8 * random_weights(generator, size) + 0.2 / size
     wrong = generator.random(size) < 0.4
     error = algorithm.weighted_error(weights, wrong)
     if not 0 < error < 1 or error >= prior:
@@ -394,7 +398,7 @@ def test_draws_for_the_loss_come_from_the_mixed_weights():
     weights = np.zeros(1000)
     weights[:500] = 1 / 500
     in_loss = algorithm.loss_weights(weights, sampling="draw", uniform_mix=0.5, generator=np.random.default_rng(2))
-    expected = algorithm.draw_counts(algorithm.mix_uniform(weights, 0.5), 1000, np.random.default_rng(2))
+    expected = algorithm.draw_counts(0.5 * weights + 0.5 / 1000, 1000, np.random.default_rng(2))
     np.testing.assert_array_equal(in_loss, expected)
     assert in_loss[500:].sum() == pytest.approx(250, abs=60)
 
@@ -642,9 +646,9 @@ GENERATOR = np.random.default_rng(0)
         (lambda: algorithm.unit_losses([True], [0, 0]), r"token_losses must have shape \(2,\)"),
         (lambda: algorithm.unit_losses([True, False], [0, 2]), "units must rise from 0"),
         (lambda: algorithm.initial_weights(0), "num_units must be at least 1, got 0"),
-        (lambda: algorithm.mix_uniform(HALVES, 1.0), r"uniform_mix must be in \[0, 1\), got 1.0"),
-        (lambda: algorithm.mix_uniform(HALVES, -0.1), "uniform_mix must be in"),
-        (lambda: algorithm.mix_uniform(HALVES, math.nan), "uniform_mix must be in"),
+        (lambda: reweighted(HALVES, 1.0), r"uniform_mix must be in \[0, 1\), got 1.0"),
+        (lambda: reweighted(HALVES, -0.1), "uniform_mix must be in"),
+        (lambda: reweighted(HALVES, math.nan), "uniform_mix must be in"),
         (lambda: algorithm.effective_sample_size([1.5, -0.5]), "non-negative and not NaN, smallest is -0.5"),
         (lambda: algorithm.effective_sample_size([math.nan, 1]), "not NaN, smallest is nan"),
         (lambda: algorithm.effective_sample_size([0.5, 0.6]), "must sum to 1 within 1e-09, but the sum is 1.1"),

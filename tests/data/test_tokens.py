@@ -111,11 +111,11 @@ def test_what_is_tokenised_alike_apart_stays_as_it_was(tokenizer: PreTrainedToke
 def test_the_first_token_stands_in_front_once(name: str) -> None:
     tokenizer = FAITHFUL[name]()
     form = QuestionFormat("{prompt}:", " ")
-    plain = form.prompt_ids("abc", tokenizer)
+    plain = form.prompt("abc", tokenizer).ids
     assert plain[0] == BOS and EOS not in plain
     if name != "python":
         # It is written in the template already.
-        assert replace(form, prompt_template="<s>{prompt}:").prompt_ids("abc", tokenizer)[:2].count(BOS) == 1
+        assert replace(form, prompt_template="<s>{prompt}:").prompt("abc", tokenizer).ids[:2].count(BOS) == 1
 
 
 def test_a_chat_template_brings_its_own_first_token() -> None:

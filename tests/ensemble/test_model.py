@@ -18,6 +18,7 @@ from ensemw2s import TokenEnsemble
 from ensemw2s.inference.decoding import Sampling
 from ensemw2s.inference.labelling import label_questions
 from ensemw2s.models.loading import CACHE
+from ensemw2s.runtime.files import read_json
 from tests.reference import WEIGHTS, ragged_prompts, slow_mixture
 from tests.tiny import END, FORMAT, VOCAB, gpt2, llama, lora, questions, saved_adapters, saved_model, tokenizer
 
@@ -116,7 +117,7 @@ def test_a_saved_ensemble_comes_back_exactly(kind: str, request: pytest.FixtureR
             after = loaded(input_ids=ids, attention_mask=mask).logits
         assert torch.equal(before, after)
         assert loaded.generation_config.eos_token_id == END
-    assert TokenEnsemble.read_record(tmp_path / "saved") == {"rounds": [1, 2, 3]}
+    assert read_json(tmp_path / "saved" / "boosting.json") == {"rounds": [1, 2, 3]}
     assert not [file for file in (tmp_path / "saved").rglob("*") if file.suffix in (".bin", ".pt", ".pkl")]
     assert "| 1 | 2.5000 |" in (tmp_path / "saved" / "README.md").read_text()
 

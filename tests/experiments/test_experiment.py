@@ -22,9 +22,9 @@ from ensemw2s.experiments.config import build_config, load_config
 from ensemw2s.experiments.experiment import PHASES, Experiment, round_line
 from ensemw2s.inference.label_files import read_labels
 from ensemw2s.inference.scoring import score_answers
-from ensemw2s.report.records import POOLED_KINDS, answers_array, questions_digest
 from ensemw2s.report.tables import results_table
 from ensemw2s.runtime.files import read_json, settle
+from ensemw2s.runtime.records import POOLED_KINDS, answers_array, questions_digest, read_records
 from tests.tiny import END, FORMAT, VOCAB, questions, saved_model, tokenizer
 
 
@@ -278,7 +278,7 @@ def test_the_table_shows_every_arm(finished: Path) -> None:
     from rich.console import Console
 
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(results_table([json.loads(line) for line in (finished / "results.jsonl").read_text().splitlines()]))
+    console.print(results_table(read_records(finished)))
     text = console.export_text()
     for words in ("ID", "OOD", "PGR", "ensemble", "ceiling"):
         assert words.lower() in text.lower()

@@ -15,8 +15,8 @@ from ensemw2s import BoostingConfig, StudentConfig, StudentTrainer, rate_difficu
 from ensemw2s.experiments.config import build_config, load_config
 from ensemw2s.experiments.experiment import PHASES, Experiment
 from ensemw2s.experiments.study import Study, load_study
-from ensemw2s.inference import label_files
-from ensemw2s.runtime.files import append_json_lines, read_json_lines, write_json
+from ensemw2s.runtime import files
+from ensemw2s.runtime.files import read_json_lines, write_json
 from ensemw2s.runtime.meter import Ledger, count
 from tests.experiments.test_study import fake_cells, write_study
 from tests.faults import runs
@@ -60,15 +60,16 @@ def test_an_interrupted_phase_costs_what_an_uninterrupted_one_does(
     models: Path, reference: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = build_config(runs.settings(models, tmp_path))
-    append, seen = append_json_lines, []
+    append, seen = files.append_whole, []
 
-    def interrupted(path: Path, rows: Any) -> None:
-        seen.append(path)
-        if len(seen) in (2, 4):
-            raise KeyboardInterrupt
-        append(path, rows)
+    def interrupted(path: Path, *args: Any, **options: Any) -> None:
+        if path.parent.name == "labels":
+            seen.append(path)
+            if len(seen) in (2, 4):
+                raise KeyboardInterrupt
+        append(path, *args, **options)
 
-    monkeypatch.setattr(label_files, "append_json_lines", interrupted)
+    monkeypatch.setattr(files, "append_whole", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             Experiment(config).run(MEASURED)

@@ -16,8 +16,8 @@ import yaml
 from ensemw2s.cli import main
 from ensemw2s.experiments import study as experiments_study
 from ensemw2s.experiments.study import Study, load_study
-from ensemw2s.report.records import read_records
 from ensemw2s.runtime.files import read_complete_lines
+from ensemw2s.runtime.records import StudyRecord, of_kind, read_records
 from tests.experiments.test_experiment import settings
 from tests.running import wait_for_files
 
@@ -65,7 +65,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_records_of_a_study_are_those_of_its_cells(finished: Path) -> None:
-    records = read_records(finished)
+    assert of_kind(read_records(finished), StudyRecord)
+    records = read_complete_lines(finished)
     (header,) = [record for record in records if record["kind"] == "study"]
     assert (header["name"], header["primary_split"]) == ("tiny", "id")
     assert header["comparisons"] == [["ensemble", "deep_ensemble"]]

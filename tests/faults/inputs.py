@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from docs.refresh_tables import refresh_tables
 from ensemw2s.boosting import algorithm
 from ensemw2s.boosting.config import BoostingConfig
 from ensemw2s.cli import main
@@ -34,8 +35,8 @@ from ensemw2s.data.tokens import QuestionFormat
 from ensemw2s.experiments.config import STUDENTS, load_config
 from ensemw2s.experiments.study import load_study
 from ensemw2s.inference.decoding import Sampling
-from ensemw2s.report.records import read_records
 from ensemw2s.runtime.files import read_complete_lines, read_json, write_json_lines
+from ensemw2s.runtime.records import read_records
 from ensemw2s.runtime.values import RANGES
 from ensemw2s.student.trainer import StudentConfig
 from tests.faults.battery import Case
@@ -591,7 +592,7 @@ def _refuse_source(source: dict[str, Any], fragment: str, folder: Path) -> None:
         _raises(fragment, lambda: load_questions(source))
 
 
-def _raised(kind: type[Exception], fragment: str, function: Callable[[], Any]) -> None:
+def _raised(kind: type[Exception] | tuple[type[Exception], ...], fragment: str, function: Callable[[], Any]) -> None:
     try:
         function()
     except kind as error:
@@ -721,7 +722,7 @@ def _refuse_records(text: bytes, fragment: str, folder: Path) -> None:
 def _refuse_tables(text: bytes, fragment: str, folder: Path) -> None:
     write_json_lines(folder / "s.jsonl", study_records(seeds=1, n=4))
     (folder / "a.md").write_bytes(text)
-    _refused(folder, ["report", "--markdown", str(folder / "a.md")], fragment)
+    _raised((ValueError, FileNotFoundError), fragment, lambda: refresh_tables(folder / "a.md"))
     assert (folder / "a.md").read_bytes() == text
 
 
@@ -773,9 +774,8 @@ def _escape_names(folder: Path) -> int:
     write_json_lines(folder / "s.jsonl", records)
     (folder / "a.md").write_text("<!-- records: s.jsonl; table: by_task -->\n<!-- end -->\n")
     page = folder / "s.html"
-    code, errors = _output(
-        ["report", str(folder / "s.jsonl"), "--markdown", str(folder / "a.md"), "--output", str(page)]
-    )
+    refresh_tables(folder / "a.md")
+    code, errors = _output(["report", str(folder / "s.jsonl"), "--output", str(page)])
     assert code == 0, errors
     assert "<script>alert" not in page.read_text() and "<img src=x" not in page.read_text()
     table = [line for line in (folder / "a.md").read_text().splitlines() if line.startswith("|")]
@@ -809,7 +809,7 @@ _COMMANDS: list[tuple[list[str], str]] = [
     (["study", "{study}", "--minutes", "inf"], "minutes must be at least 0, got inf"),
     (["study", "{config}"], "tasks must be a mapping"),
     (["run", "{study}"], "unknown key"),
-    (["report"], "report needs a PATH"),
+    (["report"], "the following arguments are required: PATH"),
     (["report", ""], "must not be empty"),
     (["report", "{folder}"], "results.jsonl does not exist"),
     (["report", "{config}"], "line 1 is not valid JSON"),
@@ -818,8 +818,6 @@ _COMMANDS: list[tuple[list[str], str]] = [
     (["report", "{records}", "--output", "{records}/a.html"], "A file is where a folder should be"),
     (["report", "{records}", "--plot", "a.txt"], ".svg or .png"),
     (["report", "{records}", "--plot", "{folder}/" + "a" * 300 + ".svg"], "File systems take names of up to 255 bytes"),
-    (["report", "--markdown", "{folder}"], "is a folder, not a file"),
-    (["report", "--markdown", "gone.md"], "gone.md does not exist"),
     (["report", "{records}", "--output", "/proc/nothing/a.html"], "/proc/nothing"),
 ]
 
@@ -868,7 +866,7 @@ def _bad_arguments() -> Iterator[Case]:
         "split a must have at least 1": lambda: split_questions(None, {"a": True}),  # type: ignore[arg-type]
         "num_units must be a whole number": lambda: algorithm.initial_weights("3"),  # type: ignore[arg-type]
         "num_units must be at least 1": lambda: algorithm.initial_weights(0),
-        "uniform_mix must be a number": lambda: algorithm.mix_uniform(half, None),  # type: ignore[arg-type]
+        "uniform_mix must be a number": lambda: algorithm.loss_weights(half, sampling="all", uniform_mix=None),  # type: ignore[arg-type]
         "weights must be real numbers": lambda: algorithm.effective_sample_size(["a", "b"]),
         "weights must be non-negative": lambda: algorithm.effective_sample_size([float("nan"), 1.0]),
         "losses must be boolean": lambda: algorithm.weighted_error(half, [1, 0]),

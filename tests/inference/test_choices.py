@@ -65,7 +65,7 @@ def slow_token_log_probs(model: Any, prompt: list[int], choice: list[int]) -> to
 def slow_scores(models: list[Any], weights: list[float], combine: str, row: dict, form: Any) -> np.ndarray:
     """The definition, one choice at a time."""
     tokens = tokenizer()
-    prompt = form.prompt_ids(row["prompt"], tokens)
+    prompt = form.prompt(row["prompt"], tokens).ids
     shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     scores = []
     for text in row["choices"]:
@@ -318,7 +318,7 @@ def test_boosting_on_one_token_answers_is_samme(answers: str, prior: Any, tmp_pa
     for t, alpha in enumerate(alphas):
         with ensemble.experts.expert(t) as model, torch.no_grad():
             for i, row in enumerate(test):
-                ids = torch.tensor([ONE_TOKEN.prompt_ids(row["prompt"], tokenizer())])
+                ids = torch.tensor([ONE_TOKEN.prompt(row["prompt"], tokenizer()).ids])
                 votes[i, int(model(input_ids=ids).logits[0, -1, letters].argmax())] += alpha
     scores = score_choices(ensemble, test, tokenizer(), question_format=ONE_TOKEN)
     np.testing.assert_array_equal(scores.chosen, votes.argmax(axis=1))

@@ -45,7 +45,7 @@ def generated(ensemble: TokenEnsemble, rows: Dataset, length: int, ends: set[int
     """What greedy `generate` says to each question, up to its first end token."""
     found = []
     for prompt in rows["prompt"]:
-        ids = torch.tensor([FORMAT.prompt_ids(prompt, tokenizer())])
+        ids = torch.tensor([FORMAT.prompt(prompt, tokenizer()).ids])
         new = ensemble.generate(input_ids=ids, do_sample=False, max_new_tokens=length)[0, ids.shape[1] :].tolist()
         places = [i for i, token in enumerate(new) if token in ends]
         found.append(new[: places[0] + 1] if places else new)

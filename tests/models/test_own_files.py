@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ensemw2s import TokenEnsemble
 from ensemw2s.models.own_files import MANIFEST, own_files, settle, whole
-from ensemw2s.runtime.files import DiskFullError
+from ensemw2s.runtime.files import DiskFullError, read_json
 from tests.faults.folders import as_nobody
 from tests.reference import WEIGHTS, model_ensemble, ragged_prompts
 from tests.tiny import llama, lora, saved_model, tokenizer
@@ -258,10 +258,9 @@ def test_an_ensemble_is_loaded_from_where_it_is_ready(
         of_models[:2].save_pretrained(folder, record={"rounds": [2]})
     assert TokenEnsemble.from_pretrained(folder).config.expert_weights == WEIGHTS[:2]
     assert AutoModelForCausalLM.from_pretrained(folder).config.expert_weights == WEIGHTS[:2]
-    assert TokenEnsemble.read_record(folder) == {"rounds": [2]}
+    assert read_json(whole(folder) / "boosting.json") == {"rounds": [2]}
     of_models[2:].save_pretrained(folder)
-    with pytest.raises(FileNotFoundError, match=r"has no boosting\.json: the ensemble was saved without a record"):
-        TokenEnsemble.read_record(folder)
+    assert not (folder / "boosting.json").exists()
     assert TokenEnsemble.from_pretrained(folder).config.expert_weights == WEIGHTS[2:]
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 

@@ -150,7 +150,7 @@ def test_kernel_is_as_good_as_plain_torch(generator, name, dtype):
 
 @needs_cpp
 def test_many_chunks_add_up(generator, monkeypatch):
-    monkeypatch.setattr(row_losses, "_CHUNK_ELEMENTS", 2 * 65)  # chunks of two rows
+    monkeypatch.setattr(row_losses, "CHUNK_ELEMENTS", 2 * 65)  # chunks of two rows
     for name in NAMES:
         case = Case(name, generator, 65)
         exact, exact_gradients = case.with_gradients(case.define, [x.double() for x in case.leaves])

@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import subprocess
+import sys
 from hashlib import blake2b
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,12 +17,19 @@ from rich.console import Console
 from ensemw2s.boosting import algorithm
 from ensemw2s.report.arms import arm_name, arm_order
 from ensemw2s.report.page import write_forest_plot, write_report
-from ensemw2s.report.pool import difference, pool_runs
-from ensemw2s.report.records import POOLED_KINDS, answers_array, answers_text, questions_digest, read_records
-from ensemw2s.report.statistics import accuracy, paired_difference, performance_gap_recovered
-from ensemw2s.report.tables import differences, results_table, rounds_table
+from ensemw2s.report.pool import difference
+from ensemw2s.report.statistics import accuracy, pooled_difference, pooled_gap_recovered
+from ensemw2s.report.tables import differences, results_table, rounds
 from ensemw2s.runtime.files import write_json, write_json_lines
-from tests.many_runs import COMPARISONS, EASE, study_records
+from ensemw2s.runtime.records import (
+    POOLED_KINDS,
+    answers_array,
+    answers_text,
+    parse_records,
+    questions_digest,
+    read_records,
+)
+from tests.many_runs import COMPARISONS, EASE, answer_records, pool_of, study_records
 
 N_QUESTIONS = 100
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
@@ -71,7 +80,8 @@ def round_records(generator: np.random.Generator) -> list[dict]:
         levels = np.quantile(weights * units, QUANTILES)
         records.append({
             "kind": "round", "round": number, "attempt": 1, "error": error, "prior_error": prior,
-            "expert_weight": expert_weight, "clamped": False, "accepted": True,
+            "expert_weight": expert_weight, "clamped": False, "accepted": True, "shrinkage": 0.3, "num_processes": 1,
+            "train_seconds": 60.0, "train_tokens": 5400, "train_flops": 1.07e13,
             "effective_sample_size": algorithm.effective_sample_size(weights), "num_units": units,
             "validation": {"expert": 0.5 - 0.03 * number, "ensemble": 0.46 + 0.03 * number, "token_error": 0.2},
             "weight_quantiles": {str(q): float(v) for q, v in zip(QUANTILES, levels, strict=True)}, "seconds": 61.1,
@@ -96,10 +106,16 @@ def arm_records(generator: np.random.Generator) -> list[dict]:
             if split == "id":
                 records.append(arm_record(arm, "validation", generator.random(50) < skill[0]))
         for arm in ("student_single", "student_ensemble"):
-            recovered = performance_gap_recovered(*(answers[name, split] for name in ("single_expert", arm, "ceiling")))
+            arms = ({"demo": answers[name, split]} for name in ("single_expert", arm, "ceiling"))
+            recovered = pooled_gap_recovered(*arms)
             fields = {name: getattr(recovered, name) for name in ("value", "low", "high", "defined")}
             records.append({"kind": "pgr", "arm": arm, "split": split, **fields})
     return records
+
+
+def measured(arm: str) -> list[dict]:
+    """An arm's records of two test questions."""
+    return answer_records(np.array([0, 1]), questions_digest("ab"), task="demo", seed=0, arm=arm, split="id")
 
 
 def arm_record(arm: str, split: str, correct: np.ndarray) -> dict:
@@ -177,7 +193,13 @@ class Page(HTMLParser):
 
 
 def test_records_come_back_as_they_were_written(run):
-    assert read_records(run) == make_records()
+    assert [record.to_json() for record in read_records(run)] == make_records()
+
+
+def test_kinds_and_fields_that_are_not_declared_pass_unread(tmp_path):
+    records = make_records()
+    more = [*(record | {"colour": "green"} for record in records), {"kind": "round_summary", "round": "one"}]
+    assert read_records(make_run(tmp_path, more)) == parse_records(records)
 
 
 def test_a_folder_without_results_is_named(tmp_path):
@@ -291,7 +313,7 @@ def test_arms_stand_in_the_order_of_tables():
 def test_a_study_is_read_from_its_file_and_checked(tmp_path):
     records = study_records(seeds=1, n=10)
     write_json_lines(tmp_path / "pair.jsonl", records)
-    assert read_records(tmp_path / "pair.jsonl") == records
+    assert read_records(tmp_path / "pair.jsonl") == parse_records(records)
     for field, value, form in (
         ("primary_split", "validation", "one of id, ood"), ("comparisons", [["a"]], "a list of pairs of arms"),
     ):  # fmt: skip
@@ -304,7 +326,7 @@ def test_a_study_is_read_from_its_file_and_checked(tmp_path):
 
 def test_a_line_separator_inside_a_name_ends_no_line(tmp_path):
     records = in_run(make_records(), "a\u2028b\x85c", 0)
-    assert read_records(make_run(tmp_path, records)) == records
+    assert read_records(make_run(tmp_path, records)) == parse_records(records)
 
 
 def test_a_run_that_measured_nothing_yet_is_refused(tmp_path):
@@ -318,7 +340,7 @@ def test_a_run_that_measured_nothing_yet_is_refused(tmp_path):
 
 def test_results_table_lists_arms_in_order_with_their_figures():
     records = make_records()
-    table = cells(results_table(list(reversed(records))))
+    table = cells(results_table(parse_records(reversed(records))))
     names = table["Arm"]
     assert names == [
         "Weak model, zero-shot", "Strong model, zero-shot", "Single weak expert", "Expert 1", "Expert 2",
@@ -339,21 +361,21 @@ def test_results_table_lists_arms_in_order_with_their_figures():
 
 @pytest.mark.parametrize(("flops", "shown"), [(3.456e9, "0.00346"), (1e12, "1"), (9.996e13, "100"), (1.2e16, "12,000")])
 def test_costs_can_be_read_at_any_size(flops, shown):
-    cost = {"kind": "cost", "arm": "ensemble", "train_flops": flops}
-    table = cells(results_table([arm_record("ensemble", "id", np.array([0, 1])), cost]))
+    cost = {"kind": "cost", "arm": "ensemble", "train_flops": flops, "task": "demo", "seed": 0}
+    table = cells(results_table(parse_records([*measured("ensemble"), cost])))
     assert table["Train TFLOP"] == [shown]
 
 
 def test_the_page_shows_what_arms_and_phases_cost(tmp_path):
     records = [
-        arm_record("ensemble", "id", np.array([0, 1])), arm_record("ceiling", "id", np.array([0, 1])),
+        *measured("ensemble"), *measured("ceiling"),
         {"kind": "cost", "arm": "ensemble", "train_tokens": 16200, "inference_seconds": 12.5,
          "inference_flops": 7.5e12},
         {"kind": "phase", "phase": "boost", "seconds": 250.0, "tokens": 4711, "flops": None, "peak_memory": 2.5e9},
     ]  # fmt: skip
     run = make_run(tmp_path / "costly", in_run(records, "costly", 0))
     text = " ".join(Page(page_of([run], tmp_path)).text.split())
-    assert "Arm Training, tokens Answers, s Answers, TFLOP Ensemble 16,200 12.5 7.5" in text
+    assert "Arm Training, tokens Answers, s Answers, TFLOP Ensemble 16,200 12.5 7.5 Ceiling: taught by truth" in text
     assert "Phase Seconds Tokens Peak memory, GB boost 250 4,711 2.5" in text
 
 
@@ -367,29 +389,36 @@ def test_a_difference_of_nothing_has_no_sign(tmp_path):
 
 
 def test_ten_experts_stand_in_the_order_of_their_numbers():
-    records = [arm_record(f"expert_{t}", "id", np.array([0, 1])) for t in (10, 2, 1)]
-    assert cells(results_table(records))["Arm"] == ["Expert 1", "Expert 2", "Expert 10"]
+    records = [record for t in (10, 2, 1) for record in measured(f"expert_{t}")]
+    assert cells(results_table(parse_records(records)))["Arm"] == ["Expert 1", "Expert 2", "Expert 10"]
 
 
 def test_an_undefined_pgr_is_never_a_number():
-    records = change(make_records(), "pgr", value=None, low=None, high=None, defined=False)
-    shown = [cell for cell in cells(results_table(records))["PGR OOD"] if cell]
+    taught = next(
+        r for r in make_records() if (r["kind"], r.get("arm"), r.get("split")) == ("answers", "ceiling", "ood")
+    )
+    records = [
+        record | ({"correct": taught["correct"]} if record["kind"] == "answers" and record["split"] == "ood" else {})
+        for record in make_records()
+    ]
+    shown = [cell for cell in cells(results_table(parse_records(records)))["PGR OOD"] if cell]
     assert shown == ["undefined", "undefined"]
 
 
-def test_rounds_table_shows_every_attempt_and_why_it_was_not_added():
-    first, second, *_ = round_records(np.random.default_rng(0))
+def test_rounds_show_every_attempt_and_why_it_was_not_added():
+    first, second, *_ = in_run(round_records(np.random.default_rng(0)), "demo", 0)
     failed = second | {"accepted": False, "validation": None, "expert_weight": -0.2, "clamped": True, "attempt": 2}
-    table = cells(rounds_table([first, failed]))
-    assert table["Round"] == ["1", "2"]
-    assert table["Expert weight α"] == [f"{first['expert_weight']:.3f}", "-0.200"]
-    assert table["Validation: ensemble"] == ["49.0%", ""]
-    assert table["Note"] == ["", "not added: no better than the prior, error clamped, attempt 2"]
+    headers, rows = rounds(parse_records([first, failed]))
+    table = dict(zip(headers, zip(*rows, strict=True), strict=True))
+    assert table["Round"] == ("1", "2")
+    assert table["Expert weight α"] == (f"{first['expert_weight']:.3f}", "−0.200")
+    assert table["Validation: ensemble"] == ("49.0%", "")
+    assert table["Note"] == ("", "not added: no better than the prior, error clamped, attempt 2")
 
 
 def test_tables_print_in_a_narrow_terminal():
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(results_table(make_records()))
+    console.print(results_table(parse_records(make_records())))
     text = console.export_text()
     for arm in SKILL:
         value = next(
@@ -400,6 +429,11 @@ def test_tables_print_in_a_narrow_terminal():
 
 
 # The page
+
+
+def test_a_report_needs_no_torch():
+    code = "import sys, ensemw2s.report; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False False\n"
 
 
 def test_the_page_stands_alone(run, tmp_path):
@@ -421,22 +455,28 @@ def test_the_page_shows_results_configuration_environment_and_the_check(run, tmp
                      "Holds.", "scratch:char-strong", "What these figures show, and what they do not"):  # fmt: skip
         assert expected in text
     answers = {(r["arm"], r["split"]): answers_array(r["correct"]) for r in make_records() if r["kind"] == "answers"}
-    difference = paired_difference(answers["ensemble", "ood"], answers["single_expert", "ood"])
+    difference = pooled_difference(*({"demo": answers[arm, "ood"]} for arm in ("ensemble", "single_expert")))
     assert f"{100 * difference.value:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})" in text
 
 
 def test_every_arm_is_drawn_at_its_accuracy(run, tmp_path, monkeypatch):
-    drawn = []
-    errorbar = matplotlib.axes.Axes.errorbar
-    monkeypatch.setattr(
-        matplotlib.axes.Axes, "errorbar", lambda self, x, y, **k: (drawn.append(list(x)), errorbar(self, x, y, **k))[1]
-    )
+    drawn, errorbar = [], matplotlib.axes.Axes.errorbar
+
+    def spy(self, x, y, *, xerr, **style):
+        drawn.append((list(x), [list(ends) for ends in xerr]))
+        return errorbar(self, x, y, xerr=xerr, **style)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "errorbar", spy)
     page_of([run], tmp_path)
-    expected = [
-        [100 * r["value"] for r in make_records() if (r["kind"], r.get("split")) == ("arm", split)]
-        for split in ("id", "ood")
-    ]
-    assert drawn == expected
+    for split in ("id", "ood"):
+        values = [100 * r["value"] for r in make_records() if (r["kind"], r.get("split")) == ("arm", split)]
+        ((down, up),) = (ends for shown, ends in drawn if shown == values)
+        share, z2 = np.array(values) / 100, 1.9599639845**2 / N_QUESTIONS
+        # Wilson's score interval, which leaves room for what 0 of 100 right answers do not show.
+        centre = (share + z2 / 2) / (1 + z2)
+        half = np.sqrt(z2 * (share * (1 - share) + z2 / 4)) / (1 + z2)
+        np.testing.assert_allclose(down, 100 * (share - centre + half), atol=1e-8)
+        np.testing.assert_allclose(up, 100 * (centre + half - share), atol=1e-8)
 
 
 def test_colours_follow_the_readers_mode(run, tmp_path):
@@ -486,7 +526,7 @@ def test_a_run_that_stopped_half_way_still_has_a_report(tmp_path, kinds):
     page = Page(page_of([make_run(tmp_path / "partial", records)], tmp_path))
     assert ("Boosting rounds" in page.text) == ("round" in kinds)
     assert ("Accuracy of every arm" in page.text) == ("arm" in kinds)
-    assert ("In short" in page.text) == ("answers" in kinds)
+    assert ("Comparisons" in page.text.replace("Comparisons that", "")) == ("answers" in kinds)
 
 
 def test_bagging_has_no_prior_and_unaccepted_rounds_have_no_figure(tmp_path):
@@ -512,7 +552,7 @@ def test_arms_that_answered_different_questions_are_not_compared(tmp_path):
         record | ({"questions": "0" * 16} if (record["kind"], record.get("arm")) == ("answers", "ensemble") else {})
         for record in make_records()
     ]
-    with pytest.raises(ValueError, match="ensemble and single_expert answered different questions in split 'id'"):
+    with pytest.raises(ValueError, match="split id: zero_shot_weak and ensemble answered different questions"):
         write_report([make_run(tmp_path / "mixed", records)], tmp_path / "report.html")
 
 
@@ -569,7 +609,7 @@ def test_the_page_of_a_study_opens_with_its_declared_comparisons(study, tmp_path
     headings = ["Declared comparisons", "Accuracy of every arm", "Accuracy by task", "Every arm minus the ensemble",
                 "Performance gap recovered", "Cost", "What these figures show"]  # fmt: skip
     assert sorted(headings, key=words.index) == headings
-    for row in differences(pool_runs(study_records(n=30)))[1]:
+    for row in differences(pool_of(study_records(n=30)))[1]:
         assert " ".join(row) in words
     for said in ("Tasks are fixed", "3 tasks × 3 seeds × 30 ID and 30 OOD questions", "small_pair"):
         assert said in words
@@ -580,7 +620,7 @@ def test_the_page_of_a_study_opens_with_its_declared_comparisons(study, tmp_path
 def test_the_forest_plot_shows_each_difference_pooled_and_by_task(study, tmp_path, monkeypatch):
     drawn = drawn_intervals(monkeypatch)
     write_forest_plot([study], tmp_path / "plot.svg")
-    pool = pool_runs(study_records(n=30))
+    pool = pool_of(study_records(n=30))
     expected = [
         (panel, *(100 * x for x in difference(pool, pair, split, task)), "o" if task else "D")
         for panel, split in enumerate(("id", "ood"))
@@ -690,3 +730,19 @@ def test_several_ensembles_of_one_run_have_rounds_of_their_own(tmp_path):
     assert "Boosting rounds: ensemble" in words and "Boosting rounds: recipe as published" in words
     assert words.index("Boosting rounds: recipe") < words.index("Boosting rounds: ensemble")
     assert "3 over 2,000 units" not in words
+
+
+def test_no_page_or_picture_of_somebody_else_is_replaced(tmp_path: Path) -> None:
+    write_json_lines(tmp_path / "pair.jsonl", study_records(seeds=2, n=10))
+    for name, write in {"a.html": write_report, "b.svg": write_forest_plot, "c.png": write_forest_plot}.items():
+        file = tmp_path / name
+        write([tmp_path / "pair.jsonl"], file)
+        ours = file.read_bytes()
+        write([tmp_path / "pair.jsonl"], file)
+        assert file.read_bytes() == ours
+        file.write_bytes(b"only copy")
+        with pytest.raises(
+            ValueError, match=f"{name} was not made by ensemw2s and is left as it is: name another file"
+        ):
+            write([tmp_path / "pair.jsonl"], file)
+        assert file.read_bytes() == b"only copy"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ensemw2s.report import tables
+from ensemw2s.report.page import tables
 from ensemw2s.report.pool import (
     accuracy,
     difference,
@@ -11,13 +11,12 @@ from ensemw2s.report.pool import (
     gap_recovered,
     mean_cost,
     measured_comparisons,
-    pool_runs,
     reference_arm,
     shared_tasks,
 )
-from ensemw2s.report.records import questions_digest
-from ensemw2s.report.statistics import paired_difference, pooled_accuracy, pooled_difference, pooled_gap_recovered
-from tests.many_runs import COMPARISONS, EASE, SKILL, answer_records, outcomes, study_records
+from ensemw2s.report.statistics import pooled_accuracy, pooled_difference, pooled_gap_recovered
+from ensemw2s.runtime.records import questions_digest
+from tests.many_runs import COMPARISONS, EASE, SKILL, answer_records, outcomes, pool_of, study_records
 
 TASKS = sorted(EASE)
 FEW = (
@@ -33,7 +32,7 @@ def records():
 
 @pytest.fixture(scope="module")
 def pool(records):
-    return pool_runs(records)
+    return pool_of(records)
 
 
 def without(records, **fields):
@@ -63,14 +62,14 @@ def test_runs_are_grouped_by_task_and_seed(records, pool):
 
 def test_the_order_of_records_does_not_matter(records, pool):
     shuffled = [records[i] for i in np.random.default_rng(0).permutation(len(records))]
-    again = pool_runs(shuffled)
+    again = pool_of(shuffled)
     assert again.arms == pool.arms
     assert tables.ablation(again) == tables.ablation(pool)
 
 
 def test_differences_found_are_the_true_ones():
     """With many questions and seeds the known differences come out, whatever the tasks' own ease."""
-    large = pool_runs(study_records(seeds=12, n=1000, seed=5))
+    large = pool_of(study_records(seeds=12, n=1000, seed=5))
     for first, second in COMPARISONS:
         for column_, split in enumerate(("id", "ood")):
             found = difference(large, (first, second), split)
@@ -89,14 +88,14 @@ def test_figures_are_those_of_evaluate_on_the_same_answers(records, pool):
     assert difference(pool, ("student_ensemble", "single_expert"), "ood") == pooled_difference(by_name[1], by_name[0])
     assert gap_recovered(pool, "student_ensemble", "ood") == pooled_gap_recovered(*by_name)
     one = difference(pool, ("student_ensemble", "single_expert"), "ood", "sums")
-    assert one == paired_difference(student["sums"], weak["sums"])
+    assert one == pooled_difference({"sums": student["sums"]}, {"sums": weak["sums"]})
     assert accuracy(pool, "ceiling", "ood", "sums") == pooled_accuracy({"sums": ceiling["sums"]})
 
 
 def test_costs_are_means_over_tasks_of_means_over_seeds(records):
     # One task with a single seed weighs as much as one with three.
     fewer = [r for r in records if not (r.get("task") == "sums" and r["seed"] > 0)]
-    pool = pool_runs(fewer)
+    pool = pool_of(fewer)
     assert mean_cost(pool, "ensemble", "train_flops", TASKS) == pytest.approx(3e12 * (1.1 + 1.1 + 1.0) / 3)
     gain = difference(pool, ("ensemble", "single_expert"), "ood")
     assert gain.low > 0
@@ -113,7 +112,7 @@ def test_a_cost_that_one_run_does_not_know_is_unknown(records):
         [record for record in records if place(record) != target],
         [record | ({"train_flops": None} if place(record) == target else {}) for record in records],
     ):
-        pool = pool_runs(changed)
+        pool = pool_of(changed)
         assert mean_cost(pool, "ensemble", "train_flops", TASKS) is None
         assert flops_per_point(pool, "ensemble") is None
         assert column(tables.cost(pool), "Training, TFLOP")["Ensemble"] == ""
@@ -122,7 +121,7 @@ def test_a_cost_that_one_run_does_not_know_is_unknown(records):
 
 def test_a_gain_that_took_no_more_training_has_no_price(records):
     cheap = [r | {"train_flops": 1.0} if (r["kind"], r.get("arm")) == ("cost", "ensemble") else r for r in records]
-    pool = pool_runs(cheap)
+    pool = pool_of(cheap)
     assert difference(pool, ("ensemble", "single_expert"), "ood").low > 0
     assert flops_per_point(pool, "ensemble") is None
     assert column(tables.cost(pool), "Extra TFLOP per point")["Ensemble"] == "undefined"
@@ -147,7 +146,7 @@ def test_the_reference_is_the_first_arm_of_the_first_comparison_unless_given(poo
 
 
 def test_an_arm_that_one_seed_lacks_is_left_out_of_the_task_and_said_so(records):
-    pool = pool_runs(without(records, kind="answers", task="sums", seed=1, arm="paper"))
+    pool = pool_of(without(records, kind="answers", task="sums", seed=1, arm="paper"))
     assert pool.remarks == ("Left out of task sums: paper, which was not measured with seed 1.", FEW)
     assert shared_tasks(pool, "ood", "paper") == ["reversal", "sorting"]
     assert accuracy(pool, "paper", "ood") is None, "a mean over other tasks compares with no other arm's"
@@ -164,7 +163,7 @@ def test_an_arm_that_one_seed_lacks_is_left_out_of_the_task_and_said_so(records)
 
 def test_an_arm_of_one_task_has_figures_there_alone(records):
     only = [r for r in records if r.get("arm") != "no_shrinkage" or r["task"] == "sums"]
-    pool = pool_runs(only)
+    pool = pool_of(only)
     assert pool.remarks == (FEW,)
     assert column(tables.ablation(pool), "Tasks")["No shrinkage"] == "1"
     assert column(tables.accuracies(pool), "OOD, %")["No shrinkage"] == ""
@@ -173,20 +172,20 @@ def test_an_arm_of_one_task_has_figures_there_alone(records):
 
 
 def test_a_declared_comparison_that_nothing_measured_is_said(records):
-    pool = pool_runs(without(records, arm="paper"))
+    pool = pool_of(without(records, arm="paper"))
     assert ("ensemble", "paper") not in measured_comparisons(pool)
     assert pool.remarks == ("Not measured: ensemble against paper, which was declared.", FEW)
 
 
 def test_a_run_that_has_not_been_measured_is_said(records):
     begun = {"kind": "cost", "task": "sums", "seed": 9, "arm": "ensemble", "train_flops": 1e20}
-    pool = pool_runs([*records, begun])
+    pool = pool_of([*records, begun])
     assert pool.remarks == ("Left out: task sums, seed 9, which has measured no arm yet.", FEW)
     assert mean_cost(pool, "ensemble", "train_flops", TASKS) == pytest.approx(3.3e12)
 
 
 def test_one_seed_is_said(records):
-    pool = pool_runs([record for record in records if record.get("seed", 0) == 0])
+    pool = pool_of([record for record in records if record.get("seed", 0) == 0])
     assert pool.remarks == (
         "One seed in tasks reversal, sorting, sums: intervals there cover the choice of questions, not the training.",
     )
@@ -197,7 +196,7 @@ def test_seeds_with_questions_of_their_own_are_said_and_counted():
         r | ({"questions": questions_digest([r["seed"]])} if r["kind"] == "answers" and r["task"] == "sums" else {})
         for r in study_records(seeds=5)
     ]
-    pool = pool_runs(changed)
+    pool = pool_of(changed)
     assert pool.remarks == (
         "Seeds of task sums answered different questions, so that intervals are wider than they need be.",
     )
@@ -239,7 +238,7 @@ def change_first(records, kind, **fields):
 )
 def test_records_that_cannot_be_pooled_are_refused(records, change, message):
     with pytest.raises(ValueError, match=message):
-        pool_runs(change(records))
+        pool_of(change(records))
 
 
 def test_unknown_arms_and_splits_are_refused(pool):
@@ -253,7 +252,7 @@ def test_unknown_arms_and_splits_are_refused(pool):
 
 def test_an_ablation_without_comparisons_needs_a_reference(records):
     study = records[-1] | {"comparisons": []}
-    pool = pool_runs([*records[:-1], study])
+    pool = pool_of([*records[:-1], study])
     with pytest.raises(ValueError, match=r"no reference arm: .* name the arm with `reference`"):
         tables.ablation(pool)
     assert len(tables.ablation(pool, reference="paper")[1]) == len(SKILL) - 1
@@ -327,14 +326,14 @@ def test_pgr_is_that_of_students_unless_arms_are_given(pool):
 
 def test_an_undefined_pgr_is_a_word():
     flat = dict.fromkeys(("single_expert", "student_ensemble", "ceiling"), (0.5, 0.5))
-    table = tables.pgr(pool_runs(study_records(skill=flat, seeds=2, n=20)))
+    table = tables.pgr(pool_of(study_records(skill=flat, seeds=2, n=20)))
     assert column(table, "PGR OOD") == {"Student of ensemble": "undefined"}
 
 
 def test_how_much_was_measured(records, pool):
     assert tables.extent(pool) == "3 tasks × 3 seeds × 80 ID and 80 OOD questions"
     fewer = [r for r in records if r["kind"] == "study" or (r["task"] == "sums" and r["seed"] == 0)]
-    assert tables.extent(pool_runs(fewer)) == "1 task × 1 seed × 80 ID and 80 OOD questions"
+    assert tables.extent(pool_of(fewer)) == "1 task × 1 seed × 80 ID and 80 OOD questions"
 
 
 def test_every_table_has_a_note():

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from docs.refresh_tables import refresh_tables
 from ensemw2s.experiments.study import load_study
-from ensemw2s.report.markdown import refresh_tables
-from ensemw2s.report.records import read_records
+from ensemw2s.runtime.records import CellRecord, of_kind, read_records
 
 ROOT = Path(__file__).parents[2]
 RECORDS = sorted((ROOT / "docs" / "results").glob("*.jsonl"))
@@ -26,6 +26,6 @@ def test_the_tables_of_the_results_page_are_those_of_the_committed_records(tmp_p
 def test_committed_records_are_those_of_the_study_as_it_is(file: Path) -> None:
     """A study whose settings or recipe have changed has to be measured again."""
     keys = {(cell.task, cell.seed): cell.key for cell in load_study(ROOT / "examples" / f"{file.stem}.yaml").cells()}
-    measured = {(r["task"], r["seed"]): r["key"] for r in read_records(file) if r["kind"] == "cell"}
+    measured = {(cell.task, cell.seed): cell.key for cell in of_kind(read_records(file), CellRecord)}
     assert measured
     assert measured.items() <= keys.items()

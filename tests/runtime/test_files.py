@@ -6,13 +6,18 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from ensemw2s.experiments.config import build_config
+from ensemw2s.experiments.experiment import Experiment
+from ensemw2s.runtime.accounts import is_partial
 from ensemw2s.runtime.files import (
     DiskFullError,
+    append_json_lines,
     is_disk_full,
     map_array,
     new_array,
@@ -25,6 +30,8 @@ from ensemw2s.runtime.files import (
     write_json,
     write_json_lines,
 )
+from ensemw2s.training.checkpoints import seal_checkpoint
+from tests.faults import runs
 
 
 def names(folder: Path) -> list[str]:
@@ -162,3 +169,86 @@ def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
     path.write_text('{"a": 1}\n{"a": }\n')
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 2 is not valid JSON"):
         read_complete_lines(path)
+
+
+# What a power cut cannot undo
+
+
+class Synced:
+    """Notes what is brought to the disk, and refuses a name for what is not."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.known: set[tuple[int, int, int]] = set()
+        self.owed: set[Path] = set()
+        fsync, replace = os.fsync, os.replace
+
+        def synced(descriptor: int) -> None:
+            fsync(descriptor)
+            self.known.add(self._state(os.fstat(descriptor)))
+            self.owed.discard(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+        def renamed(source: Path, target: Path, **options: Any) -> None:
+            source = Path(source)
+            if any(map(is_partial, source.parts[:-1])):
+                # A part of what is brought to the disk as a whole.
+                return replace(source, target, **options)
+            for path in [source, *(source.rglob("*") if source.is_dir() else ())]:
+                assert self._state(path.stat()) in self.known, f"{path} is not on the disk, and gets its name"
+            replace(source, target, **options)
+            self.owed.add(Path(target).parent)
+
+        monkeypatch.setattr(os, "fsync", synced)
+        monkeypatch.setattr(os, "replace", renamed)
+
+    @staticmethod
+    def _state(found: os.stat_result) -> tuple[int, int, int]:
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def fill(folder: Path) -> None:
+    (folder / "inner").mkdir()
+    (folder / "inner" / "weights").write_bytes(bytes(1000))
+    (folder / "settings").write_text("x")
+
+
+def test_what_has_a_name_is_on_the_disk_and_so_is_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = Synced(monkeypatch)
+    write_json(tmp_path / "a" / "b" / "value.json", 1)
+    write_array(tmp_path / "array.npy", np.arange(3))
+    with new_array(tmp_path / "mapped.npy", 10) as array:
+        array[:] = 2
+    with new_folder(tmp_path / "model") as aside:
+        fill(aside)
+        write_json(aside / "cost.json", 3)
+    append_json_lines(tmp_path / "rows.jsonl", [{"i": 1}])
+    assert Synced._state((tmp_path / "rows.jsonl").stat()) in synced.known
+    assert not synced.owed
+    # The folders that were made on the way.
+    assert all(
+        Synced._state(path.stat())[0] in {inode for inode, _, _ in synced.known} for path in (tmp_path / "a", tmp_path)
+    )
+
+
+def test_all_that_a_run_keeps_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = Synced(monkeypatch)
+    config = runs.settings(runs.sources(tmp_path), tmp_path)
+    Experiment(build_config(config)).run(("data", "boost", "label"))
+    assert not any(folder.exists() for folder in synced.owed)
+    kept = [
+        path
+        for path in (tmp_path / "small").rglob("*")
+        if path.is_file() and not path.name.endswith((".lock", "costs.jsonl"))
+    ]
+    lost = [path for path in kept if Synced._state(path.stat()) not in synced.known]
+    assert len(kept) > 50 and not lost
+
+
+def test_a_checkpoint_counts_once_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = Synced(monkeypatch)
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    fill(folder)
+    seal_checkpoint(folder, {"seconds": 1.0})
+    for path in folder.rglob("*"):
+        assert Synced._state(path.stat()) in synced.known or path.is_dir()
+    assert (folder / "complete.json").exists()

@@ -115,9 +115,9 @@ def test_scoring_and_decoding_count_every_expert(tmp_path: Path) -> None:
         with meter.metered() as decoding:
             labels = ensemble.label(rows, tokenizer(), question_format=FORMAT, max_new_tokens=4, description=None)
         steps = max(labels["num_tokens"])
-        prompts = sum(len(FORMAT.prompt_ids(row["prompt"], tokenizer())) for row in rows)
+        prompts = sum(len(FORMAT.prompt(row["prompt"], tokenizer()).ids) for row in rows)
         assert decoding.tokens == 3 * (prompts + 6 * (steps - 1))
-        length = max(len(FORMAT.prompt_ids(row["prompt"], tokenizer())) for row in rows)
+        length = max(len(FORMAT.prompt(row["prompt"], tokenizer()).ids) for row in rows)
         work = meter.Work.of_pass(18, length, 0, 18)
         for step in range(1, steps):
             work += meter.Work.of_pass(18, 1, 0, 18, past=length + step - 1)

@@ -306,7 +306,7 @@ def test_a_soft_student_comes_to_its_teachers_distribution(tmp_path: Path, teach
         tmp_path, cached, variant="soft", num_train_epochs=150, per_device_train_batch_size=4, learning_rate=1e-2
     ).train()
     for row in cached:
-        prompt = FORMAT.prompt_ids(row["prompt"], tokenizer())
+        prompt = FORMAT.prompt(row["prompt"], tokenizer()).ids
         ids = torch.tensor([prompt + row["answer_ids"]])
         with torch.no_grad():
             found = trained(ids).logits[0, len(prompt) - 1 : -1].softmax(-1)

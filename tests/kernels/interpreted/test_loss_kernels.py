@@ -307,7 +307,7 @@ class TestPublicOps:
     @pytest.fixture(params=["rows that count", "slices"], autouse=True)
     def _chunks(self, request, monkeypatch):
         """Chunks of three rows, those that count as on a CPU or slices of all as on a GPU."""
-        monkeypatch.setattr(row_losses, "_CHUNK_ELEMENTS", 3 * 65)
+        monkeypatch.setattr(row_losses, "CHUNK_ELEMENTS", 3 * 65)
         if request.param == "slices":
             monkeypatch.setattr(
                 row_losses, "_row_groups", lambda row_weights, _: row_losses._slices(len(row_weights), 3)

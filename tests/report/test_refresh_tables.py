@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ensemw2s.report import tables
-from ensemw2s.report.markdown import markdown_table, refresh_tables
-from ensemw2s.report.pool import pool_runs
+from docs.refresh_tables import markdown_table, refresh_tables
+from ensemw2s.report.page import tables
 from ensemw2s.runtime.files import write_json_lines
-from tests.many_runs import study_records
+from tests.many_runs import pool_of, study_records
 
 MARKER = "<!-- records: results/small_pair.jsonl; table: {} -->"
 
@@ -42,7 +41,7 @@ def test_every_table_stands_between_its_marker_and_its_end(folder: Path, name: s
     )
     assert after.startswith(start) and after.endswith(end)
     lines = inside[: -len(end)].split("\n")
-    headers, rows = tables.TABLES[name](pool_runs(study_records(n=40)))
+    headers, rows = tables.TABLES[name](pool_of(study_records(n=40)))
     table = [line for line in lines if line.startswith("|")]
     assert [cell.strip() for cell in table[0].strip("|").split("|")] == headers
     assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]] == rows

@@ -1,4 +1,4 @@
-"""Tables in a Markdown file that are made from records and refreshed in place.
+"""Refresh the tables of Markdown files that are made from records: `python docs/refresh_tables.py docs/results.md`.
 
 A table stands between two comments, each alone on its line:
 
@@ -16,15 +16,16 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ensemw2s.report.pool import Pool, pool_runs
-from ensemw2s.report.records import read_records
 from ensemw2s.report.tables import NOTES, TABLES, Rows, extent
 from ensemw2s.runtime.files import new_file
 from ensemw2s.runtime.parsing import require_file
+from ensemw2s.runtime.records import read_records
 from ensemw2s.runtime.values import shown
 
 _START = re.compile(r"\s*<!--(.*\brecords\s*:.*)-->\s*$")
@@ -136,3 +137,8 @@ def _options(marker: str) -> dict[str, Any]:
             )
         options[key] = [item.strip() for item in value.split(",")] if key in _LISTS else value
     return options
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(f"{name}: {refresh_tables(name)} tables refreshed")

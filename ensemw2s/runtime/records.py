@@ -1,0 +1,433 @@
+"""Records of runs and studies: one JSON object a line, of the kinds declared here, checked when they are read.
+
+A run leaves its records in `results.jsonl` in its folder, a study those of many runs in one file of its own, with one
+record of kind `study` that names the comparisons declared beforehand. Both hold the same kinds of records; those of
+`RunRecord`s say which task and seed they belong to.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from hashlib import blake2b
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar, get_args, get_type_hints
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ensemw2s.runtime.parsing import parse_json, require_file
+from ensemw2s.runtime.values import has_surrogates, shown
+
+CONFIG_FILE, RESULTS_FILE, REPORT_FILE = "config.json", "results.jsonl", "report.html"
+TEST_SPLITS = {"id": "ID", "ood": "OOD"}
+QUANTILE_LEVELS = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a field may hold
+
+
+class Form(NamedTuple):
+    """What a field of a record may hold, in the words in which an error asks for it."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+    # A JSON reader turns 1e999 into infinity.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return _is_number(value) and least <= value < 2**63 and value == int(value)
+
+
+def _is_text(value: Any) -> bool:
+    # It becomes a cell of a table and a label of a figure; half of a character can be in no file.
+    return isinstance(value, str) and len(value) <= 200 and not has_surrogates(value)
+
+
+def _matches(pattern: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+def _is_quantiles(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_number(value.get(str(level))) for level in QUANTILE_LEVELS)
+
+
+def _is_validation(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(_is_share(value.get(m)) for m in ("expert", "ensemble")))
+
+
+def _is_pairs(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(_is_text, pair)) for pair in value
+    )
+
+
+Text = Annotated[str, Form("text of at most 200 characters", _is_text)]
+Boolean = Annotated[bool, Form("true or false", lambda value: isinstance(value, bool))]
+Number = Annotated[float, Form("a number", _is_number)]
+Share = Annotated[float, Form("a number from 0 to 1", _is_share)]
+Count = Annotated[int, Form("a whole number above 0", functools.partial(_is_count, least=1))]
+Index = Annotated[int, Form("a whole number, 0 or above", functools.partial(_is_count, least=0))]
+Outcomes = Annotated[str, Form('text of "0" and "1", one for each question', _matches("[01]+"))]
+Digest = Annotated[str, Form("16 hex digits", _matches("[0-9a-f]{16}"))]
+TestSplit = Annotated[str, Form(f"one of {', '.join(TEST_SPLITS)}", _matches("|".join(TEST_SPLITS)))]
+Pairs = Annotated[list[list[str]], Form("a list of pairs of arms", _is_pairs)]
+Quantiles = Annotated[
+    dict[str, float],
+    Form(f"an object of numbers by level ({', '.join(map(str, QUANTILE_LEVELS))})", _is_quantiles),
+]
+Validation = Annotated[
+    dict[str, float] | None, Form("null or an object with shares expert and ensemble", _is_validation)
+]
+Anything = Annotated[Any, Form("anything", lambda value: True)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kinds of records
+
+KINDS: dict[str, type[Record]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One line of a file of records. Fields without a default must be there; other fields pass unread.
+
+    Attributes:
+        kind: what the field `kind` of the line says.
+        figure: the fields that say which figure a record gives, and a file gives each figure once; None for kinds of
+            which a file may hold several alike.
+    """
+
+    kind: ClassVar[str]
+    figure: ClassVar[tuple[str, ...] | None] = None
+
+    def __init_subclass__(cls) -> None:
+        if "kind" in vars(cls):
+            KINDS[cls.kind] = cls
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as it is written; fields at their defaults are left out."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"kind": self.kind} | {f.name: values[f.name] for f in fields(self) if values[f.name] != f.default}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Self:
+        """Return the record of one line; a missing field or one of another form raises ValueError with its name."""
+        forms = _forms(cls.kind)
+        missing = [name for name in forms if name not in row and (name in _RUN or not hasattr(cls, name))]
+        if missing:
+            raise ValueError(f"a record of kind {cls.kind!r} lacks {', '.join(missing)}")
+        given = {name: row[name] for name in forms if name in row}
+        for name, value in given.items():
+            if not forms[name].fits(value):
+                raise ValueError(
+                    f"{name} of a record of kind {cls.kind!r} must be {forms[name].words}, got {shown(value)}"
+                )
+        return cls(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(Record):
+    """A record that says which run it is of: a file must hold task and seed, which the experiment adds."""
+
+    task: Text = ""
+    seed: Index = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRecord(RunRecord):
+    """One attempt at a boosting round. Errors are shares of weight; the spread is that of the updated weights."""
+
+    kind = "round"
+    round: Count
+    attempt: Count
+    error: Share
+    prior_error: Share | None
+    expert_weight: Number
+    clamped: Boolean
+    accepted: Boolean
+    num_units: Count
+    shrinkage: Number | None
+    effective_sample_size: Number
+    weight_quantiles: Quantiles
+    num_processes: Count
+    validation: Validation
+    train_seconds: Number | None
+    train_tokens: Number | None
+    train_flops: Number | None
+    seconds: Number
+    arm: Text = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentityRecord(Record):
+    """How far a round's files are from the two invariants; the closing identity may have nothing to say (None)."""
+
+    kind = "identity"
+    round: Count
+    identity_gap: Number | None
+    sum_gap: Number
+    arm: Text = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelsRecord(RunRecord):
+    """A teacher's answers to the unlabelled questions, `n` of them: what they are worth and what they took."""
+
+    kind = "labels"
+    teacher: Text
+    accuracy: Share
+    n: Count
+    confidence: Number | None = None
+    agreement: Share | None = None
+    seconds: Number | None = None
+    tokens: Number | None = None
+    flops: Number | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmRecord(RunRecord):
+    """A measure of an arm on a split: "accuracy", "token_error" or "exact_match"."""
+
+    kind, figure = "arm", ("task", "seed", "arm", "split", "metric")
+    arm: Text
+    split: Text
+    metric: Text
+    value: Share
+    standard_error: Number
+    n: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswersRecord(RunRecord):
+    """Which questions of a split an arm answered right: one character for each, "0110", and the questions' digest."""
+
+    kind, figure = "answers", ("task", "seed", "arm", "split")
+    arm: Text
+    split: Text
+    correct: Outcomes
+    questions: Digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class PgrRecord(RunRecord):
+    """An arm's `statistics.PerformanceGapRecovered` on a test split."""
+
+    kind, figure = "pgr", ("task", "seed", "arm", "split")
+    arm: Text
+    split: Text
+    value: Number | None
+    low: Number | None
+    high: Number | None
+    defined: Boolean
+    gap: Number | None = None
+    gap_low: Number | None = None
+    gap_high: Number | None = None
+
+    def __post_init__(self) -> None:
+        if self.defined and None in (self.value, self.low, self.high):
+            raise ValueError("a defined pgr needs numbers for value, low and high")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestExpertRecord(Record):
+    """Which of the experts is best on validation questions."""
+
+    kind = "best_expert"
+    arm: Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostRecord(RunRecord):
+    """What training an arm took, and what answering all test questions did; None is unknown."""
+
+    kind, figure = "cost", ("task", "seed", "arm")
+    arm: Text
+    train_seconds: Number | None = None
+    train_tokens: Number | None = None
+    train_flops: Number | None = None
+    inference_seconds: Number | None = None
+    inference_tokens: Number | None = None
+    inference_flops: Number | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseRecord(Record):
+    """What a phase took, in the session that finished it; `peak_memory` is in bytes."""
+
+    kind = "phase"
+    phase: Text
+    seconds: Number
+    tokens: Number | None = None
+    flops: Number | None = None
+    peak_memory: Number | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionsRecord(Record):
+    """How many questions a split has."""
+
+    kind = "questions"
+    split: Text
+    n: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentRecord(Record):
+    """What ran: versions, machine, threads, and the backend behind each op."""
+
+    kind = "environment"
+    python: Anything = None
+    platform: Anything = None
+    versions: Anything = None
+    device: Anything = None
+    threads: Anything = None
+    processes: Anything = None
+    backends: Anything = None
+    build: Anything = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellRecord(Record):
+    """A finished cell of a study; `key` is a hash of what decided its results, `records` one of its records."""
+
+    kind = "cell"
+    task: Text
+    seed: Index
+    key: Text
+    records: Text = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRecord(Record):
+    """What a study declared before it was run."""
+
+    kind, figure = "study", ()
+    name: Text
+    primary_split: TestSplit
+    comparisons: Pairs
+
+
+POOLED_KINDS = tuple(kind for kind, form in KINDS.items() if issubclass(form, RunRecord))
+_Kind = TypeVar("_Kind", bound=Record)
+
+
+_RUN = ("task", "seed")
+
+
+@functools.cache
+def _forms(kind: str) -> dict[str, Form]:
+    """Return what each field must be, task and seed last."""
+    hints = get_type_hints(KINDS[kind], include_extras=True)
+    names = [field.name for field in fields(KINDS[kind])]
+    return {name: _form(hints[name]) for name in sorted(names, key=lambda name: name in _RUN)}
+
+
+def _form(hint: Any) -> Form:
+    parts = get_args(hint)
+    if type(None) not in parts:
+        return parts[1]
+    form = _form(parts[0])
+    return Form(f"{form.words} or null", lambda value: value is None or form.fits(value))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a report shows of one run: its name, its records and its configuration (None if it has none)."""
+
+    name: str
+    records: Sequence[Record]
+    config: Mapping[str, Any] | None = None
+
+
+def of_kind(records: Iterable[Record], kind: type[_Kind], **values: Any) -> list[_Kind]:
+    """Return the records of a kind whose fields have the given values."""
+    return [
+        record
+        for record in records
+        if isinstance(record, kind) and all(getattr(record, name) == value for name, value in values.items())
+    ]
+
+
+def run_keys(records: Iterable[Record]) -> set[tuple[str, int]]:
+    """Return the task and seed of each run that the records are of."""
+    return {(record.task, record.seed) for record in of_kind(records, RunRecord)}
+
+
+def answers_text(correct: ArrayLike) -> str:
+    """Return right (1) and wrong (0) answers `[n]` as a record holds them: one character per question, "0110"."""
+    return "".join("1" if right else "0" for right in np.asarray(correct, dtype=bool).tolist())
+
+
+def answers_array(text: str) -> NDArray[np.bool_]:
+    """Return the answers that a record holds as text, as bool `[n]`."""
+    return np.frombuffer(text.encode("ascii"), dtype=np.uint8) == ord("1")
+
+
+def questions_digest(ids: Iterable[Any]) -> str:
+    """Return 16 hex digits that are equal exactly if two arms answered the same questions in the same order.
+
+    It is BLAKE2b, of 8 bytes, over the ids as text in a JSON list.
+    """
+    text = json.dumps([str(question) for question in ids], ensure_ascii=True)
+    return blake2b(text.encode("ascii"), digest_size=8).hexdigest()
+
+
+def read_records(path: str | os.PathLike[str]) -> list[Record]:
+    """Read the records of a run from `results.jsonl` in its folder, or those of a study from its own file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is no JSON object, lacks a field, holds a field of another form or NaN, or repeats a figure;
+            names file and line.
+    """
+    path = Path(path)
+    file = path if path.is_file() or path.suffix == ".jsonl" else path / RESULTS_FILE
+    require_file(file, "give the folder of a run (`ensemw2s run` makes one), or the .jsonl file of a study")
+    records: list[Record] = []
+    first_lines: dict[tuple[Any, ...], int] = {}
+    # Bytes break at newlines only; text also breaks at U+2028 and the like, which a task's name may hold.
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        place = f"{file}, line {number}"
+        row = parse_json(line, place)
+        try:
+            records += _parse_row(row, first_lines, number)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+    if not any(isinstance(record, ArmRecord | RoundRecord) for record in records):
+        raise ValueError(f"{file} holds neither rounds nor measured arms: run boost or evaluate first")
+    return records
+
+
+def parse_records(rows: Iterable[Mapping[str, Any]]) -> list[Record]:
+    """Return the records of lines that were read as JSON; those of kinds that are not declared here are left out."""
+    return [KINDS[row["kind"]].from_json(row) for row in rows if row["kind"] in KINDS]
+
+
+def _parse_row(row: Any, first_lines: dict[tuple[Any, ...], int], number: int) -> list[Record]:
+    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
+        raise ValueError('expected a JSON object with a text field "kind"')
+    records = parse_records([row])
+    for record in records:
+        figure = None if record.figure is None else (record.kind, *(getattr(record, name) for name in record.figure))
+        if figure is not None and first_lines.setdefault(figure, number) != number:
+            raise ValueError(f"gives the same figure as line {first_lines[figure]}; each task and seed has one run")
+    return records
