@@ -1,1 +1,1 @@
-"""What runs measured: records, statistics, pools, tables, figures, pages. No torch."""
+"""What runs measured: arms, statistics, pools, tables, figures, pages. No torch."""

@@ -1,1 +1,1 @@
-"""What every run stands on: files, processes, results kept, what was spent, what decides a result, the console."""
+"""What every run stands on: files, processes, records, what was spent, what decides a result, the console."""
