@@ -509,14 +509,16 @@ def mixture_kl(inputs: Inputs, impl: Any) -> None:
     losses, off = kl_rows(log_p, log_q)
     broken_rows = np.isnan(log_q).any(-1) | np.isnan(tempered(inputs.z[active], temperature)).any((0, -1))
     losses = np.where(w == 0, 0.0, np.where(broken_rows, np.nan, losses))
-    off = np.where(w == 0, 0.0, off)
+    # A subnormal logit may lose its last unit when it is halved, before it is divided by the temperature.
+    halved = min(1.0, 2 * LEAST_SHARE / temperature)
+    off = np.where(w == 0, 0.0, off + 2 * halved)
     check_loss(loss, losses, off, w, *context)
     gradient = np.where(broken_rows[:, None], np.nan, np.exp(log_q) - np.exp(log_p))
     gradient = np.where(w[:, None] != 0, w[:, None] * gradient / temperature, 0.0)
     grad_student, grad_weights = backward(loss, [student, weights])
     # The shares of a weight of few subnormal units are lost, one unit for each token.
     lost = LEAST_SHARE * (2 + inputs.size)
-    allowed = (3e-6 * np.abs(w[:, None]) + lost) / temperature
+    allowed = ((3e-6 + halved) * np.abs(w[:, None]) + lost) / temperature
     check_gradient(grad_student, gradient, allowed, "gradient of the student", *context)
     check_gradient(grad_weights, losses, off, "gradient of the weights", *context)
 
