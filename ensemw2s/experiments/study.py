@@ -259,7 +259,7 @@ def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     comparisons, split = settings.pop("comparisons", []), settings.pop("primary_split", "ood")
     if not isinstance(tasks, Mapping) or not tasks or not all(isinstance(task, Mapping) for task in tasks.values()):
         raise ValueError(f"{path}: tasks must be a mapping of names to settings of an experiment, got {shown(tasks)}")
-    if split not in TEST_SPLITS:
+    if not isinstance(split, str) or split not in TEST_SPLITS:
         raise ValueError(f'{path}: primary_split must be "id" or "ood", got {shown(split)}')
     if not isinstance(settings.get("name"), str):
         raise ValueError(f"{path}: name must be a text: it names the study")

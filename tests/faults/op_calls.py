@@ -247,7 +247,7 @@ class Inputs:
             # More than float32 holds: then its product has no token.
             usable = usable & (largest > LEAST)
             mixed = log_softmax(scores)
-            off = 2e-6 + (of_shares + 2e-7 * (4 + len(w))) * (np.abs(scores) + np.abs(largest))
+            off = 2e-6 + (of_shares + 2e-7 * (4 + len(w))) * (np.abs(scores) + np.abs(largest)) + 6e-7 * np.abs(mixed)
             off = np.where(scores < LEAST, np.inf, off)
         return np.where(usable, mixed, np.nan), off
 
@@ -334,7 +334,10 @@ def nucleus(log_probs: Array, sure: Array, maybe: Array, either: Array, setting:
     wide = np.where(open_rows, maybe, within(maybe, setting["top_p"] + margin))
     narrow = within(maybe, setting["top_p"] - margin) & sure
     least = np.where(wide, log_probs, np.inf).min(-1, keepdims=True)
-    wide |= maybe & (log_probs >= least - either) & (log_probs != least)
+    # Equals go by their ids, but where others are nearly as likely rounding decides who is an equal.
+    near = maybe & (log_probs >= least - either)
+    nearly = (near & (log_probs != least) & (log_probs <= least + either)).any(-1, keepdims=True)
+    wide |= near & (nearly | (log_probs != least))
     edge = np.where(narrow, log_probs, np.inf).min(-1, keepdims=True)
     at_edge = (np.abs(log_probs - edge) <= either) & maybe & ~narrow & (log_probs != edge)
     narrow = np.where(at_edge.any(-1, keepdims=True), narrow & (log_probs > edge + either), narrow)

@@ -67,6 +67,10 @@ def twins(first: Work, second: Work, folder: Path, lock: Path, names: Path, mome
     os.kill(one, signal.SIGSTOP)
     if os.waitpid(one, os.WNOHANG)[0]:
         return 0
+    if not lock.exists():  # it lives on, but is done with the folder
+        os.kill(one, signal.SIGCONT)
+        _require(runs.wait(one) == 0, "the first did not end well", said[0])
+        return 0
     status = runs.wait(runs.fork(second, said[1]))
     os.kill(one, signal.SIGCONT)
     _require(status == 2, f"the second ended with {status}", said[1])
