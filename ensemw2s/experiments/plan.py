@@ -32,7 +32,8 @@ from ensemw2s.data.difficulty import assign_folds
 from ensemw2s.data.tokens import answer_lengths, tokenize_prompts, tokenize_questions
 from ensemw2s.ensemble.model import TokenEnsemble
 from ensemw2s.experiments.config import ExperimentConfig, ModelConfig
-from ensemw2s.experiments.experiment import MEASURED_SPLITS, Experiment
+from ensemw2s.experiments.evaluation import MEASURED_SPLITS
+from ensemw2s.experiments.experiment import Experiment
 from ensemw2s.inference.choices import batches_of_choices, score_choice_mixtures, tokenize_choices
 from ensemw2s.inference.decoding import MixtureDecoder, Sampling
 from ensemw2s.inference.scoring import score_mixtures
@@ -299,7 +300,7 @@ class _Planner:
     def __init__(self, config: ExperimentConfig, trial: _Trial) -> None:
         self.config, self.trial = config, trial
         self.format = config.data.format
-        self.with_choices = "choices" in trial._questions("unlabelled").column_names
+        self.with_choices = "choices" in trial.files.questions("unlabelled").column_names
         with measured() as loading:
             self.weak_tokenizer = load_tokenizer(config.weak.source)
         # A large vocabulary takes a second to load, and every arm loads it.
@@ -343,9 +344,9 @@ class _Planner:
 
     def _boost(self, plain: _Speed, mixed: _Speed) -> PhaseEstimate:
         weak = self.weak
-        arms = [self._rounds(arm, plain, mixed) for arm in self.trial.expert_arms()]
+        arms = [self._rounds(arm, plain, mixed) for arm in self.config.expert_arms()]
         task, seconds = sum((task for task, _ in arms), _Task()), sum(seconds for _, seconds in arms)
-        experts = sum(self._args(arm).num_rounds for arm in self.trial.expert_arms())
+        experts = sum(self._args(arm).num_rounds for arm in self.config.expert_arms())
         memory = max(weak.training.memory, plain.memory, mixed.memory)
         expert_size = weak.size - weak.tokenizer_size
         units = 9 * int(np.sum(self._lengths("train", self.config.weak)[1])) * (experts + 1)
@@ -411,7 +412,7 @@ class _Planner:
         )
 
     def _evaluate(self, plain: _Speed, strong: _Speed, mixed: _Speed) -> PhaseEstimate:
-        arms = self.trial.expert_arms()
+        arms = self.config.expert_arms()
         # Experts that arms share are scored once; choices once more for every way to combine distributions, of which
         # the majority vote is one.
         experts = sum(self._args(arm).num_rounds - self._is_single_expert(arm) for arm in arms)
@@ -440,7 +441,7 @@ class _Planner:
         return [len(ids) for ids in examples["input_ids"]], answer_lengths(examples).tolist()
 
     def _examples(self, split: str, model: ModelConfig) -> Dataset:
-        return self.trial._examples(split, self._tokenizer(model))
+        return self.trial.files.examples(split, model)
 
     def _tokenizer(self, model: ModelConfig) -> Any:
         return self.weak_tokenizer if model is self.config.weak else self.strong_tokenizer
@@ -451,7 +452,7 @@ class _Planner:
         for split in MEASURED_SPLITS.values():
             total += scoring_work(*self._lengths(split, model), _SCORING_BATCH)
             if self.with_choices:
-                rows = tokenize_choices(self.trial._questions(split), self._tokenizer(model), self.format)
+                rows = tokenize_choices(self.trial.files.questions(split), self._tokenizer(model), self.format)
                 total += choosing_work(rows, list(batches_of_choices(rows, _SCORING_BATCH))) * ways
         return total
 
@@ -517,8 +518,8 @@ class _Planner:
         folder = self._folder(model)
         if self.config.lora is None:
             models = [load_trained(folder) for _ in range(count)]
-            return self.trial._placed(TokenEnsemble.from_models(models, [1.0] * count))
-        base = self.trial._placed(load_model(model.source, **model.init_kwargs))
+            return self.trial.files.placed(TokenEnsemble.from_models(models, [1.0] * count))
+        base = self.trial.files.placed(load_model(model.source, **model.init_kwargs))
         return TokenEnsemble.from_adapters(base, [folder] * count, [1.0] * count)
 
     def _scoring(self, model: ModelConfig, count: int, side: _Side) -> _Speed:
@@ -546,7 +547,7 @@ class _Planner:
         settings = self.config.labelling
         with measured() as preparing:
             tokenizer = self.weak_tokenizer
-            ids = tokenize_prompts(self.trial._questions("unlabelled"), tokenizer, self.format)["input_ids"]
+            ids = tokenize_prompts(self.trial.files.questions("unlabelled"), tokenizer, self.format)["input_ids"]
         prompts = [len(prompt) for prompt in ids]
         _, answers = self._lengths("unlabelled", self.config.weak)
         reading, writing, steps = decoding_work(prompts, answers, settings.batch_size, settings.max_new_tokens)
@@ -576,7 +577,7 @@ class _Planner:
         size = self.config.labelling.batch_size
         with measured() as preparing:
             tokenizer = self.weak_tokenizer
-            questions = self.trial._questions("unlabelled")
+            questions = self.trial.files.questions("unlabelled")
             rows = tokenize_choices(questions, tokenizer, self.format)
         order = by_length([len(row.prompt) for row in rows])
         batches = [order[start : start + size] for start in range(0, len(order), size)]
