@@ -4,9 +4,9 @@ The work is counted from the questions themselves, batch by batch. The machine i
 model is loaded, trained for a few steps, saved, and answers one batch, at the experiment's own shapes and with the code
 that the experiment runs. Time is then the counted FLOPs at the measured rates, and memory the peak that was seen.
 
-Four things cannot be known: which questions share a training batch (an order is drawn), how long pseudo-answers will
-be (as long as the true ones, in the estimate), whether boosting stops early (it does not), and which questions a rating
-by `data.difficulty.folds` will find easy (any, in the estimate).
+Four things cannot be known: which questions share a batch when an expert is trained (each draws its own order), how
+long pseudo-answers will be (as long as the true ones, in the estimate), whether boosting stops early (it does not), and
+which questions a rating by `data.difficulty.folds` will find easy (any, in the estimate).
 """
 
 from __future__ import annotations

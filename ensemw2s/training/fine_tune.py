@@ -168,8 +168,10 @@ def training_work(lengths: Sequence[int], answers: Sequence[int], args: AnswerTr
 
     rows = zip(lengths, answers, strict=True)
     examples = Dataset.from_list([{"input_ids": [0] * int(n), "prompt_length": int(n - own)} for n, own in rows])
+    args = copy.copy(args)
+    args.data_seed = args.seed
     # The batches are those of a trainer; its model is not asked.
-    trainer = AnswerTrainer(torch.nn.Linear(1, 1), copy.copy(args), AnswerCollator(0), examples)
+    trainer = AnswerTrainer(torch.nn.Linear(1, 1), args, AnswerCollator(0), examples)
     loader = trainer.get_train_dataloader()
     steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
