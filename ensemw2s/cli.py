@@ -250,7 +250,8 @@ def _add_overwrite(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from ensemw2s.experiments.config import load_config
-    from ensemw2s.experiments.experiment import PHASES, Experiment
+    from ensemw2s.experiments.experiment import Experiment
+    from ensemw2s.experiments.folder import PHASES
     from ensemw2s.report.tables import results_table
     from ensemw2s.runtime import processes
     from ensemw2s.runtime.records import RESULTS_FILE, parse_records
@@ -312,7 +313,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _env(options: argparse.Namespace) -> None:
-    from ensemw2s.experiments.experiment import environment
+    from ensemw2s.experiments.evaluation import environment
 
     facts = environment()
     del facts["kind"]

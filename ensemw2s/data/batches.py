@@ -17,6 +17,12 @@ def by_length(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lengths.__getitem__)
 
 
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Return the places of all rows in batches of similar length, the shortest first, so that little is padding."""
+    order = by_length(lengths)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
 class LengthBucketSampler(Sampler[int]):
     """An order of rows in which neighbours of one batch have similar lengths, for little padding.
 

@@ -249,6 +249,10 @@ class ExperimentConfig:
             own = self.student_config(folder).on_truth | own
         return self.student_config(folder, **own)
 
+    def expert_arms(self) -> list[str]:
+        """Return the arms whose experts are trained here, in the order in which they can be."""
+        return ["single_expert", "ensemble", *self.ensembles, *(["equal_cost"] if self.equal_cost else [])]
+
     def teachers(self) -> list[str]:
         """Return the arms that answer the unlabelled questions."""
         named = dict.fromkeys(student["teacher"] for student in self.students.values())

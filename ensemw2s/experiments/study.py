@@ -302,8 +302,7 @@ def _pairs(path: str | os.PathLike[str], comparisons: Any) -> tuple[tuple[str, s
 
 def _arms(config: ExperimentConfig) -> list[str]:
     derived = ["zero_shot_weak", "zero_shot_strong", "best_expert", "majority_vote", "uniform_average"]
-    experts = ["single_expert", "ensemble", *config.ensembles, *(["equal_cost"] if config.equal_cost else [])]
-    return [*derived, *experts, *config.students]
+    return [*derived, *config.expert_arms(), *config.students]
 
 
 def _kept(cell: Cell, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -339,7 +338,8 @@ def _end_with_parent() -> None:
 
 
 def _run_cell(cell: Cell) -> list[dict[str, Any]]:
-    from ensemw2s.experiments.experiment import PHASES, Experiment
+    from ensemw2s.experiments.experiment import Experiment
+    from ensemw2s.experiments.folder import PHASES
 
     folder = cell.config.folder
     log_file = folder.with_name(f"{folder.name}.log")

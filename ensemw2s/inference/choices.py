@@ -11,7 +11,7 @@ The prompt is run once per question; its choices go on from the cache.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from ensemw2s.data.questions import check_choices, warn_of_unknown
 from ensemw2s.data.tokens import QuestionFormat, answer_with_end, fitted_prompt
 from ensemw2s.models.mixture import Mixture, OneModel, damaged, expert_names, is_mixture, refuse_damaged
 from ensemw2s.runtime import processes
+from ensemw2s.runtime.meter import Work
 from ensemw2s.runtime.values import check_number
 
 if TYPE_CHECKING:
@@ -253,6 +254,21 @@ def batches_of_choices(rows: Sequence[_Question], batch_size: int) -> Iterator[l
         size += len(rows[i].choices)
     if batch:
         yield batch
+
+
+def choosing_work(rows: Sequence[_Question], batches: Iterable[Sequence[int]]) -> Work:
+    """Return one expert's work of answering questions (`tokenize_choices`) in given batches."""
+    total = Work()
+    for batch in batches:
+        prompts = [len(rows[i].prompt) for i in batch]
+        total += Work.of_padded(prompts, len(prompts))
+        choices = [choice for i in batch for choice in rows[i].choices]
+        # A choice's last token is in no context.
+        longest = max(map(len, choices)) - 1
+        if longest:
+            size = len(choices) * longest
+            total += Work.of_pass(len(choices), longest, size, size, max(prompts))
+    return total
 
 
 @torch.no_grad()

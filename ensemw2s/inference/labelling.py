@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ensemw2s import ops
-from ensemw2s.data.batches import PromptCollator, by_length
+from ensemw2s.data.batches import PromptCollator, batches_by_length
 from ensemw2s.data.tokens import QuestionFormat, end_tokens, require_readable, tokenize_prompts
 from ensemw2s.inference.choices import choose_answers, tokenize_choices
 from ensemw2s.inference.decoding import (
@@ -29,6 +29,7 @@ from ensemw2s.models.identity import describe_experts, digest_tokenizer
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.claims import one_at_a_time
 from ensemw2s.runtime.fingerprint import digest_columns, digest_json
+from ensemw2s.runtime.meter import Work
 from ensemw2s.runtime.values import check_number
 
 if TYPE_CHECKING:
@@ -177,14 +178,35 @@ def label_questions(
         return choose_answers(ensemble, questions, choices, batch, processing_class)
 
     require_distinct(prompts["id"])
-    order = by_length([len(ids) for ids in prompts["input_ids"]])
     # Batches are cut before finished rows are left out, so that a continued run meets the same batches.
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = batches_by_length([len(ids) for ids in prompts["input_ids"]], batch_size)
     file = None if output_file is None else LabelFile(Path(output_file), describe, questions)
     rows = _answered(prompts["id"], batches, answer, file, description)
     from datasets import Dataset
 
     return Dataset.from_list([rows[row_id] for row_id in prompts["id"]])
+
+
+def decoding_work(
+    prompts: Sequence[int], answers: Sequence[int], batch_size: int, max_new_tokens: int
+) -> tuple[Work, Work, int]:
+    """Return one expert's work of reading prompts, that of decoding answers of given lengths, and the number of steps.
+
+    Args:
+        prompts: tokens of each prompt.
+        answers: tokens of each answer, end token included; a batch goes on until its longest one ends.
+        batch_size: questions decoded together.
+        max_new_tokens: the most tokens of an answer.
+    """
+    reading, writing, steps = Work(), Work(), 0
+    for batch in batches_by_length(prompts, batch_size):
+        count, length = len(batch), prompts[batch[-1]]
+        reading += Work.of_padded([prompts[i] for i in batch], count)
+        more = min(max_new_tokens, max(answers[i] for i in batch)) - 1
+        steps += more
+        for past in range(length, length + more):
+            writing += Work.of_pass(count, 1, count, count, past)
+    return reading, writing, steps
 
 
 def _description(

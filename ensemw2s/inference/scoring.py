@@ -20,14 +20,14 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ensemw2s import ops
-from ensemw2s.data.batches import AnswerCollator, by_length, next_token_mask
+from ensemw2s.data.batches import AnswerCollator, batches_by_length, next_token_mask
 from ensemw2s.data.tokens import answer_lengths, check_examples
 from ensemw2s.models.heads import gives_the_logits, only_positions, output_head, own_head, states_before
 from ensemw2s.models.mixture import ExpertMixture, damaged, expert_names, is_mixture, refuse_damaged, repeat_rows
 from ensemw2s.ops import TokenScores
 from ensemw2s.ops.row_losses import CHUNK_ELEMENTS
 from ensemw2s.runtime import processes
-from ensemw2s.runtime.meter import count
+from ensemw2s.runtime.meter import Work, count
 from ensemw2s.runtime.values import check_number
 
 if TYPE_CHECKING:
@@ -155,6 +155,13 @@ def score_mixtures(
     return _score(runs, expert_names(used), judge, examples, pad_token_id, batch_size, description)
 
 
+def scoring_work(lengths: Sequence[int], answers: Sequence[int], batch_size: int) -> Work:
+    """Return the work of scoring examples of these lengths, with so many answer tokens each, by one model."""
+    batches = batches_by_length(lengths, batch_size)
+    works = (Work.of_padded([lengths[i] for i in rows], sum(answers[i] for i in rows)) for rows in batches)
+    return sum(works, Work())
+
+
 class _ModelRun:
     """A model, or adapters stacked on one, run up to the output head; the head then takes some rows at a time.
 
@@ -234,9 +241,8 @@ def _score(
     check_number("batch_size", batch_size, whole=True)
     check_examples(examples, description or "the answers to score")
     lengths = answer_lengths(examples)
-    # Rows of similar length share a batch, so that little is spent on padding; results go back by position.
-    order = by_length([len(ids) for ids in examples["input_ids"]])
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    # Results go back by position.
+    batches = batches_by_length([len(ids) for ids in examples["input_ids"]], batch_size)
     rows = np.concatenate([np.empty(0, dtype=np.int64), *processes.share(batches)])
     bar = description if processes.is_main() else None
     share = (runs, judge, examples.select(rows), pad_token_id, batch_size, bar)

@@ -20,7 +20,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +68,11 @@ class Work:
     def of_pass(cls, rows: int, length: int, tokens: float, head: float, past: int = 0) -> Work:
         """Return the work of one pass over `rows` x `length` tokens with `past` more in the cache."""
         return cls(tokens, rows * length, head, rows * length * (past + length))
+
+    @classmethod
+    def of_padded(cls, lengths: Sequence[int], head: float) -> Work:
+        """Return the work of one pass over rows of these lengths, padded to the longest."""
+        return cls.of_pass(len(lengths), max(lengths), sum(lengths), head)
 
 
 @dataclass(frozen=True)

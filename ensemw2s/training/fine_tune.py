@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,14 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ensemw2s.data.batches import AnswerCollator
 from ensemw2s.data.tokens import answer_lengths, check_examples
+from ensemw2s.runtime.meter import Work
 from ensemw2s.training.checkpoints import FOLDER, claimed_checkpoints, digest
-from ensemw2s.training.trainer import AnswerTrainer, AnswerTrainingArguments, NoStepsError, check_weights
+from ensemw2s.training.packing import pack_rows
+from ensemw2s.training.trainer import (
+    AnswerTokens,
+    AnswerTrainer,
+    AnswerTrainingArguments,
+    NoStepsError,
+    check_weights,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -139,6 +149,47 @@ def fine_tune(
     flops = None if math.isnan(trainer.flops) else trainer.flops
     cost = TrainingCost(trainer.seconds, trainer.state.num_input_tokens_seen, flops)
     return model.eval(), cost
+
+
+def training_work(lengths: Sequence[int], answers: Sequence[int], args: AnswerTrainingArguments) -> Work:
+    """Return the work of training on all batches of all epochs, in the order that `args.seed` gives.
+
+    A model that cannot read packed rows has more padding than is counted with `padding_free`.
+
+    Args:
+        lengths: tokens of each example.
+        answers: answer tokens of each example.
+        args: batch size, accumulation, epochs or steps, and how batches are made.
+
+    Raises:
+        NoStepsError: settings with which no step is made.
+    """
+    from datasets import Dataset
+
+    rows = zip(lengths, answers, strict=True)
+    examples = Dataset.from_list([{"input_ids": [0] * int(n), "prompt_length": int(n - own)} for n, own in rows])
+    args = copy.copy(args)
+    args.data_seed = args.seed
+    # The batches are those of a trainer; its model is not asked.
+    trainer = AnswerTrainer(torch.nn.Linear(1, 1), args, AnswerCollator(0), examples)
+    loader = trainer.get_train_dataloader()
+    steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    total = Work()
+    for epoch in range(math.ceil(steps / steps_per_epoch)):
+        loader.set_epoch(epoch)
+        left = (steps - epoch * steps_per_epoch) * args.gradient_accumulation_steps
+        for batch in itertools.islice(loader, min(left, len(loader))):
+            total += _work_of(batch, args)
+    return total
+
+
+def _work_of(batch: Mapping[str, torch.Tensor], args: AnswerTrainingArguments) -> Work:
+    mask = batch["attention_mask"]
+    if args.padding_free and not bool(mask.all()):
+        mask = pack_rows(batch["input_ids"], mask).mask
+    lines, width = mask.shape
+    return Work.of_pass(lines, width, int(mask.sum()), len(AnswerTokens.of(batch).labels))
 
 
 # Arguments that change where a run is kept, how it is shown or when it is saved, but not what it computes.

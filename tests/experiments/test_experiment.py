@@ -19,7 +19,8 @@ from ensemw2s import TokenEnsemble
 from ensemw2s.boosting.config import RECIPES
 from ensemw2s.data.tokens import tokenize_questions
 from ensemw2s.experiments.config import build_config, load_config
-from ensemw2s.experiments.experiment import PHASES, Experiment, round_line
+from ensemw2s.experiments.experiment import Experiment, round_line
+from ensemw2s.experiments.folder import PHASES
 from ensemw2s.inference.label_files import read_labels
 from ensemw2s.inference.scoring import score_answers
 from ensemw2s.report.tables import results_table
@@ -94,8 +95,8 @@ def test_records_that_are_pooled_say_their_task_and_seed(finished: Path, tmp_pat
     for kind in POOLED_KINDS:
         assert {(r["task"], r["seed"]) for r in records_of(finished, kind)} == {("small", 0)}
     named = Experiment(build_config(settings(tmp_path, task="copying", seed=3)))
-    assert named._of_this_run({"kind": "cost"}) == {"kind": "cost", "task": "copying", "seed": 3}
-    assert named._of_this_run({"kind": "phase"}) == {"kind": "phase"}
+    assert named.files.of_this_run({"kind": "cost"}) == {"kind": "cost", "task": "copying", "seed": 3}
+    assert named.files.of_this_run({"kind": "phase"}) == {"kind": "phase"}
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +291,7 @@ def test_a_question_with_a_line_separator_in_it_stays_one_question(tmp_path: Pat
     easy.to_json(tmp_path / "easy.jsonl")
     experiment = Experiment(config)
     experiment.run(("data",))
-    prompts = experiment._questions("train")["prompt"]
+    prompts = experiment.files.questions("train")["prompt"]
     assert len(prompts) == 24
     assert all(prompt.endswith("\u2028x") for prompt in prompts)
 
@@ -446,5 +447,5 @@ def test_columns_that_json_cannot_hold_do_not_stop_a_run(tmp_path: Path) -> None
     values["data"]["easy"] = {"file": str(tmp_path / "easy.parquet")}
     experiment = Experiment(build_config(values))
     experiment.run(("data",))
-    assert experiment._questions("train").column_names == ["id", "prompt", "answer"]
-    assert set(experiment._questions("train")["prompt"]) <= set(rows["prompt"])
+    assert experiment.files.questions("train").column_names == ["id", "prompt", "answer"]
+    assert set(experiment.files.questions("train")["prompt"]) <= set(rows["prompt"])

@@ -13,7 +13,8 @@ import torch
 
 from ensemw2s import BoostingConfig, StudentConfig, StudentTrainer, rate_difficulty
 from ensemw2s.experiments.config import build_config, load_config
-from ensemw2s.experiments.experiment import PHASES, Experiment
+from ensemw2s.experiments.experiment import Experiment
+from ensemw2s.experiments.folder import PHASES
 from ensemw2s.experiments.study import Study, load_study
 from ensemw2s.runtime import files
 from ensemw2s.runtime.files import read_json_lines, write_json

@@ -449,7 +449,7 @@ def experiment_settings(folder: Path, rows: Dataset, **of_difficulty: Any) -> di
 
 def difficulties_of(experiment: Experiment) -> dict[str, list[float]]:
     splits = ("train", "validation", "test_id", "unlabelled", "test_ood")
-    return {split: experiment._questions(split)["difficulty"] for split in splits}
+    return {split: experiment.files.questions(split)["difficulty"] for split in splits}
 
 
 def test_an_experiment_splits_one_source_by_its_own_difficulty(tmp_path: Path) -> None:
@@ -490,7 +490,7 @@ def test_an_experiment_rates_questions_by_its_weak_model(tmp_path: Path, monkeyp
     )  # fmt: skip
     ratings = by_prompt(by_hand, "difficulty")
     for split, numbers in found.items():
-        assert numbers == [ratings[prompt] for prompt in experiment._questions(split)["prompt"]]
+        assert numbers == [ratings[prompt] for prompt in experiment.files.questions(split)["prompt"]]
     (phase,) = [record for record in records if record["kind"] == "phase"]
     assert phase["tokens"] > 0 and phase["flops"] > 0
     # Killed before its records were written, the phase goes on without training again.

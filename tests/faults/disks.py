@@ -14,7 +14,8 @@ from typing import Any
 
 from ensemw2s.cli import main
 from ensemw2s.experiments.config import build_config
-from ensemw2s.experiments.experiment import PHASES, Experiment
+from ensemw2s.experiments.experiment import Experiment
+from ensemw2s.experiments.folder import PHASES
 from tests.faults import runs
 from tests.faults.battery import Case
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ensemw2s.experiments.config import build_config
-from ensemw2s.experiments.experiment import PHASES, Experiment
+from ensemw2s.experiments.experiment import Experiment
+from ensemw2s.experiments.folder import PHASES
 from ensemw2s.runtime.accounts import is_partial
 from tests.faults import runs
 from tests.faults.battery import Case

@@ -15,7 +15,8 @@ import yaml
 from ensemw2s import BoostingConfig, BoostingTrainer, StudentConfig, StudentTrainer, TokenEnsemble
 from ensemw2s.cli import main
 from ensemw2s.experiments.config import build_config
-from ensemw2s.experiments.experiment import PHASES, Experiment
+from ensemw2s.experiments.experiment import Experiment
+from ensemw2s.experiments.folder import PHASES
 from ensemw2s.runtime.files import read_json_lines
 from tests.boosting.test_trainer import kept
 from tests.experiments.test_study import write_study

@@ -136,8 +136,8 @@ def test_settings_that_do_nothing_and_names_that_transformers_does_not_know_are_
 def test_an_experiment_asks_for_the_mixture_itself(of_models: TokenEnsemble, tmp_path: Path) -> None:
     trial = Experiment(build_config(settings(tmp_path)))
     of_models.generation_config.update(repetition_penalty=1.1, do_sample=True, top_p=0.8, eos_token_id=[END, 5])
-    of_models.save_pretrained(trial._ensemble_folder("ensemble"))
-    teacher = trial._teacher("ensemble")
+    of_models.save_pretrained(trial.files.ensemble("ensemble"))
+    teacher = trial.files.teacher("ensemble")
     of_models.generation_config.repetition_penalty = None
     assert labelled(teacher)["answer_ids"] == labelled(of_models)["answer_ids"]
 
