@@ -299,8 +299,7 @@ class BoostingTrainer:
                 if update is None:
                     updated[:] = following
                 else:
-                    step = self.args.step(following, losses, update)
-                    self.args.update(following, losses, update, step, out=updated)
+                    step = self._update(following, losses, update, updated)
             following = self._weights(number + 1)
         quantiles = algorithm.weight_quantiles(following, QUANTILE_LEVELS)
         return {
@@ -308,6 +307,20 @@ class BoostingTrainer:
             "effective_sample_size": algorithm.effective_sample_size(following),
             "weight_quantiles": {str(q): float(v) for q, v in zip(QUANTILE_LEVELS, quantiles, strict=True)},
         }
+
+    def _update(self, weights: np.ndarray, losses: np.ndarray, expert_weight: float, out: np.ndarray) -> float:
+        """Put the token weights of the next round in `out`, and return the shrinkage, which a floor may lower."""
+        args, step = self.args, self.args.shrinkage
+        if args.effective_sample_size_floor > 0:
+            floor = args.effective_sample_size_floor
+            step = algorithm.tempered_shrinkage(weights, losses, expert_weight, floor, step)
+        if step > 0:
+            algorithm.update_weights(weights, losses, expert_weight, step, out=out)
+        else:
+            out[:] = weights
+        if args.weight_cap is not None:
+            algorithm.cap_weights(out, args.weight_cap, out=out)
+        return step
 
     # Experts
 
@@ -354,7 +367,7 @@ class BoostingTrainer:
 
     def _keep_loss_weights(self, file: Path, weights: np.ndarray, seed: int) -> None:
         with new_array(file, self.num_units) as out:
-            self.args.loss_weights(weights, np.random.default_rng(seed), out)
+            algorithm.loss_weights(weights, generator=np.random.default_rng(seed), out=out, **self.args.loss_settings)
 
     # Errors
 

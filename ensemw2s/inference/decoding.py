@@ -50,12 +50,16 @@ _ZERO_DOES_SOMETHING = {"forced_bos_token_id", "forced_eos_token_id", "max_time"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from the mixture; the defaults are greedy. Filters act in the order of the fields."""
+    """How a token is chosen from the mixture; the defaults are greedy. Filters act in the order of the fields.
+
+    Of several questions, number i draws from `seed + i`. Greedy decoding draws nothing.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
