@@ -160,7 +160,12 @@ class BoostingConfig(AnswerTrainingArguments):
     @property
     def loss_settings(self) -> dict[str, Any]:
         """Return how token weights enter the loss, as arguments of `algorithm.loss_weights`."""
-        return {name: getattr(self, name) for name in ("sampling", "uniform_mix", "draw_fraction", "deduplicate")}
+        return {
+            "sampling": self.sampling,
+            "uniform_mix": self.uniform_mix,
+            "draw_fraction": self.draw_fraction,
+            "deduplicate": self.deduplicate,
+        }
 
     def _check_choices(self) -> None:
         if self.mixture_weights == "validation" and self.choose_num_experts:

@@ -168,7 +168,7 @@ def test_large_and_deep_values_are_shown_in_part() -> None:
 
 def test_every_declared_setting_is_read() -> None:
     """A field that no line of the package reads would be a setting that does nothing."""
-    text = "\n".join(path.read_text() for path in Path(ensemw2s.__file__).parent.glob("*.py"))
+    text = "\n".join(path.read_text() for path in Path(ensemw2s.__file__).parent.rglob("*.py"))
     read_whole = {
         config.LabellingConfig: inspect.signature(TokenEnsemble.label).parameters,
         config.DifficultyConfig: inspect.signature(difficulty.split_by_difficulty).parameters,
