@@ -209,18 +209,20 @@ class BoostingTrainer:
     def _mixing(self, expert_weights: list[float]) -> list[float]:
         return [1.0] * len(expert_weights) if self.args.mixture_weights == "uniform" else expert_weights
 
-    def _fitted(self, weights: list[float]) -> dict[str, Any]:
-        count = len(weights)
+    def _fitted(self, expert_weights: list[float]) -> dict[str, Any]:
+        count = len(expert_weights)
         scores = self._validation_scores({str(t): [float(s == t) for s in range(count)] for t in range(count)})
         fitted = algorithm.fit_mixture_weights([scores[str(t)].token_log_probs for t in range(count)])
         return {"expert_weights": fitted.tolist()}
 
-    def _chosen(self, weights: list[float]) -> dict[str, Any]:
-        count = len(weights)
-        scores = self._validation_scores({str(t): weights[:t] + [0.0] * (count - t) for t in range(1, count + 1)})
+    def _chosen(self, expert_weights: list[float]) -> dict[str, Any]:
+        count = len(expert_weights)
+        scores = self._validation_scores(
+            {str(t): expert_weights[:t] + [0.0] * (count - t) for t in range(1, count + 1)}
+        )
         reached = [float(scores[str(t)].token_log_probs.mean()) for t in range(1, count + 1)]
         best = int(np.argmax(reached)) + 1
-        return {"num_experts": best, "expert_weights": weights[:best], "log_likelihoods": reached}
+        return {"num_experts": best, "expert_weights": expert_weights[:best], "log_likelihoods": reached}
 
     def _validation_scores(self, mixtures: Mapping[str, Sequence[float]]) -> dict[str, AnswerScores]:
         folders = [folder for folder, _ in self._accepted()]

@@ -113,7 +113,7 @@ class MixtureDecoder:
         self.seeds = seeds
         self.sampling = sampling
         self.cache = ensemble.new_cache() if cache is None else cache
-        self.weights = ensemble.mixture_weights(input_ids.device)
+        self.expert_weights = ensemble.mixture_weights(input_ids.device)
         # The prompt may be the whole text, or only what follows the text that the cache holds.
         self.pending = input_ids[:, self.cache.get_seq_length() - attention_mask.shape[1] :]
         self.position = 0
@@ -136,7 +136,7 @@ class MixtureDecoder:
         positions = torch.full_like(self.seeds, self.position)
         return ops.mixture_sample(
             logits,
-            self.weights,
+            self.expert_weights,
             temperature=self.sampling.temperature,
             top_k=self.sampling.top_k,
             top_p=self.sampling.top_p,

@@ -228,8 +228,8 @@ def _label_batch(task: _Task, batch: list[int]) -> Iterator[dict[str, Any]]:
     ends = torch.tensor(task.ends, device=device)
     inputs = PromptCollator(pad)([{"input_ids": prompts[i]["input_ids"]} for i in batch])
     seeds = torch.tensor([settings.sampling.seed + i for i in batch], dtype=torch.int64, device=device)
-    ids, mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
-    decoder = MixtureDecoder(ensemble, ids, mask, seeds, settings.sampling)
+    input_ids, attention_mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
+    decoder = MixtureDecoder(ensemble, input_ids, attention_mask, seeds, settings.sampling)
     running = torch.ones(len(batch), dtype=torch.bool, device=device)
     tokens, log_probs, agreement, counted, kept = [], [], [], [], []
     for _ in range(settings.max_new_tokens):
