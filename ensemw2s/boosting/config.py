@@ -63,6 +63,7 @@ class BoostingConfig(AnswerTrainingArguments):
         recipe: a named set of choices: "tempered" (ours, the default), "chained" (ours in a chain; it needs validation
             questions), "paper", or the baselines "bagging" and "deep_ensemble". It decides `sampling`, `errors`,
             `effective_sample_size_floor`, `warm_start` and `mixture_weights` where they are not given.
+            Their defaults below are those of "tempered".
         sampling: "draw" (the paper), "without_replacement", "reweight", "bagging" or "all"; see
             `algorithm.loss_weights`.
         shrinkage: s in (0, 1]; the update uses s * a_t, the mixture a_t.

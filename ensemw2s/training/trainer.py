@@ -362,5 +362,5 @@ class _EpochOrder(TrainerCallback):
     def __init__(self, sampler: LengthBucketSampler) -> None:
         self.sampler = sampler
 
-    def on_epoch_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.sampler.set_epoch(int(state.epoch or 0))
