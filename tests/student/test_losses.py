@@ -69,7 +69,7 @@ def batch_of(count: int = 5) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def answer_tokens(batch: dict[str, Tensor], weights: Tensor) -> AnswerTokens:
-    return dataclasses.replace(AnswerTokens.of(batch), weights=weights)
+    return dataclasses.replace(AnswerTokens.of(batch), token_weights=weights)
 
 
 def slow_mixture(ensemble: TokenEnsemble, batch: dict[str, Tensor], mask: Tensor, temperature: float) -> Tensor:
