@@ -173,7 +173,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ensemw2s {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add in (_add_run, _add_plan, _add_study, _add_report, _add_env):
+        add(commands)
+    return parser
 
+
+def _add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="everything: boost, label, student, evaluate, report")
     run.set_defaults(command=_run, phases=None)
     for phase, text in PHASE_HELP.items():
@@ -184,6 +189,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_experiment_arguments(run)
     _add_overwrite(run)
 
+
+def _add_plan(commands: Any) -> None:
     plan = commands.add_parser(
         "plan", help="estimate what a run will take, phase by phase: tokens, FLOPs, seconds, memory, disk",
         description="Estimate what a run will take on this machine, which is measured for up to a minute. Models that "
@@ -192,6 +199,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(command=_plan)
     _add_experiment_arguments(plan)
 
+
+def _add_study(commands: Any) -> None:
     study = commands.add_parser(
         "study", help="an experiment on many tasks with many seeds, in pieces, its figures in one file",
         description="Run the cells (task and seed) of a study that are not in its records yet.",
@@ -208,6 +217,8 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--minutes", type=float, help="begin no further cell after this time")
     study.set_defaults(command=_study)
 
+
+def _add_report(commands: Any) -> None:
     report = commands.add_parser(
         "report", help="write the HTML report of runs or of a study, or a plot of its comparisons",
         description="Report on runs and studies. Runs with the same settings but for task, questions and seed are "
@@ -224,10 +235,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--plot", type=_text, metavar="FILE", help="draw the comparisons to this .svg or .png file")
     report.set_defaults(command=_report)
 
+
+def _add_env(commands: Any) -> None:
     env = commands.add_parser("env", help="versions, compiled features, devices: what a bug report needs")
     env.add_argument("--json", action="store_true", help="print JSON")
     env.set_defaults(command=_env)
-    return parser
 
 
 def _text(value: str) -> str:

@@ -88,7 +88,7 @@ def calls(ensemble: TokenEnsemble, fourth: Any) -> Calls:
         "label": lambda: _numbers(ensemble.label(asked, given, max_new_tokens=4, **options)),
         "sampled label": lambda: _numbers(
             ensemble.label(
-                asked, given, max_new_tokens=4, sampling=Sampling(temperature=1.0, top_p=0.9), seed=3, **options
+                asked, given, max_new_tokens=4, sampling=Sampling(temperature=1.0, top_p=0.9, seed=3), **options
             )
         ),
         "label choices": lambda: _numbers(ensemble.label(choices, given, **options)),

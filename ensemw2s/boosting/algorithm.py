@@ -666,7 +666,7 @@ def _count_draws(
     draws: int,
     generator: np.random.Generator,
     method: DrawMethod,
-    counts: NDArray[np.int64] | NDArray[np.float64],
+    counts: NDArray[Any],
 ) -> None:
     """Add to `counts` [N] how often each unit comes up."""
     total = 0.0
@@ -676,8 +676,8 @@ def _count_draws(
     count(weights_of, draws, generator, total, counts)
 
 
-def _count_independent(  # type: ignore[no-untyped-def]
-    weights_of: _WeightsOf, draws: int, generator: np.random.Generator, total: float, counts
+def _count_independent(
+    weights_of: _WeightsOf, draws: int, generator: np.random.Generator, total: float, counts: NDArray[Any]
 ) -> None:
     for start in range(0, draws, DRAWS_PER_CHUNK):
         points = generator.random(min(DRAWS_PER_CHUNK, draws - start))
@@ -693,8 +693,8 @@ def _count_independent(  # type: ignore[no-untyped-def]
             done = end
 
 
-def _count_systematic(  # type: ignore[no-untyped-def]
-    weights_of: _WeightsOf, draws: int, generator: np.random.Generator, total: float, counts
+def _count_systematic(
+    weights_of: _WeightsOf, draws: int, generator: np.random.Generator, total: float, counts: NDArray[Any]
 ) -> None:
     offset = generator.uniform(SYSTEMATIC_MARGIN, 1.0 - SYSTEMATIC_MARGIN)
     before = 0

@@ -18,20 +18,19 @@ MixtureWeights = Literal["alpha", "uniform", "validation"]
 Recipe = Literal["paper", "tempered", "chained", "bagging", "deep_ensemble"]
 Combine = Literal["prob", "logprob", "vote"]
 
-# Ours: the paper's collapses on real models, because one full update leaves a small effective sample size.
-_TEMPERED = {"sampling": "reweight", "errors": "soft", "effective_sample_size_floor": 0.7}
+# What a recipe decides where it is not given. The defaults are "tempered", ours: the paper's collapses on real models,
+# because one full update leaves a small effective sample size.
 RECIPES: dict[str, dict[str, Any]] = {
     # The paper's, to the letter.
-    "paper": {"sampling": "draw", "errors": "hard"},
-    "tempered": _TEMPERED,
+    "paper": {"sampling": "draw", "errors": "hard", "effective_sample_size_floor": 0.0},
+    "tempered": {},
     # The same in a chain, for experts that are cut short and would still gain by longer training: its rounds are one
     # long training, and later experts, which are then the better ones, may weigh more.
-    "chained": _TEMPERED | {"warm_start": True, "mixture_weights": "validation"},
+    "chained": {"warm_start": True, "mixture_weights": "validation"},
     # The baselines, with equal votes: uniform draws, and every token in every round.
-    "bagging": {"sampling": "bagging", "errors": "hard"},
-    "deep_ensemble": {"sampling": "all", "errors": "hard"},
+    "bagging": {"sampling": "bagging", "errors": "hard", "effective_sample_size_floor": 0.0},
+    "deep_ensemble": {"sampling": "all", "errors": "hard", "effective_sample_size_floor": 0.0},
 }
-_UNLESS_THE_RECIPE_SAYS = {"effective_sample_size_floor": 0.0, "warm_start": False, "mixture_weights": "alpha"}
 # These draw or weigh tokens whatever an expert got wrong: there is nothing to update and no expert to refuse.
 BASELINES = ("bagging", "all")
 
@@ -53,7 +52,7 @@ _USES_OF_SETTINGS: Uses = {
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class BoostingConfig(AnswerTrainingArguments):
     """What `BoostingTrainer` does, on top of transformers' `TrainingArguments` (which train each expert).
 
@@ -64,6 +63,7 @@ class BoostingConfig(AnswerTrainingArguments):
         recipe: a named set of choices: "tempered" (ours, the default), "chained" (ours in a chain; it needs validation
             questions), "paper", or the baselines "bagging" and "deep_ensemble". It decides `sampling`, `errors`,
             `effective_sample_size_floor`, `warm_start` and `mixture_weights` where they are not given.
+            Their defaults below are those of "tempered".
         sampling: "draw" (the paper), "without_replacement", "reweight", "bagging" or "all"; see
             `algorithm.loss_weights`.
         shrinkage: s in (0, 1]; the update uses s * a_t, the mixture a_t.
@@ -107,10 +107,10 @@ class BoostingConfig(AnswerTrainingArguments):
 
     num_rounds: int = 5
     recipe: Recipe = "tempered"
-    sampling: algorithm.Sampling = None  # type: ignore[assignment]
+    sampling: algorithm.Sampling = "reweight"
     shrinkage: float = 1.0
     uniform_mix: float = 0.0
-    errors: Errors = None  # type: ignore[assignment]
+    errors: Errors = "soft"
     deduplicate: bool = False
     draw_fraction: float = 0.5
     prior: algorithm.Prior = "pretrained"
@@ -118,30 +118,35 @@ class BoostingConfig(AnswerTrainingArguments):
     unit: algorithm.Unit = "token"
     window: int | None = None
     combine: Combine = "prob"
-    effective_sample_size_floor: float = None  # type: ignore[assignment]
+    effective_sample_size_floor: float = 0.7
     weight_cap: float | None = None
     min_effective_sample_size: float = 0.0
     prior_weights: PriorWeights = "initial"
     error_folds: int | None = None
     boosted_tokens: BoostedTokens = "all"
-    warm_start: bool = None  # type: ignore[assignment]
+    warm_start: bool = False
     vary_seed: bool = True
     lora_ranks: list[int] | None = None
-    mixture_weights: MixtureWeights = None  # type: ignore[assignment]
+    mixture_weights: MixtureWeights = "alpha"
     choose_num_experts: bool = False
     validate_rounds: bool = True
     overwrite: bool = False
 
+    def __new__(cls, *args: Any, **given: Any) -> BoostingConfig:
+        """Note what is given, which no recipe changes: a value may be that of the default and still be meant."""
+        config = super().__new__(cls)
+        config._given = frozenset(given)
+        return config
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        filled = _UNLESS_THE_RECIPE_SAYS | RECIPES[self.recipe]
-        for name, value in filled.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        recipe = RECIPES[self.recipe]
+        for name in recipe.keys() - self._given:
+            setattr(self, name, recipe[name])
         self._check_choices()
         self._check_ranges()
         self._try_values()
-        check_in_use(self, _USES_OF_SETTINGS, filled)
+        check_in_use(self, _USES_OF_SETTINGS, recipe)
 
     @property
     def is_baseline(self) -> bool:
@@ -152,6 +157,16 @@ class BoostingConfig(AnswerTrainingArguments):
     def needs_validation(self) -> bool:
         """Whether the ensemble cannot be made without validation questions."""
         return self.choose_num_experts or self.mixture_weights == "validation"
+
+    @property
+    def loss_settings(self) -> dict[str, Any]:
+        """Return how token weights enter the loss, as arguments of `algorithm.loss_weights`."""
+        return {
+            "sampling": self.sampling,
+            "uniform_mix": self.uniform_mix,
+            "draw_fraction": self.draw_fraction,
+            "deduplicate": self.deduplicate,
+        }
 
     def _check_choices(self) -> None:
         if self.mixture_weights == "validation" and self.choose_num_experts:
@@ -181,41 +196,6 @@ class BoostingConfig(AnswerTrainingArguments):
 
     def _try_values(self) -> None:
         """Let the functions that will use a value refuse it now rather than after the first expert."""
-        two = algorithm.initial_weights(2)
-        generator = np.random.default_rng(0)
         algorithm.unit_index([2], self.unit, self.window)
         algorithm.prior_error(self.prior, pretrained_error=0.5, num_classes=self.num_classes or 2, unit=self.unit)
-        self.update(two, np.array([True, False]), 1.0, self.step(two, np.array([True, False]), 1.0))
-        self.loss_weights(two, generator)
-
-    def loss_weights(
-        self, weights: np.ndarray, generator: np.random.Generator, out: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Return float64 [N], the weight of each unit in one round's loss; in `out` if given."""
-        return algorithm.loss_weights(
-            weights,
-            sampling=self.sampling,
-            uniform_mix=self.uniform_mix,
-            draw_fraction=self.draw_fraction,
-            deduplicate=self.deduplicate,
-            generator=generator,
-            out=out,
-        )
-
-    def step(self, weights: np.ndarray, losses: np.ndarray, expert_weight: float) -> float:
-        """Return the shrinkage of one round's update, which a floor of the effective sample size may lower."""
-        if self.effective_sample_size_floor == 0.0:
-            return self.shrinkage
-        floor = self.effective_sample_size_floor
-        return algorithm.tempered_shrinkage(weights, losses, expert_weight, floor, self.shrinkage)
-
-    def update(
-        self, weights: np.ndarray, losses: np.ndarray, expert_weight: float, step: float, out: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Return float64 [N], the token weights of the next round after an update of `step`; in `out` if given."""
-        updated = np.empty(len(weights)) if out is None else out
-        if step > 0.0:
-            algorithm.update_weights(weights, losses, expert_weight, step, out=updated)
-        else:
-            updated[:] = weights
-        return updated if self.weight_cap is None else algorithm.cap_weights(updated, self.weight_cap, out=updated)
+        algorithm.loss_weights(algorithm.initial_weights(2), generator=np.random.default_rng(0), **self.loss_settings)

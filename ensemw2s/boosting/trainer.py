@@ -209,18 +209,20 @@ class BoostingTrainer:
     def _mixing(self, expert_weights: list[float]) -> list[float]:
         return [1.0] * len(expert_weights) if self.args.mixture_weights == "uniform" else expert_weights
 
-    def _fitted(self, weights: list[float]) -> dict[str, Any]:
-        count = len(weights)
+    def _fitted(self, expert_weights: list[float]) -> dict[str, Any]:
+        count = len(expert_weights)
         scores = self._validation_scores({str(t): [float(s == t) for s in range(count)] for t in range(count)})
         fitted = algorithm.fit_mixture_weights([scores[str(t)].token_log_probs for t in range(count)])
         return {"expert_weights": fitted.tolist()}
 
-    def _chosen(self, weights: list[float]) -> dict[str, Any]:
-        count = len(weights)
-        scores = self._validation_scores({str(t): weights[:t] + [0.0] * (count - t) for t in range(1, count + 1)})
+    def _chosen(self, expert_weights: list[float]) -> dict[str, Any]:
+        count = len(expert_weights)
+        scores = self._validation_scores(
+            {str(t): expert_weights[:t] + [0.0] * (count - t) for t in range(1, count + 1)}
+        )
         reached = [float(scores[str(t)].token_log_probs.mean()) for t in range(1, count + 1)]
         best = int(np.argmax(reached)) + 1
-        return {"num_experts": best, "expert_weights": weights[:best], "log_likelihoods": reached}
+        return {"num_experts": best, "expert_weights": expert_weights[:best], "log_likelihoods": reached}
 
     def _validation_scores(self, mixtures: Mapping[str, Sequence[float]]) -> dict[str, AnswerScores]:
         folders = [folder for folder, _ in self._accepted()]
@@ -299,8 +301,7 @@ class BoostingTrainer:
                 if update is None:
                     updated[:] = following
                 else:
-                    step = self.args.step(following, losses, update)
-                    self.args.update(following, losses, update, step, out=updated)
+                    step = self._update(following, losses, update, updated)
             following = self._weights(number + 1)
         quantiles = algorithm.weight_quantiles(following, QUANTILE_LEVELS)
         return {
@@ -308,6 +309,20 @@ class BoostingTrainer:
             "effective_sample_size": algorithm.effective_sample_size(following),
             "weight_quantiles": {str(q): float(v) for q, v in zip(QUANTILE_LEVELS, quantiles, strict=True)},
         }
+
+    def _update(self, weights: np.ndarray, losses: np.ndarray, expert_weight: float, out: np.ndarray) -> float:
+        """Put the token weights of the next round in `out`, and return the shrinkage, which a floor may lower."""
+        args, step = self.args, self.args.shrinkage
+        if args.effective_sample_size_floor > 0:
+            floor = args.effective_sample_size_floor
+            step = algorithm.tempered_shrinkage(weights, losses, expert_weight, floor, step)
+        if step > 0:
+            algorithm.update_weights(weights, losses, expert_weight, step, out=out)
+        else:
+            out[:] = weights
+        if args.weight_cap is not None:
+            algorithm.cap_weights(out, args.weight_cap, out=out)
+        return step
 
     # Experts
 
@@ -354,7 +369,7 @@ class BoostingTrainer:
 
     def _keep_loss_weights(self, file: Path, weights: np.ndarray, seed: int) -> None:
         with new_array(file, self.num_units) as out:
-            self.args.loss_weights(weights, np.random.default_rng(seed), out)
+            algorithm.loss_weights(weights, generator=np.random.default_rng(seed), out=out, **self.args.loss_settings)
 
     # Errors
 

@@ -60,7 +60,7 @@ class AnswerUnits:
         return algorithm.unit_losses(boosted, index)
 
 
-def informative_tokens(examples: Dataset, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def informative_tokens(examples: Dataset, processing_class: PreTrainedTokenizerBase) -> np.ndarray:
     """Return bool [n]: the answer tokens that are neither the end token nor white space.
 
     An answer of nothing else (white space that is to be written) keeps all its tokens.
@@ -68,7 +68,7 @@ def informative_tokens(examples: Dataset, tokenizer: PreTrainedTokenizerBase) ->
     answers = [row["input_ids"][row["prompt_length"] :] for row in examples]
     trivial = {
         token for token in {token for answer in answers for token in answer}
-        if token == tokenizer.eos_token_id or not tokenizer.decode([token]).strip()
+        if token == processing_class.eos_token_id or not processing_class.decode([token]).strip()
     }  # fmt: skip
     informative = [np.array([token not in trivial for token in answer]) for answer in answers]
     return np.concatenate([mask if mask.any() else np.ones_like(mask) for mask in informative])

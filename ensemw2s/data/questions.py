@@ -484,17 +484,17 @@ def split_questions(dataset: Dataset, sizes: Mapping[str, int], seed: int = 0) -
 
 
 def warn_of_unknown(
-    answers: Iterable[tuple[str, Sequence[int]]], tokenizer: PreTrainedTokenizerBase, name: str
+    answers: Iterable[tuple[str, Sequence[int]]], processing_class: PreTrainedTokenizerBase, name: str
 ) -> None:
     """Warn of answers, given as ids and tokens, with letters that the tokenizer does not know."""
-    token = tokenizer.unk_token_id
+    token = processing_class.unk_token_id
     # In some tokenizers it is the end token too.
-    last = -1 if token == tokenizer.eos_token_id else None
+    last = -1 if token == processing_class.eos_token_id else None
     unknown = [row_id for row_id, ids in answers if token in ids[:last]]
     if unknown:
         warnings.warn(
             f"{name}: {len(unknown)} answers have letters that this tokenizer does not know, the first of them that of "
-            f"id {unknown[0]}. They become {tokenizer.unk_token!r}, which says nothing: leave these rows out, or use "
-            "another tokenizer",
+            f"id {unknown[0]}. They become {processing_class.unk_token!r}, which says nothing: leave these rows out, "
+            "or use another tokenizer",
             stacklevel=3,
         )

@@ -28,14 +28,14 @@ _ANCHORS = ("", "\n", ":")
 _SHOWN = 30
 
 
-def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode(text: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens of a text alone, without those that the tokenizer would add."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(processing_class(text, add_special_tokens=False)["input_ids"])
 
 
-def decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def decode(ids: list[int], processing_class: PreTrainedTokenizerBase) -> str:
     """Return the text of tokens, without special tokens and without tidying its spaces."""
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return str(processing_class.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 @dataclass(frozen=True)
@@ -47,34 +47,36 @@ class PromptTokens:
         alone: the tokens of the text alone.
         front: the special tokens in front of the prompt (BOS), which are there once.
         body: the tokens of the prompt behind them.
-        tokenizer: whose tokens they are.
+        processing_class: whose tokens they are.
     """
 
     text: str
     alone: list[int]
     front: list[int]
     body: list[int]
-    tokenizer: PreTrainedTokenizerBase
+    processing_class: PreTrainedTokenizerBase
 
     @classmethod
-    def of(cls, text: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool = True) -> PromptTokens:
+    def of(
+        cls, text: str, processing_class: PreTrainedTokenizerBase, *, add_special_tokens: bool = True
+    ) -> PromptTokens:
         """Tokenise a prompt.
 
         Args:
             text: the prompt.
-            tokenizer: the model's.
+            processing_class: the model's.
             add_special_tokens: put in front what the tokenizer puts there; False for a text that has it already.
 
         Raises:
             ValueError: the tokenizer puts special tokens into the midst of a text.
         """
-        alone = encode(text, tokenizer)
-        front = _front(text, alone, tokenizer) if add_special_tokens else []
-        written = front or [tokenizer.bos_token_id]
+        alone = encode(text, processing_class)
+        front = _front(text, alone, processing_class) if add_special_tokens else []
+        written = front or [processing_class.bos_token_id]
         if alone[: len(written)] == written:
             # The text has it already, as that of a chat template does.
-            return cls(text, alone, written, alone[len(written) :], tokenizer)
-        return cls(text, alone, front, alone, tokenizer)
+            return cls(text, alone, written, alone[len(written) :], processing_class)
+        return cls(text, alone, front, alone, processing_class)
 
     @property
     def ids(self) -> list[int]:
@@ -111,13 +113,13 @@ class PromptTokens:
 
     def read(self, ids: list[int]) -> str:
         """Return the text that `ids` add to the prompt: some tokenizers drop a space from the first token of a text."""
-        whole = decode([*self.ids, *ids], self.tokenizer)
-        return whole[len(self._read) :] if whole.startswith(self._read) else decode(ids, self.tokenizer)
+        whole = decode([*self.ids, *ids], self.processing_class)
+        return whole[len(self._read) :] if whole.startswith(self._read) else decode(ids, self.processing_class)
 
     @functools.cached_property
     def _read(self) -> str:
         """Return the text of the prompt's own tokens."""
-        return decode(self.ids, self.tokenizer)
+        return decode(self.ids, self.processing_class)
 
     def _ways(self, text: str) -> Iterator[list[int]]:
         """Yield tokens for `text`, the best first."""
@@ -126,31 +128,31 @@ class PromptTokens:
 
     def _behind(self, front: str, text: str) -> list[int] | None:
         """Return the tokens of `text` behind `front`, None where a token reaches across the boundary."""
-        before = self.alone if front == self.text else encode(front, self.tokenizer)
-        whole = encode(front + text, self.tokenizer)
+        before = self.alone if front == self.text else encode(front, self.processing_class)
+        whole = encode(front + text, self.processing_class)
         return whole[len(before) :] if whole[: len(before)] == before else None
 
     def _lacks_letters(self, found: str, text: str, ids: list[int]) -> bool:
         """Say whether nothing is wrong but that unknown tokens stand for letters of `text`."""
         letters = iter(text)
-        return self.tokenizer.unk_token_id in ids and all(letter in letters for letter in found)
+        return self.processing_class.unk_token_id in ids and all(letter in letters for letter in found)
 
     def _is_only_spaced(self, found: str, text: str, ids: list[int]) -> bool:
         """Say whether the tokens are right, and it is the decoder that puts white space between them."""
         alike = _same("".join(found.split()), "".join(text.split()))
-        return alike and _spaces(found) > _spaces(text) and not _come_back([*self.body, *ids], self.tokenizer)
+        return alike and _spaces(found) > _spaces(text) and not _come_back([*self.body, *ids], self.processing_class)
 
 
-def end_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
+def end_tokens(processing_class: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
     """Return the ids that end an answer, rising: the tokenizer's, and all of the generation config's."""
     ends = getattr(generation_config, "eos_token_id", None)
-    return sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list | tuple) else [ends])} - {None})
+    return sorted({processing_class.eos_token_id, *(ends if isinstance(ends, list | tuple) else [ends])} - {None})
 
 
 def require_readable(prompt: PromptTokens) -> None:
     """Raise ValueError for a tokenizer whose tokens cannot be turned into text, since its decoder adds white space."""
-    found = decode(prompt.body, prompt.tokenizer)
-    if _spaces(found) <= _spaces(prompt.text) or _come_back(prompt.body, prompt.tokenizer):
+    found = decode(prompt.body, prompt.processing_class)
+    if _spaces(found) <= _spaces(prompt.text) or _come_back(prompt.body, prompt.processing_class):
         return
     raise ValueError(
         f"this tokenizer cannot turn tokens into text: it reads those of {_around(prompt.text, found)} as "
@@ -225,18 +227,18 @@ class QuestionFormat:
         if "{prompt}" not in self.prompt_template:
             raise ValueError(f"prompt_template must contain {{prompt}}, got {shown(self.prompt_template)}")
 
-    def prompt(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> PromptTokens:
+    def prompt(self, prompt: str, processing_class: PreTrainedTokenizerBase) -> PromptTokens:
         """Return a prompt in tokens, with what reads and writes behind it; see `ensemw2s.data.tokens`."""
         text = self.prompt_template.replace("{prompt}", prompt)
         if not self.use_chat_template:
-            return PromptTokens.of(text, tokenizer)
+            return PromptTokens.of(text, processing_class)
         chat = [{"role": "user", "content": text}]
-        rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        return PromptTokens.of(str(rendered), tokenizer, add_special_tokens=False)
+        rendered = processing_class.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return PromptTokens.of(str(rendered), processing_class, add_special_tokens=False)
 
-    def answer_ids(self, answer: str, tokenizer: PreTrainedTokenizerBase, prompt: str = "") -> list[int]:
+    def answer_ids(self, answer: str, processing_class: PreTrainedTokenizerBase, prompt: str = "") -> list[int]:
         """Return the token ids of an answer behind its prompt, without the end token."""
-        return self.prompt(prompt, tokenizer).followed_by(self.answer_prefix, answer)
+        return self.prompt(prompt, processing_class).followed_by(self.answer_prefix, answer)
 
     def answer_text(self, ids: Sequence[int], prompt: PromptTokens) -> str:
         """Return the answer that tokens (without the end token) give behind a prompt, all its white space included."""
@@ -248,7 +250,7 @@ class QuestionFormat:
 
 def tokenize_questions(
     dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
+    processing_class: PreTrainedTokenizerBase,
     question_format: QuestionFormat,
     name: str = "dataset",
     *,
@@ -261,7 +263,7 @@ def tokenize_questions(
 
     Args:
         dataset: columns `prompt` and `answer`.
-        tokenizer: must have an end token.
+        processing_class: must have an end token.
         question_format: how a question becomes tokens.
         name: what errors call the dataset.
         answer_ids: the answers' tokens where they are known already, prefix and end token included, one row each;
@@ -280,7 +282,7 @@ def tokenize_questions(
     rows = []
     for index, row in enumerate(check_questions(dataset, name)):
         place = f"{name}, id {row['id']}"
-        prompt = question_format.prompt(row["prompt"], tokenizer)
+        prompt = question_format.prompt(row["prompt"], processing_class)
         if answer_ids is None:
             answer = answer_with_end(row["answer"], prompt, question_format, place)
         else:
@@ -290,7 +292,7 @@ def tokenize_questions(
         ids = fitted_prompt(prompt, len(answer), question_format, place)
         rows.append({"id": row["id"], "input_ids": [*ids, *answer], "prompt_length": len(ids)})
     answers = ((row["id"], row["input_ids"][row["prompt_length"] :]) for row in rows)
-    warn_of_unknown(answers, tokenizer, name)
+    warn_of_unknown(answers, processing_class, name)
     return Dataset.from_list(rows)
 
 
@@ -301,7 +303,7 @@ def answer_with_end(answer: str, prompt: PromptTokens, question_format: Question
         ValueError: a tokenizer without an end token, an answer of no tokens or one that the tokenizer changes; `place`
             names the row.
     """
-    end = [_end_token(prompt.tokenizer)]
+    end = [_end_token(prompt.processing_class)]
     try:
         ids = prompt.followed_by(question_format.answer_prefix, answer)
     except ValueError as error:
@@ -319,7 +321,7 @@ def fitted_prompt(
     Raises:
         ValueError: no tokens, or more than fit and `question_format.truncate_prompt` is False.
     """
-    limit = _length_limit(prompt.tokenizer, question_format)
+    limit = _length_limit(prompt.processing_class, question_format)
     ids = _cut_left(prompt, limit, num_answer_tokens) if question_format.truncate_prompt else prompt.ids
     _check_prompt(ids, limit, place)
     length = len(ids) + num_answer_tokens
@@ -334,7 +336,7 @@ def fitted_prompt(
 
 def tokenize_prompts(
     dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
+    processing_class: PreTrainedTokenizerBase,
     question_format: QuestionFormat,
     name: str = "dataset",
     answer_length: int = 1,
@@ -343,7 +345,7 @@ def tokenize_prompts(
 
     Args:
         dataset: columns `id` and `prompt`.
-        tokenizer: the model's.
+        processing_class: the model's.
         question_format: how a question becomes tokens.
         name: of the dataset, for errors.
         answer_length: tokens to leave room for where prompts are cut (`question_format.truncate_prompt`).
@@ -354,15 +356,15 @@ def tokenize_prompts(
     """
     from datasets import Dataset
 
-    _end_token(tokenizer)
-    limit = _length_limit(tokenizer, question_format)
+    _end_token(processing_class)
+    limit = _length_limit(processing_class, question_format)
     if "id" not in dataset.column_names or "prompt" not in dataset.column_names:
         raise ValueError(f"{name} needs columns id and prompt; it has {', '.join(dataset.column_names) or 'none'}")
     rows = []
     for row in dataset.select_columns(["id", "prompt"]):
         if not isinstance(row["prompt"], str):
             raise ValueError(f"{name}, id {row['id']}: prompt is {row['prompt']!r}, expected text")
-        prompt = question_format.prompt(row["prompt"], tokenizer)
+        prompt = question_format.prompt(row["prompt"], processing_class)
         ids = _cut_left(prompt, limit, answer_length) if question_format.truncate_prompt else prompt.ids
         _check_prompt(ids, limit, f"{name}, id {row['id']}")
         rows.append({"id": row["id"], "input_ids": ids})

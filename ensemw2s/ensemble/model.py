@@ -25,13 +25,14 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ensemw2s import ops
+from ensemw2s.data.tokens import QuestionFormat
 from ensemw2s.ensemble.cache import EnsembleCache
 from ensemw2s.ensemble.config import EnsembleConfig
 from ensemw2s.ensemble.experts import AdapterExperts, Experts, ModelExperts, context_lengths
 from ensemw2s.ensemble.saving import load_parts, save_ensemble
 from ensemw2s.ensemble.stacked import StackedAdapters
 from ensemw2s.inference.decoding import Sampling, fused_sample, require_valid
-from ensemw2s.inference.labelling import label_questions
+from ensemw2s.inference.labelling import LabelSettings, label_questions
 from ensemw2s.models.base_reference import check_base, settled
 from ensemw2s.models.heads import only_positions, own_head
 from ensemw2s.models.loading import CACHE, load_model
@@ -478,13 +479,88 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             kwargs["generation_config"].cache_implementation = None
         return settings
 
-    def label(self, questions: Dataset, processing_class: PreTrainedTokenizerBase, **options: Any) -> Dataset:
-        """Answer questions, greedily unless `sampling` says otherwise; see `labelling.label_questions`.
+    def label(
+        self,
+        questions: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        question_format: QuestionFormat | None = None,
+        max_new_tokens: int = 32,
+        batch_size: int = 32,
+        sampling: Sampling | None = None,
+        top_logprobs: int | None = None,
+        top_temperature: float = 1.0,
+        output_file: str | os.PathLike[str] | None = None,
+        description: str | None = "labelling",
+    ) -> Dataset:
+        """Answer questions; the answers are pseudo-labels for a student (method, phase 3).
 
-        Every end token of `generation_config`, and the tokenizer's, ends an answer. How it samples plays no part here,
-        and what else there would change the distribution (as a repetition penalty) is refused; `generate` obeys all.
+        Questions are decoded in batches of similar prompt length, which several processes share out; those with a
+        column `choices` are answered by likelihood (`ensemw2s.inference.choices`) with one of their choices.
+
+        **The rule for `generate()` and `label()`.** `generate()` obeys the ensemble's `generation_config` (a copy of
+        expert 1's), as any transformers model does. `label()` is greedy unless `sampling` says otherwise, whatever that
+        config says of sampling and of lengths. Every end token id of the config, one or several, and the tokenizer's
+        ends an answer. A setting that would change the distribution (a repetition penalty, n-grams that must not come
+        again, bad words, suppressed or forced tokens, a least length, beams, ...) is refused. So `label()` and greedy
+        `generate()` give the same tokens, up to the first end token.
+
+        With `output_file`, finished rows are appended to it (JSON lines) as they come, and a later call goes on behind
+        them, whatever its number of processes. Each process but the main one has a file of its own beside it, until all
+        are done. What decides an answer is described in `<output_file>.run.json`: experts and base (by a hash of all
+        their weights, which reads each once), expert weights, `combine`, questions, format, tokenizer, and the settings
+        below. A later call that differs in any of it is refused. `batch_size` is no part of it: it moves answers only
+        where two tokens tie to the last bits **[choice]**.
+
+        Args:
+            questions: columns `prompt`, `id` and optionally `choices`; any `answer` is ignored.
+            processing_class: the experts' tokenizer.
+            question_format: how a question becomes tokens; None is the default format.
+            max_new_tokens: the longest pseudo-answer, its end token included.
+            batch_size: questions decoded together.
+            sampling: how tokens are chosen; None is greedy. Question i (in the dataset's order) draws from seed
+                `sampling.seed + i`, whatever batch it falls in.
+            top_logprobs: keep the mixture's k likeliest tokens at every answer token, for a student of
+                `variant="soft"`; None keeps none.
+            top_temperature: divides each expert's logits in what `top_logprobs` keeps; it chooses no token.
+            output_file: where to keep finished rows; `label_files.read_labels` reads it.
+            description: the name of the progress bar; None shows none.
+
+        Returns:
+            One row per question, in the order of `questions`: `id`, `prompt`, `answer` (the text that the tokens add to
+            the prompt, without the format's `answer_prefix`, special tokens and the end; its own white space is kept),
+            `answer_ids` (list of int32, the chosen tokens, with whichever end token came: text may become other tokens
+            again **[choice]**), `num_tokens` (their number), `finished` (an end token came in time), `confidence` (mean
+            log-probability per token under the mixture, nats, before temperature and filters), `agreement` (share of
+            (token, expert) pairs in which the expert gives the chosen token more than half of its probability)
+            **[choice]** and `expert_agreement` (T floats, the same for each expert); with `top_logprobs`, for each
+            answer token also `top_token_ids` (k int32) and `top_log_probs` (k float32, nats, falling; the other tokens
+            have `1 - sum(exp)` together), and `top_temperature`. With choices there is a column `choices` too,
+            `confidence` is the log (nats) of the answer's share of the choices' probability, so `exp(confidence)` is
+            their softmax, and an expert agrees if it would choose the same.
+
+        Raises:
+            FloatingPointError: an expert gives NaN or no finite logit; names the questions.
+            ValueError: `output_file` holds rows of another run (says what differs) or damaged ones (names file and
+                line); a generation config that changes the distribution; `top_logprobs` is out of range, or the
+                ensemble votes; the tokenizer is not the experts', or cannot turn tokens into text; a prompt and its
+                answer do not fit the experts' context; `sampling` or `top_logprobs` for questions with choices; or
+                answers that would have no end, because the format has no end token and there are no choices; ids that
+                are there twice; or a number outside its range.
+            TypeError: a number that is none, or not a whole one.
         """
-        return label_questions(self.snapshot(), questions, processing_class, **options)
+        settings = LabelSettings(
+            question_format or QuestionFormat(),
+            max_new_tokens,
+            batch_size,
+            sampling or Sampling(),
+            top_logprobs,
+            top_temperature,
+        )
+        experts = self.snapshot()
+        return label_questions(
+            experts, questions, processing_class, settings, output_file=output_file, description=description
+        )
 
     def save_pretrained(
         self,

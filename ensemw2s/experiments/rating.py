@@ -101,14 +101,14 @@ class _Raters:
 
     model: str | PreTrainedModel
     args: AnswerTrainingArguments
-    tokenizer: PreTrainedTokenizerBase
+    processing_class: PreTrainedTokenizerBase
     peft_config: PeftConfig | None
     question_format: QuestionFormat
     model_init_kwargs: Mapping[str, Any]
 
     def rate(self, questions: Dataset, fold: np.ndarray, folds: int) -> np.ndarray:
         """Return float64 [N]: the difficulty of each question, by its fold (int64 [N])."""
-        examples = tokenize_questions(questions, self.tokenizer, self.question_format, "questions")
+        examples = tokenize_questions(questions, self.processing_class, self.question_format, "questions")
         folder = Path(str(self.args.output_dir))
         with claimed(folder, RATING, {"folds": folds, **self._fingerprint(questions)}):
             return self._rate_all(examples, folder, fold, folds)
@@ -126,7 +126,7 @@ class _Raters:
         return difficulty
 
     def _rate_fold(self, others: Dataset, held_out: Dataset, description: str) -> dict[str, Any]:
-        pad = self.tokenizer.eos_token_id
+        pad = self.processing_class.eos_token_id
         trained, cost = fine_tune(
             self._fresh_model(), others, self.args, pad_token_id=pad, seed=self.args.seed, description=description,
             peft_config=self.peft_config,
@@ -151,5 +151,5 @@ class _Raters:
             "peft_config": None if self.peft_config is None else self.peft_config.to_dict(),
             "question_format": asdict(self.question_format),
             "questions": digest_questions(questions),
-            "tokenizer": digest_tokenizer(self.tokenizer),
+            "tokenizer": digest_tokenizer(self.processing_class),
         }

@@ -64,7 +64,10 @@ class _Question:
 
 
 def tokenize_choices(
-    questions: Dataset, tokenizer: PreTrainedTokenizerBase, question_format: QuestionFormat, name: str = "questions"
+    questions: Dataset,
+    processing_class: PreTrainedTokenizerBase,
+    question_format: QuestionFormat,
+    name: str = "questions",
 ) -> list[_Question]:
     """Turn questions with `id`, `prompt` and `choices` into tokens.
 
@@ -83,12 +86,12 @@ def tokenize_choices(
     found = []
     for row in questions.select_columns(["id", "prompt", "choices"]):
         place = f"{name}, id {row['id']}"
-        prompt = question_format.prompt(row["prompt"], tokenizer)
+        prompt = question_format.prompt(row["prompt"], processing_class)
         choices = [answer_with_end(choice, prompt, question_format, place) for choice in row["choices"]]
         _refuse_beginnings(row["choices"], choices, place)
         ids = fitted_prompt(prompt, max(map(len, choices)), question_format, place)
         found.append(_Question(row["id"], ids, choices))
-    warn_of_unknown(((row.row_id, ids) for row in found for ids in row.choices), tokenizer, name)
+    warn_of_unknown(((row.row_id, ids) for row in found for ids in row.choices), processing_class, name)
     return found
 
 
@@ -105,7 +108,7 @@ def _refuse_beginnings(texts: Sequence[str], choices: Sequence[list[int]], place
 def score_choices(
     model: Any,
     questions: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
+    processing_class: PreTrainedTokenizerBase,
     *,
     question_format: QuestionFormat | None = None,
     length_normalised: bool = False,
@@ -117,7 +120,7 @@ def score_choices(
     Args:
         model: the model or ensemble, in evaluation mode.
         questions: columns `id`, `prompt`, `choices` and, for `correct`, `answer`.
-        tokenizer: the model's.
+        processing_class: the model's.
         question_format: how a question becomes tokens; None is the default format.
         length_normalised: rank choices by their mean log-probability per token, not the sum. The sum is the default
             [choice]: it is the likelihood, the probability that sampling gives this choice, and so agrees with how
@@ -134,7 +137,7 @@ def score_choices(
     return score_choice_mixtures(
         experts,
         questions,
-        tokenizer,
+        processing_class,
         {"model": list(experts.config.expert_weights)},
         question_format=question_format,
         length_normalised=length_normalised,
@@ -146,7 +149,7 @@ def score_choices(
 def score_choice_mixtures(
     ensemble: Mixture,
     questions: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
+    processing_class: PreTrainedTokenizerBase,
     mixtures: Mapping[str, Sequence[float]],
     *,
     question_format: QuestionFormat | None = None,
@@ -162,7 +165,7 @@ def score_choice_mixtures(
     Args:
         ensemble: T models.
         questions: as in `score_choices`.
-        tokenizer: the experts' tokenizer.
+        processing_class: the experts' tokenizer.
         mixtures: name -> T non-negative weights.
         question_format: as in `score_choices`.
         length_normalised: as in `score_choices`.
@@ -172,10 +175,10 @@ def score_choice_mixtures(
             the experts' chosen choices.
     """
     ensemble = ensemble.snapshot()
-    rows = tokenize_choices(questions, tokenizer, question_format or QuestionFormat())
+    rows = tokenize_choices(questions, processing_class, question_format or QuestionFormat())
     if not rows:
         raise ValueError("there are no questions to answer: expected at least one")
-    end = tokenizer.eos_token_id
+    end = processing_class.eos_token_id
     batches = processes.share(list(batches_of_choices(rows, batch_size)))
     mine: list[tuple[list[int], dict[str, list[np.ndarray]]]] = []
     hidden = description is None or not processes.is_main()
@@ -199,7 +202,7 @@ def choose_answers(
     questions: Dataset,
     rows: Sequence[_Question],
     batch: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
+    processing_class: PreTrainedTokenizerBase,
 ) -> Iterator[dict[str, Any]]:
     """Yield the pseudo-labels of a batch of questions, as rows of `labelling.label_questions`.
 
@@ -208,12 +211,12 @@ def choose_answers(
         questions: columns `id`, `prompt` and `choices`.
         rows: all questions in tokens (`tokenize_choices`).
         batch: which of them to answer.
-        tokenizer: the experts' tokenizer.
+        processing_class: the experts' tokenizer.
     """
     count = ensemble.num_experts
     mixtures = {"ensemble": list(ensemble.config.expert_weights)}
     mixtures |= {f"expert {t + 1}": np.eye(count)[t].tolist() for t in range(count)}
-    scores = _score_batch(ensemble, [rows[i] for i in batch], mixtures, tokenizer.eos_token_id, False)
+    scores = _score_batch(ensemble, [rows[i] for i in batch], mixtures, processing_class.eos_token_id, False)
     chosen = {name: _chosen(values, [], None) for name, values in scores.items()}
     ours = chosen.pop("ensemble")
     agrees = np.array([own.chosen == ours.chosen for own in chosen.values()], dtype=float)
@@ -308,10 +311,10 @@ def _score_alike(
     return {name: _sums(values, rows, length_normalised) for name, values in tokens.items()}
 
 
-def _votes(log_probs: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+def _votes(log_probs: Sequence[np.ndarray], expert_weights: Sequence[float]) -> np.ndarray:
     """Return the log of each choice's share of the votes, -inf for none."""
     shares = np.zeros(len(log_probs[0]))
-    for own, weight in zip(log_probs, weights, strict=True):
+    for own, weight in zip(log_probs, expert_weights, strict=True):
         shares[own.argmax()] += weight
     with np.errstate(divide="ignore"):
         return np.log(shares / shares.sum())

@@ -50,12 +50,16 @@ _ZERO_DOES_SOMETHING = {"forced_bos_token_id", "forced_eos_token_id", "max_time"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from the mixture; the defaults are greedy. Filters act in the order of the fields."""
+    """How a token is chosen from the mixture; the defaults are greedy. Filters act in the order of the fields.
+
+    Of several questions, number i draws from `seed + i`. Greedy decoding draws nothing.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -109,7 +113,7 @@ class MixtureDecoder:
         self.seeds = seeds
         self.sampling = sampling
         self.cache = ensemble.new_cache() if cache is None else cache
-        self.weights = ensemble.mixture_weights(input_ids.device)
+        self.expert_weights = ensemble.mixture_weights(input_ids.device)
         # The prompt may be the whole text, or only what follows the text that the cache holds.
         self.pending = input_ids[:, self.cache.get_seq_length() - attention_mask.shape[1] :]
         self.position = 0
@@ -132,7 +136,7 @@ class MixtureDecoder:
         positions = torch.full_like(self.seeds, self.position)
         return ops.mixture_sample(
             logits,
-            self.weights,
+            self.expert_weights,
             temperature=self.sampling.temperature,
             top_k=self.sampling.top_k,
             top_p=self.sampling.top_p,

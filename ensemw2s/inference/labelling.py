@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,131 +55,74 @@ def require_room(ensemble: ExpertMixture, prompts: Dataset, max_new_tokens: int)
             )
 
 
+@dataclass(frozen=True)
+class LabelSettings:
+    """How a mixture answers questions; `TokenEnsemble.label` says what each setting is and what is refused."""
+
+    question_format: QuestionFormat = field(default_factory=QuestionFormat)
+    max_new_tokens: int = 32
+    batch_size: int = 32
+    sampling: Sampling = field(default_factory=Sampling)
+    top_logprobs: int | None = None
+    top_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("max_new_tokens", self.max_new_tokens, whole=True)
+        check_number("batch_size", self.batch_size, whole=True)
+        if self.top_logprobs is not None:
+            check_number("top_logprobs", self.top_logprobs, whole=True)
+        check_number("top_temperature", self.top_temperature)
+        if self.top_logprobs is None and self.top_temperature != 1:
+            raise ValueError(
+                f"top_temperature={self.top_temperature} does nothing without top_logprobs: set it, or leave both out"
+            )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Who answers what, and how; `ends` are the tokens that end an answer, None where answers are choices."""
+
+    ensemble: ExpertMixture
+    questions: Dataset
+    processing_class: PreTrainedTokenizerBase
+    settings: LabelSettings
+    prompts: Dataset
+    ends: list[int] | None
+
+
 @one_at_a_time("output_file")
 def label_questions(
     ensemble: ExpertMixture,
     questions: Dataset,
     processing_class: PreTrainedTokenizerBase,
+    settings: LabelSettings,
     *,
-    question_format: QuestionFormat | None = None,
-    max_new_tokens: int = 32,
-    batch_size: int = 32,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-    top_logprobs: int | None = None,
-    top_temperature: float = 1.0,
     output_file: str | os.PathLike[str] | None = None,
     description: str | None = "labelling",
 ) -> Dataset:
-    """Let the ensemble answer questions; the answers are pseudo-labels for a student (method, phase 3).
-
-    Questions are decoded in batches of similar prompt length, which several processes share out; those with a column
-    `choices` are answered by likelihood (`ensemw2s.inference.choices`) with one of their choices.
-
-    **The rule for `generate()` and `label()`.** `generate()` obeys the ensemble's `generation_config` (a copy of expert
-    1's), as any transformers model does. `label()` is greedy unless `sampling` says otherwise, whatever that config
-    says of sampling and of lengths. Every end token id of the config, one or several, and the tokenizer's ends an
-    answer. A setting that would change the distribution (a repetition penalty, n-grams that must not come again, bad
-    words, suppressed or forced tokens, a least length, beams, ...) is refused. So `label()` and greedy `generate()`
-    give the same tokens, up to the first end token.
-
-    With `output_file`, finished rows are appended to it (JSON lines) as they come, and a later call goes on behind
-    them, whatever its number of processes. Each process but the main one has a file of its own beside it, until all are
-    done. What decides an answer is described in `<output_file>.run.json`: experts and base (by a hash of all their
-    weights, which reads each once), expert weights, `combine`, questions, format, tokenizer, and the settings below. A
-    later call that differs in any of it is refused. `batch_size` is no part of it: it moves answers only where two
-    tokens tie to the last bits **[choice]**.
-
-    Args:
-        ensemble: T experts with their weights.
-        questions: columns `prompt`, `id` and optionally `choices`; any `answer` is ignored.
-        processing_class: the experts' tokenizer.
-        question_format: how a question becomes tokens; None is the default format.
-        max_new_tokens: the longest pseudo-answer, its end token included.
-        batch_size: questions decoded together.
-        sampling: how tokens are chosen; None is greedy.
-        seed: question i (in the dataset's order) draws from seed `seed + i`, whatever batch it falls in.
-        top_logprobs: keep the mixture's k likeliest tokens at every answer token, for a student of
-            `variant="soft"`; None keeps none.
-        top_temperature: divides each expert's logits in what `top_logprobs` keeps; it chooses no token.
-        output_file: where to keep finished rows; `label_files.read_labels` reads it.
-        description: the name of the progress bar; None shows none.
-
-    Returns:
-        One row per question, in the order of `questions`: `id`, `prompt`, `answer` (the text that the tokens add to the
-        prompt, without the format's `answer_prefix`, special tokens and the end; its own white space is kept),
-        `answer_ids` (list of int32, the chosen tokens, with whichever end token came: text may become other tokens
-        again **[choice]**), `num_tokens` (their number), `finished` (an end token came in time), `confidence` (mean
-        log-probability per token under the mixture, nats, before temperature and filters), `agreement` (share of
-        (token, expert) pairs in which the expert gives the chosen token more than half of its probability) **[choice]**
-        and `expert_agreement` (T floats, the same for each expert); with `top_logprobs`, for each answer token also
-        `top_token_ids` (k int32) and `top_log_probs` (k float32, nats, falling; the other tokens have
-        `1 - sum(exp)` together), and `top_temperature`. With choices there is a column `choices` too, `confidence` is
-        the log (nats) of the answer's share of the choices' probability, so `exp(confidence)` is their softmax, and an
-        expert agrees if it would choose the same.
-
-    Raises:
-        FloatingPointError: an expert gives NaN or no finite logit; names the questions.
-        ValueError: `output_file` holds rows of another run (says what differs) or damaged ones (names file and line);
-            a generation config that changes the distribution; `top_logprobs` is out of range, or the ensemble votes;
-            the tokenizer is not the experts', or cannot turn tokens into text; a prompt and its answer do not fit the
-            experts' context; `sampling` or `top_logprobs` for questions with choices; or answers that would have no
-            end, because the format has no end token and there are no choices; ids that are there twice; or a number
-            outside its range.
-    """
-    numbers = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "top_logprobs": top_logprobs}
-    for name, value in numbers.items():
-        if name != "top_logprobs" or value is not None:
-            check_number(name, value, whole=True)
-    check_number("seed", seed, "first_seed", whole=True)
-    check_number("top_temperature", top_temperature)
-    if top_logprobs is None and top_temperature != 1:
-        raise ValueError(
-            f"top_temperature={top_temperature} does nothing without top_logprobs: set it, or leave both out"
-        )
+    """Let a mixture answer questions; see `TokenEnsemble.label`."""
     require_tokenizer(ensemble, processing_class)
     if len(questions) == 0:
         raise ValueError("there are no questions to label: expected at least one")
-    question_format = question_format or QuestionFormat()
-    prompts = tokenize_prompts(questions, processing_class, question_format, "questions", max_new_tokens)
-    choices = None
-    decoding: dict[str, Any] = {}
-    if "choices" in questions.column_names:
-        if sampling not in (None, Sampling()) or top_logprobs is not None:
-            raise ValueError(
-                f"questions with choices are answered by likelihood, with neither sampling ({sampling}) nor "
-                f"top_logprobs ({top_logprobs}): leave both out"
-            )
-        choices = tokenize_choices(questions, processing_class, question_format)
-    elif question_format.end_token:
-        require_room(ensemble, prompts, max_new_tokens)
-        require_plain(ensemble.generation_config)
-        require_readable(question_format.prompt(questions[0]["prompt"], processing_class))
-        decoding = {
-            "max_new_tokens": max_new_tokens,
-            "sampling": sampling or Sampling(),
-            "seed": seed,
-            "top": None if top_logprobs is None else (top_logprobs, top_temperature),
-            "ends": end_tokens(processing_class, ensemble.generation_config),
-        }
-    else:
-        raise ValueError(
-            "the format has end_token=False, so that decoded answers would have no end: use end_token=True, or give "
-            "the questions a column `choices`"
-        )
+    prompts = tokenize_prompts(
+        questions, processing_class, settings.question_format, "questions", settings.max_new_tokens
+    )
+    choices = _choices(questions, processing_class, settings) if "choices" in questions.column_names else None
+    ends = _ends(ensemble, questions, processing_class, settings, prompts) if choices is None else None
+    task = _Task(ensemble, questions, processing_class, settings, prompts, ends)
 
     def describe() -> dict[str, Any]:
         tokens = list(prompts["input_ids"]) if choices is None else [[row.prompt, row.choices] for row in choices]
-        return _description(ensemble, questions, processing_class, question_format, tokens, decoding)
+        return _description(task, tokens)
 
     def answer(batch: list[int]) -> Iterator[dict[str, Any]]:
         if choices is None:
-            return _label_batch(ensemble, questions, prompts, batch, processing_class, question_format, decoding)
+            return _label_batch(task, batch)
         return choose_answers(ensemble, questions, choices, batch, processing_class)
 
     require_distinct(prompts["id"])
     # Batches are cut before finished rows are left out, so that a continued run meets the same batches.
-    batches = batches_by_length([len(ids) for ids in prompts["input_ids"]], batch_size)
+    batches = batches_by_length([len(ids) for ids in prompts["input_ids"]], settings.batch_size)
     file = None if output_file is None else LabelFile(Path(output_file), describe, questions)
     rows = _answered(prompts["id"], batches, answer, file, description)
     from datasets import Dataset
@@ -209,35 +152,57 @@ def decoding_work(
     return reading, writing, steps
 
 
-def _description(
+def _choices(questions: Dataset, processing_class: PreTrainedTokenizerBase, settings: LabelSettings) -> list[Any]:
+    if replace(settings.sampling, seed=0) != Sampling() or settings.top_logprobs is not None:
+        raise ValueError(
+            f"questions with choices are answered by likelihood, with neither sampling ({settings.sampling}) nor "
+            f"top_logprobs ({settings.top_logprobs}): leave both out"
+        )
+    return tokenize_choices(questions, processing_class, settings.question_format)
+
+
+def _ends(
     ensemble: ExpertMixture,
     questions: Dataset,
     processing_class: PreTrainedTokenizerBase,
-    question_format: QuestionFormat,
-    tokens: list[Any],
-    decoding: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return what decides the answers, as plain JSON; `decoding` is empty where they are choices."""
-    columns = [name for name in ("id", "prompt", "choices") if name in questions.column_names]
+    settings: LabelSettings,
+    prompts: Dataset,
+) -> list[int]:
+    """Return the tokens that end an answer, once it is sure that the questions can be answered token by token."""
+    if not settings.question_format.end_token:
+        raise ValueError(
+            "the format has end_token=False, so that decoded answers would have no end: use end_token=True, or give "
+            "the questions a column `choices`"
+        )
+    require_room(ensemble, prompts, settings.max_new_tokens)
+    require_plain(ensemble.generation_config)
+    require_readable(settings.question_format.prompt(questions[0]["prompt"], processing_class))
+    return end_tokens(processing_class, ensemble.generation_config)
+
+
+def _description(task: _Task, tokens: list[Any]) -> dict[str, Any]:
+    """Return what decides the answers, as plain JSON."""
+    settings, sampling = task.settings, asdict(task.settings.sampling)
+    seed = sampling.pop("seed")
+    columns = [name for name in ("id", "prompt", "choices") if name in task.questions.column_names]
     found = {
-        **describe_experts(ensemble.experts),
-        "expert_weights": list(ensemble.config.expert_weights),
-        "combine": ensemble.config.combine,
-        "questions": digest_columns(questions, columns),
-        "format": asdict(question_format),
-        "tokenizer": digest_tokenizer(processing_class),
+        **describe_experts(task.ensemble.experts),
+        "expert_weights": list(task.ensemble.config.expert_weights),
+        "combine": task.ensemble.config.combine,
+        "questions": digest_columns(task.questions, columns),
+        "format": asdict(settings.question_format),
+        "tokenizer": digest_tokenizer(task.processing_class),
         "prompt_tokens": digest_json([tokens]),
     }
-    if decoding:
-        sampling = decoding["sampling"]
+    if task.ends is not None:
         found |= {
-            "max_new_tokens": decoding["max_new_tokens"],
-            "sampling": asdict(sampling),
+            "max_new_tokens": settings.max_new_tokens,
+            "sampling": sampling,
             # Greedy answers draw nothing.
-            "seed": decoding["seed"] if sampling.temperature > 0 else None,
-            "top_logprobs": decoding["top"] and decoding["top"][0],
-            "top_temperature": decoding["top"] and float(decoding["top"][1]),
-            "end_tokens": decoding["ends"],
+            "seed": seed if settings.sampling.temperature > 0 else None,
+            "top_logprobs": settings.top_logprobs,
+            "top_temperature": None if settings.top_logprobs is None else float(settings.top_temperature),
+            "end_tokens": task.ends,
         }
     return found
 
@@ -278,30 +243,18 @@ def _answered(
 
 
 @torch.no_grad()
-def _label_batch(
-    ensemble: ExpertMixture,
-    questions: Dataset,
-    prompts: Dataset,
-    batch: list[int],
-    processing_class: PreTrainedTokenizerBase,
-    question_format: QuestionFormat,
-    decoding: Mapping[str, Any],
-) -> Iterator[dict[str, Any]]:
-    device, top = ensemble.device, decoding["top"]
-    pad = processing_class.eos_token_id
-    ends = torch.tensor(decoding["ends"], device=device)
+def _label_batch(task: _Task, batch: list[int]) -> Iterator[dict[str, Any]]:
+    ensemble, settings, prompts = task.ensemble, task.settings, task.prompts
+    device, question_format = ensemble.device, settings.question_format
+    pad = task.processing_class.eos_token_id
+    ends = torch.tensor(task.ends, device=device)
     inputs = PromptCollator(pad)([{"input_ids": prompts[i]["input_ids"]} for i in batch])
-    seeds = torch.tensor([decoding["seed"] + i for i in batch], dtype=torch.int64, device=device)
-    decoder = MixtureDecoder(
-        ensemble,
-        inputs["input_ids"].to(device),
-        inputs["attention_mask"].to(device),
-        seeds,
-        decoding["sampling"],
-    )
+    seeds = torch.tensor([settings.sampling.seed + i for i in batch], dtype=torch.int64, device=device)
+    input_ids, attention_mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
+    decoder = MixtureDecoder(ensemble, input_ids, attention_mask, seeds, settings.sampling)
     running = torch.ones(len(batch), dtype=torch.bool, device=device)
     tokens, log_probs, agreement, counted, kept = [], [], [], [], []
-    for _ in range(decoding["max_new_tokens"]):
+    for _ in range(settings.max_new_tokens):
         logits = decoder.logits()
         choice = decoder.choose(logits)
         require_valid(choice.valid | ~running, [f"question {prompts[i]['id']!r}" for i in batch], logits)
@@ -309,8 +262,8 @@ def _label_batch(
         log_probs.append(choice.log_probs)
         agreement.append((choice.expert_log_probs.exp() > _AGREES).double())
         counted.append(running.clone())
-        if top is not None:
-            kept.append(top_tokens(ensemble, logits, *top))
+        if settings.top_logprobs is not None:
+            kept.append(top_tokens(ensemble, logits, settings.top_logprobs, settings.top_temperature))
         running &= ~torch.isin(choice.tokens, ends)
         if not bool(running.any()):
             break
@@ -324,12 +277,13 @@ def _label_batch(
     caches = [torch.stack(parts, 1).cpu().numpy() for parts in zip(*kept, strict=True)]
     for row, i in enumerate(batch):
         count, finished = int(length[row]), not bool(running[row])
-        prompt = question_format.prompt(questions[i]["prompt"], processing_class)
+        text = task.questions[i]["prompt"]
+        prompt = question_format.prompt(text, task.processing_class)
         answer = ids[row, : count - finished].tolist()
-        cache = {name: values[row, :count] for name, values in zip(TOP_COLUMNS, caches, strict=True)} if top else {}
+        cache = {name: values[row, :count] for name, values in zip(TOP_COLUMNS, caches, strict=True)} if kept else {}
         yield {
             "id": prompts[i]["id"],
-            "prompt": questions[i]["prompt"],
+            "prompt": text,
             "answer": question_format.answer_text(answer, prompt),
             "answer_ids": ids[row, :count],
             "num_tokens": count,
@@ -338,7 +292,7 @@ def _label_batch(
             "agreement": float(shares[:, row].mean()),
             "expert_agreement": shares[:, row].tolist(),
             **cache,
-            **({"top_temperature": float(top[1])} if top else {}),
+            **({"top_temperature": float(settings.top_temperature)} if kept else {}),
         }
 
 

@@ -116,12 +116,12 @@ def _without(settings: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in names}
 
 
-def digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+def digest_tokenizer(processing_class: PreTrainedTokenizerBase) -> str:
     """Name a tokenizer by a hash of its vocabulary, its end token and how it turns tokens into text."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    decoder = json.loads(backend.to_str())["decoder"] if backend is not None else type(tokenizer).__name__
-    special = tokenizer.eos_token_id, sorted(tokenizer.all_special_ids)
-    return digest_json([sorted(tokenizer.get_vocab().items()), special, decoder])
+    backend = getattr(processing_class, "backend_tokenizer", None)
+    decoder = json.loads(backend.to_str())["decoder"] if backend is not None else type(processing_class).__name__
+    special = processing_class.eos_token_id, sorted(processing_class.all_special_ids)
+    return digest_json([sorted(processing_class.get_vocab().items()), special, decoder])
 
 
 def computes(model: Any) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ensemw2s.ops import backend
@@ -19,17 +18,7 @@ from ensemw2s.ops.checks import (
     tensor_list,
 )
 from ensemw2s.ops.mixture_kl import reference as kl_reference
-from ensemw2s.ops.row_losses import (
-    Rows,
-    divided,
-    fake_in_chunks,
-    in_chunks,
-    save_linear_gradients,
-    scaled_linear_gradients,
-    tempered,
-    tempered_states,
-    without_rows,
-)
+from ensemw2s.ops.row_losses import Rows, declare_linear, run_linear, tempered, tempered_states, without_rows
 
 
 def linear_mixture_kl(
@@ -83,9 +72,8 @@ def linear_mixture_kl(
             tempered(x @ y.T, rest_of_temperature) for x, y in zip(states, (head, *heads), strict=True)
         )
         return kl_reference(student, experts, weights, per_row).sum()
-    flags = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, head)]
-    inputs = (rows, head, expert_rows, heads, weights, per_row.reshape(-1), *flags, rest_of_temperature)
-    return backend.run("linear_mixture_kl", chosen, *inputs)[0]
+    inputs = (expert_rows, heads, weights, per_row.reshape(-1))
+    return run_linear("linear_mixture_kl", chosen, rows, head, *inputs, options=[rest_of_temperature])
 
 
 def _checked_teachers(
@@ -110,49 +98,17 @@ def _checked_teachers(
     return [(x.detach(), y.detach()) for x, y in zip(expert_hiddens, expert_heads, strict=True)]
 
 
-def _in_chunks(
-    row_op: Callable[..., tuple[Tensor, Tensor]],
-    hidden: Tensor,
-    head: Tensor,
-    expert_hiddens: list[Tensor],
-    expert_heads: list[Tensor],
-    weights: Tensor,
-    row_weights: Tensor,
-    need_hidden: bool,
-    need_head: bool,
-    temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def losses(logits: Tensor, counted: Tensor, rows: Rows, with_gradient: bool) -> tuple[Tensor, Tensor]:
-        experts = [
-            tempered(states[rows] @ expert_head.T, temperature)
-            for states, expert_head in zip(expert_hiddens, expert_heads, strict=True)
-        ]
-        student = tempered(logits, temperature)
-        losses, gradient = row_op(student, experts, weights, counted, with_gradient)
-        return losses, divided(gradient, temperature)
-
-    return in_chunks(hidden, head, row_weights, need_hidden, need_head, losses, models=len(expert_heads) + 1)
+def _targets_of(targets: Sequence[Any], rows: Rows, temperature: float) -> tuple[list[Tensor], Tensor]:
+    expert_hiddens, expert_heads, weights = targets
+    experts = zip(expert_hiddens, expert_heads, strict=True)
+    return [tempered(states[rows] @ expert_head.T, temperature) for states, expert_head in experts], weights
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.num_experts = len(inputs[2])
-    save_linear_gradients(ctx, inputs[1], output)
-
-
-def _backward(ctx: Any, grad_total: Tensor, *unused: Tensor) -> tuple[Any, ...]:
-    """With ``G = dL/dlogits`` of the rows that count, ``dL/dhidden = G head`` and ``dL/dhead = G^T hidden``."""
-    grad_hidden, grad_head, grad_weights = scaled_linear_gradients(ctx, grad_total)
-    none_each = [None] * ctx.num_experts
-    gradients = (grad_hidden, grad_head, none_each, none_each, None, grad_weights, None, None, None)
-    # Torch leaves out an argument that has its default, and then counts one gradient less.
-    return gradients[: len(ctx.needs_input_grad)]
-
-
-backend.declare(
+declare_linear(
     "linear_mixture_kl",
-    "(Tensor hidden, Tensor head, Tensor[] expert_hiddens, Tensor[] expert_heads, Tensor weights, "
-    "Tensor row_weights, bool need_hidden, bool need_head, float temperature=1.0) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake_in_chunks,
-    gradient=(_backward, _setup_context),
+    "Tensor[] expert_hiddens, Tensor[] expert_heads, Tensor weights",
+    row_op="mixture_kl",
+    options=", float temperature=1.0",
+    targets_of=_targets_of,
+    models=2,
 )
-backend.implement_in_chunks("linear_mixture_kl", _in_chunks, row_op="mixture_kl")

@@ -3,8 +3,8 @@
 The gradient is made beside the loss, while the row is in the cache, and only scaled by what comes from above in the
 backward pass. The kernels are given weights of 0 and 1 alone, which say whether a row counts; a row's true weight is
 multiplied with its loss and gradient in torch, so that no backend divides by it to find its own gradient. The
-``linear_*`` ops never hold the logits of all rows: ``in_chunks`` makes some, calls such a kernel, and adds their share
-of the gradients of the hidden states and of the head.
+``linear_*`` ops never hold the logits of all rows: ``declare_linear`` makes ops that make some, call such a kernel, and
+add their share of the gradients of the hidden states and of the head.
 
 On a CPU the rows of weight 0 are left out of the matrix products. On a GPU they are not: which rows those are is known
 to the GPU alone, and asking would make the host wait for it.
@@ -12,14 +12,16 @@ to the GPU alone, and asking would make the host wait for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ensemw2s.ops import backend
 from ensemw2s.ops.checks import accumulation_dtype
 
+RowOp = Callable[..., tuple[Tensor, Tensor]]
 Rows = Tensor | slice  # some rows: their numbers, int64, or a slice of all
 
 # Logits made at a time: 32 MiB of float32, 170 rows of 49k tokens; half as many make matrix products 13% slower.
@@ -86,6 +88,56 @@ def tempered_states(hidden: Tensor, temperature: float) -> tuple[Tensor, float]:
     return (rows, temperature) if temperature < 1 else (divided(rows, temperature), 1.0)
 
 
+def declare_linear(
+    name: str,
+    targets: str,
+    row_op: str,
+    *,
+    options: str = "",
+    targets_of: Callable[[Sequence[Any], Rows, float], Iterable[Any]] | None = None,
+    models: int = 1,
+) -> None:
+    """Declare the op ``name``: the weighted sum of what ``row_op`` says of the rows of ``hidden @ head.T``.
+
+    Args:
+        name: The op's name.
+        targets: What the rows are compared with, in torch's schema language.
+        row_op: The op that gives losses and gradients of rows of logits.
+        options: The end of the schema: nothing, or a ``temperature`` of 1.
+        targets_of: The part of the targets that some rows are compared with, at a temperature; None indexes each.
+        models: How many models' logits are held at a time; with several the chunks are half as large.
+    """
+    part = targets_of or (lambda whole, rows, temperature: [values[rows] for values in whole])
+
+    def run(op: RowOp, hidden: Tensor, head: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        found, row_weights, flags, temperature = _separated(inputs)
+
+        def losses(logits: Tensor, counted: Tensor, rows: Rows, with_gradient: bool) -> tuple[Tensor, Tensor]:
+            student = tempered(logits, temperature)
+            of_rows, gradient = op(student, *part(found, rows, temperature), counted, with_gradient)
+            return of_rows, divided(gradient, temperature)
+
+        return in_chunks(hidden, head, row_weights, *flags, losses, models)
+
+    schema = f"(Tensor hidden, Tensor head, {targets}, Tensor row_weights, bool need_hidden, bool need_head{options})"
+    results = "(Tensor, Tensor, Tensor, Tensor)"
+    backend.declare(name, f"{schema} -> {results}", _fake_in_chunks, gradient=(_backward, _setup_context))
+    backend.implement_in_chunks(name, run, row_op=row_op)
+
+
+def run_linear(name: str, chosen: str, hidden: Tensor, head: Tensor, *inputs: Any, options: Sequence[Any] = ()) -> Any:
+    """Run an op of ``declare_linear`` on rows ``[N, d]`` with the gradients that will be asked for."""
+    flags = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, head)]
+    return backend.run(name, chosen, hidden, head, *inputs, *flags, *options)[0]
+
+
+def _separated(inputs: Sequence[Any]) -> tuple[Sequence[Any], Tensor, tuple[bool, bool], float]:
+    """Targets, row weights, ``need_hidden`` with ``need_head``, and the temperature (1 is left out by torch)."""
+    first = next(i for i, value in enumerate(inputs) if isinstance(value, bool))
+    need_hidden, need_head, temperature = (*inputs[first:], 1.0)[:3]
+    return inputs[: first - 1], inputs[first - 1], (need_hidden, need_head), temperature
+
+
 def in_chunks(
     hidden: Tensor,
     head: Tensor,
@@ -105,7 +157,7 @@ def in_chunks(
         need_head: Whether to return the gradient of ``head``.
         row_losses: Called with a chunk's logits ``[n, V]``, float32 ``[n]`` that is 1 for rows that count, which rows
             they are and whether a gradient is needed; returns losses and gradient.
-        models: How many models' logits ``row_losses`` holds at a time; with several the chunks are half as large.
+        models: As for ``declare_linear``.
 
     Returns:
         The weighted sum of the losses (float32), the losses ``[N]``, the gradient of ``hidden`` (its dtype, or empty)
@@ -177,9 +229,8 @@ def without_rows(hidden: Tensor, row_weights: Tensor) -> Tensor:
     return hidden.masked_fill((row_weights == 0)[..., None], 0.0)
 
 
-def fake_in_chunks(hidden: Tensor, head: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Empty outputs of ``in_chunks``, for every ``linear_*`` op: their flags are ``need_hidden`` and ``need_head``."""
-    need_hidden, need_head = (value for value in inputs if isinstance(value, bool))
+def _fake_in_chunks(hidden: Tensor, head: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_hidden, need_head = _separated(inputs)[2]
     return (
         hidden.new_empty((), dtype=torch.float32),
         hidden.new_empty(hidden.shape[0], dtype=torch.float32),
@@ -188,21 +239,28 @@ def fake_in_chunks(hidden: Tensor, head: Tensor, *inputs: Any) -> tuple[Tensor, 
     )
 
 
-def save_linear_gradients(ctx: Any, head: Tensor, output: tuple[Tensor, ...]) -> None:
-    """Keep what ``scaled_linear_gradients`` needs."""
-    ctx.head_dtype = head.dtype
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.head_dtype = inputs[1].dtype
+    targets = _separated(inputs[2:])[0]
+    ctx.of_targets = [[None] * len(values) if isinstance(values, list | tuple) else None for values in targets]
     ctx.save_for_backward(*output[1:])
 
 
-def scaled_linear_gradients(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Gradients of hidden, head (None where none was made) and of the row weights (0 for rows that were left out)."""
+def _backward(ctx: Any, grad_total: Tensor, *unused: Tensor) -> tuple[Any, ...]:
+    """With ``G = dL/dlogits`` of the rows that count, ``dL/dhidden = G head`` and ``dL/dhead = G^T hidden``."""
     losses, grad_hidden, grad_head = ctx.saved_tensors
-    return (
+    gradients = (
+        # None where none was made.
         _scaled(grad_hidden, grad_total) if grad_hidden.shape[0] == losses.shape[0] else None,
         # To the head's dtype first: a scaled copy in float32 would be a head more.
         _scaled(grad_head.to(ctx.head_dtype), grad_total) if grad_head.shape[0] else None,
+        *ctx.of_targets,
+        # 0 for rows that were left out.
         grad_total * losses,
+        *(None, None, None),
     )
+    # Torch leaves out an argument that has its default, and then counts one gradient less.
+    return gradients[: len(ctx.needs_input_grad)]
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:

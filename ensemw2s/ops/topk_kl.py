@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -19,13 +16,9 @@ from ensemw2s.ops.checks import (
     row_weights,
 )
 from ensemw2s.ops.row_losses import (
-    Rows,
-    divided,
-    fake_in_chunks,
+    declare_linear,
     fake_row_losses,
-    in_chunks,
-    save_linear_gradients,
-    scaled_linear_gradients,
+    run_linear,
     tempered,
     tempered_states,
     without_rows,
@@ -91,9 +84,8 @@ def topk_kl(
     if chosen == "reference":
         student = tempered(without_rows(rows, weights) @ head.T, rest_of_temperature)
         return reference(student, ids, teacher, weights).sum()
-    flags = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, head)]
-    inputs = (rows, head, ids.contiguous(), teacher.contiguous(), weights, *flags, rest_of_temperature)
-    return backend.run("topk_kl", chosen, *inputs)[0]
+    inputs = (ids.contiguous(), teacher.contiguous(), weights)
+    return run_linear("topk_kl", chosen, rows, head, *inputs, options=[rest_of_temperature])
 
 
 def reference(student: Tensor, token_ids: Tensor, log_probs: Tensor, weights: Tensor) -> Tensor:
@@ -115,51 +107,14 @@ def reference(student: Tensor, token_ids: Tensor, log_probs: Tensor, weights: Te
     return weights * (kept + tail).masked_fill(weights == 0, 0.0)
 
 
-def _in_chunks(
-    row_op: Callable[..., tuple[Tensor, Tensor]],
-    hidden: Tensor,
-    head: Tensor,
-    token_ids: Tensor,
-    log_probs: Tensor,
-    row_weights: Tensor,
-    need_hidden: bool,
-    need_head: bool,
-    temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def losses(logits: Tensor, counted: Tensor, rows: Rows, with_gradient: bool) -> tuple[Tensor, Tensor]:
-        student = tempered(logits, temperature)
-        losses, gradient = row_op(student, token_ids[rows], log_probs[rows], counted, with_gradient)
-        return losses, divided(gradient, temperature)
-
-    return in_chunks(hidden, head, row_weights, need_hidden, need_head, losses)
-
-
 def _fake_rows(
     student: Tensor, token_ids: Tensor, log_probs: Tensor, row_weights: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     return fake_row_losses(student, with_gradient)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    save_linear_gradients(ctx, inputs[1], output)
-
-
-def _backward(ctx: Any, grad_total: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    """As for the other linear losses, with ``G`` from ``dlog R/dz_u = [u is another token] q_u / R - q_u``.
-
-    ``dKL/dz_u = q_u - p_u`` for the k tokens and ``q_u - r q_u / R`` for any other one.
-    """
-    grad_hidden, grad_head, grad_weights = scaled_linear_gradients(ctx, grad_total)
-    return grad_hidden, grad_head, None, None, grad_weights, None, None, None
-
-
-backend.declare(
-    "topk_kl",
-    "(Tensor hidden, Tensor head, Tensor token_ids, Tensor log_probs, Tensor row_weights, "
-    "bool need_hidden, bool need_head, float temperature=1.0) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake_in_chunks,
-    gradient=(_backward, _setup_context),
-)
+# The gradient of a row comes from `dlog R/dz_u = [u is another token] q_u / R - q_u`: `dKL/dz_u = q_u - p_u` for the k
+# tokens and `q_u - r q_u / R` for any other one.
 backend.declare(
     "topk_kl_rows",
     "(Tensor student, Tensor token_ids, Tensor log_probs, Tensor row_weights, bool with_gradient) -> (Tensor, Tensor)",
@@ -167,4 +122,6 @@ backend.declare(
     public=False,
 )
 backend.implement_in_triton("topk_kl_rows")
-backend.implement_in_chunks("topk_kl", _in_chunks, row_op="topk_kl_rows")
+declare_linear(
+    "topk_kl", "Tensor token_ids, Tensor log_probs", row_op="topk_kl_rows", options=", float temperature=1.0"
+)

@@ -73,7 +73,7 @@ RANGES: dict[str, str] = {
     "batch_size": "[1, inf)",
     "top_temperature": "(0, inf)",
     # Question i draws from this number + i, in 64 bits.
-    "first_seed": f"[0, {2**62}]",
+    "Sampling.seed": f"[0, {2**62}]",
     "Sampling.temperature": "[0, inf)",
     "top_k": "[0, inf)",
     "top_p": "(0, 1]",
@@ -170,9 +170,6 @@ def check_value(kind: type, name: str, value: Any, prefix: str = "") -> None:
         if wrong is not None:
             expected = _in_words(get_args(declared)[1])
             raise TypeError(f"{prefix}{name}.{wrong:.60} must be {expected}, got {shown(value[wrong])}")
-    if value is None and getattr(kind, name, ...) is None:
-        # Filled in by a recipe.
-        return
     if not _fits(value, declared):
         if choices := _choices(declared):
             raise ValueError(f"{prefix}{name} must be one of {', '.join(choices)}, got {shown(value)}")

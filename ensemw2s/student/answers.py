@@ -36,7 +36,7 @@ def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTo
 
 def check_answer_ids(
     answers: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
+    processing_class: PreTrainedTokenizerBase,
     question_format: QuestionFormat,
     ends: Sequence[int],
     name: str = "this tokenizer",
@@ -45,7 +45,7 @@ def check_answer_ids(
 
     Args:
         answers: columns `prompt`, `answer`, `answer_ids` and optionally `id` and `finished` (all are, without it).
-        tokenizer: of the model that is to be trained on them, or to be asked about them.
+        processing_class: of the model that is to be trained on them, or to be asked about them.
         question_format: how a question becomes tokens.
         ends: the ids that end an answer of that model.
         name: what errors call the tokenizer.
@@ -57,7 +57,7 @@ def check_answer_ids(
     for index, row in enumerate(answers.select_columns(names)):
         ids = [int(token) for token in row["answer_ids"]]
         ended = bool(ids) and ids[-1] in ends
-        prompt = question_format.prompt(row["prompt"], tokenizer)
+        prompt = question_format.prompt(row["prompt"], processing_class)
         text = question_format.answer_text(ids[:-1] if ended else ids, prompt).strip()
         wanted = question_format.end_token and row.get("finished", True)
         if text != row["answer"].strip() or ended is not wanted:

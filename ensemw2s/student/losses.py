@@ -104,12 +104,12 @@ class SoftTrainer(StudentAnswerTrainer):
         """Return `sum_i w_i loss_i`; see `StudentAnswerTrainer.prediction_loss`."""
         if self.teacher is None:
             ids, log_probs = (answers.inputs[name].to(predictions.device) for name in TOP_COLUMNS)
-            soft = predictions.topk_kl(ids, log_probs, answers.weights, self.temperature)
+            soft = predictions.topk_kl(ids, log_probs, answers.token_weights, self.temperature)
         else:
             soft = self.teacher.kl(predictions, answers, self.temperature)
         loss = self.soft_weight * self.temperature**2 * soft
         if self.soft_weight < 1:
-            loss = loss + (1 - self.soft_weight) * predictions.cross_entropy(answers.labels, answers.weights)
+            loss = loss + (1 - self.soft_weight) * predictions.cross_entropy(answers.labels, answers.token_weights)
         return loss
 
 
@@ -152,7 +152,7 @@ def confidence_loss(predictions: Predictions, answers: AnswerTokens, alpha: floa
         answers: their labels and weights.
         alpha: in [0, 1].
     """
-    labels, weights = answers.labels, answers.weights
+    labels, weights = answers.labels, answers.token_weights
     if alpha == 0:
         return predictions.cross_entropy(labels, weights)
     own = predictions.argmax()

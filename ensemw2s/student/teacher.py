@@ -124,7 +124,7 @@ class LiveTeacher:
             answers: the tokens, their weights, and the texts that they stand in.
             temperature: divides the student's and each expert's logits.
         """
-        weights, device = answers.weights, self.ensemble.device
+        weights, device = answers.token_weights, self.ensemble.device
         texts = (answers.inputs["input_ids"].to(device), answers.inputs["attention_mask"].to(device), answers.mask)
         mixture = self.ensemble.mixture_weights(student.device)
         if self.ensemble.config.combine == "prob" and self.heads and isinstance(student, HiddenPredictions):

@@ -79,13 +79,13 @@ class AnswerTokens:
     Attributes:
         mask: bool [B, L], the positions before them, where they are predicted.
         labels: int64 [n], in row-major order.
-        weights: float32 [n].
+        token_weights: float32 [n].
         inputs: the whole batch.
     """
 
     mask: torch.Tensor
     labels: torch.Tensor
-    weights: torch.Tensor
+    token_weights: torch.Tensor
     inputs: Mapping[str, torch.Tensor]
 
     @classmethod
@@ -97,7 +97,7 @@ class AnswerTokens:
 
     def to(self, device: torch.device) -> AnswerTokens:
         """Return them on a device; the batch stays where it is."""
-        return AnswerTokens(self.mask.to(device), self.labels.to(device), self.weights.to(device), self.inputs)
+        return AnswerTokens(self.mask.to(device), self.labels.to(device), self.token_weights.to(device), self.inputs)
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class AnswerTrainer(Trainer):
         if model.training:
             unwrapped, rows = self.accelerator.unwrap_model(model), len(answers.labels)
             count(unwrapped, text.inputs["input_ids"], text.mask, rows, training=True)
-        total = answers.weights.sum() if num_items_in_batch is None else num_items_in_batch
+        total = answers.token_weights.sum() if num_items_in_batch is None else num_items_in_batch
         total = torch.as_tensor(total, device=loss.device)
         # A step in which no answer token was drawn has weight 0 and no gradient; dividing by 1 keeps it so.
         loss = loss / torch.where(total > 0, total, torch.ones_like(total))
@@ -318,11 +318,11 @@ class AnswerTrainer(Trainer):
 
     def hidden_loss(self, hidden: torch.Tensor, linear: torch.nn.Linear, answers: AnswerTokens) -> torch.Tensor:
         """Return `sum_i w_i loss_i` of n answer tokens from the hidden states [n, d] in front of a linear head."""
-        return linear_loss(hidden, linear, answers.labels, answers.weights)
+        return linear_loss(hidden, linear, answers.labels, answers.token_weights)
 
     def logits_loss(self, logits: torch.Tensor, answers: AnswerTokens) -> torch.Tensor:
         """Return the same from logits [n, V], for models with another head; a subclass overrides both or neither."""
-        return ops.weighted_cross_entropy(logits, answers.labels, answers.weights)
+        return ops.weighted_cross_entropy(logits, answers.labels, answers.token_weights)
 
     def _loss_in_place_of_logits(self, model: torch.nn.Module, text: _Text, answers: AnswerTokens) -> torch.Tensor:
         head = output_head(self.accelerator.unwrap_model(model))
@@ -362,5 +362,5 @@ class _EpochOrder(TrainerCallback):
     def __init__(self, sampler: LengthBucketSampler) -> None:
         self.sampler = sampler
 
-    def on_epoch_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.sampler.set_epoch(int(state.epoch or 0))

@@ -16,7 +16,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from ensemw2s import TokenEnsemble
 from ensemw2s.inference.decoding import Sampling
-from ensemw2s.inference.labelling import label_questions
 from ensemw2s.models.loading import CACHE
 from ensemw2s.runtime.files import read_json
 from tests.reference import WEIGHTS, ragged_prompts, slow_mixture
@@ -177,17 +176,17 @@ def test_labelling_goes_on_where_it_was_killed(of_models: TokenEnsemble, tmp_pat
     data = questions(11)
     options = {
         "question_format": FORMAT, "max_new_tokens": 8, "batch_size": 4, "description": None,
-        "sampling": Sampling(temperature=1.0), "seed": 5,
+        "sampling": Sampling(temperature=1.0, seed=5),
     }  # fmt: skip
-    whole = label_questions(of_models, data, tokenizer(), output_file=tmp_path / "whole.jsonl", **options)
+    whole = of_models.label(data, tokenizer(), output_file=tmp_path / "whole.jsonl", **options)
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
     for cut in (0, 3, 7):
         # Killed in the middle of a line.
         (tmp_path / "cut.jsonl").write_text("".join(lines[:cut]) + lines[cut][:20])
-        again = label_questions(of_models, data, tokenizer(), output_file=tmp_path / "cut.jsonl", **options)
+        again = of_models.label(data, tokenizer(), output_file=tmp_path / "cut.jsonl", **options)
         assert again.to_list() == whole.to_list()
         assert sorted((tmp_path / "cut.jsonl").read_text().splitlines(keepends=True)) == sorted(lines)
-    assert label_questions(of_models, data, tokenizer(), **(options | {"batch_size": 1}))["answer"] == whole["answer"]
+    assert of_models.label(data, tokenizer(), **(options | {"batch_size": 1}))["answer"] == whole["answer"]
 
 
 def test_labels_of_other_questions_are_not_overwritten(of_models: TokenEnsemble, tmp_path: Path) -> None:

@@ -860,6 +860,7 @@ def _bad_arguments() -> Iterator[Case]:
         "top_k must be int": lambda: Sampling(top_k=1.5),  # type: ignore[arg-type]
         "top_p must be in (0, 1]": lambda: Sampling(top_p=float("nan")),
         "min_p must be in [0, 1]": lambda: Sampling(min_p=2),
+        "seed must be from 0 to 4611686018427387904": lambda: Sampling(seed=-1),
         "easy must be a number": lambda: split_by_difficulty(None, easy="half"),  # type: ignore[arg-type]
         "hard must be in (0, 1]": lambda: split_by_difficulty(None, hard=float("nan")),  # type: ignore[arg-type]
         "min_values must be a whole number": lambda: split_by_difficulty(None, min_values=2.5),  # type: ignore[arg-type]

@@ -143,9 +143,9 @@ def test_an_experiment_asks_for_the_mixture_itself(of_models: TokenEnsemble, tmp
 
 
 def test_sampling_is_what_is_asked_for(of_models: TokenEnsemble) -> None:
-    plain = labelled(of_models, sampling=Sampling(temperature=1.0), seed=3)["answer_ids"]
+    plain = labelled(of_models, sampling=Sampling(temperature=1.0, seed=3))["answer_ids"]
     of_models.generation_config.update(do_sample=False, temperature=5.0, top_k=1)
-    assert labelled(of_models, sampling=Sampling(temperature=1.0), seed=3)["answer_ids"] == plain
+    assert labelled(of_models, sampling=Sampling(temperature=1.0, seed=3))["answer_ids"] == plain
     assert labelled(of_models)["answer_ids"] != plain
 
 
@@ -295,8 +295,10 @@ CHANGES: dict[str, tuple[Callable[[TokenEnsemble], TokenEnsemble], dict[str, Any
     "combine": (another(combine="logprob"), {}, r"combine \('prob' on file, 'logprob' now\)\."),
     "ends": (with_ends, {}, r"end_tokens \(\[1\] on file, \[1, 5\] now\)\."),
     "length": (lambda found: found, {"max_new_tokens": 7}, r"max_new_tokens \(6 on file, 7 now\)\."),
-    "sampling": (lambda found: found, {"sampling": Sampling(temperature=0.5)}, r"sampling \(.*ature': 0\.9.* now\)"),
-    "seed": (lambda found: found, {"seed": 4}, r"seed \(3 on file, 4 now\)\."),
+    "sampling": (
+        lambda found: found, {"sampling": Sampling(temperature=0.5, seed=3)}, r"sampling \(.*ature': 0\.9.* now\)"
+    ),
+    "seed": (lambda found: found, {"sampling": Sampling(temperature=0.9, seed=4)}, r"seed \(3 on file, 4 now\)\."),
     "format": (
         lambda found: found, {"question_format": QuestionFormat("{prompt}::", " ")}, r"format \(.*\), prompt_tokens\."
     ),
@@ -321,7 +323,7 @@ CHANGES: dict[str, tuple[Callable[[TokenEnsemble], TokenEnsemble], dict[str, Any
 @pytest.mark.parametrize("name", CHANGES)
 def test_answers_of_another_run_are_refused_by_what_differs(tmp_path: Path, name: str) -> None:
     make, changes, differing = CHANGES[name]
-    options = {"output_file": tmp_path / "labels.jsonl", "sampling": Sampling(temperature=0.9), "seed": 3}
+    options = {"output_file": tmp_path / "labels.jsonl", "sampling": Sampling(temperature=0.9, seed=3)}
     ensemble = TokenEnsemble.from_models([llama(0), llama(2)], [1.0, 0.5])
     first = labelled(ensemble, **options)
     assert labelled(ensemble, **options).to_list() == first.to_list()
@@ -346,10 +348,10 @@ def test_another_tokenizer_is_refused(of_models: TokenEnsemble, tmp_path: Path) 
 
 def test_what_decides_no_answer_may_change(of_models: TokenEnsemble, tmp_path: Path) -> None:
     options: dict[str, Any] = {"output_file": tmp_path / "labels.jsonl"}
-    first = labelled(of_models, **options, batch_size=2, seed=1)
+    first = labelled(of_models, **options, batch_size=2, sampling=Sampling(seed=1))
     # Greedy answers draw nothing; what a batch is cut into moves none; answers and names are no part of a question.
     rows = edited(ROWS, "answer", 0, "else")
-    assert labelled(of_models, rows, **options, batch_size=3, seed=2).to_list() == first.to_list()
+    assert labelled(of_models, rows, **options, batch_size=3, sampling=Sampling(seed=2)).to_list() == first.to_list()
     of_models.generation_config.update(do_sample=True, temperature=0.3)
     assert labelled(of_models, **options).to_list() == first.to_list()
 

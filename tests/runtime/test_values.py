@@ -19,8 +19,9 @@ from ensemw2s.boosting import algorithm
 from ensemw2s.boosting.config import BoostingConfig
 from ensemw2s.data import difficulty
 from ensemw2s.data.tokens import QuestionFormat
+from ensemw2s.ensemble.model import TokenEnsemble
 from ensemw2s.experiments import config
-from ensemw2s.inference import decoding, labelling
+from ensemw2s.inference import decoding
 from ensemw2s.runtime.values import (
     RANGES,
     IdleSettingError,
@@ -169,7 +170,7 @@ def test_every_declared_setting_is_read() -> None:
     """A field that no line of the package reads would be a setting that does nothing."""
     text = "\n".join(path.read_text() for path in Path(ensemw2s.__file__).parent.rglob("*.py"))
     read_whole = {
-        config.LabellingConfig: inspect.signature(labelling.label_questions).parameters,
+        config.LabellingConfig: inspect.signature(TokenEnsemble.label).parameters,
         config.DifficultyConfig: inspect.signature(difficulty.split_by_difficulty).parameters,
     }
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}

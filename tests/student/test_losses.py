@@ -69,7 +69,7 @@ def batch_of(count: int = 5) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def answer_tokens(batch: dict[str, Tensor], weights: Tensor) -> AnswerTokens:
-    return dataclasses.replace(AnswerTokens.of(batch), weights=weights)
+    return dataclasses.replace(AnswerTokens.of(batch), token_weights=weights)
 
 
 def slow_mixture(ensemble: TokenEnsemble, batch: dict[str, Tensor], mask: Tensor, temperature: float) -> Tensor:
@@ -295,7 +295,7 @@ def test_labelling_with_a_cache_goes_on_where_it_was_killed(of_adapters: TokenEn
     data = questions(9)
     options: dict[str, Any] = {
         "question_format": FORMAT, "max_new_tokens": 5, "batch_size": 4, "description": None,
-        "sampling": Sampling(temperature=1.0), "seed": 5, "top_logprobs": 5,
+        "sampling": Sampling(temperature=1.0, seed=5), "top_logprobs": 5,
     }  # fmt: skip
     whole = of_adapters.label(data, tokenizer(), output_file=tmp_path / "whole.jsonl", **options)
     assert whole["id"] == data["id"]
