@@ -222,6 +222,12 @@ class Inputs:
     def mixtures(self) -> dict[str, tuple[Array, Array]]:
         return {combine: self._mixture(combine) for combine in COMBINES}
 
+    def is_borderline(self) -> bool:
+        """Say whether float32 may or may not hold the largest score of a product: rounding decides what is valid."""
+        active = self.shares > 0
+        largest = (self.shares[active, None, None] * self.fall[active]).sum(0).max(-1, initial=-np.inf)
+        return bool(((largest > -3.5e38) & (largest < -3.2e38)).any())
+
     def equals(self, log_probs: Array, z: Array) -> Array:
         """Which tokens [B, V] are as likely as the likeliest in any arithmetic: no expert tells them apart."""
         best = np.nan_to_num(log_probs, nan=-np.inf).argmax(-1)
@@ -309,7 +315,9 @@ def supports(inputs: Inputs, log_probs: Array, off: Array, setting: dict[str, An
     if setting["min_p"] > 0:
         edge = likeliest + setting["temperature"] * np.log(setting["min_p"])
         margin = either + 1e-5 * setting["temperature"]
-        sure = sure & ((log_probs >= edge + margin) | (log_probs == likeliest))
+        rivals = (log_probs >= likeliest - either) & (log_probs != likeliest)
+        is_clear = (log_probs == likeliest) & ~rivals.any(-1, keepdims=True)
+        sure = sure & ((log_probs >= edge + margin) | is_clear)
         maybe = maybe & (log_probs >= edge - margin)
     return sure, maybe
 
@@ -805,14 +813,16 @@ def make_calls(impl: Any, calls: int, seed: int, *, large: bool = True) -> int:
         while made < calls:
             random = np.random.default_rng([seed, index])
             inputs = Inputs(random, large=large)
+            index += 1
+            if inputs.is_borderline():
+                continue
             for _ in range(CALLS_PER_INPUT):
                 name = impl.names[random.integers(len(impl.names))]
                 try:
                     OPS[name](inputs, impl)
                 except Exception as error:
-                    raise Wrong(f"seed {seed}, input {index}, {name}: {type(error).__name__}: {error}") from error
+                    raise Wrong(f"seed {seed}, input {index - 1}, {name}: {type(error).__name__}: {error}") from error
                 made += 1
-            index += 1
     return made
 
 
