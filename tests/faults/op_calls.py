@@ -293,13 +293,16 @@ def mixture_log_probs(inputs: Inputs, impl: Any) -> None:
     close(got, exact, off, f"log-probabilities, {combine}", inputs)
 
 
-def supports(inputs: Inputs, log_probs: Array, off: Array, setting: dict[str, Any]) -> tuple[Array, Array]:
+def supports(
+    inputs: Inputs, log_probs: Array, off: Array, equals: Array, setting: dict[str, Any]
+) -> tuple[Array, Array]:
     """The tokens that the filters must leave, and those that they may leave where rounding decides.
 
     Args:
         inputs: the case.
         log_probs: [B, V], exact.
         off: [B, V], rounding that float32 may have.
+        equals: [B, V], the tokens that no expert tells from the likeliest.
         setting: of `mixture_sample`.
     """
     likeliest = log_probs.max(-1, keepdims=True)
@@ -315,8 +318,8 @@ def supports(inputs: Inputs, log_probs: Array, off: Array, setting: dict[str, An
     if setting["min_p"] > 0:
         edge = likeliest + setting["temperature"] * np.log(setting["min_p"])
         margin = either + 1e-5 * setting["temperature"]
-        rivals = (log_probs >= likeliest - either) & (log_probs != likeliest)
-        is_clear = (log_probs == likeliest) & ~rivals.any(-1, keepdims=True)
+        rivals = (log_probs >= likeliest - either) & ~equals
+        is_clear = equals & ~rivals.any(-1, keepdims=True)
         sure = sure & ((log_probs >= edge + margin) | is_clear)
         maybe = maybe & (log_probs >= edge - margin)
     return sure, maybe
@@ -387,7 +390,8 @@ def best_token(
         sure = maybe = exact > -np.inf
         scores, slack = exact, off
     else:
-        sure, maybe = supports(inputs, exact, off, setting)
+        equals = inputs.equals(exact, inputs.z[inputs.shares > 0][:, rows])
+        sure, maybe = supports(inputs, exact, off, equals, setting)
         scores = (exact - exact.max(-1, keepdims=True)) / setting["temperature"] + inputs.noise[rows]
         slack = off / setting["temperature"] + 5e-5 + 1e-6 * np.minimum(np.abs(scores), 1e6)
     here = np.arange(len(tokens))
