@@ -242,7 +242,7 @@ def test_checkpoints_are_gone_when_a_fold_is_kept(tmp_path: Path) -> None:
 WORKER = """
 import sys
 from pathlib import Path
-from ensemw2s import processes
+from ensemw2s.runtime import processes
 from tests.experiments.test_rating import rated
 from tests.tiny import questions
 
