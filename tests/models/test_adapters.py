@@ -125,7 +125,10 @@ def picture(model: nn.Module) -> list[Any]:
     seen: list[Any] = []
     for name, module in model.named_modules():
         settings = {
-            key: repr(value) for key, value in vars(module).items() if isinstance(value, dict | list | set | str)
+            # A set's own text depends on the order in which it was filled.
+            key: repr(sorted(value, key=repr) if isinstance(value, set) else value)
+            for key, value in vars(module).items()
+            if isinstance(value, dict | list | set | str)
         }
         modules = {key: type(child).__name__ for key, child in module.named_children()}
         seen.append(
