@@ -210,6 +210,12 @@ class Inputs:
         return self.z - self.z.max(-1, keepdims=True)
 
     @cached_property
+    def product(self) -> Array:
+        """The scores [B, V] of the product of experts."""
+        active = self.shares > 0
+        return (self.shares[active, None, None] * self.fall[active]).sum(0)
+
+    @cached_property
     def own(self) -> Array:
         """The experts' own log-probabilities."""
         return log_softmax(self.z)
@@ -224,8 +230,7 @@ class Inputs:
 
     def is_borderline(self) -> bool:
         """Say whether float32 may or may not hold the largest score of a product: rounding decides what is valid."""
-        active = self.shares > 0
-        largest = (self.shares[active, None, None] * self.fall[active]).sum(0).max(-1, initial=-np.inf)
+        largest = self.product.max(-1, initial=-np.inf)
         return bool(((largest > -3.5e38) & (largest < -3.2e38)).any())
 
     def equals(self, log_probs: Array, z: Array) -> Array:
@@ -236,7 +241,7 @@ class Inputs:
     def _mixture(self, combine: str) -> tuple[Array, Array]:
         """Log-probabilities [B, V], and how far float32 may be off."""
         active = self.shares > 0
-        w, z, own, fall = self.shares[active, None, None], self.z[active], self.own[active], self.fall[active]
+        w, z, own = self.shares[active, None, None], self.z[active], self.own[active]
         usable = np.isfinite(z.max(-1)).all(0)[:, None]
         of_shares = LEAST_SHARE / w.min()  # a subnormal share has few digits
         if combine == "prob":
@@ -248,7 +253,7 @@ class Inputs:
             mixed = np.log((w * votes).sum(0))
             off = 2e-6 + of_shares + 6e-7 * np.abs(mixed)
         else:
-            scores = (w * fall).sum(0)
+            scores = self.product
             largest = scores.max(-1, keepdims=True) if self.size else scores
             # More than float32 holds: then its product has no token.
             usable = usable & (largest > LEAST)
