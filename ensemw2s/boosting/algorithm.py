@@ -33,25 +33,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from ensemw2s.runtime.values import require_numbers, shown
 
-__all__ = [
-    "cap_weights",
-    "clamp_error",
-    "draw_counts",
-    "draw_without_replacement",
-    "effective_sample_size",
-    "expert_weight",
-    "fit_mixture_weights",
-    "initial_weights",
-    "loss_weights",
-    "prior_error",
-    "tempered_shrinkage",
-    "unit_index",
-    "unit_losses",
-    "update_weights",
-    "weight_quantiles",
-    "weighted_error",
-]
-
 Unit = Literal["token", "window", "sequence"]
 Sampling = Literal["draw", "without_replacement", "reweight", "bagging", "all"]
 DrawMethod = Literal["independent", "systematic"]
