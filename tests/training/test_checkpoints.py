@@ -143,8 +143,9 @@ def test_the_seconds_before_the_kill_count(tmp_path: Path) -> None:
     [
         OSError(errno.ENOSPC, "No space left on device"),
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+        RuntimeError("basic_ios::clear: iostream error"),
     ],
-    ids=["errno", "torch"],
+    ids=["errno", "torch", "torch's last write"],
 )
 def test_a_disk_that_fills_up_during_a_checkpoint_costs_only_that_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception

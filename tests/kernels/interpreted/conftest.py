@@ -9,4 +9,9 @@ from tests.ops.conftest import fresh_compiler, generator
 __all__ = ["fresh_compiler", "generator"]
 
 # Kernels run on CPU tensors, which needs the variable before anything is imported.
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.kernels.interpreting import patch_language_once
+
+    patch_language_once()
+else:
+    collect_ignore_glob = ["test_*.py"]
