@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,22 @@ if TYPE_CHECKING:
 # Read by huggingface_hub when it is imported: a test that reaches for the hub fails at once instead of waiting.
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collections: accelerate makes a whole one at the end of each training."""
+    if find_spec("accelerate"):
+        import peft
+        import transformers
+
+        _ = peft.LoraConfig, transformers.Trainer
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let Python take everything down at its exit as ever: nanobind complains of what is left."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from ensemw2s.data.tokens import tokenize_questions
 from ensemw2s.inference.scoring import score_answers
 from ensemw2s.runtime.files import read_array, read_json, write_array, write_json
 from ensemw2s.training.trainer import AnswerTrainer
+from tests.running import fork, wait
 from tests.tiny import END, FORMAT, llama, lora, questions, saved_model, tokenizer
 
 FAST: dict[str, Any] = {
@@ -154,47 +153,36 @@ def test_whole_models_and_one_model_per_round_make_an_ensemble_too(model: Path, 
 
 # Killed and continued
 
-SCRIPT = """
-import os, signal, sys
-from pathlib import Path
-import ensemw2s.runtime.files as files
-from tests.boosting.test_trainer import trainer
 
-# Count the files and folders that come into being, and die right before the one that is asked for.
-stop_at, done = int(sys.argv[3]), 0
-replace = Path.replace
+def run_until(model: Path, folder: Path, stop_at: int) -> int:
+    """Run in a process that dies right before the change of the disk with this number; return its exit status."""
 
-def counted(self, target):
-    global done
-    done += 1
-    if done == stop_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return replace(self, target)
+    def work() -> None:
+        replace, done = Path.replace, 0
 
-Path.replace = counted
-trainer(Path(sys.argv[1]), Path(sys.argv[2]), num_rounds=2).train()
-print(done)
-"""
+        def counted(self: Path, target: Path) -> Path:
+            nonlocal done
+            done += 1
+            if done == stop_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return replace(self, target)
 
+        Path.replace = counted  # type: ignore[method-assign,assignment]
+        trainer(model, folder, num_rounds=2).train()
+        print(done)
 
-def run_script(model: Path, folder: Path, stop_at: int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(model), str(folder), str(stop_at)],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, timeout=300,
-    )  # fmt: skip
+    return wait(fork(work, folder.with_suffix(".txt")))
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(model: Path, tmp_path: Path) -> None:
-    whole = run_script(model, tmp_path / "whole", 0)
-    assert whole.returncode == 0, whole.stderr
-    saves = int(whole.stdout.split()[-1])
+    assert run_until(model, tmp_path / "whole", 0) == 0
+    saves = int((tmp_path / "whole.txt").read_text().split()[-1])
     # After the first save, in the middle of a round, and before the last one; each continued in another process.
     for stop_at in (2, saves // 2, saves):
         folder = tmp_path / f"killed-{stop_at}"
-        assert run_script(model, folder, stop_at).returncode == -signal.SIGKILL
+        assert run_until(model, folder, stop_at) == -signal.SIGKILL
         assert kept(folder) != kept(tmp_path / "whole")
-        again = run_script(model, folder, 0)
-        assert again.returncode == 0, again.stderr
+        assert run_until(model, folder, 0) == 0, folder.with_suffix(".txt").read_text()
         assert kept(folder) == kept(tmp_path / "whole")
 
 

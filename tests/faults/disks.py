@@ -18,6 +18,7 @@ from ensemw2s.experiments.experiment import Experiment
 from ensemw2s.experiments.folder import PHASES
 from tests.faults import runs
 from tests.faults.battery import Case
+from tests.running import fork, wait
 
 # In KiB; a whole run takes about three thousand.
 SIZES = (64, 160, 320, 640, 1000, 1500, 2000, 2600)
@@ -63,7 +64,7 @@ def _command(models: Path, folder: Path, phases: tuple[str, ...], work: Path, be
         before()
         return main(words)
 
-    return runs.wait(runs.fork(limited, work / "said.txt"))
+    return wait(fork(limited, work / "said.txt"))
 
 
 def _require_words(status: int, said: Path, *words: str) -> None:

@@ -22,6 +22,7 @@ from ensemw2s.experiments.folder import PHASES
 from ensemw2s.runtime.accounts import is_partial
 from tests.faults import runs
 from tests.faults.battery import Case
+from tests.running import fork, wait
 
 # What changes a disk, by the names of Python's audit events; a file is opened for writing, too.
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "shutil.rmtree"}
@@ -66,7 +67,7 @@ def _run(models: Path, folder: Path, variant: str) -> None:
 
 def _go_on(models: Path, folder: Path, variant: str, reference: dict[str, Any], what: str) -> None:
     said = folder.with_name(f"{folder.name}.txt")
-    status = runs.wait(runs.fork(lambda: _run(models, folder, variant), said))
+    status = wait(fork(lambda: _run(models, folder, variant), said))
     if status:
         raise AssertionError(f"{what}: it does not go on ({status})\n{said.read_text()[-3000:]}")
     runs.require_same(folder / "small", reference, what)
@@ -107,7 +108,7 @@ def _states(folder: Path, variant: str, kept: range) -> list[Path]:
         _run(folder, watched, variant)
 
     said = folder / "watched.txt"
-    status = runs.wait(runs.fork(work, said))
+    status = wait(fork(work, said))
     assert status == 0, said.read_text()[-3000:]
     return sorted((folder / "states").iterdir())
 
@@ -155,7 +156,7 @@ def _at_moments(folder: Path, models: Path, variant: str, reference: dict[str, A
     folder.mkdir()
     run = folder / "run"
     for attempt in range(5):
-        pid = runs.fork(lambda: _run(models, run, variant), folder / f"{attempt}.txt")
+        pid = fork(lambda: _run(models, run, variant), folder / f"{attempt}.txt")
         end = time.monotonic() + generator.expovariate(1 / 1.5)
         while time.monotonic() < end:
             if os.waitpid(pid, os.WNOHANG)[0]:
@@ -163,5 +164,5 @@ def _at_moments(folder: Path, models: Path, variant: str, reference: dict[str, A
             time.sleep(0.005)
         else:
             os.kill(pid, signal.SIGKILL)
-            runs.wait(pid)
+            wait(pid)
     _go_on(models, run, variant, reference, f"killed at random moments in {folder}")

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import os
-import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ensemw2s.cli import main
-from ensemw2s.runtime.console import quiet_libraries
 from ensemw2s.runtime.files import read_json
+from tests.running import fork, wait
 from tests.tiny import FORMAT, questions, saved_model
 
 # Adapters whose training keeps checkpoints, students of caches; a rating before; whole models and live teachers.
@@ -65,30 +60,6 @@ def write_config(file: Path, values: dict[str, Any]) -> Path:
     """Write settings as a configuration file."""
     file.write_text(json.dumps(values))
     return file
-
-
-def fork(work: Callable[[], int | None], said: Path) -> int:
-    """Begin `work` in a process of its own, which says everything to a file, and return its number."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 99
-    try:
-        with said.open("w", buffering=1) as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            quiet_libraries()
-            try:
-                status = work() or 0
-            except BaseException:
-                traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
-def wait(pid: int) -> int:
-    """Wait for a process to end and return its exit status, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def command(*words: object, said: Path) -> int:

@@ -22,6 +22,7 @@ from tests.boosting.test_trainer import kept
 from tests.experiments.test_study import write_study
 from tests.faults import runs
 from tests.faults.battery import Case
+from tests.running import fork, wait
 from tests.tiny import FORMAT, llama, lora, questions, saved_adapters, tokenizer
 
 _TRAINED: dict[str, Any] = {
@@ -59,7 +60,7 @@ def twins(first: Work, second: Work, folder: Path, lock: Path, names: Path, mome
         moment: how long the first one lives with its lock, in seconds.
     """
     said = [folder / "first.txt", folder / "second.txt"]
-    one = runs.fork(first, said[0])
+    one = fork(first, said[0])
     end = time.monotonic() + _LONGEST
     while not (lock.exists() and lock.read_text().endswith("\n")):
         _require(os.waitpid(one, os.WNOHANG)[0] == 0 and time.monotonic() < end, "the first took no lock", said[0])
@@ -70,13 +71,13 @@ def twins(first: Work, second: Work, folder: Path, lock: Path, names: Path, mome
         return 0
     if not lock.exists():  # it lives on, but is done with the folder
         os.kill(one, signal.SIGCONT)
-        _require(runs.wait(one) == 0, "the first did not end well", said[0])
+        _require(wait(one) == 0, "the first did not end well", said[0])
         return 0
-    status = runs.wait(runs.fork(second, said[1]))
+    status = wait(fork(second, said[1]))
     os.kill(one, signal.SIGCONT)
     _require(status == 2, f"the second ended with {status}", said[1])
     _require(f"{names} is in use by process {one} on " in said[1].read_text(), "no sentence", said[1])
-    status = runs.wait(one)
+    status = wait(one)
     _require(status == 0, f"the first ended with {status}", said[0])
     return 1
 
@@ -209,9 +210,9 @@ def one_store(folder: Path) -> int:
             for i in (0, 1)
         ]
         said = [folder / f"said-{i}.txt" for i in (0, 1)]
-        pids = [runs.fork(_command("run", config), file) for config, file in zip(configs, said, strict=True)]
+        pids = [fork(_command("run", config), file) for config, file in zip(configs, said, strict=True)]
         for pid, file in zip(pids, said, strict=True):
-            status = runs.wait(pid)
+            status = wait(pid)
             _require(status == 0, f"a run with a shared store ended with {status}", file)
         for i in (0, 1):
             found = _but_costs(runs.results(folder / f"{attempt}-{i}" / "small"))

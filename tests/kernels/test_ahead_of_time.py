@@ -13,13 +13,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
-CAPABILITIES = ("80", "90")  # A100 and H100
 
 
+# H100, and with the slow tests A100.
+@pytest.mark.parametrize("capability", ["90", pytest.param("80", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("module", MODULES)
-def test_kernels_compile_without_spills(module):
+def test_kernels_compile_without_spills(module, capability):
     pytest.importorskip("triton")
-    program = ["-W", "ignore", "-m", "tests.kernels.compile_ahead", f"ensemw2s.kernels.{module}", *CAPABILITIES]
+    program = ["-W", "ignore", "-m", "tests.kernels.compile_ahead", f"ensemw2s.kernels.{module}", capability]
     run = subprocess.run(
         [sys.executable, *program],
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},

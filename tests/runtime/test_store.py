@@ -20,6 +20,7 @@ from ensemw2s.runtime.files import new_folder
 from ensemw2s.runtime.store import Store
 from tests.boosting.test_trainer import kept
 from tests.boosting_runs import TRAIN, Trainings, base, boost
+from tests.running import fork, wait
 from tests.tiny import questions
 
 Make = Callable[[], None]
@@ -99,47 +100,43 @@ def test_an_error_in_the_making_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in one.iterdir()] == ["inner"]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from ensemw2s.runtime.store import Store
-from tests.runtime.test_store import writes
-
-# Before the folder has its name, or while it is linked into the store.
-replace, done = Path.replace, 0
-def mortal(self, target):
-    global done
-    done += 1
-    if done == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return replace(self, target)
-
-Path.replace = mortal
-folder = Path(sys.argv[1])
-Store(folder / "store").obtain(folder / "one", "key", writes(folder / "one"))
-"""
-
-
-@pytest.mark.parametrize("stop_at", [1, 2])
+@pytest.mark.parametrize("stop_at", [1, 2], ids=["before the folder has its name", "while it is linked into the store"])
 def test_a_killed_process_leaves_nothing_under_the_key(tmp_path: Path, stop_at: int) -> None:
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(stop_at)], check=False, timeout=120)
-    assert killed.returncode == -signal.SIGKILL
-    store, two = Store(tmp_path / "store"), tmp_path / "two"
+    store, one, two = Store(tmp_path / "store"), tmp_path / "one", tmp_path / "two"
+
+    def work() -> None:
+        replace, done = Path.replace, 0
+
+        def mortal(self: Path, target: Path) -> Path:
+            nonlocal done
+            done += 1
+            if done == stop_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return replace(self, target)
+
+        Path.replace = mortal  # type: ignore[method-assign,assignment]
+        store.obtain(one, "key", writes(one))
+
+    assert wait(fork(work, tmp_path / "said.txt")) == -signal.SIGKILL
     with pytest.raises(AssertionError, match="computed again"):
         store.obtain(two, "key", refuse)
     store.obtain(two, "key", writes(two))
     assert (two / "inner/file").read_text() == "content"
-    assert (tmp_path / "one").exists() == (stop_at == 2)
+    assert one.exists() == (stop_at == 2)
 
 
 SETS = """
 import sys
 from pathlib import Path
+from ensemw2s.runtime.files import new_folder
 from ensemw2s.runtime.store import Store
-from tests.runtime.test_store import writes
+
+def make():
+    with new_folder(target) as aside:
+        (aside / "file").write_text("content")
 
 target, key = Path(sys.argv[1]) / sys.argv[2], {"modules": {"q_proj", "k_proj", "v_proj", "o_proj"}}
-Store(Path(sys.argv[1]) / "store").obtain(target, key, writes(target))
+Store(Path(sys.argv[1]) / "store").obtain(target, key, make)
 """
 
 
