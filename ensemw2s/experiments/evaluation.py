@@ -84,9 +84,6 @@ def environment() -> dict[str, Any]:
     ).to_json()
 
 
-# Scores
-
-
 def _kept(files: RunFolder, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Per arm, `outcomes` (per split what `_outcome` returns) and the cost of `inference`; kept once computed."""
     file = files.path / "scores" / f"{name}.json"
@@ -189,9 +186,6 @@ def _mixtures(files: RunFolder) -> tuple[list[Path], dict[str, list[float]], dic
             mixtures["uniform_average"] = mixtures["majority_vote"] = weights(places, [1.0] * len(places))
             combine |= {"uniform_average": "prob", "majority_vote": "vote"}
     return list(experts.values()), mixtures, combine
-
-
-# Records
 
 
 def _arm_records(files: RunFolder, arm: str, outcomes: _Outcomes) -> list[dict[str, Any]]:

@@ -221,8 +221,6 @@ class Experiment:
         write_report([self.folder], self.folder / REPORT_FILE)
         self.say(f"report: {self.folder / REPORT_FILE}")
 
-    # Training and teachers
-
     def _boosting_trainer(self, arm: str) -> BoostingTrainer:
         settings = {"num_train_epochs": self._equal_epochs()} if arm == "equal_cost" else {}
         args = self.config.ensemble_config(arm, self.files.boosting(arm), **settings)

@@ -45,8 +45,6 @@ class RunFolder:
         self._questions: dict[str, Dataset] = {}
         self._examples: dict[tuple[str, str], Dataset] = {}
 
-    # Whose it is
-
     def claimed(self, overwrite: bool = False) -> AbstractContextManager[None]:
         """Return the right to work in the folder, for a block; see `ensemw2s.runtime.claims.claimed`."""
         remedy = "pass --overwrite to delete that run"
@@ -66,8 +64,6 @@ class RunFolder:
     @property
     def _task(self) -> str:
         return self.config.task or self.config.name
-
-    # Where what lies
 
     def data_file(self, split: str) -> Path:
         """Return the file of a split's questions."""
@@ -92,8 +88,6 @@ class RunFolder:
     def records_file(self, phase: str) -> Path:
         """Return the file of a phase's records, which is there when the phase is done."""
         return self.path / "records" / f"{phase}.jsonl"
-
-    # Records
 
     def records(self, phase: str) -> list[dict[str, Any]]:
         """Return the records of a phase that is done."""

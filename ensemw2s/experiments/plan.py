@@ -133,8 +133,6 @@ class _Planner:
         yield self._student()
         yield self._evaluate(plain, strong, mixed)
 
-    # Phases
-
     def _data(self, data: PhaseEstimate, plain: Pace) -> PhaseEstimate:
         """Return what the data phase took here, with an estimate of the rating if there is to be one."""
         if self.trial.rated is None:
@@ -222,8 +220,6 @@ class _Planner:
         ]
         prepare = 2 * (self.load_tokenizer + self.tokenize) + (3 + len(self.config.students)) * choosing["seconds"]
         return sum(parts, PhaseEstimate("evaluate", seconds=prepare, disk=_SMALL_FILES))
-
-    # Work of this experiment
 
     def _lengths(self, split: str, side: Side) -> tuple[list[int], list[int]]:
         return lengths_of(self.files.examples(split, side.model))

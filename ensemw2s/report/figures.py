@@ -70,10 +70,6 @@ def _svg(figure: Figure, name: str, description: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Arms
-
-
 @_styled
 def arms_figure(runs: Sequence[Run]) -> str:
     """Accuracies of all arms, ID and OOD side by side, with 95% intervals; one colour and marker per run."""
@@ -131,10 +127,6 @@ def _beside(axes: Axes, height: float, text: str, **style: Any) -> None:
     """Write at the right edge of a panel."""
     axes.annotate(text, (1.0, height), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
                   va="center", **style)  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Rounds
 
 
 @_styled
@@ -206,10 +198,6 @@ def _round_axis(axes: Axes, numbers: Sequence[int], label: str) -> None:
     axes.set_xlim(numbers[0] - 0.2, numbers[-1] + 0.2)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
     axes.grid(visible=False, axis="x")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Differences
 
 
 @dataclass(frozen=True)

@@ -119,10 +119,6 @@ def _forest_row(pool: Pool, pair: Pair, label: str, task: str | None) -> ForestR
     return ForestRow(label, task is None, {split: value for split, value in found.items() if value is not None})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Runs
-
-
 def _load_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
     """Load runs, each named by its folder, and by the folder's whole path where names repeat."""
     if not paths:
@@ -178,10 +174,6 @@ def _single_runs(run: Run) -> list[Run]:
         Run(f"{task}, seed {seed}", of_kind(run.records, RunRecord, task=task, seed=seed))
         for task, seed in sorted(run_keys(run.records))
     ]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The page
 
 
 @dataclass(frozen=True)

@@ -82,10 +82,6 @@ class Pool:
         return sorted({arm for arm, _ in self.answers}, key=arm_order)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures
-
-
 def shared_tasks(pool: Pool, split: str, *arms: str) -> list[str]:
     """Return the tasks in which all of the arms answered the split's questions."""
     return [task for task in pool.seeds if all(task in pool.answers.get((arm, split), ()) for arm in arms)]
@@ -179,10 +175,6 @@ def _mean(means: Mapping[tuple[str, ...], float], rows: Sequence[tuple[str, ...]
     """Return the mean over rows; None without rows, or where one is missing or unknown."""
     values = [means.get(row, math.nan) for row in rows]
     return None if not values or np.isnan(values).any() else float(np.mean(values))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Grouping
 
 
 def pool_runs(records: Iterable[Record]) -> Pool:
@@ -289,10 +281,6 @@ def _primary_split(studies: Sequence[StudyRecord]) -> str:
         listed = ", ".join(f"{split} ({name})" for split, name in splits.items())
         raise ValueError(f"studies that are pooled must have one primary_split, got {listed}")
     return next(iter(splits))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Remarks
 
 
 def _unmeasured_runs(rows: Iterable[Record], seeds: Mapping[str, Sequence[int]]) -> list[str]:

@@ -47,10 +47,6 @@ Rows = tuple[list[str], list[list[str]]]
 _Figure = TypeVar("_Figure")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables of a pool
-
-
 def accuracies(pool: Pool, *, arms: Sequence[str] | None = None) -> Rows:
     """Return each arm's mean accuracy over tasks, with its interval, and the number of tasks that measured it."""
     headers = ["Arm", *_by_split("{}, %"), *_by_split("Exact {}, %"), "Tasks"]
@@ -240,10 +236,6 @@ def _both_splits(pool: Pool, arm: str, task: str) -> str:
     return " / ".join(_percents(x.value) if x else "–" for x in found) if any(found) else ""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables of one run
-
-
 def results_table(records: Sequence[Record]) -> Table:
     """Return every measured arm with its accuracies ± standard error, PGR with 95% interval, and training costs."""
     pool = pool_runs(records)
@@ -333,10 +325,6 @@ def labels(records: Iterable[Record]) -> Rows:
         for record in of_kind(records, LabelsRecord)
     ]
     return headers, rows
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures as text
 
 
 def number(value: float | None, form: str) -> str:

@@ -61,9 +61,6 @@ class Kind:
         return folder / f"{RESERVED}{self.name}.lock"
 
 
-# Claiming
-
-
 @contextmanager
 def claimed(
     folder: str | os.PathLike[str],
@@ -179,9 +176,6 @@ def discard(folder: Path, kind: Kind) -> None:
             f"Nothing was deleted: move them away, or choose another {kind.setting}"
         )
     accounts.delete(folder, kind.files)
-
-
-# One at a time
 
 
 @contextmanager

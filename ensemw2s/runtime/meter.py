@@ -255,9 +255,6 @@ def _flops_of_pass(twin: Any, length: int, head: int, training: bool) -> int:
     return counter.total
 
 
-# Memory
-
-
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
     """Within the block, watch memory; afterwards the yielded list holds the peak in bytes.

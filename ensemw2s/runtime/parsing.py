@@ -79,10 +79,6 @@ def decoded(text: bytes, place: str) -> str:
         raise ValueError(f"{place} is not UTF-8 text ({error}): save it as UTF-8") from error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# JSON
-
-
 def parse_json(text: str | bytes, place: str, *, not_finite: bool = False) -> Any:
     """Return what a JSON text says.
 
@@ -153,10 +149,6 @@ def _check_levels(value: Any, place: str) -> None:
             raise ValueError(_TOO_DEEP.format(place))
         items = holder.values() if isinstance(holder, dict) else holder if isinstance(holder, list) else ()
         waiting += [(item, level + 1) for item in items if isinstance(item, (dict, list))]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# YAML
 
 
 class _Loader(yaml.SafeLoader):

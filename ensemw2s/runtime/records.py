@@ -29,10 +29,6 @@ TEST_SPLITS = {"id": "ID", "ood": "OOD"}
 QUANTILE_LEVELS = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a field may hold
-
-
 class Form(NamedTuple):
     """What a field of a record may hold, in the words in which an error asks for it."""
 
@@ -95,9 +91,6 @@ Validation = Annotated[
 ]
 Anything = Annotated[Any, Form("anything", lambda value: True)]
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Kinds of records
 
 KINDS: dict[str, type[Record]] = {}
 
@@ -343,10 +336,6 @@ def _form(hint: Any) -> Form:
         return parts[1]
     form = _form(parts[0])
     return Form(f"{form.words} or null", lambda value: value is None or form.fits(value))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
 
 
 @dataclass(frozen=True)
