@@ -75,8 +75,7 @@ class ModelConfig:
     @property
     def init_kwargs(self) -> dict[str, Any]:
         """Return the keyword arguments of `loading.load_model` beside the source."""
-        kwargs: dict[str, Any] = {"dtype": self.dtype}
-        return kwargs | ({} if self.keep_layers is None else {"keep_layers": self.keep_layers})
+        return {"dtype": self.dtype} | ({} if self.keep_layers is None else {"keep_layers": self.keep_layers})
 
 
 @dataclass(frozen=True)
@@ -336,12 +335,10 @@ def read_settings(
         if not isinstance(small, dict):
             raise ValueError(f"{path} has no section `quick`: add one with the keys to override, or leave --quick out")
         settings = merge_settings(settings, small)
-    known = set()
-    for override in overrides:
-        key, change = _override(override)
-        if key in known:
+    changes = [_override(override) for override in overrides]
+    for place, (key, change) in enumerate(changes):
+        if key in [earlier for earlier, _ in changes[:place]]:
             raise ValueError(f"the override {shown(key)} is given twice: keep one of them")
-        known.add(key)
         settings = merge_settings(settings, change)
     return settings
 
@@ -350,9 +347,7 @@ def _run_folder(path: Path) -> Path | None:
     """Return the folder of a run that `path` is, or whose own configuration it is; None if it is a file of a user's."""
     if path.name == CONFIG_FILE and (path.parent / f"{RESERVED}run.json").is_file():
         path = path.parent
-    if not path.is_dir():
-        return None
-    return absolute(path)
+    return absolute(path) if path.is_dir() else None
 
 
 def check_folder_name(name: str) -> None:
@@ -375,8 +370,10 @@ def _override(override: str) -> tuple[str, dict[str, Any]]:
     key, separator, value = override.partition("=")
     if not separator or not all(key.split(".")) or key.count(".") > MOST_LEVELS:
         raise ValueError(f"cannot read the override {shown(override)}: expected key=value, e.g. boosting.num_rounds=5")
-    parsed = parse_yaml(value, f"cannot read the override {shown(override)}: its value")
-    return key, _nested(key.split("."), parsed)
+    change = parse_yaml(value, f"cannot read the override {shown(override)}: its value")
+    for part in reversed(key.split(".")):
+        change = {part: change}
+    return key, change
 
 
 def build_config(settings: Mapping[str, Any]) -> ExperimentConfig:
@@ -386,20 +383,21 @@ def build_config(settings: Mapping[str, Any]) -> ExperimentConfig:
     _check_names(config)
     _check_sizes(config.data.sizes)
     # Building the arguments checks their values now rather than minutes into a run.
-    _check_settings(config.boosting, BoostingConfig, "boosting.", _settable(BoostingConfig))
-    with _named("boosting.", BoostingConfig, config.boosting):
+    with _checked("boosting.", BoostingConfig, config.boosting):
         config.boosting_config(config.folder)
-    if config.lora is not None:
-        _check_settings(config.lora, LoraConfig, "lora.", [f.name for f in dataclasses.fields(LoraConfig)])
-    with _named("lora.", LoraConfig, config.lora or {}):
+    with _checked("lora.", LoraConfig, config.lora or {}):
         built = config.peft_config()
     if built is not None:
         check_peft_config(built, "lora")
     for arm, own in config.ensembles.items():
-        _check_ensemble(config, arm, own)
-    _check_lora_ranks(config)
-    _check_settings(config.student, StudentConfig, "student.", _settable(StudentConfig))
-    with _named("student.", StudentConfig, config.student):
+        _check_arm(arm, own, "ensembles", TAKEN)
+        with _checked(f"ensembles.{arm}.", BoostingConfig, own):
+            config.ensemble_config(arm, config.folder)
+    sections = {"boosting": config.boosting} | {f"ensembles.{arm}": own for arm, own in config.ensembles.items()}
+    for section, own in sections.items():
+        if own.get("lora_ranks") is not None and config.lora is None:
+            raise ValueError(f"{section}.lora_ranks needs adapters: give `lora` its settings, or leave lora_ranks out")
+    with _checked("student.", StudentConfig, config.student):
         config.student_config(config.folder)
     for arm, own in config.students.items():
         _check_student(config, arm, own)
@@ -441,20 +439,6 @@ def _check_sizes(sizes: Mapping[str, Any]) -> None:
             raise ValueError(f"data.sizes.{split} must be a whole number of questions, at least 2; got {shown(size)}")
 
 
-def _check_ensemble(config: ExperimentConfig, arm: str, own: Any) -> None:
-    _check_arm(arm, own, "ensembles", TAKEN)
-    _check_settings(own, BoostingConfig, f"ensembles.{arm}.", _settable(BoostingConfig))
-    with _named(f"ensembles.{arm}.", BoostingConfig, own):
-        config.ensemble_config(arm, config.folder)
-
-
-def _check_lora_ranks(config: ExperimentConfig) -> None:
-    sections = {"boosting": config.boosting} | {f"ensembles.{arm}": own for arm, own in config.ensembles.items()}
-    for section, own in sections.items():
-        if own.get("lora_ranks") is not None and config.lora is None:
-            raise ValueError(f"{section}.lora_ranks needs adapters: give `lora` its settings, or leave lora_ranks out")
-
-
 def _check_student_settings_in_use(config: ExperimentConfig) -> None:
     """Refuse a key of `student` that none of the students reads."""
     arms = [config.student_arm_config(arm, config.folder) for arm in config.students]
@@ -487,8 +471,7 @@ def _check_student(config: ExperimentConfig, arm: str, own: Any) -> None:
     if (own["teacher"] == TRUTH) != (arm == CEILING):
         raise ValueError(f"the student taught by {TRUTH} is called {CEILING}, and no other is: got students.{arm}")
     settings = {key: value for key, value in own.items() if key != "teacher"}
-    _check_settings(settings, StudentConfig, f"students.{arm}.", _settable(StudentConfig))
-    with _named(f"students.{arm}.", StudentConfig, settings):
+    with _checked(f"students.{arm}.", StudentConfig, settings):
         args = config.student_arm_config(arm, config.folder)
     teacher = own["teacher"]
     if teacher != TRUTH and args.variant == "soft" and config.ensemble_config(teacher, "").combine == "vote":
@@ -496,10 +479,6 @@ def _check_student(config: ExperimentConfig, arm: str, own: Any) -> None:
             f"students.{arm}: variant=soft needs a teacher with a distribution, and {teacher} has none, because of "
             'combine=vote: use "prob" or "logprob", or variant=sft'
         )
-
-
-def _settable(kind: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(kind) if f.init and f.name not in ("output_dir", "seed", "overwrite")]
 
 
 def _built(kind: type, inherited: Mapping[str, Any], own: Mapping[str, Any]) -> Any:
@@ -512,6 +491,16 @@ def _built(kind: type, inherited: Mapping[str, Any], own: Mapping[str, Any]) -> 
             if error.setting in own or error.setting not in inherited:
                 raise
             del inherited[error.setting]
+
+
+@contextmanager
+def _checked(prefix: str, kind: type, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Check the keys and values of a section, from which the block then builds arguments; see `_named`."""
+    placed = ("output_dir", "seed", "overwrite")
+    settable = [f.name for f in dataclasses.fields(kind) if f.init and f.name not in placed]
+    _check_settings(settings, kind, prefix, settable)
+    with _named(prefix, kind, settings):
+        yield
 
 
 @contextmanager
@@ -567,12 +556,6 @@ def _parse(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold a mapping of keys to values, got {type(settings).__name__}")
     return settings
-
-
-def _nested(keys: Sequence[str], value: Any) -> dict[str, Any]:
-    for key in reversed(keys):
-        value = {key: value}
-    return value
 
 
 def merge_settings(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

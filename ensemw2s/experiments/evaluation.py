@@ -96,14 +96,11 @@ def _kept(files: RunFolder, name: str, compute: Callable[[], dict[str, Any]]) ->
 def _score_one(files: RunFolder, arm: str, model: ModelConfig, load: Callable[[], Any]) -> dict[str, Any]:
     loaded = load()
 
-    def score(*given: Any, **options: Any) -> dict[str, AnswerScores]:
-        return {arm: score_answers(loaded, *given, **options)}
-
-    def choose(*given: Any, **options: Any) -> dict[str, ChoiceScores]:
-        return {arm: score_choices(loaded, *given, **options)}
+    def alone(score: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+        return lambda *given, **options: {arm: score(loaded, *given, **options)}
 
     with measured() as spent:
-        outcomes = _measured(files, [arm], model, score, choose, arm)
+        outcomes = _measured(files, [arm], model, alone(score_answers), alone(score_choices), arm)
     return {"outcomes": outcomes, "inference": {arm: spent}}
 
 

@@ -229,7 +229,7 @@ class Study:
         for cell in (row for row in records if row["kind"] == CellRecord.kind and "records" in row):
             place = (cell["task"], cell["seed"])
             rows = [r for r in records if r is not cell and (r.get("task"), r.get("seed")) == place]
-            if _digest(rows) != cell["records"]:
+            if digest_json(rows, 8) != cell["records"]:
                 raise ValueError(
                     f"{self.file}: the records of {cell['task']}, seed {cell['seed']}, are not those that were "
                     "measured: some are gone or changed. Bring them back, or delete the line of kind cell, and it is "
@@ -314,12 +314,7 @@ def _kept(cell: Cell, records: Sequence[Mapping[str, Any]]) -> list[dict[str, An
             chosen = dict(record) if fields is None else {name: record[name] for name in fields if name in record}
             kind = _ROUND_SUMMARY if record["kind"] == RoundRecord.kind else record["kind"]
             rows.append({**chosen, "kind": kind, **place})
-    return [CellRecord(task=cell.task, seed=cell.seed, key=cell.key, records=_digest(rows)).to_json(), *rows]
-
-
-def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return a hash of all of a cell's records, by which they are known to be whole."""
-    return digest_json(rows, 8)
+    return [CellRecord(task=cell.task, seed=cell.seed, key=cell.key, records=digest_json(rows, 8)).to_json(), *rows]
 
 
 def _start_worker() -> None:

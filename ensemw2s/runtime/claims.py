@@ -157,9 +157,8 @@ def _claim(
         on_overwrite(folder, differing)
         discard(folder, kind)
     if theirs is None or differing:
-        accounts.begin(folder)
-        marker = {"made_by": _MADE_BY, "kind": kind.name, "description": mine}
-        write_json(kind.marker(folder), marker)
+        accounts.append_whole(folder / accounts.ACCOUNT, [])
+        write_json(kind.marker(folder), {"made_by": _MADE_BY, "kind": kind.name, "description": mine})
     sweep(folder)
 
 

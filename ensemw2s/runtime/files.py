@@ -31,7 +31,6 @@ from ensemw2s.runtime.accounts import (
     enter,
     enter_growing,
     files_in,
-    is_growing,
     is_partial,
 )
 from ensemw2s.runtime.parsing import parse_json, read_text, require_file
@@ -42,8 +41,6 @@ _FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT}
 _FULL_DISK_WORDS = ("no space left on device", "disk quota exceeded", "os error 28", "requested and", "unexpected pos")
 # Of a name in that of what is to get it, in bytes: the rest says who writes it.
 _LONGEST_STEM = 100
-# At least, in such a name: .NAME.HOST.PID.TOKEN.partial
-_DOTS = 4
 
 
 class DiskFullError(OSError):
@@ -176,7 +173,7 @@ def share_as_usual(folder: Path) -> None:
 @contextmanager
 def _aside(path: Path) -> Iterator[Path]:
     """Give a name beside `path` that no other process uses; what dead processes have left under such is deleted."""
-    aside = path.with_name(_partial_name(path.name))
+    aside = path.with_name(f"{_stem(path.name)}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}")
     try:
         make_folder(path.parent)
         for left_over in path.parent.glob(f"{glob.escape(_stem(path.name))}.*.*.*{PARTIAL}"):
@@ -196,18 +193,14 @@ def _stem(name: str) -> str:
     return f".{hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest() if long else name}"
 
 
-def _partial_name(name: str) -> str:
-    return f"{_stem(name)}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}"
-
-
 def _host() -> str:
     return re.sub(r"\W", "-", platform.node(), flags=re.ASCII)[:_LONGEST_STEM]
 
 
 def _is_dead(partial: Path) -> bool:
     """Say whether the process that wrote something not yet complete is known to be gone."""
-    *_, host, pid, _, _ = partial.name.split(".")
-    return host == _host() and pid.isdigit() and not is_alive(int(pid))
+    written_by = re.fullmatch(rf"\..*\.{re.escape(_host())}\.(\d+)\.[^.]*{re.escape(PARTIAL)}", partial.name)
+    return written_by is not None and not is_alive(int(written_by[1]))
 
 
 def is_alive(pid: int) -> bool:
@@ -238,7 +231,7 @@ def write_json(path: str | os.PathLike[str], value: Any, *, watched: bool = True
 def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line, atomically."""
     with new_file(path) as aside, aside.open("w", encoding="utf-8") as file:
-        file.writelines(json_line(row) for row in rows)
+        file.writelines(f"{_json_line(row)}\n" for row in rows)
 
 
 def append_json_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -247,11 +240,10 @@ def append_json_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, 
     Raises:
         DiskFullError: the disk is full.
     """
-    path, lines = Path(path), [json_line(row).removesuffix("\n") for row in rows]
+    path, lines = Path(path), [_json_line(row) for row in rows]
     try:
         make_folder(path.parent)
-        if not is_growing(path):
-            enter_growing(path)
+        enter_growing(path)
         if watchers:
             size = path.stat().st_size if path.exists() else 0
             size += sum(len(line.encode()) + 1 for line in lines)
@@ -267,9 +259,8 @@ def settle(path: str | os.PathLike[str]) -> None:
     enter(path, Path(path))
 
 
-def json_line(row: Mapping[str, Any]) -> str:
-    """Return `row` as one line of JSON with its newline; NaN and infinity raise ValueError."""
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+def _json_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
 
 def read_json(path: str | os.PathLike[str], remedy: str | None = None) -> Any:
@@ -290,16 +281,12 @@ def read_json_lines(path: str | os.PathLike[str], remedy: str | None = None) -> 
     """Read a file of JSON objects, one a line, that was written whole; see `read_json` for what it raises."""
     check(path, remedy)
     try:
-        return _rows(Path(path), require_file(path, "name a file with one JSON object a line").read_bytes())
+        # Bytes break at newlines only; text also breaks at U+2028 and the like.
+        lines = require_file(path, "name a file with one JSON object a line").read_bytes().split(b"\n")
+        return [_row(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
     except ValueError as error:
         remedy = remedy or f"Delete {path} and run the same command again, which makes it anew"
         raise ValueError(f"{error}. {remedy}") from error
-
-
-def _rows(path: Path, text: bytes) -> list[dict[str, Any]]:
-    # Bytes break at newlines only; text also breaks at U+2028 and the like.
-    lines = enumerate(text.split(b"\n"), start=1)
-    return [_row(line, f"{path}, line {number}") for number, line in lines if line.strip()]
 
 
 def read_complete_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -356,17 +343,13 @@ def new_array(path: str | os.PathLike[str], size: int, dtype: Any = np.float64) 
         array.flush()
 
 
-def read_array(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read an array written by `write_array`; a damaged or pickled one is refused by a ValueError that names it."""
-    return _load_array(Path(path), None)
-
-
 def map_array(path: str | os.PathLike[str]) -> np.ndarray:
     """Map an array written by `write_array` into memory, read-only: processes share what they read."""
-    return _load_array(Path(path), "r")
+    return read_array(path, "r")
 
 
-def _load_array(path: Path, mode: Literal["r"] | None) -> np.ndarray:
+def read_array(path: str | os.PathLike[str], mode: Literal["r"] | None = None) -> np.ndarray:
+    """Read an array written by `write_array`; a damaged or pickled one is refused by a ValueError that names it."""
     check(path)
     try:
         return np.load(path, mmap_mode=mode, allow_pickle=False)
@@ -387,7 +370,7 @@ def sweep(folder: Path) -> None:
     """Delete what dead processes of this machine left unfinished anywhere in a folder of ours."""
     for root, folders, names in os.walk(folder):
         for name in [*folders, *names]:
-            if is_partial(name) and name.count(".") > _DOTS and _is_dead(Path(root) / name):
+            if _is_dead(Path(root) / name):
                 _discard(Path(root) / name)
 
 

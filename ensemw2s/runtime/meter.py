@@ -13,16 +13,17 @@ from __future__ import annotations
 import copy
 import json
 import math
+import operator
 import os
+import re
 import resource
-import sys
 import threading
 import time
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ensemw2s.runtime import files, processes
-from ensemw2s.runtime.accounts import append_whole, enter_growing, is_growing
+from ensemw2s.runtime.accounts import append_whole, enter_growing
 
 # Shapes (length, rows that reach the head) from which the three unknowns are solved.
 _PROBES = ((4, 4), (4, 2), (8, 4))
@@ -54,15 +55,10 @@ class Work:
     pairs: float = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.tokens + other.tokens,
-            self.padded + other.padded,
-            self.head + other.head,
-            self.pairs + other.pairs,
-        )
+        return Work(*map(operator.add, astuple(self), astuple(other)))
 
     def __mul__(self, times: float) -> Work:
-        return Work(self.tokens * times, self.padded * times, self.head * times, self.pairs * times)
+        return Work(*(amount * times for amount in astuple(self)))
 
     @classmethod
     def of_pass(cls, rows: int, length: int, tokens: float, head: float, past: int = 0) -> Work:
@@ -100,7 +96,7 @@ class Meter:
 
     flops: float = 0.0
     seconds_before: float = 0.0
-    _tokens: Any = field(default=0)
+    _tokens: Any = 0
 
     @property
     def tokens(self) -> int:
@@ -186,17 +182,12 @@ def model_flops(model: torch.nn.Module, *, training: bool = False) -> ModelFlops
     """
     known = _BY_MODEL.setdefault(model, {})
     if training not in known:
-        signature = _signature(model, training)
+        weights = ((name, tuple(p.shape), training and p.requires_grad) for name, p in model.named_parameters())
+        signature = training, tuple(map(type, model.modules())), tuple(weights)
         if signature not in _BY_SIGNATURE:
             _BY_SIGNATURE[signature] = _counted(model, training)
         known[training] = _BY_SIGNATURE[signature]
     return known[training]
-
-
-def _signature(model: torch.nn.Module, training: bool) -> Any:
-    """Return what models that cost the same have in common."""
-    weights = ((name, tuple(p.shape), training and p.requires_grad) for name, p in model.named_parameters())
-    return training, tuple(map(type, model.modules())), tuple(weights)
 
 
 def _counted(model: torch.nn.Module, training: bool) -> ModelFlops:
@@ -278,13 +269,8 @@ def peak_memory() -> Iterator[list[int]]:
 def _peak() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    # Kilobytes on Linux, bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    found = re.search(r"^VmHWM:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 @contextmanager
@@ -345,8 +331,7 @@ class Ledger:
     def _note(self, path: Path, mark: str) -> None:
         row = {"file": self._name(path), "mark": mark, **self._spent()}
         files.make_folder(self.file.parent)
-        if not is_growing(self.file):
-            enter_growing(self.file)
+        enter_growing(self.file)
         append_whole(self.file, [json.dumps(row)], lasting=False)
         # From zero again: the sums of floats do not depend on what was counted before.
         self._meter.clear()
