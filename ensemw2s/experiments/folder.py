@@ -188,10 +188,14 @@ class RunFolder:
         """Return saved experts as one ensemble of equal weights."""
         for folder in folders:
             self.check_left("boost", folder)
+        return self.combined(self.config.weak, folders)
+
+    def combined(self, model: ModelConfig, folders: list[Path]) -> TokenEnsemble:
+        """Return what was trained from a model and saved in these folders, as one ensemble of equal weights."""
         ones = [1.0] * len(folders)
         if self.config.lora is None:
             return self.placed(TokenEnsemble.from_models([load_trained(folder) for folder in folders], ones))
-        return self.placed(TokenEnsemble.from_adapters(self.untrained(self.config.weak), folders, ones))
+        return self.placed(TokenEnsemble.from_adapters(self.untrained(model), folders, ones))
 
     def placed(self, model: Any) -> Any:
         """Return a model on the device that this process trains on."""

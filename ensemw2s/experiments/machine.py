@@ -187,10 +187,7 @@ class Machine:
 
     def ensemble(self, side: Side, count: int) -> TokenEnsemble:
         """Return `count` copies of what was trained: their answers do not matter, what they cost does."""
-        if self.files.config.lora is None:
-            models = [load_trained(side.folder) for _ in range(count)]
-            return self.files.placed(TokenEnsemble.from_models(models, [1.0] * count))
-        return TokenEnsemble.from_adapters(self.files.untrained(side.model), [side.folder] * count, [1.0] * count)
+        return self.files.combined(side.model, [side.folder] * count)
 
     def scoring(self, side: Side, count: int) -> Pace:
         """Time one batch of given answers, the longest ones of a test set, under all mixtures of `count` experts."""

@@ -273,7 +273,8 @@ def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
             )
     study = StudyConfig(settings, dict(tasks), _seeds(path, seeds), _pairs(path, comparisons), split)
     for cell in study.cells():
-        arms = _arms(cell.config)
+        derived = ["zero_shot_weak", "zero_shot_strong", "best_expert", "majority_vote", "uniform_average"]
+        arms = [*derived, *cell.config.expert_arms(), *cell.config.students]
         unknown = [arm for pair in study.comparisons for arm in pair if arm not in arms]
         if unknown:
             raise ValueError(f"{path}: comparisons name {unknown[0]:.100}, which is none of the arms {', '.join(arms)}")
@@ -298,11 +299,6 @@ def _pairs(path: str | os.PathLike[str], comparisons: Any) -> tuple[tuple[str, s
     if not good:
         raise ValueError(f"{path}: comparisons must be a list of pairs of different arms, got {shown(comparisons)}")
     return tuple((str(first), str(second)) for first, second in comparisons)
-
-
-def _arms(config: ExperimentConfig) -> list[str]:
-    derived = ["zero_shot_weak", "zero_shot_strong", "best_expert", "majority_vote", "uniform_average"]
-    return [*derived, *config.expert_arms(), *config.students]
 
 
 def _kept(cell: Cell, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -92,8 +92,8 @@ def arms_figure(runs: Sequence[Run]) -> str:
 def _panels_by_split(figure: Figure, label: str, sharex: bool) -> dict[str, Axes]:
     panels = dict(zip(TEST_SPLITS, figure.subplots(1, 2, sharex=sharex, sharey=True), strict=True))
     for split, axes in panels.items():
-        axes.set_title(f"{TEST_SPLITS[split]}: {'easy' if split == 'id' else 'hard'} test questions")
-        axes.set_xlabel(label)
+        title = f"{TEST_SPLITS[split]}: {'easy' if split == 'id' else 'hard'} test questions"
+        axes.set(title=title, xlabel=label)
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0, pad=8)
     return panels
@@ -139,13 +139,11 @@ def rounds_figure(rounds: Sequence[RoundRecord], baseline: float | None) -> str:
         _line(left, numbers, [100 * share for share in reached], label, index)
     if baseline is not None:
         left.axhline(100 * baseline, **DOTTED, label="single weak expert")
-    left.set_title("Accuracy on validation questions")
-    left.set_ylabel("right answers, %")
+    left.set(title="Accuracy on validation questions", ylabel="right answers, %")
     _line(right, numbers, [100 * record.error for record in rounds], "expert's weighted error ε", 0)
     if rounds[0].prior_error is not None:
         right.axhline(100 * rounds[0].prior_error, **DOTTED, label="prior error ε₀ to beat")
-    right.set_title("Weighted error on the training answers")
-    right.set_ylabel("weight of the wrong units, %")
+    right.set(title="Weighted error on the training answers", ylabel="weight of the wrong units, %")
     for axes in (left, right):
         axes.set_ylim(0, 100)
         _round_axis(axes, numbers, "round")
@@ -167,18 +165,14 @@ def weights_figure(rounds: Sequence[RoundRecord]) -> str:
     left.fill_between(numbers, curve(0.25), curve(0.75), color=SERIES[0], alpha=0.4, linewidth=0, label="middle half")
     _line(left, numbers, curve(0.5), "median", 0)
     left.plot(numbers, curve(1.0), color=SERIES[1], marker="s", markersize=4, linewidth=1.1, label="largest")
-    left.set_yscale("log")
+    left.set(title="Weight of a unit after each round", ylabel="N · D (1 = uniform)", yscale="log")
     left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     left.yaxis.set_minor_formatter(NullFormatter())
-    left.set_title("Weight of a unit after each round")
-    left.set_ylabel("N · D (1 = uniform)")
     _legend_below(left, handlelength=1.6)
     shares = [100.0, *(100 * record.effective_sample_size / record.num_units for record in rounds)]
     _line(right, numbers, shares, "effective sample size", 2)
-    right.set_title("Effective sample size")
-    right.set_ylabel("% of N units")
-    right.set_ylim(0, 105)
+    right.set(title="Effective sample size", ylabel="% of N units", ylim=(0, 105))
     for axes in (left, right):
         _round_axis(axes, numbers, "after round (0: at the start)")
     return _svg(figure, "weights", "Distribution of the units' weights and effective sample size after each round")
@@ -194,8 +188,7 @@ def _legend_below(axes: Axes, handlelength: float) -> None:
 
 
 def _round_axis(axes: Axes, numbers: Sequence[int], label: str) -> None:
-    axes.set_xlabel(label)
-    axes.set_xlim(numbers[0] - 0.2, numbers[-1] + 0.2)
+    axes.set(xlabel=label, xlim=(numbers[0] - 0.2, numbers[-1] + 0.2))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
     axes.grid(visible=False, axis="x")
 
@@ -234,7 +227,9 @@ def save_forest_figure(rows: Sequence[ForestRow], path: str | os.PathLike[str]) 
 
 
 def _forest(rows: Sequence[ForestRow], ink: str, muted: str) -> Figure:
-    heights = _forest_heights(rows)
+    # Pooled rows have two lines of text and some room above.
+    steps = [1.9 if row.pooled else 1.45 if above.pooled else 0.85 for above, row in itertools.pairwise(rows)]
+    heights = list(itertools.accumulate(steps, initial=0.0))
     figure = Figure(figsize=(FIGURE_WIDTH, 0.8 + 0.2 * (heights[-1] + 1)), layout="constrained")
     panels = _panels_by_split(figure, "difference in right answers, points", sharex=True)
     for split, axes in panels.items():
@@ -249,12 +244,6 @@ def _forest(rows: Sequence[ForestRow], ink: str, muted: str) -> Figure:
     for row, label in zip(rows, labels.get_yticklabels(), strict=True):
         label.set(fontweight="bold" if row.pooled else "normal", fontsize=8.5 if row.pooled else 7.5)
     return figure
-
-
-def _forest_heights(rows: Sequence[ForestRow]) -> list[float]:
-    """Return where each row stands; pooled rows have two lines of text and some room above."""
-    steps = [1.9 if row.pooled else 1.45 if above.pooled else 0.85 for above, row in itertools.pairwise(rows)]
-    return list(itertools.accumulate(steps, initial=0.0))
 
 
 def _draw_difference(axes: Axes, difference: Interval, height: float, colour: str, pooled: bool) -> None:

@@ -70,9 +70,9 @@ def write_report(paths: Sequence[str | os.PathLike[str]], path: str | os.PathLik
     if pooled := _are_pooled(runs):
         alone = [single for run in runs for single in _single_runs(run)]
         parts = [Part([record for run in runs for record in run.records])]
-        parts += [Part.of(run, heading=True) for run in alone if len(alone) <= MOST_RUNS_IN_DETAIL]
+        parts += [Part(run.records, run, f"Run {run.name}") for run in alone if len(alone) <= MOST_RUNS_IN_DETAIL]
     else:
-        parts = [Part.of(run, heading=len(runs) > 1) for run in runs]
+        parts = [Part(run.records, run, f"Run {run.name}" if len(runs) > 1 else "") for run in runs]
     measured = [run for run in runs if measured_arms(run.records)]
     text = _template().render(
         title=(parts[0].pool.name if pooled and parts[0].pool else "") or ", ".join(run.name for run in runs),
@@ -125,17 +125,15 @@ def _load_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
         raise ValueError("no path: give at least one folder of a run, or a study's .jsonl file")
     names = [Path(path).resolve().name.removesuffix(".jsonl") for path in paths]
     return [
-        _load_run(Path(path), name if names.count(name) == 1 else os.fspath(path))
+        Run(name if names.count(name) == 1 else os.fspath(path), read_records(path), _read_config(path))
         for path, name in zip(paths, names, strict=True)
     ]
 
 
-def _load_run(path: Path, name: str) -> Run:
-    config_file = path / CONFIG_FILE
-    return Run(name, read_records(path), _read_config(config_file) if config_file.exists() else None)
-
-
-def _read_config(file: Path) -> dict[str, Any]:
+def _read_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    file = Path(path) / CONFIG_FILE
+    if not file.exists():
+        return None
     config = read_json(file)
     mappings = (
         (config, *(config.get(key, {}) for key in ("weak", "strong", "boosting"))) if isinstance(config, dict) else ()
@@ -183,11 +181,6 @@ class Part:
     records: Sequence[Record]
     run: Run | None = None
     heading: str = ""
-
-    @classmethod
-    def of(cls, run: Run, *, heading: bool) -> Part:
-        """Return the part of one run."""
-        return cls(run.records, run, f"Run {run.name}" if heading else "")
 
     @functools.cached_property
     def pool(self) -> Pool | None:

@@ -185,13 +185,17 @@ def pool_runs(records: Iterable[Record]) -> Pool:
     seeds = {task: tuple(sorted(found.tolist())) for task, found in given.groupby("task")["seed"].unique().items()}
     answers, left_out = _complete_answers(given, seeds)
     studies = of_kind(rows, StudyRecord)
+    splits = {study.primary_split: study.name for study in studies} or {"ood": ""}
+    if len(splits) > 1:
+        listed = ", ".join(f"{split} ({name})" for split, name in splits.items())
+        raise ValueError(f"studies that are pooled must have one primary_split, got {listed}")
     declared = dict.fromkeys((first, second) for study in studies for first, second in study.comparisons)
     exact, sets = _frame(rows, ArmRecord), given.groupby(["task", "split"])
     unmeasured = sorted((task, seed) for task, seed in run_keys(rows) if seed not in seeds.get(task, ()))
     pool = Pool(
         name=", ".join(dict.fromkeys(study.name for study in studies)),
         declared=bool(studies),
-        primary_split=_primary_split(studies),
+        primary_split=next(iter(splits)),
         comparisons=tuple(declared) if studies else COMPARISONS,
         seeds=seeds,
         answers=answers,
@@ -261,14 +265,6 @@ def _complete_answers(
         f"Left out of task {task}: {arm}, which was not measured with {_listed('seed', sorted(missing))}."
         for (task, arm), missing in sorted(lacking.items(), key=lambda item: (item[0][0], arm_order(item[0][1])))
     ]
-
-
-def _primary_split(studies: Sequence[StudyRecord]) -> str:
-    splits = {study.primary_split: study.name for study in studies} or {"ood": ""}
-    if len(splits) > 1:
-        listed = ", ".join(f"{split} ({name})" for split, name in splits.items())
-        raise ValueError(f"studies that are pooled must have one primary_split, got {listed}")
-    return next(iter(splits))
 
 
 def _limits(given: pd.DataFrame, seeds: Mapping[str, Sequence[int]]) -> list[str]:

@@ -383,10 +383,19 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         place = f"{file}, line {number}"
         row = parse_json(line, place)
+        if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
+            raise ValueError(f'{place}: expected a JSON object with a text field "kind"')
         try:
-            records += _parse_row(row, first_lines, number)
+            found = parse_records([row])
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
+        for record in found:
+            figure = (record.kind, *(getattr(record, name) for name in record.figure or ()))
+            if record.figure is not None and first_lines.setdefault(figure, number) != number:
+                raise ValueError(
+                    f"{place}: gives the same figure as line {first_lines[figure]}; each task and seed has one run"
+                )
+        records += found
     if not any(isinstance(record, ArmRecord | RoundRecord) for record in records):
         raise ValueError(f"{file} holds neither rounds nor measured arms: run boost or evaluate first")
     return records
@@ -395,14 +404,3 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 def parse_records(rows: Iterable[Mapping[str, Any]]) -> list[Record]:
     """Return the records of lines that were read as JSON; those of kinds that are not declared here are left out."""
     return [KINDS[row["kind"]].from_json(row) for row in rows if row["kind"] in KINDS]
-
-
-def _parse_row(row: Any, first_lines: dict[tuple[Any, ...], int], number: int) -> list[Record]:
-    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
-        raise ValueError('expected a JSON object with a text field "kind"')
-    records = parse_records([row])
-    for record in records:
-        figure = None if record.figure is None else (record.kind, *(getattr(record, name) for name in record.figure))
-        if figure is not None and first_lines.setdefault(figure, number) != number:
-            raise ValueError(f"gives the same figure as line {first_lines[figure]}; each task and seed has one run")
-    return records

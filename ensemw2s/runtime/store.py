@@ -51,12 +51,9 @@ class Store:
 
     def fulfil(self, target: Path) -> None:
         """Keep what is at `target` if the process that made it died before it did; every process must call this."""
-        processes.on_main(self._fulfil, target)
-
-    def _fulfil(self, target: Path) -> None:
-        name = accounts.promised(target)
+        name = processes.on_main(accounts.promised, target)
         if name is not None:
-            self._keep(target, self.folder / name)
+            processes.on_main(self._keep, target, self.folder / name)
 
     def _is_there(self, kept: Path, target: Path) -> bool:
         if not target.exists() and kept.exists():
