@@ -213,10 +213,6 @@ class ExperimentConfig:
         """Return the run's folder."""
         return Path(self.output_dir) / self.name
 
-    def boosting_config(self, folder: str | os.PathLike[str], **settings: Any) -> BoostingConfig:
-        """Return the boosting settings for a trainer that works in `folder`."""
-        return BoostingConfig(**self._placed(folder) | self.boosting | settings)
-
     def ensemble_config(self, arm: str, folder: str | os.PathLike[str], **settings: Any) -> BoostingConfig:
         """Return the settings of an arm that is an ensemble of experts, or one expert (`single_expert`, `equal_cost`).
 
@@ -224,7 +220,7 @@ class ExperimentConfig:
         the same weights and seed is the same expert.
         """
         if arm == "ensemble":
-            return self.boosting_config(folder, **settings)
+            return BoostingConfig(**self._placed(folder) | self.boosting | settings)
         own: dict[str, Any] = {"recipe": "deep_ensemble", "num_rounds": 1}
         if arm in self.ensembles:
             own = self.ensembles[arm]
@@ -275,15 +271,14 @@ class ExperimentConfig:
         `resolved` holds what recipes and defaults stand for, so that results of another version's are not mistaken.
         """
         plain = json.loads(json.dumps(dataclasses.asdict(self)))
-        plain["resolved"] = {arm: self._resolved(arm) for arm in ("ensemble", *self.ensembles)}
-        return {key: value for key, value in plain.items() if key not in ("name", "output_dir", "store")}
-
-    def _resolved(self, arm: str) -> dict[str, Any]:
-        """Return the settings of an arm that say how its experts are boosted."""
-        args = self.ensemble_config(arm, "")
         training = {field.name for field in dataclasses.fields(AnswerTrainingArguments)}
-        own = [field.name for field in dataclasses.fields(BoostingConfig) if field.name not in training]
-        return {name: getattr(args, name) for name in own if name != "overwrite"}
+        names = [field.name for field in dataclasses.fields(BoostingConfig)]
+        boosting = [name for name in names if name not in training | {"overwrite"}]
+        plain["resolved"] = {}
+        for arm in ("ensemble", *self.ensembles):
+            args = self.ensemble_config(arm, "")
+            plain["resolved"][arm] = {name: getattr(args, name) for name in boosting}
+        return {key: value for key, value in plain.items() if key not in ("name", "output_dir", "store")}
 
 
 _NESTED = {
@@ -384,7 +379,7 @@ def build_config(settings: Mapping[str, Any]) -> ExperimentConfig:
     _check_sizes(config.data.sizes)
     # Building the arguments checks their values now rather than minutes into a run.
     with _checked("boosting.", BoostingConfig, config.boosting):
-        config.boosting_config(config.folder)
+        config.ensemble_config("ensemble", config.folder)
     with _checked("lora.", LoraConfig, config.lora or {}):
         built = config.peft_config()
     if built is not None:

@@ -32,11 +32,7 @@ RUN = Kind("run", "a run", (
 
 
 class RunFolder:
-    """The folder of one run; what is read from it once is kept in memory.
-
-    Args:
-        config: the run's; the folder is `config.folder`.
-    """
+    """The folder of one run, `config.folder`; what is read from it once is kept in memory."""
 
     def __init__(self, config: ExperimentConfig) -> None:
         self.config = config
@@ -116,12 +112,7 @@ class RunFolder:
                 )
 
     def check_left(self, phase: str, path: Path) -> None:
-        """Refuse a file or folder that a phase left and that is gone or damaged, and say how it is made anew.
-
-        Raises:
-            FileNotFoundError: it is gone.
-            ValueError: it is damaged.
-        """
+        """Refuse what a phase left and what is gone or damaged, as `accounts.check`, and say how it is made anew."""
         remedy = f"Delete {path} and {self.records_file(phase)}, and run the same command again: {phase} makes it anew"
         check(path, remedy)
 

@@ -101,41 +101,26 @@ class Pace:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two pre-trained models as it was measured.
-
-    Attributes:
-        model: which it is.
-        folder: where what was trained is saved.
-        load: seconds to load it.
-        load_trained: seconds to load what was trained.
-        save: seconds to save that.
-        size: bytes of that on the disk.
-        tokenizer_size: bytes of the tokenizer among them.
-        training: pace of training.
-        trains: FLOPs of training.
-        infers: FLOPs of the trained model's answers.
-        infers_plain: the same of the model before training.
-    """
+    """One of the two pre-trained models as it was measured; `folder` is where what was trained is saved."""
 
     model: ModelConfig
     folder: Path
+    # Seconds to load the model, to load what was trained, and to save that.
     load: float
     load_trained: float
     save: float
+    # Bytes on the disk: of what was trained, and of the tokenizer beside it.
     size: int
     tokenizer_size: int
     training: Pace
+    # FLOPs: of training, of the trained model's answers, and of those of the model before training.
     trains: ModelFlops
     infers: ModelFlops
     infers_plain: ModelFlops
 
 
 class Machine:
-    """Measures this machine.
-
-    Args:
-        files: a run that has its questions; what is trained here is saved there.
-    """
+    """Measures this machine with the questions of a run, in whose folder what is trained here is saved."""
 
     def __init__(self, files: RunFolder) -> None:
         self.files = files

@@ -54,11 +54,7 @@ _SMALL_FILES = 1_000_000
 def plan(config: ExperimentConfig) -> list[PhaseEstimate]:
     """Estimate an experiment, phase by phase; models that are not on this machine yet are fetched or made.
 
-    Args:
-        config: the experiment. Nothing is written to its folder.
-
-    Raises:
-        ValueError: questions or settings that the experiment itself would refuse.
+    Nothing is written to its folder. Questions or settings that it would refuse itself raise ValueError here, too.
     """
     with tempfile.TemporaryDirectory() as folder:
         # The data phase is cheap, but for a rating: it is run.

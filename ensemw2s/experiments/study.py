@@ -80,11 +80,7 @@ class StudyConfig:
         return str(self.settings["name"])
 
     def with_tasks(self, names: Sequence[str]) -> StudyConfig:
-        """Return the study of these tasks alone; what the records hold of others stays in them.
-
-        Raises:
-            ValueError: a name that is none of the tasks.
-        """
+        """Return the study of these tasks alone; a name that is none of the tasks raises ValueError."""
         unknown = [name for name in names if name not in self.tasks]
         if unknown:
             raise ValueError(f"{shown(unknown[0])} is none of the study's tasks {shown_names(self.tasks)}")
@@ -149,8 +145,7 @@ class Study:
     def missing(self) -> list[Cell]:
         """Return the cells whose figures are not in the records, or are those of another configuration.
 
-        Raises:
-            ValueError: some of a cell's records are gone or changed; names the file and the cell.
+        Records of a cell that are gone or changed raise ValueError, which names the file and the cell.
         """
         records = self._records()
         kept = {(r.get("task"), r.get("seed")): r.get("key") for r in records if r["kind"] == CellRecord.kind}
@@ -158,11 +153,9 @@ class Study:
         return [cell for cell in self.cells if kept.get((cell.task, cell.seed)) != cell.key]
 
     def run(self, jobs: int = 1, minutes: float | None = None) -> None:
-        """Run the missing cells, and add each to the records as soon as it is finished.
+        """Run the missing cells, `jobs` at a time, and add each to the records as soon as it is finished.
 
-        Args:
-            jobs: cells that run at the same time, each in a process of its own.
-            minutes: begin no cell after this time; None runs all.
+        With more than one job each cell has a process of its own; after `minutes` no cell is begun (None runs all).
 
         Raises:
             InUseError: another process adds to the records, or works in a cell's folder.
@@ -304,12 +297,10 @@ def _pairs(path: str | os.PathLike[str], comparisons: Any) -> tuple[tuple[str, s
 def _kept(cell: Cell, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     place = {"task": cell.task, "seed": cell.seed}
     rows: list[dict[str, Any]] = []
-    for record in records:
-        if record["kind"] in KEPT:
-            fields = KEPT[record["kind"]]
-            chosen = dict(record) if fields is None else {name: record[name] for name in fields if name in record}
-            kind = _ROUND_SUMMARY if record["kind"] == RoundRecord.kind else record["kind"]
-            rows.append({**chosen, "kind": kind, **place})
+    for record in (record for record in records if record["kind"] in KEPT):
+        chosen = {name: record[name] for name in KEPT[record["kind"]] or record if name in record}
+        kind = _ROUND_SUMMARY if record["kind"] == RoundRecord.kind else record["kind"]
+        rows.append({**chosen, "kind": kind, **place})
     return [CellRecord(task=cell.task, seed=cell.seed, key=cell.key, records=digest_json(rows, 8)).to_json(), *rows]
 
 

@@ -54,12 +54,8 @@ def write_report(paths: Sequence[str | os.PathLike[str]], path: str | os.PathLik
     """Write one HTML page on one or several runs, or on studies, atomically.
 
     Runs that share arms and settings, and differ in task or seed, are pooled: the page opens with what they say
-    together. Other runs stand side by side.
-
-    Args:
-        paths: folders of runs, each with `results.jsonl` and, if it has one, `config.json`; or `.jsonl` files of
-            studies.
-        path: the page.
+    together. Other runs stand side by side. `paths` are folders of runs, each with `results.jsonl` and, if it has one,
+    `config.json`, or `.jsonl` files of studies; `path` is the page.
 
     Raises:
         FileNotFoundError: a folder without results, or no such file.

@@ -141,11 +141,7 @@ class Pool:
         return [pair for pair in self.comparisons if any(self.shared_tasks(split, *pair) for split in TEST_SPLITS)]
 
     def reference_arm(self, reference: str | None = None) -> str:
-        """Return the arm that the others are measured against: the given one, or the first of the first comparison.
-
-        Raises:
-            ValueError: an arm that no task measured, or none given and no comparison.
-        """
+        """Return the given arm, or the first of the first comparison; without one, or as `check_arm`, ValueError."""
         if reference is None and not self.comparisons:
             raise ValueError("no reference arm: the records declare no comparison; name the arm with `reference`")
         return self.check_arm(reference or self.comparisons[0][0])

@@ -6,8 +6,8 @@ of one run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from ensemw2s.report.arms import BASELINE, arm_name, lower_first
 from ensemw2s.report.pool import Pair, Pool, pool_runs
@@ -30,6 +30,7 @@ COSTS = {
 }
 
 Rows = tuple[list[str], list[list[str]]]
+_Record = TypeVar("_Record", bound=Record)
 
 
 def accuracies(pool: Pool, *, arms: Sequence[str] | None = None) -> Rows:
@@ -250,58 +251,57 @@ def results_table(records: Sequence[Record]) -> Table:
 
 def rounds(records: Iterable[RoundRecord]) -> Rows:
     """Return every boosting round, one row per attempt."""
-    headers = ["Round", "Weighted error ε", "Prior error ε₀", "Expert weight α", "Effective sample size",
-               "Validation: expert", "Validation: ensemble", "Time, s", "Note"]  # fmt: skip
-    return without_empty_columns(headers, [_round_row(record) for record in records])
+    return without_empty_columns(*_columns(records, {
+        "Round": lambda record: str(record.round),
+        "Weighted error ε": lambda record: f"{record.error:.4f}",
+        "Prior error ε₀": lambda record: number(record.prior_error, ".4f"),
+        "Expert weight α": lambda record: number(record.expert_weight, ".3f"),
+        "Effective sample size": _effective_sample_size,
+        "Validation: expert": lambda record: number((record.validation or {}).get("expert"), ".1%"),
+        "Validation: ensemble": lambda record: number((record.validation or {}).get("ensemble"), ".1%"),
+        "Time, s": lambda record: f"{record.seconds:.1f}",
+        "Note": _round_note,
+    }))  # fmt: skip
 
 
-def _round_row(record: RoundRecord) -> list[str]:
-    validation = record.validation or {}
-    share = record.effective_sample_size / record.num_units
+def _columns(records: Iterable[_Record], columns: Mapping[str, Callable[[_Record], str]]) -> Rows:
+    return list(columns), [[text(record) for text in columns.values()] for record in records]
+
+
+def _effective_sample_size(record: RoundRecord) -> str:
+    size, units = record.effective_sample_size, record.num_units
+    return f"{size:.0f} of {units} ({size / units:.0%})"
+
+
+def _round_note(record: RoundRecord) -> str:
     notes = {
         "not added: no better than the prior": not record.accepted,
         "error clamped": record.clamped,
         f"attempt {record.attempt}": record.attempt > 1,
     }
-    return [
-        str(record.round),
-        f"{record.error:.4f}",
-        number(record.prior_error, ".4f"),
-        number(record.expert_weight, ".3f"),
-        f"{record.effective_sample_size:.0f} of {record.num_units} ({share:.0%})",
-        number(validation.get("expert"), ".1%"),
-        number(validation.get("ensemble"), ".1%"),
-        f"{record.seconds:.1f}",
-        ", ".join(note for note, holds in notes.items() if holds),
-    ]
+    return ", ".join(note for note, holds in notes.items() if holds)
 
 
 def phases(records: Iterable[Record]) -> Rows:
     """Return what every phase cost."""
-    columns = {"Seconds": ("seconds", 1), "Tokens": ("tokens", 1), "TFLOP": ("flops", 1e12),
-               "Peak memory, GB": ("peak_memory", 1e9)}  # fmt: skip
-    rows = [
-        [record.phase, *(amount_text(getattr(record, field), unit) for field, unit in columns.values())]
-        for record in of_kind(records, PhaseRecord)
-    ]
-    return without_empty_columns(["Phase", *columns], rows)
+    return without_empty_columns(*_columns(of_kind(records, PhaseRecord), {
+        "Phase": lambda record: record.phase,
+        "Seconds": lambda record: amount_text(record.seconds, 1),
+        "Tokens": lambda record: amount_text(record.tokens, 1),
+        "TFLOP": lambda record: amount_text(record.flops, 1e12),
+        "Peak memory, GB": lambda record: amount_text(record.peak_memory, 1e9),
+    }))  # fmt: skip
 
 
 def labels(records: Iterable[Record]) -> Rows:
     """Return what each teacher's answers to the unlabelled questions are worth."""
-    headers = ["Teacher", "Hard questions", "Answered right", "Mean log-probability per token, nats",
-               "Experts' agreement"]  # fmt: skip
-    rows = [
-        [
-            arm_name(record.teacher),
-            str(record.n),
-            number(record.accuracy, ".1%"),
-            number(record.confidence, ".3f"),
-            number(record.agreement, ".1%"),
-        ]
-        for record in of_kind(records, LabelsRecord)
-    ]
-    return headers, rows
+    return _columns(of_kind(records, LabelsRecord), {
+        "Teacher": lambda record: arm_name(record.teacher),
+        "Hard questions": lambda record: str(record.n),
+        "Answered right": lambda record: number(record.accuracy, ".1%"),
+        "Mean log-probability per token, nats": lambda record: number(record.confidence, ".3f"),
+        "Experts' agreement": lambda record: number(record.agreement, ".1%"),
+    })  # fmt: skip
 
 
 def number(value: float | None, form: str) -> str:

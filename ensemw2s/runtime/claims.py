@@ -163,11 +163,7 @@ def _claim(
 
 
 def discard(folder: Path, kind: Kind) -> None:
-    """Delete all that a claim left in its folder, but its marker.
-
-    Raises:
-        ValueError: files that are not ours lie among it; names them, and nothing is deleted.
-    """
+    """Delete all that a claim left in its folder, but its marker; nothing, and ValueError, if some is not ours."""
     found = [str(path.relative_to(folder)) for path in accounts.strangers(folder, kind.files)]
     if found:
         raise ValueError(

@@ -67,12 +67,8 @@ def is_disk_full(error: BaseException) -> bool:
 def new_file(path: str | os.PathLike[str], *, watched: bool = True) -> Iterator[Path]:
     """Give the path of a scratch file that takes the place of `path` when the block ends without an error.
 
-    Args:
-        path: where it shall be.
-        watched: whether `watchers` are told: a file that does not stay is none of their business.
-
-    Raises:
-        DiskFullError: the disk is full; `path` is as it was before.
+    A full disk raises DiskFullError, and `path` is as it was before. `watchers` are told if it is `watched`: a file
+    that does not stay is none of their business.
     """
     path = Path(path)
     with _aside(path) as aside:
@@ -89,11 +85,7 @@ _BEGINNING = 4096
 
 @contextmanager
 def new_page(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Do as `new_file` for a page or picture, and replace none but our own, which have `SIGNATURE` in them.
-
-    Raises:
-        ValueError: somebody else's file is at `path`.
-    """
+    """Do as `new_file` for a page or picture; one without `SIGNATURE` in it is not ours and raises ValueError."""
     path = Path(path)
     if path.is_file() and SIGNATURE.encode() not in path.read_bytes()[:_BEGINNING]:
         raise ValueError(f"{path} was not made by ensemw2s and is left as it is: name another file, or move it away")
@@ -235,11 +227,7 @@ def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, A
 
 
 def append_json_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append one JSON object a line; a kill may tear the last line, which the next reader or writer drops.
-
-    Raises:
-        DiskFullError: the disk is full.
-    """
+    """Append one JSON object a line; a kill may tear the last line, which the next reader or writer drops."""
     path, lines = Path(path), [_json_line(row) for row in rows]
     try:
         make_folder(path.parent)
@@ -329,11 +317,7 @@ def write_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
 
 @contextmanager
 def new_array(path: str | os.PathLike[str], size: int, dtype: Any = np.float64) -> Iterator[np.ndarray]:
-    """Give an array [size] that is mapped into memory and takes the place of `path` (as `.npy`) at the block's end.
-
-    Raises:
-        DiskFullError: the disk is full; `path` is as it was before.
-    """
+    """Give an array [size] that is mapped into memory and is `path` (as `.npy`) at the block's end; see `new_file`."""
     with new_file(path) as aside:
         array = np.lib.format.open_memmap(aside, mode="w+", dtype=dtype, shape=(size,))
         with aside.open("r+b") as file:

@@ -176,9 +176,7 @@ def count_before(seconds: float, tokens: float, flops: float) -> None:
 def model_flops(model: torch.nn.Module, *, training: bool = False) -> ModelFlops:
     """Return what one token, one row at the head and one pair of attention cost; NaN with a warning if unknown.
 
-    Args:
-        model: a causal language model of transformers, wrapped by peft or not.
-        training: with the backward pass, to the weights that require a gradient when a model is first asked for.
+    In training with the backward pass, to the weights that require a gradient when a model is first asked for.
     """
     known = _BY_MODEL.setdefault(model, {})
     if training not in known:
@@ -320,8 +318,7 @@ class Ledger:
     def total(self, path: Path | None = None) -> dict[str, Any]:
         """Return `seconds`, `tokens`, `flops` (None if unknown) and `peak_memory` (bytes) of all that is kept.
 
-        Args:
-            path: sum up what was spent on this file alone; None: on all, and, while it runs, since the last entry.
+        Of one file alone if it is given; else, while the ledger runs, with what was spent since the last entry.
         """
         rows = [row for row in self._rows() if path is None or row["file"] == self._name(path)]
         rows += [self._spent()] if path is None and self._start is not None else []

@@ -59,11 +59,7 @@ def require_file(path: str | os.PathLike[str], advice: str) -> Path:
 
 
 def read_text(path: str | os.PathLike[str], *, most_bytes: int | None = None) -> str:
-    """Return the text of a UTF-8 file, without the mark that some editors put in front.
-
-    Raises:
-        ValueError: the file is not UTF-8, or longer than `most_bytes`.
-    """
+    """Return the text of a UTF-8 file without a byte order mark; ValueError for other bytes, or too many."""
     path = Path(path)
     size = path.stat().st_size
     if most_bytes is not None and size > most_bytes:

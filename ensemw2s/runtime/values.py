@@ -86,17 +86,9 @@ def shown_names(names: Iterable[Any], most: int = 12) -> str:
 
 
 def check_number(name: str, value: Any, range_name: str | None = None, *, whole: bool = False) -> None:
-    """Refuse what is no number, or one outside its range.
+    """Refuse what is no number (TypeError, as `require_numbers`) or outside its range (ValueError; NaN is in none).
 
-    Args:
-        name: what errors call the value.
-        value: the value.
-        range_name: the key of `RANGES`; None is `name`.
-        whole: refuse numbers that are not whole.
-
-    Raises:
-        TypeError: no number (a bool is none), or not a whole one.
-        ValueError: a number outside its range; NaN is in none.
+    Errors call the value `name`, which is also its key of `RANGES` unless `range_name` is another.
     """
     require_numbers(whole=whole, **{name: value})
     _check_range(name, value, RANGES[range_name or name])
@@ -111,15 +103,10 @@ def require_numbers(*, whole: bool = False, **values: Any) -> None:
 
 
 def check_fields(settings: Any, inherited: type | None = None) -> None:
-    """Check all fields of a dataclass of settings by their declared types and `RANGES`.
+    """Check all fields of a dataclass of settings by their declared types (TypeError) and `RANGES` (ValueError).
 
-    Args:
-        settings: an instance.
-        inherited: a base class of another package; of the fields that it alone declares, those in `RANGES` are checked.
-
-    Raises:
-        TypeError: a value of another type than is declared.
-        ValueError: a value outside its range, or none of those that are declared.
+    A value that is none of those declared one by one is a ValueError, too. Of the fields that only a base class of
+    another package declares, `inherited`, those in `RANGES` are checked.
     """
     kind = type(settings)
     bases = [base for base in kind.__mro__ if base not in getattr(inherited, "__mro__", ())]
@@ -147,15 +134,9 @@ def check_value(kind: type, name: str, value: Any, prefix: str = "") -> None:
 
 
 def check_in_use(settings: Any, uses: Uses, defaults: Mapping[str, Any] | None = None) -> None:
-    """Refuse settings that would do nothing.
+    """Raise `IdleSettingError` for a setting of a dataclass that is set and would do nothing.
 
-    Args:
-        settings: an instance of a dataclass.
-        uses: of each setting, whether it does something, and the words for when it does.
-        defaults: values that settings have if nobody sets them, where they are not those of the class.
-
-    Raises:
-        IdleSettingError: a setting that is set and does nothing.
+    `defaults` are the values that settings have if nobody sets them, where they are not those of the class.
     """
     for name, (is_used, when) in uses.items():
         value = getattr(settings, name)
