@@ -375,8 +375,18 @@ def build_config(settings: Mapping[str, Any]) -> ExperimentConfig:
     """Build an experiment from a nested mapping, checking every key and value; see `load_config`."""
     _check_plain(settings)
     config = _build(ExperimentConfig, settings, "")
-    _check_names(config)
-    _check_sizes(config.data.sizes)
+    check_folder_name(config.name)
+    if config.task == "":
+        raise ValueError("task must not be empty: name what the runs of several seeds share, or leave it out")
+    for key in ("output_dir", "store"):
+        if getattr(config, key) == "":
+            raise ValueError(f"{key} must not be empty: name a folder, or leave it out")
+    _check_keys(config.data.sizes, SPLITS, "data.sizes.")
+    for split in SPLITS:
+        size = config.data.sizes.get(split)
+        if type(size) is not int or not 2 <= size <= LARGEST:
+            # One question has no standard error.
+            raise ValueError(f"data.sizes.{split} must be a whole number of questions, at least 2; got {shown(size)}")
     # Building the arguments checks their values now rather than minutes into a run.
     with _checked("boosting.", BoostingConfig, config.boosting):
         config.ensemble_config("ensemble", config.folder)
@@ -414,24 +424,6 @@ def _check_plain(settings: Any, place: str = "", level: int = 1) -> None:
         )
     elif isinstance(settings, str) and ("\0" in settings or has_surrogates(settings)):
         raise ValueError(f"{place} holds a character that no file can hold: {shown(settings)}")
-
-
-def _check_names(config: ExperimentConfig) -> None:
-    check_folder_name(config.name)
-    if config.task == "":
-        raise ValueError("task must not be empty: name what the runs of several seeds share, or leave it out")
-    for key in ("output_dir", "store"):
-        if getattr(config, key) == "":
-            raise ValueError(f"{key} must not be empty: name a folder, or leave it out")
-
-
-def _check_sizes(sizes: Mapping[str, Any]) -> None:
-    _check_keys(sizes, SPLITS, "data.sizes.")
-    for split in SPLITS:
-        size = sizes.get(split)
-        if type(size) is not int or not 2 <= size <= LARGEST:
-            # One question has no standard error.
-            raise ValueError(f"data.sizes.{split} must be a whole number of questions, at least 2; got {shown(size)}")
 
 
 def _check_student_settings_in_use(config: ExperimentConfig) -> None:

@@ -123,12 +123,9 @@ class Cell:
 
 
 class Study:
-    """Run a study's cells and keep their figures.
+    """Run a study's cells and keep their figures in `records` (None: `records.jsonl` in the study's folder).
 
-    Args:
-        config: what to do.
-        records: the file of the study's records; None: `records.jsonl` in the study's folder.
-        say: called with each line meant for the reader.
+    `say` is called with each line meant for the reader.
     """
 
     def __init__(
@@ -168,20 +165,19 @@ class Study:
         self._records()
         claim_shared(self.cells[0].config.folder.parent, _KIND)
         with held_file(self.file):
-            self._run(jobs, minutes)
-
-    def _run(self, jobs: int, minutes: float | None) -> None:
-        end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
-        waiting = self.missing()
-        self.say(f"{self.config.name}: {len(self.cells) - len(waiting)} of {len(self.cells)} cells are in {self.file}")
-        if jobs == 1:
-            while waiting and time.monotonic() < end:
-                cell = waiting.pop(0)
-                self._add(cell, _run_cell(cell))
-        else:
-            self._run_side_by_side(waiting, jobs, end)
-        if waiting:
-            self.say(f"{len(waiting)} cells are left: the same command goes on with them")
+            end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
+            waiting = self.missing()
+            self.say(
+                f"{self.config.name}: {len(self.cells) - len(waiting)} of {len(self.cells)} cells are in {self.file}"
+            )
+            if jobs == 1:
+                while waiting and time.monotonic() < end:
+                    cell = waiting.pop(0)
+                    self._add(cell, _run_cell(cell))
+            else:
+                self._run_side_by_side(waiting, jobs, end)
+            if waiting:
+                self.say(f"{len(waiting)} cells are left: the same command goes on with them")
 
     def _run_side_by_side(self, waiting: list[Cell], jobs: int, end: float) -> None:
         """Take cells from `waiting` until `end`, `jobs` at a time."""
@@ -235,11 +231,7 @@ def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
 
     It holds the keys of an experiment and, beside them, `tasks` (name -> keys that replace those of the experiment),
     `seeds` (a number of seeds, from 0 on, or a list), and what is declared beforehand: `comparisons` (pairs of arms)
-    and `primary_split`.
-
-    Args:
-        path: the file.
-        overrides: "dotted.key=value" each, e.g. "seeds=3".
+    and `primary_split`. Overrides are "dotted.key=value" each, e.g. "seeds=3".
 
     Raises:
         FileNotFoundError: no such file.

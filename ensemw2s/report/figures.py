@@ -211,8 +211,7 @@ def forest_figure(rows: Sequence[ForestRow]) -> str:
 def save_forest_figure(rows: Sequence[ForestRow], path: str | os.PathLike[str]) -> None:
     """Write the figure to a file of its own, atomically: the same rows give the same bytes.
 
-    Raises:
-        ValueError: a suffix other than .svg and .png, or a file at `path` that is not ours.
+    A suffix other than .svg and .png, or a file at `path` that is not ours, raises ValueError.
     """
     suffix = Path(path).suffix.removeprefix(".")
     if suffix not in FILE_FORMATS:

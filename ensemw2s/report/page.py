@@ -151,13 +151,11 @@ def _are_pooled(runs: Sequence[Run]) -> bool:
         return True
     keys = [run_keys(run.records) for run in runs]
     apart = len(set().union(*keys)) == sum(map(len, keys)) > 1
-    alike = all(_settings(run) == _settings(runs[0]) for run in runs)
+    configs = [run.config or {} for run in runs]
+    settings = [{key: value for key, value in config.items() if key not in POOLED_OVER} for config in configs]
+    alike = all(own == settings[0] for own in settings)
     arms = [{record.arm for record in of_kind(run.records, AnswersRecord)} for run in runs]
     return apart and alike and bool(set.intersection(*arms))
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in (run.config or {}).items() if key not in POOLED_OVER}
 
 
 def _single_runs(run: Run) -> list[Run]:

@@ -91,11 +91,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def enter(path: Path_, made: Path) -> str:
-    """Enter the file or folder `made`, about to be called `path`, into the account around `path`, if there is one.
-
-    Returns:
-        A hash of all that was made.
-    """
+    """Enter what was `made`, about to be called `path`, into the account around that, if any; return its hash."""
     names = {file.relative_to(made).as_posix(): file for file in files_in(made)} if made.is_dir() else {"": made}
     found = {name: {"bytes": file.stat().st_size, "blake2b": digest_of(file)} for name, file in names.items()}
     owner = account_around(path)
@@ -165,9 +161,7 @@ def _whole_lines(descriptor: int) -> int:
 def check(path: Path_, remedy: str | None = None) -> None:
     """Refuse a file or folder whose content is not what this package wrote; outside of any account, nothing is known.
 
-    Args:
-        path: a file, or a folder that was written whole.
-        remedy: what its reader shall do, a sentence; None says to delete it.
+    The remedy is a sentence on what its reader shall do; None says to delete it.
 
     Raises:
         FileNotFoundError: it is not there, or one of its files.

@@ -35,21 +35,16 @@ class InUseError(RuntimeError):
 
 @dataclass(frozen=True)
 class Kind:
-    """What a folder is claimed for.
-
-    Attributes:
-        name: of the marker.
-        words: for a reader, with the article.
-        files: patterns of all that such a claim writes into its folder, at the top. None of them may be there before,
-            and with `overwrite` they alone are deleted.
-        setting: what a reader changes to be given another folder.
-        alone: whether the folder must hold nothing else when it is claimed first.
-    """
+    """What a folder is claimed for: the name of the marker, and words for a reader, with the article."""
 
     name: str
     words: str
+    # Patterns of all that such a claim writes into its folder, at the top. None of them may be there before, and with
+    # `overwrite` they alone are deleted.
     files: tuple[str, ...]
+    # What a reader changes to be given another folder.
     setting: str = "output_dir"
+    # Whether the folder must hold nothing else when it is claimed first.
     alone: bool = False
 
     def marker(self, folder: Path) -> Path:

@@ -40,18 +40,13 @@ _PROBES = ((4, 4), (4, 2), (8, 4))
 
 @dataclass(frozen=True)
 class Work:
-    """The shape of one forward pass, or the sum of several.
+    """The shape of one forward pass, or the sum of several."""
 
-    Attributes:
-        tokens: tokens read, padding aside.
-        padded: tokens read, with padding.
-        head: rows for which logits were made.
-        pairs: (query, key) pairs of attention, per layer and head.
-    """
-
+    # Tokens read, padding aside, and with it; rows for which logits were made.
     tokens: float = 0
     padded: float = 0
     head: float = 0
+    # (query, key) pairs of attention, per layer and head.
     pairs: float = 0
 
     def __add__(self, other: Work) -> Work:
@@ -86,21 +81,17 @@ class ModelFlops:
 
 @dataclass
 class Meter:
-    """What was counted within a `metered` block.
+    """What was counted within a `metered` block."""
 
-    Attributes:
-        tokens: tokens read, padding aside: in training, by every expert, and while decoding.
-        flops: floating-point operations; NaN if those of a model could not be counted.
-        seconds_before: what training took, in other processes, until the checkpoint from which it went on here.
-    """
-
+    # NaN if those of a model could not be counted.
     flops: float = 0.0
+    # What training took, in other processes, until the checkpoint from which it went on here.
     seconds_before: float = 0.0
     _tokens: Any = 0
 
     @property
     def tokens(self) -> int:
-        """Return the tokens read so far."""
+        """Return the tokens read so far, padding aside: in training, by every expert, and while decoding."""
         return int(self._tokens)
 
     def add(self, tokens: Any, flops: float) -> None:
@@ -286,10 +277,7 @@ class Ledger:
 
     While it runs, whatever `files` keeps is entered with what was spent since the entry before, just before it gets its
     name. Work whose result was lost with its process is done again and counts once, so that tokens and FLOPs are
-    those of an uninterrupted run.
-
-    Args:
-        file: where it is kept, one JSON object a line. The main process writes it and counts its own work.
+    those of an uninterrupted run. The main process writes the file, a JSON object a line, and counts its own work.
     """
 
     def __init__(self, file: Path) -> None:

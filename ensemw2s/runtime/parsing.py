@@ -29,11 +29,7 @@ _TOO_DEEP = f"{{}} is nested more than {MOST_LEVELS} levels deep, expected a few
 
 
 class _RepeatedKeyError(ValueError):
-    """An object has a key twice."""
-
-    def __init__(self, key: str) -> None:
-        super().__init__(key)
-        self.key = key
+    """An object has the key twice that is its argument."""
 
 
 def require_file(path: str | os.PathLike[str], advice: str) -> Path:
@@ -100,9 +96,9 @@ def parse_json(text: str | bytes, place: str, *, not_finite: bool = False) -> An
     except RecursionError as error:
         raise ValueError(_TOO_DEEP.format(place)) from error
     except _RepeatedKeyError as error:
+        key = error.args[0]
         raise ValueError(
-            f"{place}: the key {shown(error.key)} stands twice in one object{_lines_of(error.key, text)}: keep "
-            "one of them"
+            f"{place}: the key {shown(key)} stands twice in one object{_lines_of(key, text)}: keep one of them"
         ) from error
     except ValueError as error:
         # Of a number; and Python reads no whole number of more than 4,300 digits.
