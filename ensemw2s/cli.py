@@ -21,7 +21,6 @@ from ensemw2s.runtime.console import quiet_libraries
 if TYPE_CHECKING:
     from rich.console import Console
 
-
 PHASE_HELP = {
     "boost": "train the weak baseline and the boosted experts, and save their ensemble",
     "label": "let the single expert and the ensemble answer the unlabelled hard questions",

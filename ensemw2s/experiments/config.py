@@ -316,7 +316,9 @@ def read_settings(
     if not os.fspath(path):
         raise ValueError("the name of the configuration is empty: give a YAML or JSON file, or the folder of a run")
     path = Path(path)
-    folder = _run_folder(path)
+    # The folder of a run is given, or the configuration in one.
+    in_run = path.name == CONFIG_FILE and (path.parent / f"{RESERVED}run.json").is_file()
+    folder = absolute(path.parent if in_run else path) if in_run or path.is_dir() else None
     path = path if folder is None else folder / CONFIG_FILE
     require_file(path, "give a YAML or JSON file, or the folder of an earlier run")
     settings = _parse_with_base(path)
@@ -336,13 +338,6 @@ def read_settings(
             raise ValueError(f"the override {shown(key)} is given twice: keep one of them")
         settings = merge_settings(settings, change)
     return settings
-
-
-def _run_folder(path: Path) -> Path | None:
-    """Return the folder of a run that `path` is, or whose own configuration it is; None if it is a file of a user's."""
-    if path.name == CONFIG_FILE and (path.parent / f"{RESERVED}run.json").is_file():
-        path = path.parent
-    return absolute(path) if path.is_dir() else None
 
 
 def check_folder_name(name: str) -> None:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import TrainingArguments
 
-
 # Training is timed until either is reached; the first step warms up and is not counted.
 _TIMED_STEPS, _TIMED_SECONDS = 100, 6.0
 _TIMED_PASSES = 5

@@ -25,16 +25,7 @@ from ensemw2s.data.tokens import tokenize_prompts, tokenize_questions
 from ensemw2s.experiments.config import ExperimentConfig
 from ensemw2s.experiments.evaluation import MEASURED_SPLITS
 from ensemw2s.experiments.experiment import Experiment
-from ensemw2s.experiments.machine import (
-    SCORING_BATCH,
-    Machine,
-    Pace,
-    PhaseEstimate,
-    Side,
-    lengths_of,
-    size_of,
-    waiting,
-)
+from ensemw2s.experiments.machine import SCORING_BATCH, Machine, Pace, PhaseEstimate, Side, lengths_of, size_of, waiting
 from ensemw2s.inference.choices import batches_of_choices, choosing_work, tokenize_choices
 from ensemw2s.inference.labelling import decoding_work
 from ensemw2s.inference.scoring import scoring_work
@@ -45,7 +36,6 @@ from ensemw2s.training.fine_tune import training_settings, training_work
 if TYPE_CHECKING:
     from datasets import Dataset
     from rich.table import Table
-
 
 # The report, records and scores: a few figures and a list of bits per arm.
 _SMALL_FILES = 1_000_000

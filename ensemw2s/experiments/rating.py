@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedTokenizerBase
 
-
 RATING = Kind("difficulty", "a rating of difficulty", ("fold-*.json",))
 
 

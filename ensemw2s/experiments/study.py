@@ -167,9 +167,8 @@ class Study:
         with held_file(self.file):
             end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
             waiting = self.missing()
-            self.say(
-                f"{self.config.name}: {len(self.cells) - len(waiting)} of {len(self.cells)} cells are in {self.file}"
-            )
+            done = len(self.cells) - len(waiting)
+            self.say(f"{self.config.name}: {done} of {len(self.cells)} cells are in {self.file}")
             if jobs == 1:
                 while waiting and time.monotonic() < end:
                     cell = waiting.pop(0)
@@ -195,11 +194,8 @@ class Study:
         others = [r for r in self._records() if (r.get("task"), r.get("seed")) != (cell.task, cell.seed)]
         rows = [row for row in others if row["kind"] not in (StudyRecord.kind, EnvironmentRecord.kind)]
         environment = [record for record in records if record["kind"] == EnvironmentRecord.kind]
-        header = StudyRecord(
-            name=self.config.name,
-            primary_split=self.config.primary_split,
-            comparisons=[list(pair) for pair in self.config.comparisons],
-        )
+        comparisons = [list(pair) for pair in self.config.comparisons]
+        header = StudyRecord(name=self.config.name, primary_split=self.config.primary_split, comparisons=comparisons)
         write_json_lines(self.file, [header.to_json(), *environment, *rows, *_kept(cell, records)])
         seconds = sum(record["seconds"] for record in records if record["kind"] == PhaseRecord.kind)
         self.say(f"{cell.task}, seed {cell.seed}: {seconds:.0f} s")

@@ -27,7 +27,6 @@ from ensemw2s.runtime.records import TEST_SPLITS, ArmRecord, RoundRecord, Run, o
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
 # Matplotlib draws in these stand-in colours; each becomes a CSS variable, so that the page decides how it looks.
 INK, MUTED, RULE, PAPER = "#010203", "#010204", "#010205", "#010206"
 # Okabe and Ito's palette, which colour-blind readers can tell apart; every series also has its own marker.

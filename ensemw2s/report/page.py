@@ -21,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from ensemw2s.report import figures, tables
 from ensemw2s.report.arms import BASELINE, arm_name, arm_order, lower_first, measured_arms
 from ensemw2s.report.figures import ForestRow
-from ensemw2s.report.pool import Pair, Pool, pool_runs
+from ensemw2s.report.pool import Pool, pool_runs
 from ensemw2s.runtime.files import SIGNATURE, new_page, read_json
 from ensemw2s.runtime.records import (
     CONFIG_FILE,
@@ -105,14 +105,13 @@ def forest_rows(pool: Pool) -> list[ForestRow]:
     rows = []
     for pair in pool.measured_comparisons():
         first, _, second = tables.comparison_name(pair).partition(" against ")
-        rows.append(_forest_row(pool, pair, f"{first}\nagainst {second}", None))
-        rows += [_forest_row(pool, pair, task, task) for task in pool.seeds if len(pool.seeds) > 1]
+        labels: dict[str | None, str] = {None: f"{first}\nagainst {second}"}
+        labels |= {task: task for task in pool.seeds if len(pool.seeds) > 1}
+        for task, label in labels.items():
+            found = {split: pool.difference(pair, split, task) for split in TEST_SPLITS}
+            measured = {split: value for split, value in found.items() if value is not None}
+            rows.append(ForestRow(label, task is None, measured))
     return [row for row in rows if row.by_split]
-
-
-def _forest_row(pool: Pool, pair: Pair, label: str, task: str | None) -> ForestRow:
-    found = {split: pool.difference(pair, split, task) for split in TEST_SPLITS}
-    return ForestRow(label, task is None, {split: value for split, value in found.items() if value is not None})
 
 
 def _load_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:

@@ -17,7 +17,6 @@ from ensemw2s.runtime.records import TEST_SPLITS, ArmRecord, LabelsRecord, Phase
 if TYPE_CHECKING:
     from rich.table import Table
 
-
 MINUS, UNDEFINED = "−", "undefined"
 # By their headers: fields of `CostRecord`, and the unit in which they are shown.
 COSTS = {

@@ -89,7 +89,6 @@ Validation = Annotated[
 ]
 Anything = Annotated[Any, Form("anything", lambda value: True)]
 
-
 KINDS: dict[str, type[Record]] = {}
 
 
@@ -303,7 +302,6 @@ class StudyRecord(Record):
 
 POOLED_KINDS = tuple(kind for kind, form in KINDS.items() if issubclass(form, RunRecord))
 _Kind = TypeVar("_Kind", bound=Record)
-
 
 _RUN = ("task", "seed")
 

@@ -54,7 +54,6 @@ _SETTINGS = {
 }  # fmt: skip
 RANGES = {name: allowed for allowed, names in _SETTINGS.items() for name in names}
 
-
 # Setting -> whether it does something, given the others, and when it does in words.
 Uses = Mapping[str, tuple[Callable[[Any], bool], str]]
 
