@@ -37,6 +37,7 @@ class RunFolder:
     def __init__(self, config: ExperimentConfig) -> None:
         self.config = config
         self.path = config.folder
+        self.task = config.task or config.name
         self._tokenizers: dict[str, Any] = {}
         self._questions: dict[str, Dataset] = {}
         self._examples: dict[tuple[str, str], Dataset] = {}
@@ -55,11 +56,7 @@ class RunFolder:
 
     def _description(self) -> dict[str, Any]:
         """Return what decides the results and, by name, what the records are of, also when the folder is renamed."""
-        return {**self.config.results_key(), "task": self._task}
-
-    @property
-    def _task(self) -> str:
-        return self.config.task or self.config.name
+        return {**self.config.results_key(), "task": self.task}
 
     def data_file(self, split: str) -> Path:
         """Return the file of a split's questions."""
@@ -95,7 +92,7 @@ class RunFolder:
 
     def of_this_run(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Return the record with this run's task and seed, where a report of many runs tells runs apart by them."""
-        run = {"task": self._task, "seed": self.config.seed}
+        run = {"task": self.task, "seed": self.config.seed}
         return {**record, **(run if record["kind"] in POOLED_KINDS else {})}
 
     def collect_results(self) -> None:

@@ -196,19 +196,16 @@ class _Loader(yaml.SafeLoader):
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         # PyYAML 6.0.4 takes the value of a chain's far end for a key of one letter, and of a list's last mapping.
+        own = {key.value: (key, value) for key, value in node.value if key.tag != _MERGE}
         merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
-        for key, value in node.value:
-            for source in (
-                (value.value if isinstance(value, yaml.SequenceNode) else [value]) if key.tag == _MERGE else ()
-            ):
+        for value in (value for key, value in node.value if key.tag == _MERGE):
+            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                 if not isinstance(source, yaml.MappingNode):
                     raise yaml.MarkedYAMLError(problem="<< takes mappings alone", problem_mark=source.start_mark)
                 self.flatten_mapping(source)
                 for pair in source.value:
                     merged.setdefault(pair[0].value, pair)
-        node.value = list(
-            (merged | {key.value: (key, value) for key, value in node.value if key.tag != _MERGE}).values()
-        )
+        node.value = list((merged | own).values())
 
 
 def _resolve(tag: str, pattern: str, first: Iterable[str]) -> None:
