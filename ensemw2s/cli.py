@@ -21,7 +21,6 @@ from ensemw2s.runtime.console import quiet_libraries
 if TYPE_CHECKING:
     from rich.console import Console
 
-
 PHASE_HELP = {
     "boost": "train the weak baseline and the boosted experts, and save their ensemble",
     "label": "let the single expert and the ensemble answer the unlabelled hard questions",
@@ -72,7 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prepare_streams()
     try:
         try:
-            _run_command(arguments)
+            _check_environment()
+            # Read by OpenMP when torch is imported, further down. Threads that wait by spinning slow a busy machine
+            # tenfold.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            options = _parse(arguments)
+            options.command(options)
         finally:
             # Now, not when Python ends: a full disk or a closed pipe is still ours to tell.
             sys.stdout.flush()
@@ -91,14 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _explain(error)
     return 0
-
-
-def _run_command(arguments: Sequence[str]) -> None:
-    _check_environment()
-    # Read by OpenMP when torch is imported, further down. Threads that wait by spinning slow a busy machine tenfold.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    options = _parse(arguments)
-    options.command(options)
 
 
 def _prepare_streams() -> None:
@@ -180,14 +176,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="everything: boost, label, student, evaluate, report")
-    run.set_defaults(command=_run, phases=None)
+    parsers: dict[tuple[str, ...] | None, argparse.ArgumentParser] = {None: run}
     for phase, text in PHASE_HELP.items():
-        one = commands.add_parser(phase, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        one.set_defaults(command=_run, phases=("data", phase) if phase == "boost" else (phase,))
-        _add_experiment_arguments(one)
-        _add_overwrite(one)
-    _add_experiment_arguments(run)
-    _add_overwrite(run)
+        phases = ("data", phase) if phase == "boost" else (phase,)
+        parsers[phases] = commands.add_parser(phase, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    for chosen, parser in parsers.items():
+        parser.set_defaults(command=_run, phases=chosen)
+        _add_experiment_arguments(parser)
+        parser.add_argument("--overwrite", action="store_true", help="delete a run of another configuration in the way")
 
 
 def _add_plan(commands: Any) -> None:
@@ -254,10 +250,6 @@ def _add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="the small version that the file's section `quick` describes"
     )
-
-
-def _add_overwrite(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="delete a run of another configuration in the way")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -345,15 +337,12 @@ def _say(line: str) -> None:
     tqdm.write(line)
 
 
-def _go_on(arguments: Sequence[str]) -> str:
-    return f"What was finished is kept; go on with the same command:\n  ensemw2s {' '.join(arguments)}"
-
-
 def _explain_interrupt(arguments: Sequence[str]) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        _complain(f"interrupted. {_go_on(arguments)}")
-    elif os.environ.get("RANK") == "0":
-        _complain(f"interrupted, or ended by the launcher because another process failed. {_go_on(arguments)}")
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone or os.environ.get("RANK") == "0":
+        cause = "interrupted" if alone else "interrupted, or ended by the launcher because another process failed"
+        go_on = "What was finished is kept; go on with the same command"
+        _complain(f"{cause}. {go_on}:\n  ensemw2s {' '.join(arguments)}")
 
 
 def _explain(error: Exception) -> int:

@@ -75,8 +75,7 @@ class ModelConfig:
     @property
     def init_kwargs(self) -> dict[str, Any]:
         """Return the keyword arguments of `loading.load_model` beside the source."""
-        kwargs: dict[str, Any] = {"dtype": self.dtype}
-        return kwargs | ({} if self.keep_layers is None else {"keep_layers": self.keep_layers})
+        return {"dtype": self.dtype} | ({} if self.keep_layers is None else {"keep_layers": self.keep_layers})
 
 
 @dataclass(frozen=True)
@@ -214,10 +213,6 @@ class ExperimentConfig:
         """Return the run's folder."""
         return Path(self.output_dir) / self.name
 
-    def boosting_config(self, folder: str | os.PathLike[str], **settings: Any) -> BoostingConfig:
-        """Return the boosting settings for a trainer that works in `folder`."""
-        return BoostingConfig(**self._placed(folder) | self.boosting | settings)
-
     def ensemble_config(self, arm: str, folder: str | os.PathLike[str], **settings: Any) -> BoostingConfig:
         """Return the settings of an arm that is an ensemble of experts, or one expert (`single_expert`, `equal_cost`).
 
@@ -225,7 +220,7 @@ class ExperimentConfig:
         the same weights and seed is the same expert.
         """
         if arm == "ensemble":
-            return self.boosting_config(folder, **settings)
+            return BoostingConfig(**self._placed(folder) | self.boosting | settings)
         own: dict[str, Any] = {"recipe": "deep_ensemble", "num_rounds": 1}
         if arm in self.ensembles:
             own = self.ensembles[arm]
@@ -276,15 +271,14 @@ class ExperimentConfig:
         `resolved` holds what recipes and defaults stand for, so that results of another version's are not mistaken.
         """
         plain = json.loads(json.dumps(dataclasses.asdict(self)))
-        plain["resolved"] = {arm: self._resolved(arm) for arm in ("ensemble", *self.ensembles)}
-        return {key: value for key, value in plain.items() if key not in ("name", "output_dir", "store")}
-
-    def _resolved(self, arm: str) -> dict[str, Any]:
-        """Return the settings of an arm that say how its experts are boosted."""
-        args = self.ensemble_config(arm, "")
         training = {field.name for field in dataclasses.fields(AnswerTrainingArguments)}
-        own = [field.name for field in dataclasses.fields(BoostingConfig) if field.name not in training]
-        return {name: getattr(args, name) for name in own if name != "overwrite"}
+        names = [field.name for field in dataclasses.fields(BoostingConfig)]
+        boosting = [name for name in names if name not in training | {"overwrite"}]
+        plain["resolved"] = {}
+        for arm in ("ensemble", *self.ensembles):
+            args = self.ensemble_config(arm, "")
+            plain["resolved"][arm] = {name: getattr(args, name) for name in boosting}
+        return {key: value for key, value in plain.items() if key not in ("name", "output_dir", "store")}
 
 
 _NESTED = {
@@ -322,7 +316,9 @@ def read_settings(
     if not os.fspath(path):
         raise ValueError("the name of the configuration is empty: give a YAML or JSON file, or the folder of a run")
     path = Path(path)
-    folder = _run_folder(path)
+    # The folder of a run is given, or the configuration in one.
+    in_run = path.name == CONFIG_FILE and (path.parent / f"{RESERVED}run.json").is_file()
+    folder = absolute(path.parent if in_run else path) if in_run or path.is_dir() else None
     path = path if folder is None else folder / CONFIG_FILE
     require_file(path, "give a YAML or JSON file, or the folder of an earlier run")
     settings = _parse_with_base(path)
@@ -336,23 +332,12 @@ def read_settings(
         if not isinstance(small, dict):
             raise ValueError(f"{path} has no section `quick`: add one with the keys to override, or leave --quick out")
         settings = merge_settings(settings, small)
-    known = set()
-    for override in overrides:
-        key, change = _override(override)
-        if key in known:
+    changes = [_override(override) for override in overrides]
+    for place, (key, change) in enumerate(changes):
+        if key in [earlier for earlier, _ in changes[:place]]:
             raise ValueError(f"the override {shown(key)} is given twice: keep one of them")
-        known.add(key)
         settings = merge_settings(settings, change)
     return settings
-
-
-def _run_folder(path: Path) -> Path | None:
-    """Return the folder of a run that `path` is, or whose own configuration it is; None if it is a file of a user's."""
-    if path.name == CONFIG_FILE and (path.parent / f"{RESERVED}run.json").is_file():
-        path = path.parent
-    if not path.is_dir():
-        return None
-    return absolute(path)
 
 
 def check_folder_name(name: str) -> None:
@@ -375,31 +360,44 @@ def _override(override: str) -> tuple[str, dict[str, Any]]:
     key, separator, value = override.partition("=")
     if not separator or not all(key.split(".")) or key.count(".") > MOST_LEVELS:
         raise ValueError(f"cannot read the override {shown(override)}: expected key=value, e.g. boosting.num_rounds=5")
-    parsed = parse_yaml(value, f"cannot read the override {shown(override)}: its value")
-    return key, _nested(key.split("."), parsed)
+    change = parse_yaml(value, f"cannot read the override {shown(override)}: its value")
+    for part in reversed(key.split(".")):
+        change = {part: change}
+    return key, change
 
 
 def build_config(settings: Mapping[str, Any]) -> ExperimentConfig:
     """Build an experiment from a nested mapping, checking every key and value; see `load_config`."""
     _check_plain(settings)
     config = _build(ExperimentConfig, settings, "")
-    _check_names(config)
-    _check_sizes(config.data.sizes)
+    check_folder_name(config.name)
+    if config.task == "":
+        raise ValueError("task must not be empty: name what the runs of several seeds share, or leave it out")
+    for key in ("output_dir", "store"):
+        if getattr(config, key) == "":
+            raise ValueError(f"{key} must not be empty: name a folder, or leave it out")
+    _check_keys(config.data.sizes, SPLITS, "data.sizes.")
+    for split in SPLITS:
+        size = config.data.sizes.get(split)
+        if type(size) is not int or not 2 <= size <= LARGEST:
+            # One question has no standard error.
+            raise ValueError(f"data.sizes.{split} must be a whole number of questions, at least 2; got {shown(size)}")
     # Building the arguments checks their values now rather than minutes into a run.
-    _check_settings(config.boosting, BoostingConfig, "boosting.", _settable(BoostingConfig))
-    with _named("boosting.", BoostingConfig, config.boosting):
-        config.boosting_config(config.folder)
-    if config.lora is not None:
-        _check_settings(config.lora, LoraConfig, "lora.", [f.name for f in dataclasses.fields(LoraConfig)])
-    with _named("lora.", LoraConfig, config.lora or {}):
+    with _checked("boosting.", BoostingConfig, config.boosting):
+        config.ensemble_config("ensemble", config.folder)
+    with _checked("lora.", LoraConfig, config.lora or {}):
         built = config.peft_config()
     if built is not None:
         check_peft_config(built, "lora")
     for arm, own in config.ensembles.items():
-        _check_ensemble(config, arm, own)
-    _check_lora_ranks(config)
-    _check_settings(config.student, StudentConfig, "student.", _settable(StudentConfig))
-    with _named("student.", StudentConfig, config.student):
+        _check_arm(arm, own, "ensembles", TAKEN)
+        with _checked(f"ensembles.{arm}.", BoostingConfig, own):
+            config.ensemble_config(arm, config.folder)
+    sections = {"boosting": config.boosting} | {f"ensembles.{arm}": own for arm, own in config.ensembles.items()}
+    for section, own in sections.items():
+        if own.get("lora_ranks") is not None and config.lora is None:
+            raise ValueError(f"{section}.lora_ranks needs adapters: give `lora` its settings, or leave lora_ranks out")
+    with _checked("student.", StudentConfig, config.student):
         config.student_config(config.folder)
     for arm, own in config.students.items():
         _check_student(config, arm, own)
@@ -421,38 +419,6 @@ def _check_plain(settings: Any, place: str = "", level: int = 1) -> None:
         )
     elif isinstance(settings, str) and ("\0" in settings or has_surrogates(settings)):
         raise ValueError(f"{place} holds a character that no file can hold: {shown(settings)}")
-
-
-def _check_names(config: ExperimentConfig) -> None:
-    check_folder_name(config.name)
-    if config.task == "":
-        raise ValueError("task must not be empty: name what the runs of several seeds share, or leave it out")
-    for key in ("output_dir", "store"):
-        if getattr(config, key) == "":
-            raise ValueError(f"{key} must not be empty: name a folder, or leave it out")
-
-
-def _check_sizes(sizes: Mapping[str, Any]) -> None:
-    _check_keys(sizes, SPLITS, "data.sizes.")
-    for split in SPLITS:
-        size = sizes.get(split)
-        if type(size) is not int or not 2 <= size <= LARGEST:
-            # One question has no standard error.
-            raise ValueError(f"data.sizes.{split} must be a whole number of questions, at least 2; got {shown(size)}")
-
-
-def _check_ensemble(config: ExperimentConfig, arm: str, own: Any) -> None:
-    _check_arm(arm, own, "ensembles", TAKEN)
-    _check_settings(own, BoostingConfig, f"ensembles.{arm}.", _settable(BoostingConfig))
-    with _named(f"ensembles.{arm}.", BoostingConfig, own):
-        config.ensemble_config(arm, config.folder)
-
-
-def _check_lora_ranks(config: ExperimentConfig) -> None:
-    sections = {"boosting": config.boosting} | {f"ensembles.{arm}": own for arm, own in config.ensembles.items()}
-    for section, own in sections.items():
-        if own.get("lora_ranks") is not None and config.lora is None:
-            raise ValueError(f"{section}.lora_ranks needs adapters: give `lora` its settings, or leave lora_ranks out")
 
 
 def _check_student_settings_in_use(config: ExperimentConfig) -> None:
@@ -487,8 +453,7 @@ def _check_student(config: ExperimentConfig, arm: str, own: Any) -> None:
     if (own["teacher"] == TRUTH) != (arm == CEILING):
         raise ValueError(f"the student taught by {TRUTH} is called {CEILING}, and no other is: got students.{arm}")
     settings = {key: value for key, value in own.items() if key != "teacher"}
-    _check_settings(settings, StudentConfig, f"students.{arm}.", _settable(StudentConfig))
-    with _named(f"students.{arm}.", StudentConfig, settings):
+    with _checked(f"students.{arm}.", StudentConfig, settings):
         args = config.student_arm_config(arm, config.folder)
     teacher = own["teacher"]
     if teacher != TRUTH and args.variant == "soft" and config.ensemble_config(teacher, "").combine == "vote":
@@ -496,10 +461,6 @@ def _check_student(config: ExperimentConfig, arm: str, own: Any) -> None:
             f"students.{arm}: variant=soft needs a teacher with a distribution, and {teacher} has none, because of "
             'combine=vote: use "prob" or "logprob", or variant=sft'
         )
-
-
-def _settable(kind: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(kind) if f.init and f.name not in ("output_dir", "seed", "overwrite")]
 
 
 def _built(kind: type, inherited: Mapping[str, Any], own: Mapping[str, Any]) -> Any:
@@ -512,6 +473,16 @@ def _built(kind: type, inherited: Mapping[str, Any], own: Mapping[str, Any]) -> 
             if error.setting in own or error.setting not in inherited:
                 raise
             del inherited[error.setting]
+
+
+@contextmanager
+def _checked(prefix: str, kind: type, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Check the keys and values of a section, from which the block then builds arguments; see `_named`."""
+    placed = ("output_dir", "seed", "overwrite")
+    settable = [f.name for f in dataclasses.fields(kind) if f.init and f.name not in placed]
+    _check_settings(settings, kind, prefix, settable)
+    with _named(prefix, kind, settings):
+        yield
 
 
 @contextmanager
@@ -567,12 +538,6 @@ def _parse(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold a mapping of keys to values, got {type(settings).__name__}")
     return settings
-
-
-def _nested(keys: Sequence[str], value: Any) -> dict[str, Any]:
-    for key in reversed(keys):
-        value = {key: value}
-    return value
 
 
 def merge_settings(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

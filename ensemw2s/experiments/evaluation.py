@@ -84,9 +84,6 @@ def environment() -> dict[str, Any]:
     ).to_json()
 
 
-# Scores
-
-
 def _kept(files: RunFolder, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Per arm, `outcomes` (per split what `_outcome` returns) and the cost of `inference`; kept once computed."""
     file = files.path / "scores" / f"{name}.json"
@@ -99,14 +96,11 @@ def _kept(files: RunFolder, name: str, compute: Callable[[], dict[str, Any]]) ->
 def _score_one(files: RunFolder, arm: str, model: ModelConfig, load: Callable[[], Any]) -> dict[str, Any]:
     loaded = load()
 
-    def score(*given: Any, **options: Any) -> dict[str, AnswerScores]:
-        return {arm: score_answers(loaded, *given, **options)}
-
-    def choose(*given: Any, **options: Any) -> dict[str, ChoiceScores]:
-        return {arm: score_choices(loaded, *given, **options)}
+    def alone(score: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+        return lambda *given, **options: {arm: score(loaded, *given, **options)}
 
     with measured() as spent:
-        outcomes = _measured(files, [arm], model, score, choose, arm)
+        outcomes = _measured(files, [arm], model, alone(score_answers), alone(score_choices), arm)
     return {"outcomes": outcomes, "inference": {arm: spent}}
 
 
@@ -189,9 +183,6 @@ def _mixtures(files: RunFolder) -> tuple[list[Path], dict[str, list[float]], dic
             mixtures["uniform_average"] = mixtures["majority_vote"] = weights(places, [1.0] * len(places))
             combine |= {"uniform_average": "prob", "majority_vote": "vote"}
     return list(experts.values()), mixtures, combine
-
-
-# Records
 
 
 def _arm_records(files: RunFolder, arm: str, outcomes: _Outcomes) -> list[dict[str, Any]]:

@@ -26,13 +26,7 @@ from ensemw2s.report.statistics import exact_match
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.files import read_json_lines, settle, write_json_lines
 from ensemw2s.runtime.meter import Ledger, peak_memory
-from ensemw2s.runtime.records import (
-    REPORT_FILE,
-    RESULTS_FILE,
-    LabelsRecord,
-    PhaseRecord,
-    QuestionsRecord,
-)
+from ensemw2s.runtime.records import REPORT_FILE, RESULTS_FILE, LabelsRecord, PhaseRecord, QuestionsRecord
 from ensemw2s.runtime.store import Store
 from ensemw2s.student.answers import check_same_tokenizer
 from ensemw2s.student.trainer import StudentTrainer
@@ -43,12 +37,8 @@ class Experiment:
     """Run an experiment, phase by phase or as a whole.
 
     Several processes (`accelerate launch`, `torchrun`) share out training, labelling and scoring; each makes the
-    experiment and runs the same phases, and the main one writes.
-
-    Args:
-        config: what to do; the run's folder is `config.folder`.
-        overwrite: delete a run of another configuration that is in the folder, as far as its files are ours.
-        say: called with each line meant for the reader, on the main process.
+    experiment and runs the same phases, and the main one writes, and calls `say` with each line meant for the reader.
+    With `overwrite`, a run of another configuration in `config.folder` is deleted, as far as its files are ours.
 
     Raises:
         InUseError: another process works in the folder; names it.
@@ -79,28 +69,23 @@ class Experiment:
             ValueError: what an earlier phase left is damaged, or the folder was given to another configuration.
         """
         with self.files.claimed():
-            return self._run(phases)
-
-    def _run(self, phases: tuple[str, ...]) -> list[dict[str, Any]]:
-        threads = self.config.threads or processes.fair_threads()
-        if threads is not None:
-            torch.set_num_threads(threads)
-        for phase in phases:
-            processes.on_main(self.files.require_earlier, phase)
-            if phase == "report":
-                processes.on_main(self._report)
-            elif not processes.on_main(self.files.records_file(phase).exists):
-                # Whatever global generator a library uses, a phase that is run alone sees the same one.
-                set_seed(self.config.seed)
-                self._costs = Ledger(self.folder / "records" / f"{phase}.costs.jsonl")
-                with peak_memory(), self._costs.running():
-                    records = getattr(self, f"_{phase}")()
-                    records.append(PhaseRecord(phase=phase, **processes.on_main(self._costs.total)).to_json())
-                processes.on_main(self.files.write_records, phase, records)
-            processes.on_main(self.files.collect_results)
-        return read_json_lines(self.folder / RESULTS_FILE)
-
-    # Phases: each returns its records
+            threads = self.config.threads or processes.fair_threads()
+            if threads is not None:
+                torch.set_num_threads(threads)
+            for phase in phases:
+                processes.on_main(self.files.require_earlier, phase)
+                if phase == "report":
+                    processes.on_main(self._report)
+                elif not processes.on_main(self.files.records_file(phase).exists):
+                    # Whatever global generator a library uses, a phase that is run alone sees the same one.
+                    set_seed(self.config.seed)
+                    self._costs = Ledger(self.folder / "records" / f"{phase}.costs.jsonl")
+                    with peak_memory(), self._costs.running():
+                        records = getattr(self, f"_{phase}")()
+                        records.append(PhaseRecord(phase=phase, **processes.on_main(self._costs.total)).to_json())
+                    processes.on_main(self.files.write_records, phase, records)
+                processes.on_main(self.files.collect_results)
+            return read_json_lines(self.folder / RESULTS_FILE)
 
     def _data(self) -> list[dict[str, Any]]:
         self._check_tokenizers()
@@ -220,8 +205,6 @@ class Experiment:
 
         write_report([self.folder], self.folder / REPORT_FILE)
         self.say(f"report: {self.folder / REPORT_FILE}")
-
-    # Training and teachers
 
     def _boosting_trainer(self, arm: str) -> BoostingTrainer:
         settings = {"num_train_epochs": self._equal_epochs()} if arm == "equal_cost" else {}

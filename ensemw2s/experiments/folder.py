@@ -32,20 +32,15 @@ RUN = Kind("run", "a run", (
 
 
 class RunFolder:
-    """The folder of one run; what is read from it once is kept in memory.
-
-    Args:
-        config: the run's; the folder is `config.folder`.
-    """
+    """The folder of one run, `config.folder`; what is read from it once is kept in memory."""
 
     def __init__(self, config: ExperimentConfig) -> None:
         self.config = config
         self.path = config.folder
+        self.task = config.task or config.name
         self._tokenizers: dict[str, Any] = {}
         self._questions: dict[str, Dataset] = {}
         self._examples: dict[tuple[str, str], Dataset] = {}
-
-    # Whose it is
 
     def claimed(self, overwrite: bool = False) -> AbstractContextManager[None]:
         """Return the right to work in the folder, for a block; see `ensemw2s.runtime.claims.claimed`."""
@@ -61,13 +56,7 @@ class RunFolder:
 
     def _description(self) -> dict[str, Any]:
         """Return what decides the results and, by name, what the records are of, also when the folder is renamed."""
-        return {**self.config.results_key(), "task": self._task}
-
-    @property
-    def _task(self) -> str:
-        return self.config.task or self.config.name
-
-    # Where what lies
+        return {**self.config.results_key(), "task": self.task}
 
     def data_file(self, split: str) -> Path:
         """Return the file of a split's questions."""
@@ -93,8 +82,6 @@ class RunFolder:
         """Return the file of a phase's records, which is there when the phase is done."""
         return self.path / "records" / f"{phase}.jsonl"
 
-    # Records
-
     def records(self, phase: str) -> list[dict[str, Any]]:
         """Return the records of a phase that is done."""
         return read_json_lines(self.records_file(phase))
@@ -105,7 +92,7 @@ class RunFolder:
 
     def of_this_run(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Return the record with this run's task and seed, where a report of many runs tells runs apart by them."""
-        run = {"task": self._task, "seed": self.config.seed}
+        run = {"task": self.task, "seed": self.config.seed}
         return {**record, **(run if record["kind"] in POOLED_KINDS else {})}
 
     def collect_results(self) -> None:
@@ -122,12 +109,7 @@ class RunFolder:
                 )
 
     def check_left(self, phase: str, path: Path) -> None:
-        """Refuse a file or folder that a phase left and that is gone or damaged, and say how it is made anew.
-
-        Raises:
-            FileNotFoundError: it is gone.
-            ValueError: it is damaged.
-        """
+        """Refuse what a phase left and what is gone or damaged, as `accounts.check`, and say how it is made anew."""
         remedy = f"Delete {path} and {self.records_file(phase)}, and run the same command again: {phase} makes it anew"
         check(path, remedy)
 
@@ -194,10 +176,14 @@ class RunFolder:
         """Return saved experts as one ensemble of equal weights."""
         for folder in folders:
             self.check_left("boost", folder)
+        return self.combined(self.config.weak, folders)
+
+    def combined(self, model: ModelConfig, folders: list[Path]) -> TokenEnsemble:
+        """Return what was trained from a model and saved in these folders, as one ensemble of equal weights."""
         ones = [1.0] * len(folders)
         if self.config.lora is None:
             return self.placed(TokenEnsemble.from_models([load_trained(folder) for folder in folders], ones))
-        return self.placed(TokenEnsemble.from_adapters(self.untrained(self.config.weak), folders, ones))
+        return self.placed(TokenEnsemble.from_adapters(self.untrained(model), folders, ones))
 
     def placed(self, model: Any) -> Any:
         """Return a model on the device that this process trains on."""

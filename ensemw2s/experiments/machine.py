@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import TrainingArguments
 
-
 # Training is timed until either is reached; the first step warms up and is not counted.
 _TIMED_STEPS, _TIMED_SECONDS = 100, 6.0
 _TIMED_PASSES = 5
@@ -101,41 +100,26 @@ class Pace:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two pre-trained models as it was measured.
-
-    Attributes:
-        model: which it is.
-        folder: where what was trained is saved.
-        load: seconds to load it.
-        load_trained: seconds to load what was trained.
-        save: seconds to save that.
-        size: bytes of that on the disk.
-        tokenizer_size: bytes of the tokenizer among them.
-        training: pace of training.
-        trains: FLOPs of training.
-        infers: FLOPs of the trained model's answers.
-        infers_plain: the same of the model before training.
-    """
+    """One of the two pre-trained models as it was measured; `folder` is where what was trained is saved."""
 
     model: ModelConfig
     folder: Path
+    # Seconds to load the model, to load what was trained, and to save that.
     load: float
     load_trained: float
     save: float
+    # Bytes on the disk: of what was trained, and of the tokenizer beside it.
     size: int
     tokenizer_size: int
     training: Pace
+    # FLOPs: of training, of the trained model's answers, and of those of the model before training.
     trains: ModelFlops
     infers: ModelFlops
     infers_plain: ModelFlops
 
 
 class Machine:
-    """Measures this machine.
-
-    Args:
-        files: a run that has its questions; what is trained here is saved there.
-    """
+    """Measures this machine with the questions of a run, in whose folder what is trained here is saved."""
 
     def __init__(self, files: RunFolder) -> None:
         self.files = files
@@ -187,10 +171,7 @@ class Machine:
 
     def ensemble(self, side: Side, count: int) -> TokenEnsemble:
         """Return `count` copies of what was trained: their answers do not matter, what they cost does."""
-        if self.files.config.lora is None:
-            models = [load_trained(side.folder) for _ in range(count)]
-            return self.files.placed(TokenEnsemble.from_models(models, [1.0] * count))
-        return TokenEnsemble.from_adapters(self.files.untrained(side.model), [side.folder] * count, [1.0] * count)
+        return self.files.combined(side.model, [side.folder] * count)
 
     def scoring(self, side: Side, count: int) -> Pace:
         """Time one batch of given answers, the longest ones of a test set, under all mixtures of `count` experts."""

@@ -25,16 +25,7 @@ from ensemw2s.data.tokens import tokenize_prompts, tokenize_questions
 from ensemw2s.experiments.config import ExperimentConfig
 from ensemw2s.experiments.evaluation import MEASURED_SPLITS
 from ensemw2s.experiments.experiment import Experiment
-from ensemw2s.experiments.machine import (
-    SCORING_BATCH,
-    Machine,
-    Pace,
-    PhaseEstimate,
-    Side,
-    lengths_of,
-    size_of,
-    waiting,
-)
+from ensemw2s.experiments.machine import SCORING_BATCH, Machine, Pace, PhaseEstimate, Side, lengths_of, size_of, waiting
 from ensemw2s.inference.choices import batches_of_choices, choosing_work, tokenize_choices
 from ensemw2s.inference.labelling import decoding_work
 from ensemw2s.inference.scoring import scoring_work
@@ -46,7 +37,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from rich.table import Table
 
-
 # The report, records and scores: a few figures and a list of bits per arm.
 _SMALL_FILES = 1_000_000
 
@@ -54,11 +44,7 @@ _SMALL_FILES = 1_000_000
 def plan(config: ExperimentConfig) -> list[PhaseEstimate]:
     """Estimate an experiment, phase by phase; models that are not on this machine yet are fetched or made.
 
-    Args:
-        config: the experiment. Nothing is written to its folder.
-
-    Raises:
-        ValueError: questions or settings that the experiment itself would refuse.
+    Nothing is written to its folder. Questions or settings that it would refuse itself raise ValueError here, too.
     """
     with tempfile.TemporaryDirectory() as folder:
         # The data phase is cheap, but for a rating: it is run.
@@ -132,8 +118,6 @@ class _Planner:
         yield self._label()
         yield self._student()
         yield self._evaluate(plain, strong, mixed)
-
-    # Phases
 
     def _data(self, data: PhaseEstimate, plain: Pace) -> PhaseEstimate:
         """Return what the data phase took here, with an estimate of the rating if there is to be one."""
@@ -222,8 +206,6 @@ class _Planner:
         ]
         prepare = 2 * (self.load_tokenizer + self.tokenize) + (3 + len(self.config.students)) * choosing["seconds"]
         return sum(parts, PhaseEstimate("evaluate", seconds=prepare, disk=_SMALL_FILES))
-
-    # Work of this experiment
 
     def _lengths(self, split: str, side: Side) -> tuple[list[int], list[int]]:
         return lengths_of(self.files.examples(split, side.model))

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedTokenizerBase
 
-
 RATING = Kind("difficulty", "a rating of difficulty", ("fold-*.json",))
 
 
@@ -110,38 +109,30 @@ class _Raters:
         """Return float64 [N]: the difficulty of each question, by its fold (int64 [N])."""
         examples = tokenize_questions(questions, self.processing_class, self.question_format, "questions")
         folder = Path(str(self.args.output_dir))
-        with claimed(folder, RATING, {"folds": folds, **self._fingerprint(questions)}):
-            return self._rate_all(examples, folder, fold, folds)
-
-    def _rate_all(self, examples: Dataset, folder: Path, fold: np.ndarray, folds: int) -> np.ndarray:
         difficulty = np.empty(len(fold))
-        for number in range(folds):
-            file, held_out = folder / f"fold-{number}.json", fold == number
-            if not processes.on_main(file.exists):
-                others, asked = (examples.select(np.flatnonzero(rows)) for rows in (~held_out, held_out))
-                found = self._rate_fold(others, asked, f"rating difficulty, fold {number + 1} of {folds}")
-                processes.on_main(write_json, file, found)
-            processes.on_main(discard_checkpoints, folder)
-            difficulty[held_out] = read_json(file)["difficulty"]
+        with claimed(folder, RATING, {"folds": folds, **self._fingerprint(questions)}):
+            for number in range(folds):
+                file, held_out = folder / f"fold-{number}.json", fold == number
+                if not processes.on_main(file.exists):
+                    others, asked = (examples.select(np.flatnonzero(rows)) for rows in (~held_out, held_out))
+                    found = self._rate_fold(others, asked, f"rating difficulty, fold {number + 1} of {folds}")
+                    processes.on_main(write_json, file, found)
+                processes.on_main(discard_checkpoints, folder)
+                difficulty[held_out] = read_json(file)["difficulty"]
         return difficulty
 
     def _rate_fold(self, others: Dataset, held_out: Dataset, description: str) -> dict[str, Any]:
-        pad = self.processing_class.eos_token_id
+        pad, given = self.processing_class.eos_token_id, isinstance(self.model, PreTrainedModel)
+        model = copy.deepcopy(self.model) if given else load_model(self.model, **self.model_init_kwargs)
         trained, cost = fine_tune(
-            self._fresh_model(), others, self.args, pad_token_id=pad, seed=self.args.seed, description=description,
-            peft_config=self.peft_config,
+            on_device(model, self.args), others, self.args, pad_token_id=pad, seed=self.args.seed,
+            description=description, peft_config=self.peft_config,
         )  # fmt: skip
         scores = score_answers(
             trained, held_out, pad_token_id=pad, batch_size=self.args.per_device_eval_batch_size,
             description=None if self.args.disable_tqdm else description,
         )  # fmt: skip
         return {"difficulty": answer_difficulty(scores).tolist(), "cost": asdict(cost)}
-
-    def _fresh_model(self) -> Any:
-        given = isinstance(self.model, PreTrainedModel)
-        return on_device(
-            copy.deepcopy(self.model) if given else load_model(self.model, **self.model_init_kwargs), self.args
-        )
 
     def _fingerprint(self, questions: Dataset) -> dict[str, Any]:
         return {

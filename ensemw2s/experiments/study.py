@@ -80,11 +80,7 @@ class StudyConfig:
         return str(self.settings["name"])
 
     def with_tasks(self, names: Sequence[str]) -> StudyConfig:
-        """Return the study of these tasks alone; what the records hold of others stays in them.
-
-        Raises:
-            ValueError: a name that is none of the tasks.
-        """
+        """Return the study of these tasks alone; a name that is none of the tasks raises ValueError."""
         unknown = [name for name in names if name not in self.tasks]
         if unknown:
             raise ValueError(f"{shown(unknown[0])} is none of the study's tasks {shown_names(self.tasks)}")
@@ -127,12 +123,9 @@ class Cell:
 
 
 class Study:
-    """Run a study's cells and keep their figures.
+    """Run a study's cells and keep their figures in `records` (None: `records.jsonl` in the study's folder).
 
-    Args:
-        config: what to do.
-        records: the file of the study's records; None: `records.jsonl` in the study's folder.
-        say: called with each line meant for the reader.
+    `say` is called with each line meant for the reader.
     """
 
     def __init__(
@@ -149,8 +142,7 @@ class Study:
     def missing(self) -> list[Cell]:
         """Return the cells whose figures are not in the records, or are those of another configuration.
 
-        Raises:
-            ValueError: some of a cell's records are gone or changed; names the file and the cell.
+        Records of a cell that are gone or changed raise ValueError, which names the file and the cell.
         """
         records = self._records()
         kept = {(r.get("task"), r.get("seed")): r.get("key") for r in records if r["kind"] == CellRecord.kind}
@@ -158,11 +150,9 @@ class Study:
         return [cell for cell in self.cells if kept.get((cell.task, cell.seed)) != cell.key]
 
     def run(self, jobs: int = 1, minutes: float | None = None) -> None:
-        """Run the missing cells, and add each to the records as soon as it is finished.
+        """Run the missing cells, `jobs` at a time, and add each to the records as soon as it is finished.
 
-        Args:
-            jobs: cells that run at the same time, each in a process of its own.
-            minutes: begin no cell after this time; None runs all.
+        With more than one job each cell has a process of its own; after `minutes` no cell is begun (None runs all).
 
         Raises:
             InUseError: another process adds to the records, or works in a cell's folder.
@@ -175,20 +165,18 @@ class Study:
         self._records()
         claim_shared(self.cells[0].config.folder.parent, _KIND)
         with held_file(self.file):
-            self._run(jobs, minutes)
-
-    def _run(self, jobs: int, minutes: float | None) -> None:
-        end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
-        waiting = self.missing()
-        self.say(f"{self.config.name}: {len(self.cells) - len(waiting)} of {len(self.cells)} cells are in {self.file}")
-        if jobs == 1:
-            while waiting and time.monotonic() < end:
-                cell = waiting.pop(0)
-                self._add(cell, _run_cell(cell))
-        else:
-            self._run_side_by_side(waiting, jobs, end)
-        if waiting:
-            self.say(f"{len(waiting)} cells are left: the same command goes on with them")
+            end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
+            waiting = self.missing()
+            done = len(self.cells) - len(waiting)
+            self.say(f"{self.config.name}: {done} of {len(self.cells)} cells are in {self.file}")
+            if jobs == 1:
+                while waiting and time.monotonic() < end:
+                    cell = waiting.pop(0)
+                    self._add(cell, _run_cell(cell))
+            else:
+                self._run_side_by_side(waiting, jobs, end)
+            if waiting:
+                self.say(f"{len(waiting)} cells are left: the same command goes on with them")
 
     def _run_side_by_side(self, waiting: list[Cell], jobs: int, end: float) -> None:
         """Take cells from `waiting` until `end`, `jobs` at a time."""
@@ -206,11 +194,8 @@ class Study:
         others = [r for r in self._records() if (r.get("task"), r.get("seed")) != (cell.task, cell.seed)]
         rows = [row for row in others if row["kind"] not in (StudyRecord.kind, EnvironmentRecord.kind)]
         environment = [record for record in records if record["kind"] == EnvironmentRecord.kind]
-        header = StudyRecord(
-            name=self.config.name,
-            primary_split=self.config.primary_split,
-            comparisons=[list(pair) for pair in self.config.comparisons],
-        )
+        comparisons = [list(pair) for pair in self.config.comparisons]
+        header = StudyRecord(name=self.config.name, primary_split=self.config.primary_split, comparisons=comparisons)
         write_json_lines(self.file, [header.to_json(), *environment, *rows, *_kept(cell, records)])
         seconds = sum(record["seconds"] for record in records if record["kind"] == PhaseRecord.kind)
         self.say(f"{cell.task}, seed {cell.seed}: {seconds:.0f} s")
@@ -229,7 +214,7 @@ class Study:
         for cell in (row for row in records if row["kind"] == CellRecord.kind and "records" in row):
             place = (cell["task"], cell["seed"])
             rows = [r for r in records if r is not cell and (r.get("task"), r.get("seed")) == place]
-            if _digest(rows) != cell["records"]:
+            if digest_json(rows, 8) != cell["records"]:
                 raise ValueError(
                     f"{self.file}: the records of {cell['task']}, seed {cell['seed']}, are not those that were "
                     "measured: some are gone or changed. Bring them back, or delete the line of kind cell, and it is "
@@ -242,11 +227,7 @@ def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
 
     It holds the keys of an experiment and, beside them, `tasks` (name -> keys that replace those of the experiment),
     `seeds` (a number of seeds, from 0 on, or a list), and what is declared beforehand: `comparisons` (pairs of arms)
-    and `primary_split`.
-
-    Args:
-        path: the file.
-        overrides: "dotted.key=value" each, e.g. "seeds=3".
+    and `primary_split`. Overrides are "dotted.key=value" each, e.g. "seeds=3".
 
     Raises:
         FileNotFoundError: no such file.
@@ -273,7 +254,8 @@ def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
             )
     study = StudyConfig(settings, dict(tasks), _seeds(path, seeds), _pairs(path, comparisons), split)
     for cell in study.cells():
-        arms = _arms(cell.config)
+        derived = ["zero_shot_weak", "zero_shot_strong", "best_expert", "majority_vote", "uniform_average"]
+        arms = [*derived, *cell.config.expert_arms(), *cell.config.students]
         unknown = [arm for pair in study.comparisons for arm in pair if arm not in arms]
         if unknown:
             raise ValueError(f"{path}: comparisons name {unknown[0]:.100}, which is none of the arms {', '.join(arms)}")
@@ -300,26 +282,14 @@ def _pairs(path: str | os.PathLike[str], comparisons: Any) -> tuple[tuple[str, s
     return tuple((str(first), str(second)) for first, second in comparisons)
 
 
-def _arms(config: ExperimentConfig) -> list[str]:
-    derived = ["zero_shot_weak", "zero_shot_strong", "best_expert", "majority_vote", "uniform_average"]
-    return [*derived, *config.expert_arms(), *config.students]
-
-
 def _kept(cell: Cell, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     place = {"task": cell.task, "seed": cell.seed}
     rows: list[dict[str, Any]] = []
-    for record in records:
-        if record["kind"] in KEPT:
-            fields = KEPT[record["kind"]]
-            chosen = dict(record) if fields is None else {name: record[name] for name in fields if name in record}
-            kind = _ROUND_SUMMARY if record["kind"] == RoundRecord.kind else record["kind"]
-            rows.append({**chosen, "kind": kind, **place})
-    return [CellRecord(task=cell.task, seed=cell.seed, key=cell.key, records=_digest(rows)).to_json(), *rows]
-
-
-def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return a hash of all of a cell's records, by which they are known to be whole."""
-    return digest_json(rows, 8)
+    for record in (record for record in records if record["kind"] in KEPT):
+        chosen = {name: record[name] for name in KEPT[record["kind"]] or record if name in record}
+        kind = _ROUND_SUMMARY if record["kind"] == RoundRecord.kind else record["kind"]
+        rows.append({**chosen, "kind": kind, **place})
+    return [CellRecord(task=cell.task, seed=cell.seed, key=cell.key, records=digest_json(rows, 8)).to_json(), *rows]
 
 
 def _start_worker() -> None:

@@ -40,10 +40,8 @@ COMPARISONS = (
     ("student_ensemble", "ensemble"),
 )
 
-
 # Arms that an ensemble cannot be called after.
 TAKEN = ("single_expert", "equal_cost", "ensemble", "uniform_average", "best_expert", "majority_vote", TRUTH, CEILING)
-
 
 _ORDER = {arm: position for position, arm in enumerate(ARM_NAMES)}
 

@@ -27,7 +27,6 @@ from ensemw2s.runtime.records import TEST_SPLITS, ArmRecord, RoundRecord, Run, o
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
 # Matplotlib draws in these stand-in colours; each becomes a CSS variable, so that the page decides how it looks.
 INK, MUTED, RULE, PAPER = "#010203", "#010204", "#010205", "#010206"
 # Okabe and Ito's palette, which colour-blind readers can tell apart; every series also has its own marker.
@@ -70,10 +69,6 @@ def _svg(figure: Figure, name: str, description: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Arms
-
-
 @_styled
 def arms_figure(runs: Sequence[Run]) -> str:
     """Accuracies of all arms, ID and OOD side by side, with 95% intervals; one colour and marker per run."""
@@ -96,8 +91,8 @@ def arms_figure(runs: Sequence[Run]) -> str:
 def _panels_by_split(figure: Figure, label: str, sharex: bool) -> dict[str, Axes]:
     panels = dict(zip(TEST_SPLITS, figure.subplots(1, 2, sharex=sharex, sharey=True), strict=True))
     for split, axes in panels.items():
-        axes.set_title(f"{TEST_SPLITS[split]}: {'easy' if split == 'id' else 'hard'} test questions")
-        axes.set_xlabel(label)
+        title = f"{TEST_SPLITS[split]}: {'easy' if split == 'id' else 'hard'} test questions"
+        axes.set(title=title, xlabel=label)
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0, pad=8)
     return panels
@@ -133,10 +128,6 @@ def _beside(axes: Axes, height: float, text: str, **style: Any) -> None:
                   va="center", **style)  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Rounds
-
-
 @_styled
 def rounds_figure(rounds: Sequence[RoundRecord], baseline: float | None) -> str:
     """Validation accuracy (beside that of the single expert), and weighted training error beside the prior error."""
@@ -147,13 +138,11 @@ def rounds_figure(rounds: Sequence[RoundRecord], baseline: float | None) -> str:
         _line(left, numbers, [100 * share for share in reached], label, index)
     if baseline is not None:
         left.axhline(100 * baseline, **DOTTED, label="single weak expert")
-    left.set_title("Accuracy on validation questions")
-    left.set_ylabel("right answers, %")
+    left.set(title="Accuracy on validation questions", ylabel="right answers, %")
     _line(right, numbers, [100 * record.error for record in rounds], "expert's weighted error ε", 0)
     if rounds[0].prior_error is not None:
         right.axhline(100 * rounds[0].prior_error, **DOTTED, label="prior error ε₀ to beat")
-    right.set_title("Weighted error on the training answers")
-    right.set_ylabel("weight of the wrong units, %")
+    right.set(title="Weighted error on the training answers", ylabel="weight of the wrong units, %")
     for axes in (left, right):
         axes.set_ylim(0, 100)
         _round_axis(axes, numbers, "round")
@@ -175,18 +164,14 @@ def weights_figure(rounds: Sequence[RoundRecord]) -> str:
     left.fill_between(numbers, curve(0.25), curve(0.75), color=SERIES[0], alpha=0.4, linewidth=0, label="middle half")
     _line(left, numbers, curve(0.5), "median", 0)
     left.plot(numbers, curve(1.0), color=SERIES[1], marker="s", markersize=4, linewidth=1.1, label="largest")
-    left.set_yscale("log")
+    left.set(title="Weight of a unit after each round", ylabel="N · D (1 = uniform)", yscale="log")
     left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     left.yaxis.set_minor_formatter(NullFormatter())
-    left.set_title("Weight of a unit after each round")
-    left.set_ylabel("N · D (1 = uniform)")
     _legend_below(left, handlelength=1.6)
     shares = [100.0, *(100 * record.effective_sample_size / record.num_units for record in rounds)]
     _line(right, numbers, shares, "effective sample size", 2)
-    right.set_title("Effective sample size")
-    right.set_ylabel("% of N units")
-    right.set_ylim(0, 105)
+    right.set(title="Effective sample size", ylabel="% of N units", ylim=(0, 105))
     for axes in (left, right):
         _round_axis(axes, numbers, "after round (0: at the start)")
     return _svg(figure, "weights", "Distribution of the units' weights and effective sample size after each round")
@@ -202,14 +187,9 @@ def _legend_below(axes: Axes, handlelength: float) -> None:
 
 
 def _round_axis(axes: Axes, numbers: Sequence[int], label: str) -> None:
-    axes.set_xlabel(label)
-    axes.set_xlim(numbers[0] - 0.2, numbers[-1] + 0.2)
+    axes.set(xlabel=label, xlim=(numbers[0] - 0.2, numbers[-1] + 0.2))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
     axes.grid(visible=False, axis="x")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Differences
 
 
 @dataclass(frozen=True)
@@ -230,8 +210,7 @@ def forest_figure(rows: Sequence[ForestRow]) -> str:
 def save_forest_figure(rows: Sequence[ForestRow], path: str | os.PathLike[str]) -> None:
     """Write the figure to a file of its own, atomically: the same rows give the same bytes.
 
-    Raises:
-        ValueError: a suffix other than .svg and .png, or a file at `path` that is not ours.
+    A suffix other than .svg and .png, or a file at `path` that is not ours, raises ValueError.
     """
     suffix = Path(path).suffix.removeprefix(".")
     if suffix not in FILE_FORMATS:
@@ -246,7 +225,9 @@ def save_forest_figure(rows: Sequence[ForestRow], path: str | os.PathLike[str]) 
 
 
 def _forest(rows: Sequence[ForestRow], ink: str, muted: str) -> Figure:
-    heights = _forest_heights(rows)
+    # Pooled rows have two lines of text and some room above.
+    steps = [1.9 if row.pooled else 1.45 if above.pooled else 0.85 for above, row in itertools.pairwise(rows)]
+    heights = list(itertools.accumulate(steps, initial=0.0))
     figure = Figure(figsize=(FIGURE_WIDTH, 0.8 + 0.2 * (heights[-1] + 1)), layout="constrained")
     panels = _panels_by_split(figure, "difference in right answers, points", sharex=True)
     for split, axes in panels.items():
@@ -261,12 +242,6 @@ def _forest(rows: Sequence[ForestRow], ink: str, muted: str) -> Figure:
     for row, label in zip(rows, labels.get_yticklabels(), strict=True):
         label.set(fontweight="bold" if row.pooled else "normal", fontsize=8.5 if row.pooled else 7.5)
     return figure
-
-
-def _forest_heights(rows: Sequence[ForestRow]) -> list[float]:
-    """Return where each row stands; pooled rows have two lines of text and some room above."""
-    steps = [1.9 if row.pooled else 1.45 if above.pooled else 0.85 for above, row in itertools.pairwise(rows)]
-    return list(itertools.accumulate(steps, initial=0.0))
 
 
 def _draw_difference(axes: Axes, difference: Interval, height: float, colour: str, pooled: bool) -> None:

@@ -21,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from ensemw2s.report import figures, tables
 from ensemw2s.report.arms import BASELINE, arm_name, arm_order, lower_first, measured_arms
 from ensemw2s.report.figures import ForestRow
-from ensemw2s.report.pool import Pair, Pool, difference, measured_comparisons, pool_runs
+from ensemw2s.report.pool import Pool, pool_runs
 from ensemw2s.runtime.files import SIGNATURE, new_page, read_json
 from ensemw2s.runtime.records import (
     CONFIG_FILE,
@@ -54,12 +54,8 @@ def write_report(paths: Sequence[str | os.PathLike[str]], path: str | os.PathLik
     """Write one HTML page on one or several runs, or on studies, atomically.
 
     Runs that share arms and settings, and differ in task or seed, are pooled: the page opens with what they say
-    together. Other runs stand side by side.
-
-    Args:
-        paths: folders of runs, each with `results.jsonl` and, if it has one, `config.json`; or `.jsonl` files of
-            studies.
-        path: the page.
+    together. Other runs stand side by side. `paths` are folders of runs, each with `results.jsonl` and, if it has one,
+    `config.json`, or `.jsonl` files of studies; `path` is the page.
 
     Raises:
         FileNotFoundError: a folder without results, or no such file.
@@ -70,9 +66,9 @@ def write_report(paths: Sequence[str | os.PathLike[str]], path: str | os.PathLik
     if pooled := _are_pooled(runs):
         alone = [single for run in runs for single in _single_runs(run)]
         parts = [Part([record for run in runs for record in run.records])]
-        parts += [Part.of(run, heading=True) for run in alone if len(alone) <= MOST_RUNS_IN_DETAIL]
+        parts += [Part(run.records, run, f"Run {run.name}") for run in alone if len(alone) <= MOST_RUNS_IN_DETAIL]
     else:
-        parts = [Part.of(run, heading=len(runs) > 1) for run in runs]
+        parts = [Part(run.records, run, f"Run {run.name}" if len(runs) > 1 else "") for run in runs]
     measured = [run for run in runs if measured_arms(run.records)]
     text = _template().render(
         title=(parts[0].pool.name if pooled and parts[0].pool else "") or ", ".join(run.name for run in runs),
@@ -107,20 +103,15 @@ def write_forest_plot(paths: Sequence[str | os.PathLike[str]], path: str | os.Pa
 def forest_rows(pool: Pool) -> list[ForestRow]:
     """Return the lines of a forest plot: each measured comparison, and below it its tasks if there are several."""
     rows = []
-    for pair in measured_comparisons(pool):
+    for pair in pool.measured_comparisons():
         first, _, second = tables.comparison_name(pair).partition(" against ")
-        rows.append(_forest_row(pool, pair, f"{first}\nagainst {second}", None))
-        rows += [_forest_row(pool, pair, task, task) for task in pool.seeds if len(pool.seeds) > 1]
+        labels: dict[str | None, str] = {None: f"{first}\nagainst {second}"}
+        labels |= {task: task for task in pool.seeds if len(pool.seeds) > 1}
+        for task, label in labels.items():
+            found = {split: pool.difference(pair, split, task) for split in TEST_SPLITS}
+            measured = {split: value for split, value in found.items() if value is not None}
+            rows.append(ForestRow(label, task is None, measured))
     return [row for row in rows if row.by_split]
-
-
-def _forest_row(pool: Pool, pair: Pair, label: str, task: str | None) -> ForestRow:
-    found = {split: difference(pool, pair, split, task) for split in TEST_SPLITS}
-    return ForestRow(label, task is None, {split: value for split, value in found.items() if value is not None})
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Runs
 
 
 def _load_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
@@ -129,17 +120,15 @@ def _load_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
         raise ValueError("no path: give at least one folder of a run, or a study's .jsonl file")
     names = [Path(path).resolve().name.removesuffix(".jsonl") for path in paths]
     return [
-        _load_run(Path(path), name if names.count(name) == 1 else os.fspath(path))
+        Run(name if names.count(name) == 1 else os.fspath(path), read_records(path), _read_config(path))
         for path, name in zip(paths, names, strict=True)
     ]
 
 
-def _load_run(path: Path, name: str) -> Run:
-    config_file = path / CONFIG_FILE
-    return Run(name, read_records(path), _read_config(config_file) if config_file.exists() else None)
-
-
-def _read_config(file: Path) -> dict[str, Any]:
+def _read_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    file = Path(path) / CONFIG_FILE
+    if not file.exists():
+        return None
     config = read_json(file)
     mappings = (
         (config, *(config.get(key, {}) for key in ("weak", "strong", "boosting"))) if isinstance(config, dict) else ()
@@ -161,13 +150,11 @@ def _are_pooled(runs: Sequence[Run]) -> bool:
         return True
     keys = [run_keys(run.records) for run in runs]
     apart = len(set().union(*keys)) == sum(map(len, keys)) > 1
-    alike = all(_settings(run) == _settings(runs[0]) for run in runs)
+    configs = [run.config or {} for run in runs]
+    settings = [{key: value for key, value in config.items() if key not in POOLED_OVER} for config in configs]
+    alike = all(own == settings[0] for own in settings)
     arms = [{record.arm for record in of_kind(run.records, AnswersRecord)} for run in runs]
     return apart and alike and bool(set.intersection(*arms))
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in (run.config or {}).items() if key not in POOLED_OVER}
 
 
 def _single_runs(run: Run) -> list[Run]:
@@ -180,10 +167,6 @@ def _single_runs(run: Run) -> list[Run]:
     ]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The page
-
-
 @dataclass(frozen=True)
 class Part:
     """What a page shows of `run` alone, or of the records of several that are pooled (None)."""
@@ -191,11 +174,6 @@ class Part:
     records: Sequence[Record]
     run: Run | None = None
     heading: str = ""
-
-    @classmethod
-    def of(cls, run: Run, *, heading: bool) -> Part:
-        """Return the part of one run."""
-        return cls(run.records, run, f"Run {run.name}" if heading else "")
 
     @functools.cached_property
     def pool(self) -> Pool | None:

@@ -1,7 +1,6 @@
-"""What runs say together: figures over tasks and seeds from records, as pure functions. A single run is a pool of one.
+"""What runs say together: figures over tasks and seeds from records. A single run is a pool of one.
 
-`pool_runs` checks and groups the records; the other functions give one figure each. A figure is a mean over tasks,
-which all weigh the same, with an interval that resamples seeds and questions within each task (see `evaluate`).
+`pool_runs` checks and groups the records; the methods of `Pool` give one figure each, as `statistics` defines it.
 """
 
 from __future__ import annotations
@@ -81,108 +80,86 @@ class Pool:
         """Return the arms that some task measured with all its seeds, in the order of tables."""
         return sorted({arm for arm, _ in self.answers}, key=arm_order)
 
+    def shared_tasks(self, split: str, *arms: str) -> list[str]:
+        """Return the tasks in which all of the arms answered the split's questions."""
+        return [task for task in self.seeds if all(task in self.answers.get((arm, split), ()) for arm in arms)]
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures
+    def accuracy(self, arm: str, split: str, task: str | None = None) -> Interval | None:
+        """Return an arm's share of right answers: the mean over all tasks, or that of one task.
 
+        None if a task did not measure the arm: a mean over other tasks could not be compared with other arms' means.
+        """
+        tasks = list(self.seeds) if task is None else [task]
+        if not set(tasks) <= set(self.shared_tasks(split, arm)):
+            return None
+        return pooled_accuracy(self._answers(arm, split, tasks))
 
-def shared_tasks(pool: Pool, split: str, *arms: str) -> list[str]:
-    """Return the tasks in which all of the arms answered the split's questions."""
-    return [task for task in pool.seeds if all(task in pool.answers.get((arm, split), ()) for arm in arms)]
+    def exact_match(self, arm: str, split: str) -> float | None:
+        """Return an arm's share of exact answers, the mean over all tasks; None where a run has none."""
+        return _mean(self.exact, [(arm, split, task) for task in self.seeds])
 
+    def difference(self, pair: Pair, split: str, task: str | None = None) -> Interval | None:
+        """Return how much larger the first arm's share of right answers is than the second's.
 
-def accuracy(pool: Pool, arm: str, split: str, task: str | None = None) -> Interval | None:
-    """Return an arm's share of right answers: the mean over all tasks, or that of one task.
+        The mean over the tasks that measured both arms (`shared_tasks`), or that of one task; None if there is none.
+        """
+        tasks = [shared for shared in self.shared_tasks(split, *pair) if task in (None, shared)]
+        if not tasks:
+            return None
+        first, second = (self._answers(arm, split, tasks) for arm in pair)
+        return pooled_difference(first, second)
 
-    None if a task did not measure the arm: a mean over other tasks could not be compared with other arms' means.
-    """
-    tasks = list(pool.seeds) if task is None else [task]
-    if not set(tasks) <= set(shared_tasks(pool, split, arm)):
-        return None
-    return pooled_accuracy(_answers(pool, arm, split, tasks))
+    def gap_recovered(self, arm: str, split: str) -> PerformanceGapRecovered | None:
+        """Return a student's PGR over the tasks that measured it, single expert and ceiling; None without one."""
+        arms = (BASELINE, arm, CEILING)
+        tasks = self.shared_tasks(split, *arms)
+        return pooled_gap_recovered(*(self._answers(name, split, tasks) for name in arms)) if tasks else None
 
+    def mean_cost(self, arm: str, field: str, tasks: Sequence[str]) -> float | None:
+        """Return what an arm cost per run: the mean over `tasks` of the mean over seeds of one of `COST_FIELDS`.
 
-def exact_match(pool: Pool, arm: str, split: str) -> float | None:
-    """Return an arm's share of exact answers, the mean over all tasks; None where a run has none."""
-    return _mean(pool.exact, [(arm, split, task) for task in pool.seeds])
+        None without tasks, or where a run does not know.
+        """
+        return _mean(self.costs[field], [(arm, task) for task in tasks])
 
+    def flops_per_point(self, arm: str) -> float | None:
+        """Return the training FLOPs beyond the single expert's, per point gained over it on the primary split.
 
-def difference(pool: Pool, pair: Pair, split: str, task: str | None = None) -> Interval | None:
-    """Return how much larger the first arm's share of right answers is than the second's.
+        None (undefined) unless the gain's interval is above 0, where the ratio would divide by noise, and unless the
+        arm's training costs more, as a student's need not, whose teacher is left out. Also None where costs are
+        unknown.
+        """
+        gain = self.difference((arm, BASELINE), self.primary_split)
+        tasks = self.shared_tasks(self.primary_split, arm, BASELINE)
+        more, baseline = (self.mean_cost(name, "train_flops", tasks) for name in (arm, BASELINE))
+        if gain is None or gain.low <= 0 or more is None or baseline is None or more <= baseline:
+            return None
+        return (more - baseline) / (100 * gain.value)
 
-    The mean over the tasks that measured both arms (`shared_tasks`), or that of one task; None if there is none.
-    """
-    tasks = [shared for shared in shared_tasks(pool, split, *pair) if task in (None, shared)]
-    if not tasks:
-        return None
-    first, second = (_answers(pool, arm, split, tasks) for arm in pair)
-    return pooled_difference(first, second)
+    def measured_comparisons(self) -> list[Pair]:
+        """Return the comparisons of whose arms some task measured both."""
+        return [pair for pair in self.comparisons if any(self.shared_tasks(split, *pair) for split in TEST_SPLITS)]
 
+    def reference_arm(self, reference: str | None = None) -> str:
+        """Return the given arm, or the first of the first comparison; without one, or as `check_arm`, ValueError."""
+        if reference is None and not self.comparisons:
+            raise ValueError("no reference arm: the records declare no comparison; name the arm with `reference`")
+        return self.check_arm(reference or self.comparisons[0][0])
 
-def gap_recovered(pool: Pool, arm: str, split: str) -> PerformanceGapRecovered | None:
-    """Return a student's PGR over the tasks that measured it, the single expert and the ceiling; None without one."""
-    arms = (BASELINE, arm, CEILING)
-    tasks = shared_tasks(pool, split, *arms)
-    return pooled_gap_recovered(*(_answers(pool, name, split, tasks) for name in arms)) if tasks else None
+    def check_arm(self, arm: str) -> str:
+        """Return the arm; one that no task measured with all its seeds raises ValueError with those that there are."""
+        if arm not in self.arms:
+            raise ValueError(f"no task measured arm {arm!r} with all its seeds; measured are {', '.join(self.arms)}")
+        return arm
 
-
-def mean_cost(pool: Pool, arm: str, field: str, tasks: Sequence[str]) -> float | None:
-    """Return what an arm cost per run: the mean over `tasks` of the mean over seeds of one of `COST_FIELDS`.
-
-    None without tasks, or where a run does not know.
-    """
-    return _mean(pool.costs[field], [(arm, task) for task in tasks])
-
-
-def flops_per_point(pool: Pool, arm: str) -> float | None:
-    """Return the training FLOPs beyond the single expert's, per percentage point gained over it on the primary split.
-
-    None (undefined) unless the gain's interval is above 0, where the ratio would divide by noise, and unless the arm's
-    training costs more, as a student's need not, whose teacher is left out. Also None where costs are unknown.
-    """
-    gain = difference(pool, (arm, BASELINE), pool.primary_split)
-    tasks = shared_tasks(pool, pool.primary_split, arm, BASELINE)
-    more, baseline = (mean_cost(pool, name, "train_flops", tasks) for name in (arm, BASELINE))
-    if gain is None or gain.low <= 0 or more is None or baseline is None or more <= baseline:
-        return None
-    return (more - baseline) / (100 * gain.value)
-
-
-def measured_comparisons(pool: Pool) -> list[Pair]:
-    """Return the comparisons of whose arms some task measured both."""
-    return [pair for pair in pool.comparisons if any(shared_tasks(pool, split, *pair) for split in TEST_SPLITS)]
-
-
-def reference_arm(pool: Pool, reference: str | None = None) -> str:
-    """Return the arm that the others are measured against: the given one, or the first of the first comparison.
-
-    Raises:
-        ValueError: an arm that no task measured, or none given and no comparison.
-    """
-    if reference is None and not pool.comparisons:
-        raise ValueError("no reference arm: the records declare no comparison; name the arm with `reference`")
-    return check_arm(pool, reference or pool.comparisons[0][0])
-
-
-def check_arm(pool: Pool, arm: str) -> str:
-    """Return the arm; one that no task measured with all its seeds raises ValueError with those that there are."""
-    if arm not in pool.arms:
-        raise ValueError(f"no task measured arm {arm!r} with all its seeds; measured are {', '.join(pool.arms)}")
-    return arm
-
-
-def _answers(pool: Pool, arm: str, split: str, tasks: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
-    return {task: pool.answers[arm, split][task] for task in tasks}
+    def _answers(self, arm: str, split: str, tasks: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
+        return {task: self.answers[arm, split][task] for task in tasks}
 
 
 def _mean(means: Mapping[tuple[str, ...], float], rows: Sequence[tuple[str, ...]]) -> float | None:
     """Return the mean over rows; None without rows, or where one is missing or unknown."""
     values = [means.get(row, math.nan) for row in rows]
     return None if not values or np.isnan(values).any() else float(np.mean(values))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Grouping
 
 
 def pool_runs(records: Iterable[Record]) -> Pool:
@@ -204,22 +181,31 @@ def pool_runs(records: Iterable[Record]) -> Pool:
     seeds = {task: tuple(sorted(found.tolist())) for task, found in given.groupby("task")["seed"].unique().items()}
     answers, left_out = _complete_answers(given, seeds)
     studies = of_kind(rows, StudyRecord)
+    splits = {study.primary_split: study.name for study in studies} or {"ood": ""}
+    if len(splits) > 1:
+        listed = ", ".join(f"{split} ({name})" for split, name in splits.items())
+        raise ValueError(f"studies that are pooled must have one primary_split, got {listed}")
     declared = dict.fromkeys((first, second) for study in studies for first, second in study.comparisons)
-    exact = _frame(rows, ArmRecord)
+    exact, sets = _frame(rows, ArmRecord), given.groupby(["task", "split"])
+    unmeasured = sorted((task, seed) for task, seed in run_keys(rows) if seed not in seeds.get(task, ()))
     pool = Pool(
         name=", ".join(dict.fromkeys(study.name for study in studies)),
         declared=bool(studies),
-        primary_split=_primary_split(studies),
+        primary_split=next(iter(splits)),
         comparisons=tuple(declared) if studies else COMPARISONS,
         seeds=seeds,
         answers=answers,
-        questions=_count_questions(given),
+        questions=(sets["questions"].nunique() * sets["n"].first()).to_dict(),
         students=frozenset(record.arm for record in of_kind(rows, PgrRecord)) - {CEILING},
         costs=_means(_frame(rows, CostRecord), ["arm", "task"], COST_FIELDS, seeds),
         exact=_means(exact[exact["metric"] == "exact_match"], ["arm", "split", "task"], ["value"], seeds)["value"],
-        remarks=(*_unmeasured_runs(rows, seeds), *left_out, *_limits(given, seeds)),
+        remarks=(
+            *(f"Left out: task {task}, seed {seed}, which has measured no arm yet." for task, seed in unmeasured),
+            *left_out,
+            *_limits(given, seeds),
+        ),
     )
-    not_measured = [pair for pair in declared if pair not in measured_comparisons(pool)]
+    not_measured = [pair for pair in declared if pair not in pool.measured_comparisons()]
     said = [f"Not measured: {first} against {second}, which was declared." for first, second in not_measured]
     return dataclasses.replace(pool, remarks=(*said, *pool.remarks))
 
@@ -259,12 +245,6 @@ def _check_same_questions(given: pd.DataFrame) -> None:
             raise ValueError(f"task {task}, split {split}: seeds must have equally many questions, got {listed}")
 
 
-def _count_questions(given: pd.DataFrame) -> dict[tuple[str, str], int]:
-    """Return the number of different questions for (task, split)."""
-    sets = given.groupby(["task", "split"])
-    return (sets["questions"].nunique() * sets["n"].first()).to_dict()
-
-
 def _complete_answers(
     given: pd.DataFrame, seeds: Mapping[str, Sequence[int]]
 ) -> tuple[dict[tuple[str, str], dict[str, NDArray[np.bool_]]], list[str]]:
@@ -281,23 +261,6 @@ def _complete_answers(
         f"Left out of task {task}: {arm}, which was not measured with {_listed('seed', sorted(missing))}."
         for (task, arm), missing in sorted(lacking.items(), key=lambda item: (item[0][0], arm_order(item[0][1])))
     ]
-
-
-def _primary_split(studies: Sequence[StudyRecord]) -> str:
-    splits = {study.primary_split: study.name for study in studies} or {"ood": ""}
-    if len(splits) > 1:
-        listed = ", ".join(f"{split} ({name})" for split, name in splits.items())
-        raise ValueError(f"studies that are pooled must have one primary_split, got {listed}")
-    return next(iter(splits))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Remarks
-
-
-def _unmeasured_runs(rows: Iterable[Record], seeds: Mapping[str, Sequence[int]]) -> list[str]:
-    missing = sorted((task, seed) for task, seed in run_keys(rows) if seed not in seeds.get(task, ()))
-    return [f"Left out: task {task}, seed {seed}, which has measured no arm yet." for task, seed in missing]
 
 
 def _limits(given: pd.DataFrame, seeds: Mapping[str, Sequence[int]]) -> list[str]:

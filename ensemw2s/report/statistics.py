@@ -72,12 +72,7 @@ def accuracy(correct: ArrayLike) -> Estimate:
     """Return the share of right answers and its standard error over questions, `sqrt(p (1 - p) / (n - 1))`.
 
     The standard error is 0 when all answers are right or all are wrong, which leaves open what other questions bring.
-
-    Args:
-        correct: 0/1 or bool `[n]`, n at least 2.
-
-    Raises:
-        ValueError: another shape, fewer than two questions, or values other than 0 and 1.
+    `correct` is 0/1 or bool `[n]`, n at least 2; another shape and other values raise ValueError.
     """
     outcomes = _outcomes("correct", correct)
     if outcomes.shape[0] != 1 or outcomes.shape[1] < 2:
@@ -89,13 +84,9 @@ def token_error(wrong: Sequence[ArrayLike]) -> Estimate:
     """Return the share of wrong answer tokens, with a standard error that counts questions and not tokens.
 
     The tokens of one answer stand and fall together, so they are no independent samples; this is the usual
-    linearised standard error of a ratio of two sums over questions.
-
-    Args:
-        wrong: for each question 0/1 or bool `[answer tokens]`, 1 where the teacher-forced argmax was wrong.
-
-    Raises:
-        ValueError: fewer than two questions, a question without tokens, or values other than 0 and 1.
+    linearised standard error of a ratio of two sums over questions. `wrong` holds, for each question, 0/1 or bool
+    `[answer tokens]`, 1 where the teacher-forced argmax was wrong; fewer than two questions, a question without tokens
+    and other values raise ValueError.
     """
     if len(wrong) < 2:
         raise ValueError(f"wrong must hold at least 2 questions, got {len(wrong)}")
@@ -128,14 +119,8 @@ def pooled_difference(
 ) -> Interval:
     """Return the mean over tasks of `accuracy(first) - accuracy(second)`, with its interval.
 
-    Args:
-        first: as for `pooled_accuracy`, whose settings these are.
-        second: the other arm on the same tasks, seeds and questions.
-        resamples: number of bootstrap samples.
-        seed: of the bootstrap.
-
-    Raises:
-        ValueError: as `pooled_accuracy`, or different tasks or shapes.
+    The arguments are those of `pooled_accuracy`, for two arms on the same tasks, seeds and questions; other tasks or
+    shapes raise ValueError as well.
     """
     values, means = _pooled_means({"first": first, "second": second}, resamples, seed)
     return Interval(float(values[0] - values[1]), *_percentiles(means[:, 0] - means[:, 1]))
@@ -155,15 +140,8 @@ def pooled_gap_recovered(
     lower end of the gap's interval is above 0. The few resamples whose gap is not positive count as an unbounded ratio
     on the side of the student's gain.
 
-    Args:
-        weak: the weak baseline's answers, as for `pooled_accuracy`, whose settings these are.
-        student: the student's, on the same tasks, seeds and questions.
-        ceiling: those of the student that was taught by the truth.
-        resamples: number of bootstrap samples.
-        seed: of the bootstrap.
-
-    Raises:
-        ValueError: as `pooled_accuracy`, or different tasks or shapes.
+    The arguments are those of `pooled_accuracy`, for the weak baseline, the student, and the student that was taught by
+    the truth, on the same tasks, seeds and questions; other tasks or shapes raise ValueError as well.
     """
     values, means = _pooled_means({"weak": weak, "student": student, "ceiling": ceiling}, resamples, seed)
     gains, gaps = means[:, 1] - means[:, 0], means[:, 2] - means[:, 0]
@@ -187,17 +165,11 @@ def normalise_answer(text: str) -> str:
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> NDArray[np.bool_]:
-    """Compare answers with the true ones after `normalise_answer`: bool `[n]`.
-
-    Raises:
-        ValueError: different numbers of answers and references.
-    """
+    """Compare answers with as many true ones after `normalise_answer`: bool `[n]`; unequal numbers: ValueError."""
     if len(answers) != len(references):
         raise ValueError(f"there are {len(answers)} answers but {len(references)} references")
-    return np.array(
-        [normalise_answer(a) == normalise_answer(r) for a, r in zip(answers, references, strict=True)],
-        dtype=np.bool_,
-    )
+    pairs = zip(map(normalise_answer, answers), map(normalise_answer, references), strict=True)
+    return np.array([answer == reference for answer, reference in pairs], dtype=np.bool_)
 
 
 def _pooled_means(
@@ -216,12 +188,8 @@ def _pooled_means(
     return np.mean([outcomes.mean(axis=(1, 2)) for outcomes in stacks], axis=0), np.mean(means, axis=0)
 
 
-def _bootstrap_means(outcomes: NDArray[np.float64], resamples: int, seed: int, task: int = 0) -> NDArray[np.float64]:
-    """Return float64 [resamples, arms]: accuracies of `outcomes` [arms, seeds, n], questions and seeds resampled.
-
-    The draws depend on seeds, n, `seed` and `task` alone: figures on the same questions share them, whichever arms they
-    compare.
-    """
+def _bootstrap_means(outcomes: NDArray[np.float64], resamples: int, seed: int, task: int) -> NDArray[np.float64]:
+    """Return float64 [resamples, arms]: accuracies of `outcomes` [arms, seeds, n], questions and seeds resampled."""
     if resamples < 100:
         raise ValueError(f"resamples must be at least 100, got {resamples}")
     arms, seeds, n = outcomes.shape

@@ -6,31 +6,16 @@ of one run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from ensemw2s.report.arms import BASELINE, arm_name, lower_first
-from ensemw2s.report.pool import (
-    Pair,
-    Pool,
-    accuracy,
-    check_arm,
-    difference,
-    exact_match,
-    flops_per_point,
-    gap_recovered,
-    mean_cost,
-    measured_comparisons,
-    pool_runs,
-    reference_arm,
-    shared_tasks,
-)
+from ensemw2s.report.pool import Pair, Pool, pool_runs
 from ensemw2s.report.statistics import Interval, PerformanceGapRecovered
 from ensemw2s.runtime.records import TEST_SPLITS, ArmRecord, LabelsRecord, PhaseRecord, Record, RoundRecord, of_kind
 
 if TYPE_CHECKING:
     from rich.table import Table
-
 
 MINUS, UNDEFINED = "−", "undefined"
 # By their headers: fields of `CostRecord`, and the unit in which they are shown.
@@ -44,11 +29,7 @@ COSTS = {
 }
 
 Rows = tuple[list[str], list[list[str]]]
-_Figure = TypeVar("_Figure")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables of a pool
+_Record = TypeVar("_Record", bound=Record)
 
 
 def accuracies(pool: Pool, *, arms: Sequence[str] | None = None) -> Rows:
@@ -57,8 +38,8 @@ def accuracies(pool: Pool, *, arms: Sequence[str] | None = None) -> Rows:
     rows = [
         [
             arm_name(arm),
-            *(_accuracy_text(accuracy(pool, arm, split)) for split in TEST_SPLITS),
-            *(_optional(_percents, exact_match(pool, arm, split)) for split in TEST_SPLITS),
+            *(_accuracy_text(pool.accuracy(arm, split)) for split in TEST_SPLITS),
+            *(_percents(pool.exact_match(arm, split)) for split in TEST_SPLITS),
             str(len(_tasks(pool, arm))),
         ]
         for arm in _chosen(pool, arms)
@@ -73,7 +54,7 @@ def by_task(pool: Pool, *, arms: Sequence[str] | None = None, split: str | None 
         [
             arm_name(arm),
             *(
-                _both_splits(pool, arm, task) if split is None else _accuracy_text(accuracy(pool, arm, split, task))
+                _both_splits(pool, arm, task) if split is None else _accuracy_text(pool.accuracy(arm, split, task))
                 for task in pool.seeds
             ),
         ]
@@ -92,7 +73,7 @@ def differences_by_task(pool: Pool, *, arms: Sequence[str] | None = None, split:
     """Return the comparisons on each task: differences on the primary split, or on another."""
     split = check_split(split or pool.primary_split)
     rows = [
-        [comparison_name(pair), *(_optional(difference_text, difference(pool, pair, split, t)) for t in pool.seeds)]
+        [comparison_name(pair), *(difference_text(pool.difference(pair, split, task)) for task in pool.seeds)]
         for pair in _chosen_pairs(pool, arms)
     ]
     return [f"Comparison, {TEST_SPLITS[split]} in points", *pool.seeds], rows
@@ -100,7 +81,7 @@ def differences_by_task(pool: Pool, *, arms: Sequence[str] | None = None, split:
 
 def ablation(pool: Pool, *, arms: Sequence[str] | None = None, reference: str | None = None) -> Rows:
     """Return each arm minus the reference arm (the first of the first comparison, unless given)."""
-    base = reference_arm(pool, reference)
+    base = pool.reference_arm(reference)
     pairs = [(arm_name(arm), (arm, base)) for arm in _chosen(pool, arms) if arm != base]
     return _difference_rows(pool, f"Arm, minus {lower_first(arm_name(base))}", pairs)
 
@@ -110,31 +91,26 @@ def pgr(pool: Pool, *, arms: Sequence[str] | None = None) -> Rows:
     rows = []
     for arm in _chosen(pool, arms):
         if arms is not None or arm in pool.students:
-            recovered = [gap_recovered(pool, arm, split) for split in TEST_SPLITS]
-            gaps = [_optional(_gap_text, found) for found in recovered]
-            rows.append([arm_name(arm), *(_optional(_recovered_text, found) for found in recovered), *gaps])
+            recovered = [pool.gap_recovered(arm, split) for split in TEST_SPLITS]
+            rows.append([arm_name(arm), *map(_recovered_text, recovered), *map(_gap_text, recovered)])
     return ["Arm", *_by_split("PGR {}"), *_by_split("Gap {}, points")], rows
 
 
 def cost(pool: Pool, *, arms: Sequence[str] | None = None) -> Rows:
     """Return what each arm cost per run, and its training FLOPs beyond the single expert's per point gained."""
-    return _cost_rows(pool, arms, [header for header in COSTS if header != "Answers, tokens"])
+    return cost_rows(pool, arms, [header for header in COSTS if header != "Answers, tokens"])
 
 
-def whole_cost(pool: Pool) -> Rows:
-    """Return `cost` of all arms, with the tokens of their answers."""
-    return _cost_rows(pool, None, list(COSTS))
-
-
-def _cost_rows(pool: Pool, arms: Sequence[str] | None, columns: Sequence[str]) -> Rows:
+def cost_rows(pool: Pool, arms: Sequence[str] | None = None, columns: Iterable[str] = COSTS) -> Rows:
+    """Return `cost` with the given of the columns `COSTS`."""
     split = pool.primary_split
     rows = []
     for arm in _chosen(pool, arms):
         tasks = _tasks(pool, arm)
         amounts = [_cost_text(pool, arm, tasks, header) for header in columns]
-        gain = "" if arm == BASELINE else _optional(difference_text, difference(pool, (arm, BASELINE), split))
-        undefined = UNDEFINED if gain and mean_cost(pool, arm, "train_flops", tasks) is not None else ""
-        rows.append([arm_name(arm), *amounts, gain, amount_text(flops_per_point(pool, arm), 1e12) or undefined])
+        gain = "" if arm == BASELINE else difference_text(pool.difference((arm, BASELINE), split))
+        undefined = UNDEFINED if gain and pool.mean_cost(arm, "train_flops", tasks) is not None else ""
+        rows.append([arm_name(arm), *amounts, gain, amount_text(pool.flops_per_point(arm), 1e12) or undefined])
     gained = f"{TEST_SPLITS[split]} over {lower_first(arm_name(BASELINE))}, points"
     return without_empty_columns(["Arm", *columns, gained, "Extra TFLOP per point"], rows)
 
@@ -203,23 +179,23 @@ def _by_split(header: str) -> list[str]:
 
 
 def _chosen(pool: Pool, arms: Sequence[str] | None) -> list[str]:
-    return pool.arms if arms is None else [check_arm(pool, arm) for arm in arms]
+    return pool.arms if arms is None else [pool.check_arm(arm) for arm in arms]
 
 
 def _chosen_pairs(pool: Pool, arms: Sequence[str] | None) -> list[Pair]:
     chosen = _chosen(pool, arms)
-    return [pair for pair in measured_comparisons(pool) if set(pair) <= set(chosen)]
+    return [pair for pair in pool.measured_comparisons() if set(pair) <= set(chosen)]
 
 
 def _tasks(pool: Pool, *arms: str) -> list[str]:
     """Return the tasks that measured the arms on some split, in order."""
-    return [task for task in pool.seeds if any(task in shared_tasks(pool, split, *arms) for split in TEST_SPLITS)]
+    return [task for task in pool.seeds if any(task in pool.shared_tasks(split, *arms) for split in TEST_SPLITS)]
 
 
 def _difference_rows(pool: Pool, title: str, named: Sequence[tuple[str, Pair]]) -> Rows:
     rows = []
     for name, pair in named:
-        found = [_optional(difference_text, difference(pool, pair, split)) for split in TEST_SPLITS]
+        found = [difference_text(pool.difference(pair, split)) for split in TEST_SPLITS]
         tasks = _tasks(pool, *pair)
         sizes = " / ".join(_questions(pool, tasks, split) for split in TEST_SPLITS)
         rows.append([name, *found, str(len(tasks)), _span(len(pool.seeds[task]) for task in tasks), sizes])
@@ -236,16 +212,15 @@ def _span(counts: Iterable[int]) -> str:
 
 
 def _both_splits(pool: Pool, arm: str, task: str) -> str:
-    found = [accuracy(pool, arm, split, task) for split in TEST_SPLITS]
+    found = [pool.accuracy(arm, split, task) for split in TEST_SPLITS]
     return " / ".join(_percents(x.value) if x else "–" for x in found) if any(found) else ""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables of one run
 
 
 def results_table(records: Sequence[Record]) -> Table:
     """Return every measured arm with its accuracies ± standard error, PGR with 95% interval, and training costs."""
+    from rich import box
+    from rich.table import Table
+
     pool = pool_runs(records)
     measured = {
         (record.arm, record.metric, record.split): f"{100 * record.value:.1f} ± {100 * record.standard_error:.1f}"
@@ -263,80 +238,69 @@ def results_table(records: Sequence[Record]) -> Table:
         for arm in pool.arms
     ]
     headers = [*_by_split("{}, %"), *_by_split("Exact {}, %"), *_by_split("PGR {}"), "Train s", "Train TFLOP"]
-    return _rich_table("Results", without_empty_columns(["Arm", *headers], rows), never_wrapped=3)
-
-
-def _rich_table(title: str, content: Rows, never_wrapped: int) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for i, header in enumerate(content[0]):
+    headers, rows = without_empty_columns(["Arm", *headers], rows)
+    table = Table(title="Results", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for i, header in enumerate(headers):
         # In a narrow terminal the later columns fold; nothing is cut off.
-        table.add_column(header, justify="right" if i else "left", no_wrap=i < never_wrapped, overflow="fold")
-    for row in content[1]:
+        table.add_column(header, justify="right" if i else "left", no_wrap=i < 3, overflow="fold")
+    for row in rows:
         table.add_row(*row)
     return table
 
 
 def rounds(records: Iterable[RoundRecord]) -> Rows:
     """Return every boosting round, one row per attempt."""
-    headers = ["Round", "Weighted error ε", "Prior error ε₀", "Expert weight α", "Effective sample size",
-               "Validation: expert", "Validation: ensemble", "Time, s", "Note"]  # fmt: skip
-    return without_empty_columns(headers, [_round_row(record) for record in records])
+    return without_empty_columns(*_columns(records, {
+        "Round": lambda record: str(record.round),
+        "Weighted error ε": lambda record: f"{record.error:.4f}",
+        "Prior error ε₀": lambda record: number(record.prior_error, ".4f"),
+        "Expert weight α": lambda record: number(record.expert_weight, ".3f"),
+        "Effective sample size": _effective_sample_size,
+        "Validation: expert": lambda record: number((record.validation or {}).get("expert"), ".1%"),
+        "Validation: ensemble": lambda record: number((record.validation or {}).get("ensemble"), ".1%"),
+        "Time, s": lambda record: f"{record.seconds:.1f}",
+        "Note": _round_note,
+    }))  # fmt: skip
 
 
-def _round_row(record: RoundRecord) -> list[str]:
-    validation = record.validation or {}
-    share = record.effective_sample_size / record.num_units
+def _columns(records: Iterable[_Record], columns: Mapping[str, Callable[[_Record], str]]) -> Rows:
+    return list(columns), [[text(record) for text in columns.values()] for record in records]
+
+
+def _effective_sample_size(record: RoundRecord) -> str:
+    size, units = record.effective_sample_size, record.num_units
+    return f"{size:.0f} of {units} ({size / units:.0%})"
+
+
+def _round_note(record: RoundRecord) -> str:
     notes = {
         "not added: no better than the prior": not record.accepted,
         "error clamped": record.clamped,
         f"attempt {record.attempt}": record.attempt > 1,
     }
-    return [
-        str(record.round),
-        f"{record.error:.4f}",
-        number(record.prior_error, ".4f"),
-        number(record.expert_weight, ".3f"),
-        f"{record.effective_sample_size:.0f} of {record.num_units} ({share:.0%})",
-        number(validation.get("expert"), ".1%"),
-        number(validation.get("ensemble"), ".1%"),
-        f"{record.seconds:.1f}",
-        ", ".join(note for note, holds in notes.items() if holds),
-    ]
+    return ", ".join(note for note, holds in notes.items() if holds)
 
 
 def phases(records: Iterable[Record]) -> Rows:
     """Return what every phase cost."""
-    columns = {"Seconds": ("seconds", 1), "Tokens": ("tokens", 1), "TFLOP": ("flops", 1e12),
-               "Peak memory, GB": ("peak_memory", 1e9)}  # fmt: skip
-    rows = [
-        [record.phase, *(amount_text(getattr(record, field), unit) for field, unit in columns.values())]
-        for record in of_kind(records, PhaseRecord)
-    ]
-    return without_empty_columns(["Phase", *columns], rows)
+    return without_empty_columns(*_columns(of_kind(records, PhaseRecord), {
+        "Phase": lambda record: record.phase,
+        "Seconds": lambda record: amount_text(record.seconds, 1),
+        "Tokens": lambda record: amount_text(record.tokens, 1),
+        "TFLOP": lambda record: amount_text(record.flops, 1e12),
+        "Peak memory, GB": lambda record: amount_text(record.peak_memory, 1e9),
+    }))  # fmt: skip
 
 
 def labels(records: Iterable[Record]) -> Rows:
     """Return what each teacher's answers to the unlabelled questions are worth."""
-    headers = ["Teacher", "Hard questions", "Answered right", "Mean log-probability per token, nats",
-               "Experts' agreement"]  # fmt: skip
-    rows = [
-        [
-            arm_name(record.teacher),
-            str(record.n),
-            number(record.accuracy, ".1%"),
-            number(record.confidence, ".3f"),
-            number(record.agreement, ".1%"),
-        ]
-        for record in of_kind(records, LabelsRecord)
-    ]
-    return headers, rows
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures as text
+    return _columns(of_kind(records, LabelsRecord), {
+        "Teacher": lambda record: arm_name(record.teacher),
+        "Hard questions": lambda record: str(record.n),
+        "Answered right": lambda record: number(record.accuracy, ".1%"),
+        "Mean log-probability per token, nats": lambda record: number(record.confidence, ".3f"),
+        "Experts' agreement": lambda record: number(record.agreement, ".1%"),
+    })  # fmt: skip
 
 
 def number(value: float | None, form: str) -> str:
@@ -355,8 +319,10 @@ def interval_text(value: float, low: float, high: float, *, form: str) -> str:
     return f"{number(value, form)} ({number(low, form)} to {number(high, form)})"
 
 
-def difference_text(difference: Interval) -> str:
-    """Return a difference of shares in percentage points, its interval, and a word on which arm is better."""
+def difference_text(difference: Interval | None) -> str:
+    """Return a difference of shares in points, its interval, and a word on which arm is better; "" for none."""
+    if difference is None:
+        return ""
     verdict = "better" if difference.low > 0 else "worse" if difference.high < 0 else "not decided"
     return f"{difference_interval(difference)}: {verdict}"
 
@@ -374,8 +340,8 @@ def _signed_points(share: float) -> str:
     return number(points, "+.1f") if points else "0.0"
 
 
-def _percents(share: float) -> str:
-    return f"{100 * share:.1f}"
+def _percents(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
 
 
 def _accuracy_text(interval: Interval | None) -> str:
@@ -384,18 +350,16 @@ def _accuracy_text(interval: Interval | None) -> str:
 
 def _cost_text(pool: Pool, arm: str, tasks: Sequence[str], header: str) -> str:
     field, unit = COSTS[header]
-    return amount_text(mean_cost(pool, arm, field, tasks), unit)
+    return amount_text(pool.mean_cost(arm, field, tasks), unit)
 
 
-def _recovered_text(recovered: PerformanceGapRecovered) -> str:
+def _recovered_text(recovered: PerformanceGapRecovered | None) -> str:
+    if recovered is None:
+        return ""
     if recovered.value is None or recovered.low is None or recovered.high is None:
         return UNDEFINED
     return interval_text(recovered.value, recovered.low, recovered.high, form=".2f")
 
 
-def _gap_text(recovered: PerformanceGapRecovered) -> str:
-    return difference_interval(Interval(recovered.gap, recovered.gap_low, recovered.gap_high))
-
-
-def _optional(text: Callable[[_Figure], str], figure: _Figure | None) -> str:
-    return "" if figure is None else text(figure)
+def _gap_text(found: PerformanceGapRecovered | None) -> str:
+    return "" if found is None else difference_interval(Interval(found.gap, found.gap_low, found.gap_high))

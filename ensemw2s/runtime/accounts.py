@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -40,21 +41,6 @@ class Entry(NamedTuple):
 _GROWS = Entry(None, None)
 
 
-class Signature(NamedTuple):
-    """What tells that a file was not touched since it was last looked at."""
-
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> Signature:
-        """Return that of a file."""
-        found = path.stat()
-        return cls(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-
 class _Account(NamedTuple):
     """What was written under each name, the last entry last, and what was promised to a store under which name."""
 
@@ -62,17 +48,19 @@ class _Account(NamedTuple):
     promises: dict[str, str]
 
 
-_READ: dict[Path, tuple[Signature, _Account]] = {}
-_FOUND_WHOLE: dict[Path, tuple[Signature, Entry]] = {}
+# What was read, with what tells that a file was not touched since (`_signature`).
+_READ: dict[Path, tuple[tuple[int, ...], _Account]] = {}
+_FOUND_WHOLE: dict[Path, tuple[tuple[int, ...], Entry]] = {}
 
 
 def account_around(path: Path_) -> Path | None:
     """Return the nearest folder around `path` that keeps an account, or None; for what is not complete yet, None."""
-    whole = absolute(path)
-    for folder in whole.parents:
-        if (folder / ACCOUNT).is_file():
-            return None if any(map(is_partial, whole.relative_to(folder).parts)) else folder
-    return None
+    owner = _owner(path)
+    return None if owner is None or any(map(is_partial, absolute(path).relative_to(owner).parts)) else owner
+
+
+def _owner(path: Path_) -> Path | None:
+    return next((folder for folder in absolute(path).parents if (folder / ACCOUNT).is_file()), None)
 
 
 def absolute(path: Path_) -> Path:
@@ -103,18 +91,14 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def enter(path: Path_, made: Path) -> str:
-    """Enter the file or folder `made`, about to be called `path`, into the account around `path`, if there is one.
-
-    Returns:
-        A hash of all that was made.
-    """
+    """Enter what was `made`, about to be called `path`, into the account around that, if any; return its hash."""
     names = {file.relative_to(made).as_posix(): file for file in files_in(made)} if made.is_dir() else {"": made}
     found = {name: {"bytes": file.stat().st_size, "blake2b": digest_of(file)} for name, file in names.items()}
     owner = account_around(path)
     if owner is not None:
         own = _name(owner, path)
         rows = {f"{own}/{name}" if name else own: values for name, values in found.items()}
-        replaced = [old for old, written in entries(owner).items() if old.startswith(f"{own}/") and written]
+        replaced = [old for old, written in _account(owner).entries.items() if old.startswith(f"{own}/") and written]
         rows |= {old: {"replaced": True} for old in replaced if old not in rows}
         append_whole(owner / ACCOUNT, (json.dumps({"file": name, **values}) for name, values in rows.items()))
     return digest_json(found)
@@ -123,14 +107,8 @@ def enter(path: Path_, made: Path) -> str:
 def enter_growing(path: Path_) -> None:
     """Enter a file that is appended to, or a folder that others fill: it is ours, whatever is in it."""
     owner = account_around(path)
-    if owner is not None:
+    if owner is not None and _account(owner).entries.get(_name(owner, path), [])[-1:] != [_GROWS]:
         append_whole(owner / ACCOUNT, [json.dumps({"file": _name(owner, path)})])
-
-
-def is_growing(path: Path_) -> bool:
-    """Say whether the last that was entered of a file is that it grows."""
-    owner = account_around(path)
-    return owner is not None and entries(owner).get(_name(owner, path), [])[-1:] == [_GROWS]
 
 
 def promise(path: Path_, name: str) -> None:
@@ -183,9 +161,7 @@ def _whole_lines(descriptor: int) -> int:
 def check(path: Path_, remedy: str | None = None) -> None:
     """Refuse a file or folder whose content is not what this package wrote; outside of any account, nothing is known.
 
-    Args:
-        path: a file, or a folder that was written whole.
-        remedy: what its reader shall do, a sentence; None says to delete it.
+    The remedy is a sentence on what its reader shall do; None says to delete it.
 
     Raises:
         FileNotFoundError: it is not there, or one of its files.
@@ -199,7 +175,7 @@ def check(path: Path_, remedy: str | None = None) -> None:
             raise FileNotFoundError(f"{path} does not exist")
         return
     name = _name(owner, path)
-    known = {other: written for other, written in entries(owner).items() if written}
+    known = {other: written for other, written in _account(owner).entries.items() if written}
     if any(known.get(up.as_posix(), [])[-1:] == [_GROWS] for up in Path(name).parents):
         return
     below = [other for other in known if other.startswith(f"{name}/")]
@@ -215,32 +191,26 @@ def _check_file(file: Path, written: list[Entry], remedy: str) -> None:
         raise FileNotFoundError(f"{file} is gone. {remedy}")
     if written[-1:] == [_GROWS]:
         return
-    signature, key = Signature.of(file), file.absolute()
+    signature, key, size = _signature(file), file.absolute(), file.stat().st_size
     if (known := _FOUND_WHOLE.get(key)) is not None and known[0] == signature and known[1] in written:
         return
-    if signature.size not in [entry.size for entry in written]:
-        expected = written[-1].size
-        raise ValueError(f"{file} is damaged: it has {signature.size} bytes, written were {expected}. {remedy}")
-    found = Entry(signature.size, digest_of(file))
+    if size not in [entry.size for entry in written]:
+        raise ValueError(f"{file} is damaged: it has {size} bytes, written were {written[-1].size}. {remedy}")
+    found = Entry(size, digest_of(file))
     if found not in written:
         raise ValueError(f"{file} is damaged: its content is not what was written. {remedy}")
     _FOUND_WHOLE[key] = signature, found
 
 
-def entries(owner: Path) -> dict[str, list[Entry]]:
-    """Return what was written under each name in a folder that keeps an account, the last entry last.
-
-    Nothing is left of a file that was replaced together with its folder, but that it was ours.
-
-    Raises:
-        ValueError: the account itself is damaged.
-    """
-    return _account(owner).entries
+def _signature(file: Path) -> tuple[int, ...]:
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _account(owner: Path) -> _Account:
+    """Return a folder's account; one that is damaged raises ValueError."""
     file = owner / ACCOUNT
-    signature = Signature.of(file)
+    signature = _signature(file)
     known = _READ.get(file.absolute())
     if known is not None and known[0] == signature:
         return known[1]
@@ -254,6 +224,7 @@ def _account(owner: Path) -> _Account:
                 continue
             written = found.entries.setdefault(row["file"], [])
             if row.get("replaced"):
+                # Nothing is left of a file that was replaced together with its folder, but that it was ours.
                 written.clear()
             else:
                 written.append(Entry(row.get("bytes"), row.get("blake2b")))
@@ -268,64 +239,50 @@ def _account(owner: Path) -> _Account:
 
 def entered(folder: Path_, pattern: str) -> list[Path]:
     """Return the files in a folder with an account of its own that were written under names of a pattern, sorted."""
-    names = [Path(name) for name, written in entries(Path(folder)).items() if written]
+    names = [Path(name) for name, written in _account(Path(folder)).entries.items() if written]
     return sorted(Path(folder) / name for name in names if name.match(pattern))
 
 
-def strangers(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
-    """Yield the files, among those in a folder that match, which are not ours."""
-    for file in _matching(folder, patterns):
-        if not is_ours(file):
-            yield file
+def strangers(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """Return the files, among those in a folder that match, which are not ours."""
+    matches = _matching(folder, patterns)
+    files = (files_in(match) if match.is_dir() and not match.is_symlink() else [match] for match in matches)
+    return [file for found in files for file in found if not is_ours(file)]
 
 
 def is_ours(path: Path_) -> bool:
     """Say whether this package wrote a file, or is writing it: by its account, never by its name alone."""
-    path = absolute(path)
-    for folder in path.parents:
-        if (folder / ACCOUNT).is_file():
-            parts = path.relative_to(folder).parts
-            names = {"/".join(parts[:count]) for count in range(1, len(parts) + 1)}
-            known = entries(folder)
-            own = any(_GROWS in known.get(name, []) for name in names - {"/".join(parts)})
-            locked = parts[-1].removeprefix(".").removesuffix(".lock")
-            named = {"/".join(parts), "/".join((*parts[:-1], locked))} & known.keys()
-            reserved = len(parts) == 1 and parts[0].startswith(RESERVED)
-            return own or bool(named) or reserved or any(map(is_partial, parts))
-    return False
+    owner = _owner(path)
+    if owner is None:
+        return False
+    name, known = Path(_name(owner, path)), _account(owner).entries
+    locked = name.parent / name.name.removeprefix(".").removesuffix(".lock")
+    named = {name.as_posix(), locked.as_posix()} & known.keys()
+    reserved = len(name.parts) == 1 and name.name.startswith(RESERVED)
+    inside = any(_GROWS in known.get(folder.as_posix(), []) for folder in name.parents)
+    return bool(named) or reserved or inside or any(map(is_partial, name.parts))
 
 
 def delete(folder: Path, patterns: Iterable[str]) -> None:
-    """Delete what matches in a folder with an account, and what became empty by it, and strike it off the account."""
+    """Delete what matches in a folder with an account, and strike it off the account."""
     patterns = tuple(patterns)
-    for file in _matching(folder, patterns):
-        file.unlink()
-    for match in (match for pattern in patterns for match in folder.glob(pattern) if match.is_dir()):
-        for root, _, _ in os.walk(match, topdown=False):
-            Path(root).rmdir()
+    for match in _matching(folder, patterns):
+        if match.is_dir() and not match.is_symlink():
+            shutil.rmtree(match)
+        else:
+            match.unlink()
     rows = (folder / ACCOUNT).read_text(encoding="utf-8").splitlines()
-    kept = [row for row in rows if not any(_is_under(json.loads(row)["file"], pattern) for pattern in patterns)]
+    tops = {row: Path(Path(json.loads(row)["file"]).parts[0]) for row in rows}
+    kept = [row for row in rows if not any(tops[row].match(pattern) for pattern in patterns)]
     aside = folder / f".{ACCOUNT}{PARTIAL}"
     aside.unlink(missing_ok=True)
     append_whole(aside, kept)
     aside.replace(folder / ACCOUNT)
 
 
-def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    found: list[Path] = []
-    for match in (match for pattern in patterns for match in sorted(folder.glob(pattern))):
-        found += files_in(match) if match.is_dir() and not match.is_symlink() else [match]
-    return found
-
-
-def _is_under(name: str, pattern: str) -> bool:
-    return Path(Path(name).parts[0]).match(pattern)
+def _matching(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
+    return (match for pattern in patterns for match in sorted(folder.glob(pattern)))
 
 
 def _name(owner: Path, path: Path_) -> str:
     return absolute(path).relative_to(owner).as_posix()
-
-
-def begin(folder: Path) -> None:
-    """Let a folder keep an account from now on."""
-    append_whole(folder / ACCOUNT, [])

@@ -35,21 +35,16 @@ class InUseError(RuntimeError):
 
 @dataclass(frozen=True)
 class Kind:
-    """What a folder is claimed for.
-
-    Attributes:
-        name: of the marker.
-        words: for a reader, with the article.
-        files: patterns of all that such a claim writes into its folder, at the top. None of them may be there before,
-            and with `overwrite` they alone are deleted.
-        setting: what a reader changes to be given another folder.
-        alone: whether the folder must hold nothing else when it is claimed first.
-    """
+    """What a folder is claimed for: the name of the marker, and words for a reader, with the article."""
 
     name: str
     words: str
+    # Patterns of all that such a claim writes into its folder, at the top. None of them may be there before, and with
+    # `overwrite` they alone are deleted.
     files: tuple[str, ...]
+    # What a reader changes to be given another folder.
     setting: str = "output_dir"
+    # Whether the folder must hold nothing else when it is claimed first.
     alone: bool = False
 
     def marker(self, folder: Path) -> Path:
@@ -59,9 +54,6 @@ class Kind:
     def lock(self, folder: Path) -> Path:
         """Return the file that is locked while somebody works in a folder."""
         return folder / f"{RESERVED}{self.name}.lock"
-
-
-# Claiming
 
 
 @contextmanager
@@ -160,18 +152,13 @@ def _claim(
         on_overwrite(folder, differing)
         discard(folder, kind)
     if theirs is None or differing:
-        accounts.begin(folder)
-        marker = {"made_by": _MADE_BY, "kind": kind.name, "description": mine}
-        write_json(kind.marker(folder), marker)
+        accounts.append_whole(folder / accounts.ACCOUNT, [])
+        write_json(kind.marker(folder), {"made_by": _MADE_BY, "kind": kind.name, "description": mine})
     sweep(folder)
 
 
 def discard(folder: Path, kind: Kind) -> None:
-    """Delete all that a claim left in its folder, but its marker.
-
-    Raises:
-        ValueError: files that are not ours lie among it; names them, and nothing is deleted.
-    """
+    """Delete all that a claim left in its folder, but its marker; nothing, and ValueError, if some is not ours."""
     found = [str(path.relative_to(folder)) for path in accounts.strangers(folder, kind.files)]
     if found:
         raise ValueError(
@@ -179,9 +166,6 @@ def discard(folder: Path, kind: Kind) -> None:
             f"Nothing was deleted: move them away, or choose another {kind.setting}"
         )
     accounts.delete(folder, kind.files)
-
-
-# One at a time
 
 
 @contextmanager

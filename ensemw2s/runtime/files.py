@@ -31,7 +31,6 @@ from ensemw2s.runtime.accounts import (
     enter,
     enter_growing,
     files_in,
-    is_growing,
     is_partial,
 )
 from ensemw2s.runtime.parsing import parse_json, read_text, require_file
@@ -49,8 +48,6 @@ _FULL_DISK_WORDS = (
 )
 # Of a name in that of what is to get it, in bytes: the rest says who writes it.
 _LONGEST_STEM = 100
-# At least, in such a name: .NAME.HOST.PID.TOKEN.partial
-_DOTS = 4
 
 
 class DiskFullError(OSError):
@@ -77,12 +74,8 @@ def is_disk_full(error: BaseException) -> bool:
 def new_file(path: str | os.PathLike[str], *, watched: bool = True) -> Iterator[Path]:
     """Give the path of a scratch file that takes the place of `path` when the block ends without an error.
 
-    Args:
-        path: where it shall be.
-        watched: whether `watchers` are told: a file that does not stay is none of their business.
-
-    Raises:
-        DiskFullError: the disk is full; `path` is as it was before.
+    A full disk raises DiskFullError, and `path` is as it was before. `watchers` are told if it is `watched`: a file
+    that does not stay is none of their business.
     """
     path = Path(path)
     with _aside(path) as aside:
@@ -99,11 +92,7 @@ _BEGINNING = 4096
 
 @contextmanager
 def new_page(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Do as `new_file` for a page or picture, and replace none but our own, which have `SIGNATURE` in them.
-
-    Raises:
-        ValueError: somebody else's file is at `path`.
-    """
+    """Do as `new_file` for a page or picture; one without `SIGNATURE` in it is not ours and raises ValueError."""
     path = Path(path)
     if path.is_file() and SIGNATURE.encode() not in path.read_bytes()[:_BEGINNING]:
         raise ValueError(f"{path} was not made by ensemw2s and is left as it is: name another file, or move it away")
@@ -183,7 +172,7 @@ def share_as_usual(folder: Path) -> None:
 @contextmanager
 def _aside(path: Path) -> Iterator[Path]:
     """Give a name beside `path` that no other process uses; what dead processes have left under such is deleted."""
-    aside = path.with_name(_partial_name(path.name))
+    aside = path.with_name(f"{_stem(path.name)}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}")
     try:
         make_folder(path.parent)
         for left_over in path.parent.glob(f"{glob.escape(_stem(path.name))}.*.*.*{PARTIAL}"):
@@ -203,18 +192,14 @@ def _stem(name: str) -> str:
     return f".{hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest() if long else name}"
 
 
-def _partial_name(name: str) -> str:
-    return f"{_stem(name)}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}"
-
-
 def _host() -> str:
     return re.sub(r"\W", "-", platform.node(), flags=re.ASCII)[:_LONGEST_STEM]
 
 
 def _is_dead(partial: Path) -> bool:
     """Say whether the process that wrote something not yet complete is known to be gone."""
-    *_, host, pid, _, _ = partial.name.split(".")
-    return host == _host() and pid.isdigit() and not is_alive(int(pid))
+    written_by = re.fullmatch(rf"\..*\.{re.escape(_host())}\.(\d+)\.[^.]*{re.escape(PARTIAL)}", partial.name)
+    return written_by is not None and not is_alive(int(written_by[1]))
 
 
 def is_alive(pid: int) -> bool:
@@ -245,20 +230,15 @@ def write_json(path: str | os.PathLike[str], value: Any, *, watched: bool = True
 def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line, atomically."""
     with new_file(path) as aside, aside.open("w", encoding="utf-8") as file:
-        file.writelines(json_line(row) for row in rows)
+        file.writelines(f"{_json_line(row)}\n" for row in rows)
 
 
 def append_json_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append one JSON object a line; a kill may tear the last line, which the next reader or writer drops.
-
-    Raises:
-        DiskFullError: the disk is full.
-    """
-    path, lines = Path(path), [json_line(row).removesuffix("\n") for row in rows]
+    """Append one JSON object a line; a kill may tear the last line, which the next reader or writer drops."""
+    path, lines = Path(path), [_json_line(row) for row in rows]
     try:
         make_folder(path.parent)
-        if not is_growing(path):
-            enter_growing(path)
+        enter_growing(path)
         if watchers:
             size = path.stat().st_size if path.exists() else 0
             size += sum(len(line.encode()) + 1 for line in lines)
@@ -274,9 +254,8 @@ def settle(path: str | os.PathLike[str]) -> None:
     enter(path, Path(path))
 
 
-def json_line(row: Mapping[str, Any]) -> str:
-    """Return `row` as one line of JSON with its newline; NaN and infinity raise ValueError."""
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+def _json_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
 
 def read_json(path: str | os.PathLike[str], remedy: str | None = None) -> Any:
@@ -297,16 +276,12 @@ def read_json_lines(path: str | os.PathLike[str], remedy: str | None = None) -> 
     """Read a file of JSON objects, one a line, that was written whole; see `read_json` for what it raises."""
     check(path, remedy)
     try:
-        return _rows(Path(path), require_file(path, "name a file with one JSON object a line").read_bytes())
+        # Bytes break at newlines only; text also breaks at U+2028 and the like.
+        lines = require_file(path, "name a file with one JSON object a line").read_bytes().split(b"\n")
+        return [_row(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
     except ValueError as error:
         remedy = remedy or f"Delete {path} and run the same command again, which makes it anew"
         raise ValueError(f"{error}. {remedy}") from error
-
-
-def _rows(path: Path, text: bytes) -> list[dict[str, Any]]:
-    # Bytes break at newlines only; text also breaks at U+2028 and the like.
-    lines = enumerate(text.split(b"\n"), start=1)
-    return [_row(line, f"{path}, line {number}") for number, line in lines if line.strip()]
 
 
 def read_complete_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -349,11 +324,7 @@ def write_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
 
 @contextmanager
 def new_array(path: str | os.PathLike[str], size: int, dtype: Any = np.float64) -> Iterator[np.ndarray]:
-    """Give an array [size] that is mapped into memory and takes the place of `path` (as `.npy`) at the block's end.
-
-    Raises:
-        DiskFullError: the disk is full; `path` is as it was before.
-    """
+    """Give an array [size] that is mapped into memory and is `path` (as `.npy`) at the block's end; see `new_file`."""
     with new_file(path) as aside:
         array = np.lib.format.open_memmap(aside, mode="w+", dtype=dtype, shape=(size,))
         with aside.open("r+b") as file:
@@ -363,17 +334,13 @@ def new_array(path: str | os.PathLike[str], size: int, dtype: Any = np.float64) 
         array.flush()
 
 
-def read_array(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read an array written by `write_array`; a damaged or pickled one is refused by a ValueError that names it."""
-    return _load_array(Path(path), None)
-
-
 def map_array(path: str | os.PathLike[str]) -> np.ndarray:
     """Map an array written by `write_array` into memory, read-only: processes share what they read."""
-    return _load_array(Path(path), "r")
+    return read_array(path, "r")
 
 
-def _load_array(path: Path, mode: Literal["r"] | None) -> np.ndarray:
+def read_array(path: str | os.PathLike[str], mode: Literal["r"] | None = None) -> np.ndarray:
+    """Read an array written by `write_array`; a damaged or pickled one is refused by a ValueError that names it."""
     check(path)
     try:
         return np.load(path, mmap_mode=mode, allow_pickle=False)
@@ -394,7 +361,7 @@ def sweep(folder: Path) -> None:
     """Delete what dead processes of this machine left unfinished anywhere in a folder of ours."""
     for root, folders, names in os.walk(folder):
         for name in [*folders, *names]:
-            if is_partial(name) and name.count(".") > _DOTS and _is_dead(Path(root) / name):
+            if _is_dead(Path(root) / name):
                 _discard(Path(root) / name)
 
 

@@ -13,16 +13,17 @@ from __future__ import annotations
 import copy
 import json
 import math
+import operator
 import os
+import re
 import resource
-import sys
 import threading
 import time
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ensemw2s.runtime import files, processes
-from ensemw2s.runtime.accounts import append_whole, enter_growing, is_growing
+from ensemw2s.runtime.accounts import append_whole, enter_growing
 
 # Shapes (length, rows that reach the head) from which the three unknowns are solved.
 _PROBES = ((4, 4), (4, 2), (8, 4))
@@ -39,30 +40,20 @@ _PROBES = ((4, 4), (4, 2), (8, 4))
 
 @dataclass(frozen=True)
 class Work:
-    """The shape of one forward pass, or the sum of several.
+    """The shape of one forward pass, or the sum of several."""
 
-    Attributes:
-        tokens: tokens read, padding aside.
-        padded: tokens read, with padding.
-        head: rows for which logits were made.
-        pairs: (query, key) pairs of attention, per layer and head.
-    """
-
+    # Tokens read, padding aside, and with it; rows for which logits were made.
     tokens: float = 0
     padded: float = 0
     head: float = 0
+    # (query, key) pairs of attention, per layer and head.
     pairs: float = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.tokens + other.tokens,
-            self.padded + other.padded,
-            self.head + other.head,
-            self.pairs + other.pairs,
-        )
+        return Work(*map(operator.add, astuple(self), astuple(other)))
 
     def __mul__(self, times: float) -> Work:
-        return Work(self.tokens * times, self.padded * times, self.head * times, self.pairs * times)
+        return Work(*(amount * times for amount in astuple(self)))
 
     @classmethod
     def of_pass(cls, rows: int, length: int, tokens: float, head: float, past: int = 0) -> Work:
@@ -90,21 +81,17 @@ class ModelFlops:
 
 @dataclass
 class Meter:
-    """What was counted within a `metered` block.
+    """What was counted within a `metered` block."""
 
-    Attributes:
-        tokens: tokens read, padding aside: in training, by every expert, and while decoding.
-        flops: floating-point operations; NaN if those of a model could not be counted.
-        seconds_before: what training took, in other processes, until the checkpoint from which it went on here.
-    """
-
+    # NaN if those of a model could not be counted.
     flops: float = 0.0
+    # What training took, in other processes, until the checkpoint from which it went on here.
     seconds_before: float = 0.0
-    _tokens: Any = field(default=0)
+    _tokens: Any = 0
 
     @property
     def tokens(self) -> int:
-        """Return the tokens read so far."""
+        """Return the tokens read so far, padding aside: in training, by every expert, and while decoding."""
         return int(self._tokens)
 
     def add(self, tokens: Any, flops: float) -> None:
@@ -180,23 +167,16 @@ def count_before(seconds: float, tokens: float, flops: float) -> None:
 def model_flops(model: torch.nn.Module, *, training: bool = False) -> ModelFlops:
     """Return what one token, one row at the head and one pair of attention cost; NaN with a warning if unknown.
 
-    Args:
-        model: a causal language model of transformers, wrapped by peft or not.
-        training: with the backward pass, to the weights that require a gradient when a model is first asked for.
+    In training with the backward pass, to the weights that require a gradient when a model is first asked for.
     """
     known = _BY_MODEL.setdefault(model, {})
     if training not in known:
-        signature = _signature(model, training)
+        weights = ((name, tuple(p.shape), training and p.requires_grad) for name, p in model.named_parameters())
+        signature = training, tuple(map(type, model.modules())), tuple(weights)
         if signature not in _BY_SIGNATURE:
             _BY_SIGNATURE[signature] = _counted(model, training)
         known[training] = _BY_SIGNATURE[signature]
     return known[training]
-
-
-def _signature(model: torch.nn.Module, training: bool) -> Any:
-    """Return what models that cost the same have in common."""
-    weights = ((name, tuple(p.shape), training and p.requires_grad) for name, p in model.named_parameters())
-    return training, tuple(map(type, model.modules())), tuple(weights)
 
 
 def _counted(model: torch.nn.Module, training: bool) -> ModelFlops:
@@ -255,9 +235,6 @@ def _flops_of_pass(twin: Any, length: int, head: int, training: bool) -> int:
     return counter.total
 
 
-# Memory
-
-
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
     """Within the block, watch memory; afterwards the yielded list holds the peak in bytes.
@@ -281,13 +258,8 @@ def peak_memory() -> Iterator[list[int]]:
 def _peak() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    # Kilobytes on Linux, bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    found = re.search(r"^VmHWM:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 @contextmanager
@@ -305,10 +277,7 @@ class Ledger:
 
     While it runs, whatever `files` keeps is entered with what was spent since the entry before, just before it gets its
     name. Work whose result was lost with its process is done again and counts once, so that tokens and FLOPs are
-    those of an uninterrupted run.
-
-    Args:
-        file: where it is kept, one JSON object a line. The main process writes it and counts its own work.
+    those of an uninterrupted run. The main process writes the file, a JSON object a line, and counts its own work.
     """
 
     def __init__(self, file: Path) -> None:
@@ -337,8 +306,7 @@ class Ledger:
     def total(self, path: Path | None = None) -> dict[str, Any]:
         """Return `seconds`, `tokens`, `flops` (None if unknown) and `peak_memory` (bytes) of all that is kept.
 
-        Args:
-            path: sum up what was spent on this file alone; None: on all, and, while it runs, since the last entry.
+        Of one file alone if it is given; else, while the ledger runs, with what was spent since the last entry.
         """
         rows = [row for row in self._rows() if path is None or row["file"] == self._name(path)]
         rows += [self._spent()] if path is None and self._start is not None else []
@@ -348,8 +316,7 @@ class Ledger:
     def _note(self, path: Path, mark: str) -> None:
         row = {"file": self._name(path), "mark": mark, **self._spent()}
         files.make_folder(self.file.parent)
-        if not is_growing(self.file):
-            enter_growing(self.file)
+        enter_growing(self.file)
         append_whole(self.file, [json.dumps(row)], lasting=False)
         # From zero again: the sums of floats do not depend on what was counted before.
         self._meter.clear()

@@ -29,11 +29,7 @@ _TOO_DEEP = f"{{}} is nested more than {MOST_LEVELS} levels deep, expected a few
 
 
 class _RepeatedKeyError(ValueError):
-    """An object has a key twice."""
-
-    def __init__(self, key: str) -> None:
-        super().__init__(key)
-        self.key = key
+    """An object has the key twice that is its argument."""
 
 
 def require_file(path: str | os.PathLike[str], advice: str) -> Path:
@@ -59,11 +55,7 @@ def require_file(path: str | os.PathLike[str], advice: str) -> Path:
 
 
 def read_text(path: str | os.PathLike[str], *, most_bytes: int | None = None) -> str:
-    """Return the text of a UTF-8 file, without the mark that some editors put in front.
-
-    Raises:
-        ValueError: the file is not UTF-8, or longer than `most_bytes`.
-    """
+    """Return the text of a UTF-8 file without a byte order mark; ValueError for other bytes, or too many."""
     path = Path(path)
     size = path.stat().st_size
     if most_bytes is not None and size > most_bytes:
@@ -77,10 +69,6 @@ def decoded(text: bytes, place: str) -> str:
         return text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{place} is not UTF-8 text ({error}): save it as UTF-8") from error
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# JSON
 
 
 def parse_json(text: str | bytes, place: str, *, not_finite: bool = False) -> Any:
@@ -108,9 +96,9 @@ def parse_json(text: str | bytes, place: str, *, not_finite: bool = False) -> An
     except RecursionError as error:
         raise ValueError(_TOO_DEEP.format(place)) from error
     except _RepeatedKeyError as error:
+        key = error.args[0]
         raise ValueError(
-            f"{place}: the key {shown(error.key)} stands twice in one object{_lines_of(error.key, text)}: keep "
-            "one of them"
+            f"{place}: the key {shown(key)} stands twice in one object{_lines_of(key, text)}: keep one of them"
         ) from error
     except ValueError as error:
         # Of a number; and Python reads no whole number of more than 4,300 digits.
@@ -153,10 +141,6 @@ def _check_levels(value: Any, place: str) -> None:
             raise ValueError(_TOO_DEEP.format(place))
         items = holder.values() if isinstance(holder, dict) else holder if isinstance(holder, list) else ()
         waiting += [(item, level + 1) for item in items if isinstance(item, (dict, list))]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# YAML
 
 
 class _Loader(yaml.SafeLoader):
@@ -212,19 +196,16 @@ class _Loader(yaml.SafeLoader):
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         # PyYAML 6.0.4 takes the value of a chain's far end for a key of one letter, and of a list's last mapping.
+        own = {key.value: (key, value) for key, value in node.value if key.tag != _MERGE}
         merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
-        for key, value in node.value:
-            for source in (
-                (value.value if isinstance(value, yaml.SequenceNode) else [value]) if key.tag == _MERGE else ()
-            ):
+        for value in (value for key, value in node.value if key.tag == _MERGE):
+            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                 if not isinstance(source, yaml.MappingNode):
                     raise yaml.MarkedYAMLError(problem="<< takes mappings alone", problem_mark=source.start_mark)
                 self.flatten_mapping(source)
                 for pair in source.value:
                     merged.setdefault(pair[0].value, pair)
-        node.value = list(
-            (merged | {key.value: (key, value) for key, value in node.value if key.tag != _MERGE}).values()
-        )
+        node.value = list((merged | own).values())
 
 
 def _resolve(tag: str, pattern: str, first: Iterable[str]) -> None:

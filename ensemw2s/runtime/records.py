@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform, get_args, get_type_hints
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,10 +29,6 @@ TEST_SPLITS = {"id": "ID", "ood": "OOD"}
 QUANTILE_LEVELS = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a field may hold
-
-
 class Form(NamedTuple):
     """What a field of a record may hold, in the words in which an error asks for it."""
 
@@ -40,17 +36,13 @@ class Form(NamedTuple):
     fits: Callable[[Any], bool]
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any, least: float = -sys.float_info.max, most: float = sys.float_info.max) -> bool:
     # A JSON reader turns 1e999 into infinity.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 <= value <= 1
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_count(value: Any, least: int) -> bool:
-    return _is_number(value) and least <= value < 2**63 and value == int(value)
+    return _is_number(value, least, 2**63 - 1) and value == int(value)
 
 
 def _is_text(value: Any) -> bool:
@@ -67,7 +59,9 @@ def _is_quantiles(value: Any) -> bool:
 
 
 def _is_validation(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(_is_share(value.get(m)) for m in ("expert", "ensemble")))
+    return value is None or (
+        isinstance(value, dict) and all(_is_number(value.get(m), 0, 1) for m in ("expert", "ensemble"))
+    )
 
 
 def _is_pairs(value: Any) -> bool:
@@ -79,7 +73,7 @@ def _is_pairs(value: Any) -> bool:
 Text = Annotated[str, Form("text of at most 200 characters", _is_text)]
 Boolean = Annotated[bool, Form("true or false", lambda value: isinstance(value, bool))]
 Number = Annotated[float, Form("a number", _is_number)]
-Share = Annotated[float, Form("a number from 0 to 1", _is_share)]
+Share = Annotated[float, Form("a number from 0 to 1", functools.partial(_is_number, least=0, most=1))]
 Count = Annotated[int, Form("a whole number above 0", functools.partial(_is_count, least=1))]
 Index = Annotated[int, Form("a whole number, 0 or above", functools.partial(_is_count, least=0))]
 Outcomes = Annotated[str, Form('text of "0" and "1", one for each question', _matches("[01]+"))]
@@ -95,13 +89,10 @@ Validation = Annotated[
 ]
 Anything = Annotated[Any, Form("anything", lambda value: True)]
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Kinds of records
-
 KINDS: dict[str, type[Record]] = {}
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """One line of a file of records. Fields without a default must be there; other fields pass unread.
@@ -116,13 +107,14 @@ class Record:
     figure: ClassVar[tuple[str, ...] | None] = None
 
     def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
         if "kind" in vars(cls):
             KINDS[cls.kind] = cls
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as it is written; fields at their defaults are left out."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {"kind": self.kind} | {f.name: values[f.name] for f in fields(self) if values[f.name] != f.default}
+        values = ((field, getattr(self, field.name)) for field in fields(self))
+        return {"kind": self.kind} | {field.name: value for field, value in values if value != field.default}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Self:
@@ -140,7 +132,6 @@ class Record:
         return cls(**given)
 
 
-@dataclass(frozen=True, kw_only=True)
 class RunRecord(Record):
     """A record that says which run it is of: a file must hold task and seed, which the experiment adds."""
 
@@ -148,7 +139,6 @@ class RunRecord(Record):
     seed: Index = -1
 
 
-@dataclass(frozen=True, kw_only=True)
 class RoundRecord(RunRecord):
     """One attempt at a boosting round. Errors are shares of weight; the spread is that of the updated weights."""
 
@@ -173,7 +163,6 @@ class RoundRecord(RunRecord):
     arm: Text = ""
 
 
-@dataclass(frozen=True, kw_only=True)
 class IdentityRecord(Record):
     """How far a round's files are from the two invariants; the closing identity may have nothing to say (None)."""
 
@@ -184,7 +173,6 @@ class IdentityRecord(Record):
     arm: Text = ""
 
 
-@dataclass(frozen=True, kw_only=True)
 class LabelsRecord(RunRecord):
     """A teacher's answers to the unlabelled questions, `n` of them: what they are worth and what they took."""
 
@@ -199,7 +187,6 @@ class LabelsRecord(RunRecord):
     flops: Number | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
 class ArmRecord(RunRecord):
     """A measure of an arm on a split: "accuracy", "token_error" or "exact_match"."""
 
@@ -212,7 +199,6 @@ class ArmRecord(RunRecord):
     n: Count
 
 
-@dataclass(frozen=True, kw_only=True)
 class AnswersRecord(RunRecord):
     """Which questions of a split an arm answered right: one character for each, "0110", and the questions' digest."""
 
@@ -223,7 +209,6 @@ class AnswersRecord(RunRecord):
     questions: Digest
 
 
-@dataclass(frozen=True, kw_only=True)
 class PgrRecord(RunRecord):
     """An arm's `statistics.PerformanceGapRecovered` on a test split."""
 
@@ -243,7 +228,6 @@ class PgrRecord(RunRecord):
             raise ValueError("a defined pgr needs numbers for value, low and high")
 
 
-@dataclass(frozen=True, kw_only=True)
 class BestExpertRecord(Record):
     """Which of the experts is best on validation questions."""
 
@@ -251,7 +235,6 @@ class BestExpertRecord(Record):
     arm: Text
 
 
-@dataclass(frozen=True, kw_only=True)
 class CostRecord(RunRecord):
     """What training an arm took, and what answering all test questions did; None is unknown."""
 
@@ -265,7 +248,6 @@ class CostRecord(RunRecord):
     inference_flops: Number | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
 class PhaseRecord(Record):
     """What a phase took, in the session that finished it; `peak_memory` is in bytes."""
 
@@ -277,7 +259,6 @@ class PhaseRecord(Record):
     peak_memory: Number | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
 class QuestionsRecord(Record):
     """How many questions a split has."""
 
@@ -286,7 +267,6 @@ class QuestionsRecord(Record):
     n: Count
 
 
-@dataclass(frozen=True, kw_only=True)
 class EnvironmentRecord(Record):
     """What ran: versions, machine, threads, and the backend behind each op."""
 
@@ -301,7 +281,6 @@ class EnvironmentRecord(Record):
     build: Anything = None
 
 
-@dataclass(frozen=True, kw_only=True)
 class CellRecord(Record):
     """A finished cell of a study; `key` is a hash of what decided its results, `records` one of its records."""
 
@@ -312,7 +291,6 @@ class CellRecord(Record):
     records: Text = ""
 
 
-@dataclass(frozen=True, kw_only=True)
 class StudyRecord(Record):
     """What a study declared before it was run."""
 
@@ -324,7 +302,6 @@ class StudyRecord(Record):
 
 POOLED_KINDS = tuple(kind for kind, form in KINDS.items() if issubclass(form, RunRecord))
 _Kind = TypeVar("_Kind", bound=Record)
-
 
 _RUN = ("task", "seed")
 
@@ -343,10 +320,6 @@ def _form(hint: Any) -> Form:
         return parts[1]
     form = _form(parts[0])
     return Form(f"{form.words} or null", lambda value: value is None or form.fits(value))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
 
 
 @dataclass(frozen=True)
@@ -408,10 +381,19 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         place = f"{file}, line {number}"
         row = parse_json(line, place)
+        if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
+            raise ValueError(f'{place}: expected a JSON object with a text field "kind"')
         try:
-            records += _parse_row(row, first_lines, number)
+            found = parse_records([row])
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
+        for record in found:
+            figure = (record.kind, *(getattr(record, name) for name in record.figure or ()))
+            if record.figure is not None and first_lines.setdefault(figure, number) != number:
+                raise ValueError(
+                    f"{place}: gives the same figure as line {first_lines[figure]}; each task and seed has one run"
+                )
+        records += found
     if not any(isinstance(record, ArmRecord | RoundRecord) for record in records):
         raise ValueError(f"{file} holds neither rounds nor measured arms: run boost or evaluate first")
     return records
@@ -420,14 +402,3 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 def parse_records(rows: Iterable[Mapping[str, Any]]) -> list[Record]:
     """Return the records of lines that were read as JSON; those of kinds that are not declared here are left out."""
     return [KINDS[row["kind"]].from_json(row) for row in rows if row["kind"] in KINDS]
-
-
-def _parse_row(row: Any, first_lines: dict[tuple[Any, ...], int], number: int) -> list[Record]:
-    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
-        raise ValueError('expected a JSON object with a text field "kind"')
-    records = parse_records([row])
-    for record in records:
-        figure = None if record.figure is None else (record.kind, *(getattr(record, name) for name in record.figure))
-        if figure is not None and first_lines.setdefault(figure, number) != number:
-            raise ValueError(f"gives the same figure as line {first_lines[figure]}; each task and seed has one run")
-    return records

@@ -22,25 +22,18 @@ class Store:
     """A folder of folders, each under the hash of all that decides its content.
 
     Files are hard links where the disk allows it, so that a result takes its space once; they are never written to.
-    Several runs may use a store at the same time.
-
-    Args:
-        folder: made on first use.
+    Several runs may use a store at the same time; `folder` is made on first use.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
 
     def obtain(self, target: Path, key: Any, make: Callable[[], None]) -> None:
-        """Put the result for `key` into the folder `target`; every process must call this.
+        """Put the result for `key` into the folder `target`, unless that exists; every process must call this.
 
-        Args:
-            target: where it shall be; nothing happens if it exists.
-            key: what decides the result, in values that JSON or `fingerprint.plain` knows.
-            make: computes it and writes `target`, whole or not at all.
-
-        Raises:
-            ValueError: what the store keeps under the key is damaged, or its folder holds files that are not ours.
+        The key is what decides the result, in values that JSON or `fingerprint.plain` knows; `make` computes it and
+        writes `target`, whole or not at all. What the store keeps under the key and is damaged, and a store's folder
+        with files that are not ours, raise ValueError.
         """
         kept = self.folder / digest_json(key)
         if processes.on_main(self._is_there, kept, target):
@@ -51,12 +44,9 @@ class Store:
 
     def fulfil(self, target: Path) -> None:
         """Keep what is at `target` if the process that made it died before it did; every process must call this."""
-        processes.on_main(self._fulfil, target)
-
-    def _fulfil(self, target: Path) -> None:
-        name = accounts.promised(target)
+        name = processes.on_main(accounts.promised, target)
         if name is not None:
-            self._keep(target, self.folder / name)
+            processes.on_main(self._keep, target, self.folder / name)
 
     def _is_there(self, kept: Path, target: Path) -> bool:
         if not target.exists() and kept.exists():

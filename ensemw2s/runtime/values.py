@@ -23,71 +23,36 @@ _LONGEST = 200
 LARGEST = 2**31 - 1
 SEEDS = f"[0, {2**32 - 1}]"
 
-# The values that a setting may have, by its name, or by class and name where two settings share one.
-RANGES: dict[str, str] = {
-    # Of transformers' own arguments those that would break a training or void it.
-    "num_train_epochs": "(0, inf)",
-    "max_steps": "-1 or [1, inf)",
-    "per_device_train_batch_size": "[1, inf)",
-    "per_device_eval_batch_size": "[1, inf)",
-    "gradient_accumulation_steps": "[1, inf)",
-    "learning_rate": "[0, inf)",
-    "weight_decay": "[0, inf)",
-    "max_grad_norm": "[0, inf)",
-    "adam_beta1": "[0, 1)",
-    "adam_beta2": "[0, 1)",
-    "adam_epsilon": "[0, inf)",
-    "warmup_steps": "[0, inf)",
-    "seed": SEEDS,
-    "data_seed": SEEDS,
-    "logging_steps": "(0, inf)",
-    "save_steps": "(0, inf)",
-    "save_total_limit": "[1, inf)",
-    # BoostingConfig
-    "num_rounds": "[1, 10000]",
-    "shrinkage": "(0, 1]",
-    "uniform_mix": "[0, 1)",
-    "draw_fraction": "(0, 1]",
-    "num_classes": "[2, inf)",
-    "window": "[1, inf)",
-    "effective_sample_size_floor": "[0, 1)",
-    "weight_cap": "[1, inf)",
-    "min_effective_sample_size": "[0, 1)",
-    "error_folds": "[2, inf)",
-    # StudentConfig
-    "temperature": "(0, inf)",
-    "soft_weight": "(0, 1]",
-    "top_logprobs": "[1, inf)",
-    "confidence_alpha": "[0, 1]",
-    "confidence_warmup": "[0, 1]",
-    "min_confidence": "(-inf, 0]",
-    "keep_fraction": "(0, 1]",
-    # Questions, labelling and decoding
-    "max_length": "[2, inf)",
-    "folds": "[2, inf)",
-    "share": "(0, 1]",
-    "tolerance": "[0, 1]",
-    "resolution": "[0, inf)",
-    "min_values": "[2, inf)",
-    "max_new_tokens": "[1, inf)",
-    "batch_size": "[1, inf)",
-    "top_temperature": "(0, inf)",
+# The names of settings by the values that they may have: of our own settings, of peft's LoraConfig, and of those of
+# transformers' arguments that would break a training or void it. Class and name where two settings share one.
+_SETTINGS = {
+    "(0, inf)": (
+        "num_train_epochs", "logging_steps", "save_steps", "temperature", "top_temperature", "lora_alpha"
+    ),
+    "[0, inf)": (
+        "learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps", "resolution", "minutes",
+        "Sampling.temperature", "top_k",
+    ),
+    "[1, inf)": (
+        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "save_total_limit",
+        "window", "weight_cap", "top_logprobs", "max_new_tokens", "batch_size", "r",
+    ),
+    "[2, inf)": ("num_classes", "error_folds", "max_length", "folds", "min_values"),
+    "-1 or [1, inf)": ("max_steps",),
+    "(-inf, 0]": ("min_confidence",),
+    "(0, 1]": ("shrinkage", "draw_fraction", "soft_weight", "keep_fraction", "share", "top_p"),
+    "[0, 1)": (
+        "adam_beta1", "adam_beta2", "uniform_mix", "effective_sample_size_floor", "min_effective_sample_size",
+        "lora_dropout",
+    ),
+    "[0, 1]": ("confidence_alpha", "confidence_warmup", "tolerance", "min_p"),
+    "[1, 1024]": ("threads", "jobs"),
+    "[1, 10000]": ("num_rounds",),
+    SEEDS: ("seed", "data_seed"),
     # Question i draws from this number + i, in 64 bits.
-    "Sampling.seed": f"[0, {2**62}]",
-    "Sampling.temperature": "[0, inf)",
-    "top_k": "[0, inf)",
-    "top_p": "(0, 1]",
-    "min_p": "[0, 1]",
-    # peft's LoraConfig
-    "r": "[1, inf)",
-    "lora_alpha": "(0, inf)",
-    "lora_dropout": "[0, 1)",
-    # An experiment, and a study of many
-    "threads": "[1, 1024]",
-    "jobs": "[1, 1024]",
-    "minutes": "[0, inf)",
-}
-
+    f"[0, {2**62}]": ("Sampling.seed",),
+}  # fmt: skip
+RANGES = {name: allowed for allowed, names in _SETTINGS.items() for name in names}
 
 # Setting -> whether it does something, given the others, and when it does in words.
 Uses = Mapping[str, tuple[Callable[[Any], bool], str]]
@@ -120,17 +85,9 @@ def shown_names(names: Iterable[Any], most: int = 12) -> str:
 
 
 def check_number(name: str, value: Any, range_name: str | None = None, *, whole: bool = False) -> None:
-    """Refuse what is no number, or one outside its range.
+    """Refuse what is no number (TypeError, as `require_numbers`) or outside its range (ValueError; NaN is in none).
 
-    Args:
-        name: what errors call the value.
-        value: the value.
-        range_name: the key of `RANGES`; None is `name`.
-        whole: refuse numbers that are not whole.
-
-    Raises:
-        TypeError: no number (a bool is none), or not a whole one.
-        ValueError: a number outside its range; NaN is in none.
+    Errors call the value `name`, which is also its key of `RANGES` unless `range_name` is another.
     """
     require_numbers(whole=whole, **{name: value})
     _check_range(name, value, RANGES[range_name or name])
@@ -145,18 +102,14 @@ def require_numbers(*, whole: bool = False, **values: Any) -> None:
 
 
 def check_fields(settings: Any, inherited: type | None = None) -> None:
-    """Check all fields of a dataclass of settings by their declared types and `RANGES`.
+    """Check all fields of a dataclass of settings by their declared types (TypeError) and `RANGES` (ValueError).
 
-    Args:
-        settings: an instance.
-        inherited: a base class of another package; of the fields that it alone declares, those in `RANGES` are checked.
-
-    Raises:
-        TypeError: a value of another type than is declared.
-        ValueError: a value outside its range, or none of those that are declared.
+    A value that is none of those declared one by one is a ValueError, too. Of the fields that only a base class of
+    another package declares, `inherited`, those in `RANGES` are checked.
     """
     kind = type(settings)
-    own = {name for base in kind.__mro__ if base not in getattr(inherited, "__mro__", ()) for name in _annotated(base)}
+    bases = [base for base in kind.__mro__ if base not in getattr(inherited, "__mro__", ())]
+    own = {name for base in bases for name in vars(base).get("__annotations__", ())}
     for field in dataclasses.fields(kind):
         if field.name in RANGES or field.name in own:
             check_value(kind, field.name, getattr(settings, field.name))
@@ -180,15 +133,9 @@ def check_value(kind: type, name: str, value: Any, prefix: str = "") -> None:
 
 
 def check_in_use(settings: Any, uses: Uses, defaults: Mapping[str, Any] | None = None) -> None:
-    """Refuse settings that would do nothing.
+    """Raise `IdleSettingError` for a setting of a dataclass that is set and would do nothing.
 
-    Args:
-        settings: an instance of a dataclass.
-        uses: of each setting, whether it does something, and the words for when it does.
-        defaults: values that settings have if nobody sets them, where they are not those of the class.
-
-    Raises:
-        IdleSettingError: a setting that is set and does nothing.
+    `defaults` are the values that settings have if nobody sets them, where they are not those of the class.
     """
     for name, (is_used, when) in uses.items():
         value = getattr(settings, name)
@@ -199,13 +146,7 @@ def check_in_use(settings: Any, uses: Uses, defaults: Mapping[str, Any] | None =
             )
 
 
-def _annotated(kind: type) -> Iterable[str]:
-    return vars(kind).get("__annotations__", ())
-
-
-@cache
-def _declarations(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
+_declarations = cache(get_type_hints)
 
 
 def _alternatives(declared: Any) -> tuple[Any, ...]:

@@ -31,15 +31,15 @@ def test_any_key_can_be_overridden(tmp_path: Path) -> None:
     config = load_config(path, ["boosting.learning_rate=1e-3", "seed=7", "data.format.answer_prefix=''", "lora=null"])
     assert config.boosting["learning_rate"] == 1e-3
     assert config.boosting["num_rounds"] == 2
-    assert config.boosting_config(tmp_path).seed == 7
+    assert config.ensemble_config("ensemble", tmp_path).seed == 7
     assert config.data.format.answer_prefix == ""
     assert config.peft_config() is None
 
 
 def test_one_key_turns_to_the_recipe_as_published(tmp_path: Path) -> None:
     path = write(tmp_path, settings(tmp_path))
-    ours = load_config(path).boosting_config(tmp_path)
-    paper = load_config(path, ["boosting.recipe=paper"]).boosting_config(tmp_path)
+    ours = load_config(path).ensemble_config("ensemble", tmp_path)
+    paper = load_config(path, ["boosting.recipe=paper"]).ensemble_config("ensemble", tmp_path)
     assert (ours.sampling, ours.errors, ours.effective_sample_size_floor) == ("reweight", "soft", 0.7)
     assert (paper.sampling, paper.shrinkage, paper.uniform_mix) == ("draw", 1.0, 0.0)
 
@@ -130,7 +130,7 @@ def test_a_bad_override_is_named(tmp_path: Path, override: str, message: str) ->
 def test_whole_numbers_do_where_any_number_does_and_null_where_it_may(tmp_path: Path) -> None:
     overrides = ["boosting.learning_rate=1", "student.max_grad_norm=2", "data.format.max_length=null", "threads=null"]
     config = load_config(write(tmp_path, settings(tmp_path)), overrides)
-    assert config.boosting_config(tmp_path).learning_rate == 1
+    assert config.ensemble_config("ensemble", tmp_path).learning_rate == 1
     assert config.data.format.max_length is None
 
 

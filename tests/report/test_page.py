@@ -17,7 +17,6 @@ from rich.console import Console
 from ensemw2s.boosting import algorithm
 from ensemw2s.report.arms import arm_name, arm_order
 from ensemw2s.report.page import write_forest_plot, write_report
-from ensemw2s.report.pool import difference
 from ensemw2s.report.statistics import accuracy, pooled_difference, pooled_gap_recovered
 from ensemw2s.report.tables import differences, results_table, rounds
 from ensemw2s.runtime.files import write_json, write_json_lines
@@ -622,7 +621,7 @@ def test_the_forest_plot_shows_each_difference_pooled_and_by_task(study, tmp_pat
     write_forest_plot([study], tmp_path / "plot.svg")
     pool = pool_of(study_records(n=30))
     expected = [
-        (panel, *(100 * x for x in difference(pool, pair, split, task)), "o" if task else "D")
+        (panel, *(100 * x for x in pool.difference(pair, split, task)), "o" if task else "D")
         for panel, split in enumerate(("id", "ood"))
         for pair in COMPARISONS
         for task in (None, *sorted(EASE))

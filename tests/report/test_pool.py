@@ -4,16 +4,6 @@ import numpy as np
 import pytest
 
 from ensemw2s.report.page import tables
-from ensemw2s.report.pool import (
-    accuracy,
-    difference,
-    flops_per_point,
-    gap_recovered,
-    mean_cost,
-    measured_comparisons,
-    reference_arm,
-    shared_tasks,
-)
 from ensemw2s.report.statistics import pooled_accuracy, pooled_difference, pooled_gap_recovered
 from ensemw2s.runtime.records import questions_digest
 from tests.many_runs import COMPARISONS, EASE, SKILL, answer_records, outcomes, pool_of, study_records
@@ -72,7 +62,7 @@ def test_differences_found_are_the_true_ones():
     large = pool_of(study_records(seeds=12, n=1000, seed=5))
     for first, second in COMPARISONS:
         for column_, split in enumerate(("id", "ood")):
-            found = difference(large, (first, second), split)
+            found = large.difference((first, second), split)
             truth = SKILL[first][column_] - SKILL[second][column_]
             assert found.value == pytest.approx(truth, abs=0.02)
             assert found.low - 0.01 < truth < found.high + 0.01
@@ -84,23 +74,23 @@ def test_differences_found_are_the_true_ones():
 def test_figures_are_those_of_evaluate_on_the_same_answers(records, pool):
     weak, student, ceiling = (outcomes(records, arm, "ood") for arm in ("single_expert", "student_ensemble", "ceiling"))
     by_name = [{task: arm[task] for task in TASKS} for arm in (weak, student, ceiling)]
-    assert accuracy(pool, "ceiling", "ood") == pooled_accuracy(by_name[2])
-    assert difference(pool, ("student_ensemble", "single_expert"), "ood") == pooled_difference(by_name[1], by_name[0])
-    assert gap_recovered(pool, "student_ensemble", "ood") == pooled_gap_recovered(*by_name)
-    one = difference(pool, ("student_ensemble", "single_expert"), "ood", "sums")
+    assert pool.accuracy("ceiling", "ood") == pooled_accuracy(by_name[2])
+    assert pool.difference(("student_ensemble", "single_expert"), "ood") == pooled_difference(by_name[1], by_name[0])
+    assert pool.gap_recovered("student_ensemble", "ood") == pooled_gap_recovered(*by_name)
+    one = pool.difference(("student_ensemble", "single_expert"), "ood", "sums")
     assert one == pooled_difference({"sums": student["sums"]}, {"sums": weak["sums"]})
-    assert accuracy(pool, "ceiling", "ood", "sums") == pooled_accuracy({"sums": ceiling["sums"]})
+    assert pool.accuracy("ceiling", "ood", "sums") == pooled_accuracy({"sums": ceiling["sums"]})
 
 
 def test_costs_are_means_over_tasks_of_means_over_seeds(records):
     # One task with a single seed weighs as much as one with three.
     fewer = [r for r in records if not (r.get("task") == "sums" and r["seed"] > 0)]
     pool = pool_of(fewer)
-    assert mean_cost(pool, "ensemble", "train_flops", TASKS) == pytest.approx(3e12 * (1.1 + 1.1 + 1.0) / 3)
-    gain = difference(pool, ("ensemble", "single_expert"), "ood")
+    assert pool.mean_cost("ensemble", "train_flops", TASKS) == pytest.approx(3e12 * (1.1 + 1.1 + 1.0) / 3)
+    gain = pool.difference(("ensemble", "single_expert"), "ood")
     assert gain.low > 0
     extra = 2e12 * (1.1 + 1.1 + 1.0) / 3
-    assert flops_per_point(pool, "ensemble") == pytest.approx(extra / (100 * gain.value))
+    assert pool.flops_per_point("ensemble") == pytest.approx(extra / (100 * gain.value))
 
 
 def test_a_cost_that_one_run_does_not_know_is_unknown(records):
@@ -113,8 +103,8 @@ def test_a_cost_that_one_run_does_not_know_is_unknown(records):
         [record | ({"train_flops": None} if place(record) == target else {}) for record in records],
     ):
         pool = pool_of(changed)
-        assert mean_cost(pool, "ensemble", "train_flops", TASKS) is None
-        assert flops_per_point(pool, "ensemble") is None
+        assert pool.mean_cost("ensemble", "train_flops", TASKS) is None
+        assert pool.flops_per_point("ensemble") is None
         assert column(tables.cost(pool), "Training, TFLOP")["Ensemble"] == ""
         assert column(tables.cost(pool), "Extra TFLOP per point")["Ensemble"] == ""
 
@@ -122,24 +112,24 @@ def test_a_cost_that_one_run_does_not_know_is_unknown(records):
 def test_a_gain_that_took_no_more_training_has_no_price(records):
     cheap = [r | {"train_flops": 1.0} if (r["kind"], r.get("arm")) == ("cost", "ensemble") else r for r in records]
     pool = pool_of(cheap)
-    assert difference(pool, ("ensemble", "single_expert"), "ood").low > 0
-    assert flops_per_point(pool, "ensemble") is None
+    assert pool.difference(("ensemble", "single_expert"), "ood").low > 0
+    assert pool.flops_per_point("ensemble") is None
     assert column(tables.cost(pool), "Extra TFLOP per point")["Ensemble"] == "undefined"
 
 
 def test_no_gain_no_price(pool):
     per_point = column(tables.cost(pool), "Extra TFLOP per point")
-    assert difference(pool, ("no_shrinkage", "single_expert"), "ood").low < 0
-    assert flops_per_point(pool, "no_shrinkage") is None
+    assert pool.difference(("no_shrinkage", "single_expert"), "ood").low < 0
+    assert pool.flops_per_point("no_shrinkage") is None
     assert per_point["No shrinkage"] == "undefined"
     assert per_point["Recipe as published"] == "undefined", "a loss has no price either"
-    assert per_point["Ensemble"] == f"{flops_per_point(pool, 'ensemble') / 1e12:.3g}"
+    assert per_point["Ensemble"] == f"{pool.flops_per_point('ensemble') / 1e12:.3g}"
     assert per_point["Single weak expert"] == ""
 
 
 def test_the_reference_is_the_first_arm_of_the_first_comparison_unless_given(pool):
-    assert reference_arm(pool) == "ensemble"
-    assert reference_arm(pool, "paper") == "paper"
+    assert pool.reference_arm() == "ensemble"
+    assert pool.reference_arm("paper") == "paper"
 
 
 # Arms that are missing
@@ -148,17 +138,17 @@ def test_the_reference_is_the_first_arm_of_the_first_comparison_unless_given(poo
 def test_an_arm_that_one_seed_lacks_is_left_out_of_the_task_and_said_so(records):
     pool = pool_of(without(records, kind="answers", task="sums", seed=1, arm="paper"))
     assert pool.remarks == ("Left out of task sums: paper, which was not measured with seed 1.", FEW)
-    assert shared_tasks(pool, "ood", "paper") == ["reversal", "sorting"]
-    assert accuracy(pool, "paper", "ood") is None, "a mean over other tasks compares with no other arm's"
-    assert accuracy(pool, "paper", "ood", "sums") is None
-    assert accuracy(pool, "paper", "ood", "sorting") is not None
+    assert pool.shared_tasks("ood", "paper") == ["reversal", "sorting"]
+    assert pool.accuracy("paper", "ood") is None, "a mean over other tasks compares with no other arm's"
+    assert pool.accuracy("paper", "ood", "sums") is None
+    assert pool.accuracy("paper", "ood", "sorting") is not None
     table = tables.differences(pool)
     assert column(table, "Tasks")["Ensemble against recipe as published"] == "2"
     assert column(table, "Tasks")["Ensemble against deep ensemble"] == "3"
     first, second = (
         {task: outcomes(records, arm, "ood")[task] for task in ("reversal", "sorting")} for arm in ("ensemble", "paper")
     )
-    assert difference(pool, ("ensemble", "paper"), "ood") == pooled_difference(first, second)
+    assert pool.difference(("ensemble", "paper"), "ood") == pooled_difference(first, second)
 
 
 def test_an_arm_of_one_task_has_figures_there_alone(records):
@@ -173,7 +163,7 @@ def test_an_arm_of_one_task_has_figures_there_alone(records):
 
 def test_a_declared_comparison_that_nothing_measured_is_said(records):
     pool = pool_of(without(records, arm="paper"))
-    assert ("ensemble", "paper") not in measured_comparisons(pool)
+    assert ("ensemble", "paper") not in pool.measured_comparisons()
     assert pool.remarks == ("Not measured: ensemble against paper, which was declared.", FEW)
 
 
@@ -181,7 +171,7 @@ def test_a_run_that_has_not_been_measured_is_said(records):
     begun = {"kind": "cost", "task": "sums", "seed": 9, "arm": "ensemble", "train_flops": 1e20}
     pool = pool_of([*records, begun])
     assert pool.remarks == ("Left out: task sums, seed 9, which has measured no arm yet.", FEW)
-    assert mean_cost(pool, "ensemble", "train_flops", TASKS) == pytest.approx(3.3e12)
+    assert pool.mean_cost("ensemble", "train_flops", TASKS) == pytest.approx(3.3e12)
 
 
 def test_one_seed_is_said(records):
@@ -269,7 +259,7 @@ def test_differences_say_figures_sizes_and_a_verdict(pool):
         "Ensemble against deep ensemble", "Student of ensemble against student of single expert",
         "Ensemble against recipe as published",
     ]  # fmt: skip
-    value, low, high = difference(pool, ("ensemble", "paper"), "ood")
+    value, low, high = pool.difference(("ensemble", "paper"), "ood")
     assert low > 0
     assert table[1][2][2] == f"+{100 * value:.1f} (+{100 * low:.1f} to +{100 * high:.1f}): better"
     assert table[1][2][3:] == ["3", "3", "80 / 80"]
@@ -278,7 +268,7 @@ def test_differences_say_figures_sizes_and_a_verdict(pool):
 def test_the_ablation_mirrors_the_comparisons(pool):
     forth = column(tables.differences(pool), "OOD, points")["Ensemble against recipe as published"]
     back = column(tables.ablation(pool), "OOD, points")["Recipe as published"]
-    value, low, high = difference(pool, ("paper", "ensemble"), "ood")
+    value, low, high = pool.difference(("paper", "ensemble"), "ood")
     assert forth == f"+{-100 * value:.1f} (+{-100 * high:.1f} to +{-100 * low:.1f}): better"
     assert back == f"−{-100 * value:.1f} (−{-100 * low:.1f} to −{-100 * high:.1f}): worse"
 
@@ -295,7 +285,7 @@ def test_accuracies_by_task_are_means_over_seeds(records, pool):
     cells = column(tables.by_task(pool), "sums")
     right = [100 * outcomes(records, "ensemble", split)["sums"].mean() for split in ("id", "ood")]
     assert cells["Ensemble"] == f"{right[0]:.1f} / {right[1]:.1f}"
-    value, low, high = (100 * x for x in accuracy(pool, "ensemble", "ood", "sums"))
+    value, low, high = (100 * x for x in pool.accuracy("ensemble", "ood", "sums"))
     table = tables.by_task(pool, split="ood", arms=["ensemble"])
     assert table[0] == ["Arm, OOD in %", *TASKS]
     assert column(table, "sums") == {"Ensemble": f"{value:.1f} ({low:.1f} to {high:.1f})"}
@@ -304,7 +294,7 @@ def test_accuracies_by_task_are_means_over_seeds(records, pool):
 def test_differences_by_task_are_on_the_primary_split_unless_said(pool):
     ood, id_ = (tables.differences_by_task(pool, split=split) for split in (None, "id"))
     assert (ood[0][0], id_[0][0]) == ("Comparison, OOD in points", "Comparison, ID in points")
-    value = difference(pool, ("ensemble", "paper"), "ood", "sums").value
+    value = pool.difference(("ensemble", "paper"), "ood", "sums").value
     assert column(ood, "sums")["Ensemble against recipe as published"].startswith(f"+{100 * value:.1f} (")
     assert ood[1] != id_[1]
 
@@ -318,7 +308,7 @@ def test_a_choice_of_arms_chooses_the_comparisons_between_them(pool):
 def test_pgr_is_that_of_students_unless_arms_are_given(pool):
     table = tables.pgr(pool)
     assert [row[0] for row in table[1]] == ["Student of single expert", "Student of ensemble"]
-    found = gap_recovered(pool, "student_ensemble", "ood")
+    found = pool.gap_recovered("student_ensemble", "ood")
     assert column(table, "PGR OOD")["Student of ensemble"] == f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
     assert column(table, "Gap OOD, points")["Student of ensemble"].startswith(f"+{100 * found.gap:.1f} (")
     assert [row[0] for row in tables.pgr(pool, arms=["ensemble"])[1]] == ["Ensemble"]
