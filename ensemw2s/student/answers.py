@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 CACHE_COLUMNS = ("answer_ids", *TOP_COLUMNS, "top_temperature")
 
 
-# Checks of what a student is given
-
-
 def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
     """Raise ValueError unless every token id means the same to both tokenizers, the end token included."""
     if teacher.get_vocab() != student.get_vocab() or teacher.eos_token_id != student.eos_token_id:
@@ -144,16 +141,14 @@ def usable_answers(
             f"the dataset to train on has no column 'answer', only {', '.join(names) or 'none'}: "
             "label it with TokenEnsemble.label"
         )
-    filters = {"min_confidence": min_confidence, "keep_fraction": keep_fraction}
-    for name, value in filters.items():
+    for name, value in (("min_confidence", min_confidence), ("keep_fraction", keep_fraction)):
         if value is not None:
             check_number(name, value)
-    asked = next((f"{name}={value}" for name, value in filters.items() if value is not None), None)
-    if asked and "confidence" not in names:
-        raise ValueError(
-            f"{asked} needs a column `confidence`; the dataset has {', '.join(names)}. "
-            "Label it with TokenEnsemble.label, or leave it out"
-        )
+            if "confidence" not in names:
+                raise ValueError(
+                    f"{name}={value} needs a column `confidence`; the dataset has {', '.join(names)}. "
+                    "Label it with TokenEnsemble.label, or leave it out"
+                )
     columns = answers.select_columns([name for name in ("answer", "finished", "confidence") if name in names])
     rows = dict(enumerate(columns))
     kept = [i for i, row in rows.items() if str(row["answer"] or "").strip()]

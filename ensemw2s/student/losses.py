@@ -22,8 +22,6 @@ from ensemw2s.student.predictions import HiddenPredictions, LogitPredictions, Pr
 from ensemw2s.student.teacher import LiveTeacher
 from ensemw2s.training.trainer import AnswerTokens, AnswerTrainer
 
-# Training
-
 
 class CacheCollator:
     """Collate a cache along with the answers.
@@ -57,11 +55,11 @@ class StudentAnswerTrainer(AnswerTrainer):
     """`AnswerTrainer` with a loss that is made of the student's predictions at the answer tokens."""
 
     def hidden_loss(self, hidden: Tensor, linear: nn.Linear, answers: AnswerTokens) -> Tensor:
-        """Return `sum_i w_i loss_i`; see `AnswerTrainer.hidden_loss`."""
+        """See `AnswerTrainer.hidden_loss`."""
         return self.prediction_loss(HiddenPredictions(*for_product(hidden, linear)), answers)
 
     def logits_loss(self, logits: Tensor, answers: AnswerTokens) -> Tensor:
-        """Return `sum_i w_i loss_i`; see `AnswerTrainer.logits_loss`."""
+        """See `AnswerTrainer.logits_loss`."""
         return self.prediction_loss(LogitPredictions(logits), answers)
 
     @abstractmethod
@@ -101,9 +99,9 @@ class SoftTrainer(StudentAnswerTrainer):
         self.soft_weight = soft_weight
 
     def prediction_loss(self, predictions: Predictions, answers: AnswerTokens) -> Tensor:
-        """Return `sum_i w_i loss_i`; see `StudentAnswerTrainer.prediction_loss`."""
+        """See `StudentAnswerTrainer.prediction_loss`."""
         if self.teacher is None:
-            ids, log_probs = (answers.inputs[name].to(predictions.device) for name in TOP_COLUMNS)
+            ids, log_probs = (answers.inputs[name].to(answers.labels.device) for name in TOP_COLUMNS)
             soft = predictions.topk_kl(ids, log_probs, answers.token_weights, self.temperature)
         else:
             soft = self.teacher.kl(predictions, answers, self.temperature)
@@ -133,7 +131,7 @@ class ConfidenceTrainer(StudentAnswerTrainer):
         self.warmup = warmup
 
     def prediction_loss(self, predictions: Predictions, answers: AnswerTokens) -> Tensor:
-        """Return `sum_i w_i loss_i`; see `StudentAnswerTrainer.prediction_loss`."""
+        """See `StudentAnswerTrainer.prediction_loss`."""
         alpha = confidence_alpha(self.state.global_step, self.state.max_steps, self.alpha, self.warmup)
         return confidence_loss(predictions, answers, alpha)
 

@@ -25,11 +25,6 @@ class HiddenPredictions:
     head: Tensor
 
     @property
-    def device(self) -> torch.device:
-        """Where the predictions lie."""
-        return self.states.device
-
-    @property
     def logits(self) -> Tensor:
         """Return [n, V]."""
         return self.states @ self.head.T
@@ -54,11 +49,6 @@ class LogitPredictions:
     """A student's predictions for n tokens, as logits [n, V]: for heads that are no plain linear layer."""
 
     logits: Tensor
-
-    @property
-    def device(self) -> torch.device:
-        """Where the predictions lie."""
-        return self.logits.device
 
     def cross_entropy(self, labels: Tensor, token_weights: Tensor) -> Tensor:
         """Return `sum_i w_i CE_i` for int64 labels [n]."""

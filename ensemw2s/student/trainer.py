@@ -154,13 +154,16 @@ class StudentTrainer:
         )
         self.teacher = teacher
         self._check_teacher()
-        if isinstance(model, PreTrainedModel):
-            self.model: Any = model
-        else:
+        self.model: Any = model
+        if not isinstance(model, PreTrainedModel):
             self.model = on_device(load_model(model, **(model_init_kwargs or {})), args)
         self.processing_class = processing_class or load_tokenizer(source_of(model))
-        if args.variant == "soft":
-            self._check_vocabulary()
+        if teacher is not None and teacher.config.vocab_size != len(self.model.get_output_embeddings().weight):
+            raise ValueError(
+                f"the teacher has a vocabulary of {teacher.config.vocab_size} tokens, the student one of "
+                f'{len(self.model.get_output_embeddings().weight)}: variant="soft" compares them token by token and '
+                'needs the same; use variant="sft" with this teacher'
+            )
         self._examples = self._tokenized(question_format or QuestionFormat())
         self.cost: TrainingCost | None = None
 
@@ -192,15 +195,6 @@ class StudentTrainer:
             )
         else:
             require_probabilities(self.teacher)
-
-    def _check_vocabulary(self) -> None:
-        """Refuse a teacher whose tokens are not the student's."""
-        size = self.model.get_output_embeddings().weight.shape[0]
-        if self.teacher is not None and self.teacher.config.vocab_size != size:
-            raise ValueError(
-                f"the teacher has a vocabulary of {self.teacher.config.vocab_size} tokens, the student one of {size}: "
-                'variant="soft" compares them token by token and needs the same; use variant="sft" with this teacher'
-            )
 
     def _tokenized(self, question_format: QuestionFormat) -> Dataset:
         """Return the examples, with the columns that the variant reads."""
