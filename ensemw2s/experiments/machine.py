@@ -221,7 +221,7 @@ class Machine:
         taken = []
         for _ in range(1 + _DECODING_STEPS):
             with torch.no_grad(), measured() as spent:
-                decoder.append(decoder.step().tokens)
+                decoder.append(decoder.choose(decoder.logits()).tokens)
             taken.append(spent)
         # The first step reads the prompts.
         reading = Pace(0.0, taken[0]["seconds"] / taken[0]["flops"], 0)

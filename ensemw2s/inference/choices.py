@@ -195,21 +195,13 @@ def choose_answers(
     questions: Dataset,
     rows: Sequence[_Question],
     batch: Sequence[int],
-    processing_class: PreTrainedTokenizerBase,
+    pad_token_id: int,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the pseudo-labels of a batch of questions, as rows of `labelling.label_questions`.
-
-    Args:
-        ensemble: T models with their weights.
-        questions: columns `id`, `prompt` and `choices`.
-        rows: all questions in tokens (`tokenize_choices`).
-        batch: which of them to answer.
-        processing_class: the experts' tokenizer.
-    """
+    """Yield the pseudo-labels of some questions, in tokens `rows`, as `labelling.label_questions` returns them."""
     count = ensemble.num_experts
     mixtures = {"ensemble": list(ensemble.config.expert_weights)}
     mixtures |= {f"expert {t + 1}": np.eye(count)[t].tolist() for t in range(count)}
-    scores = _score_batch(ensemble, [rows[i] for i in batch], mixtures, processing_class.eos_token_id, False)
+    scores = _score_batch(ensemble, [rows[i] for i in batch], mixtures, pad_token_id, False)
     chosen = {name: _chosen(values, [], None) for name, values in scores.items()}
     ours = chosen.pop("ensemble")
     agrees = np.array([own.chosen == ours.chosen for own in chosen.values()], dtype=float)

@@ -149,10 +149,6 @@ class MixtureDecoder:
             combine=self.ensemble.config.combine,
         )
 
-    def step(self) -> Any:
-        """Run the experts and choose B tokens; see `choose`."""
-        return self.choose(self.logits())
-
     def append(self, tokens: torch.Tensor) -> None:
         """Make `tokens` (int64 [B]) the next input of every expert."""
         self.pending = tokens[:, None]

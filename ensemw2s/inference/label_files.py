@@ -222,8 +222,7 @@ class _Lines:
         for number, line in enumerate(self.whole, 1):
             row = _parsed(line)
             problem = (
-                _stranger(row, ids)
-                or _problem(row)
+                _problem(row, ids)
                 or (_other_shape(row, rows[0]) if rows else None)
                 or _other_run(row, digest)
                 or (f"the id {shown(row['id'])} is in line {seen[row['id']]} already" if row["id"] in seen else None)
@@ -295,16 +294,12 @@ _WITH_CACHE: _Columns = {
 # What is wrong with a row as it is on file, in words; None if nothing is.
 
 
-def _stranger(row: Any, ids: set[Any] | None) -> str | None:
-    found = row.get("id") if isinstance(row, dict) else None
-    if ids is None or not _is_id(found) or found in ids:
-        return None
-    return f"it answers the question {shown(found)}, which is not in this dataset, so it belongs to another run"
-
-
-def _problem(row: Any) -> str | None:
+def _problem(row: Any, ids: set[Any] | None) -> str | None:
     if not isinstance(row, dict):
         return "no JSON object (or one with NaN or infinity in it): the line is damaged"
+    found = row.get("id")
+    if ids is not None and _is_id(found) and found not in ids:
+        return f"it answers the question {shown(found)}, which is not in this dataset, so it belongs to another run"
     columns = dict(_COLUMNS)
     for optional in (_WITH_CHOICES, _WITH_CACHE):
         columns |= optional if optional.keys() & row.keys() else {}

@@ -103,8 +103,24 @@ def label_questions(
     prompts = tokenize_prompts(
         questions, processing_class, settings.question_format, "questions", settings.max_new_tokens
     )
-    choices = _choices(questions, processing_class, settings) if "choices" in questions.column_names else None
-    ends = _ends(ensemble, questions, processing_class, settings, prompts) if choices is None else None
+    choices, ends = None, None
+    if "choices" in questions.column_names:
+        if replace(settings.sampling, seed=0) != Sampling() or settings.top_logprobs is not None:
+            raise ValueError(
+                f"questions with choices are answered by likelihood, with neither sampling ({settings.sampling}) nor "
+                f"top_logprobs ({settings.top_logprobs}): leave both out"
+            )
+        choices = tokenize_choices(questions, processing_class, settings.question_format)
+    else:
+        if not settings.question_format.end_token:
+            raise ValueError(
+                "the format has end_token=False, so that decoded answers would have no end: use end_token=True, or "
+                "give the questions a column `choices`"
+            )
+        require_room(ensemble, prompts, settings.max_new_tokens)
+        require_plain(ensemble.generation_config)
+        require_readable(settings.question_format.prompt(questions[0]["prompt"], processing_class))
+        ends = end_tokens(processing_class, ensemble.generation_config)
     task = _Task(ensemble, questions, processing_class, settings, prompts, choices, ends)
     check_unique(prompts["id"], "questions")
     file = None if output_file is None else LabelFile(Path(output_file), partial(_description, task), questions)
@@ -134,34 +150,6 @@ def decoding_work(
         for past in range(length, length + more):
             writing += Work.of_pass(count, 1, count, count, past)
     return reading, writing, steps
-
-
-def _choices(questions: Dataset, processing_class: PreTrainedTokenizerBase, settings: LabelSettings) -> list[Any]:
-    if replace(settings.sampling, seed=0) != Sampling() or settings.top_logprobs is not None:
-        raise ValueError(
-            f"questions with choices are answered by likelihood, with neither sampling ({settings.sampling}) nor "
-            f"top_logprobs ({settings.top_logprobs}): leave both out"
-        )
-    return tokenize_choices(questions, processing_class, settings.question_format)
-
-
-def _ends(
-    ensemble: ExpertMixture,
-    questions: Dataset,
-    processing_class: PreTrainedTokenizerBase,
-    settings: LabelSettings,
-    prompts: Dataset,
-) -> list[int]:
-    """Return the tokens that end an answer, once it is sure that the questions can be answered token by token."""
-    if not settings.question_format.end_token:
-        raise ValueError(
-            "the format has end_token=False, so that decoded answers would have no end: use end_token=True, or give "
-            "the questions a column `choices`"
-        )
-    require_room(ensemble, prompts, settings.max_new_tokens)
-    require_plain(ensemble.generation_config)
-    require_readable(settings.question_format.prompt(questions[0]["prompt"], processing_class))
-    return end_tokens(processing_class, ensemble.generation_config)
 
 
 def _description(task: _Task) -> dict[str, Any]:
@@ -206,7 +194,12 @@ def _answered(task: _Task, file: LabelFile | None, description: str | None) -> d
     total, hidden = len(rows) + sum(map(len, todo)), description is None or not processes.is_main()
     with tqdm(total=total, initial=len(rows), desc=description, unit="question", leave=False, disable=hidden) as bar:
         for batch in todo:
-            fresh = [row for row in _answer(task, batch) if row["id"] not in rows]
+            if task.choices is None:
+                answers = _label_batch(task, batch)
+            else:
+                pad = task.processing_class.eos_token_id
+                answers = choose_answers(task.ensemble, task.questions, task.choices, batch, pad)
+            fresh = [row for row in answers if row["id"] not in rows]
             mine |= {row["id"]: row for row in fresh}
             if file is not None:
                 file.append(fresh, digest, processes.index())
@@ -216,12 +209,6 @@ def _answered(task: _Task, file: LabelFile | None, description: str | None) -> d
     if file is not None and processes.count() > 1:
         processes.on_main(file.join, [rows[ids[i]] for batch in batches for i in batch], digest)
     return rows
-
-
-def _answer(task: _Task, batch: list[int]) -> Iterator[dict[str, Any]]:
-    if task.choices is None:
-        return _label_batch(task, batch)
-    return choose_answers(task.ensemble, task.questions, task.choices, batch, task.processing_class)
 
 
 @torch.no_grad()

@@ -160,14 +160,10 @@ def scoring_work(lengths: Sequence[int], answers: Sequence[int], batch_size: int
 
 
 class _ModelRun:
-    """A model, or adapters stacked on one, run up to the output head; the head then takes some rows at a time.
+    """The model that `context` gives, run up to the output head; the head then takes some rows at a time.
 
-    Logits of all answer tokens of a batch would take tokens x V numbers: more than everything else together.
-
-    Args:
-        context: gives the model.
-        carrier: the model whose cost it is.
-        copies: how many stacked experts the model is; their rows follow one another.
+    Logits of all answer tokens of a batch would take tokens x V numbers: more than everything else together. The cost
+    is that of `carrier`. Of `copies` experts that are stacked in one model, the rows follow one another.
     """
 
     def __init__(
@@ -257,12 +253,7 @@ def _score_share(
     batch_size: int,
     description: str | None,
 ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], np.ndarray]:
-    """Score the answer tokens in the order of `examples`, in chunks of bounded size.
-
-    Returns:
-        For each name, bool [tokens] (wrong) and float32 [tokens] (log-probabilities); and bool [experts, tokens]: whose
-        logits are no numbers (`mixture.damaged`).
-    """
+    """Return, in the order of `examples`, each mixture's bool and float32 [tokens]; and damage, bool [T, tokens]."""
     loader = DataLoader(examples, batch_size=batch_size, collate_fn=AnswerCollator(pad_token_id))
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
     damage: list[np.ndarray] = []

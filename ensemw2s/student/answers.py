@@ -67,12 +67,6 @@ def check_answer_ids(
             )
 
 
-def with_own_end(answers: Dataset, end: int, ends: Sequence[int]) -> list[list[int]]:
-    """Return `answer_ids` in which each of the tokens `ends` that ends an answer is `end`, the student's own."""
-    rows = [list(ids) for ids in answers["answer_ids"]]
-    return [[*ids[:-1], end] if ids[-1] in ends else ids for ids in rows]
-
-
 def check_cache(answers: Dataset, temperature: float, top_logprobs: int | None) -> None:
     """Check that a cache has a row for each token, the temperature asked for, and enough tokens.
 

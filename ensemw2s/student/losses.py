@@ -7,19 +7,17 @@ tokens, so that logits `[tokens, V]` are never held where a model's head is a pl
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ensemw2s.data.tokens import IGNORED
 from ensemw2s.inference.label_files import TOP_COLUMNS
-from ensemw2s.models.heads import for_product
-from ensemw2s.student.predictions import HiddenPredictions, LogitPredictions, Predictions
 from ensemw2s.student.teacher import LiveTeacher
+from ensemw2s.training.predictions import Predictions
 from ensemw2s.training.trainer import AnswerTokens, AnswerTrainer
 
 
@@ -51,23 +49,7 @@ class CacheCollator:
         return batch
 
 
-class StudentAnswerTrainer(AnswerTrainer):
-    """`AnswerTrainer` with a loss that is made of the student's predictions at the answer tokens."""
-
-    def hidden_loss(self, hidden: Tensor, linear: nn.Linear, answers: AnswerTokens) -> Tensor:
-        """See `AnswerTrainer.hidden_loss`."""
-        return self.prediction_loss(HiddenPredictions(*for_product(hidden, linear)), answers)
-
-    def logits_loss(self, logits: Tensor, answers: AnswerTokens) -> Tensor:
-        """See `AnswerTrainer.logits_loss`."""
-        return self.prediction_loss(LogitPredictions(logits), answers)
-
-    @abstractmethod
-    def prediction_loss(self, predictions: Predictions, answers: AnswerTokens) -> Tensor:
-        """Return `sum_i w_i loss_i` of the student's predictions for the n answer tokens."""
-
-
-class SoftTrainer(StudentAnswerTrainer):
+class SoftTrainer(AnswerTrainer):
     """Train on the teacher's distributions: `loss_i = s T^2 KL(teacher_i || student_i) + (1-s) CE_i`.
 
     `T^2` keeps the gradient's size the same at any temperature T (Hinton et al. 2015), so that one learning rate and
@@ -99,7 +81,7 @@ class SoftTrainer(StudentAnswerTrainer):
         self.soft_weight = soft_weight
 
     def prediction_loss(self, predictions: Predictions, answers: AnswerTokens) -> Tensor:
-        """See `StudentAnswerTrainer.prediction_loss`."""
+        """See `AnswerTrainer.prediction_loss`."""
         if self.teacher is None:
             ids, log_probs = (answers.inputs[name].to(answers.labels.device) for name in TOP_COLUMNS)
             soft = predictions.topk_kl(ids, log_probs, answers.token_weights, self.temperature)
@@ -111,7 +93,7 @@ class SoftTrainer(StudentAnswerTrainer):
         return loss
 
 
-class ConfidenceTrainer(StudentAnswerTrainer):
+class ConfidenceTrainer(AnswerTrainer):
     """Train on labels and on the student's own certainty (Burns et al. 2023, appendix A.4).
 
     `loss_i = (1-a) CE(student_i, label_i) + a CE(student_i, f_i)`, where `f_i` is the student's own likeliest token at
@@ -131,7 +113,7 @@ class ConfidenceTrainer(StudentAnswerTrainer):
         self.warmup = warmup
 
     def prediction_loss(self, predictions: Predictions, answers: AnswerTokens) -> Tensor:
-        """See `StudentAnswerTrainer.prediction_loss`."""
+        """See `AnswerTrainer.prediction_loss`."""
         alpha = confidence_alpha(self.state.global_step, self.state.max_steps, self.alpha, self.warmup)
         return confidence_loss(predictions, answers, alpha)
 

@@ -22,7 +22,7 @@ from ensemw2s.ops.row_losses import CHUNK_ELEMENTS
 from ensemw2s.runtime.meter import count
 from ensemw2s.runtime.values import check_number
 from ensemw2s.student.answers import check_answer_ids
-from ensemw2s.student.predictions import HiddenPredictions, Predictions
+from ensemw2s.training.predictions import HiddenPredictions, Predictions
 from ensemw2s.training.trainer import AnswerTokens
 
 if TYPE_CHECKING:

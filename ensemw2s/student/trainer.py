@@ -19,7 +19,7 @@ from ensemw2s.models.own_files import own_files, whole
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.files import write_json
 from ensemw2s.runtime.values import Uses, check_in_use
-from ensemw2s.student.answers import check_answer_ids, check_cache, usable_answers, with_own_end
+from ensemw2s.student.answers import check_answer_ids, check_cache, usable_answers
 from ensemw2s.student.losses import ConfidenceTrainer, SoftTrainer
 from ensemw2s.student.teacher import LiveTeacher, top_columns, with_columns
 from ensemw2s.training.checkpoints import discard_checkpoints
@@ -204,7 +204,8 @@ class StudentTrainer:
         if soft and "answer_ids" in answers.column_names:
             stops = end_tokens(self.processing_class, getattr(self.model, "generation_config", None))
             check_answer_ids(answers, self.processing_class, question_format, stops, "the student's tokenizer")
-            known = with_own_end(answers, self.processing_class.eos_token_id, stops)
+            end = self.processing_class.eos_token_id
+            known = [[*ids[:-1], end] if ids[-1] in stops else list(ids) for ids in answers["answer_ids"]]
         examples = tokenize_questions(
             answers, self.processing_class, question_format, "train_dataset", answer_ids=known
         )

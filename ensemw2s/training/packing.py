@@ -44,16 +44,10 @@ class PackedRows:
 
 
 def lines_of(lengths: Sequence[int], *, one_line: bool = False) -> list[list[int]]:
-    """Distribute rows over lines of 3 to 6 times the longest row, as many lines as leave the least padding.
+    """Return, for each line, the indices of its rows, whose `lengths` are in tokens.
 
-    The longest rows come first, each goes where there is most room.
-
-    Args:
-        lengths: tokens of each row.
-        one_line: put all into one line.
-
-    Returns:
-        For each line the indices of its rows.
+    A line has 3 to 6 times the longest row, unless `one_line` takes all; as many lines are made as leave the least
+    padding. The longest rows come first, each goes where there is most room.
     """
     longest, total = max(lengths), sum(lengths)
     fewest = 1 if one_line else math.ceil(total / (_LONGEST_LINE * longest))
@@ -138,7 +132,6 @@ def keeps_rows_apart(model: Any, forward: Callable[..., Any]) -> bool:
         return False
     finally:
         model.train(training)
-    rounding = _ROUNDING.get(found.dtype, _ROUNDING_16_BIT)
-    if torch.is_autocast_enabled(device.type):
-        rounding = _ROUNDING_16_BIT
+    dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else found.dtype
+    rounding = _ROUNDING.get(dtype, _ROUNDING_16_BIT)
     return bool((found - expected).abs().max() <= rounding * expected.abs().max())

@@ -19,15 +19,15 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ensemw2s import ops
 from ensemw2s.data.batches import LengthBucketSampler, next_token_mask
-from ensemw2s.models.heads import linear_loss, linear_of, obstacle, only_positions, output_head, replaced_head
+from ensemw2s.models.heads import for_product, linear_of, obstacle, only_positions, output_head, replaced_head
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.files import DiskFullError, is_disk_full
 from ensemw2s.runtime.meter import count, count_before, metered
 from ensemw2s.runtime.values import check_fields, shown_names
 from ensemw2s.training.checkpoints import begin_checkpoint, seal_checkpoint, spent_until
 from ensemw2s.training.packing import keeps_rows_apart, pack_rows, wants_one_line
+from ensemw2s.training.predictions import HiddenPredictions, LogitPredictions, Predictions
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -102,16 +102,13 @@ class AnswerTokens:
 
 @dataclass(frozen=True)
 class _Text:
-    """What a model reads in a step.
+    """What a model reads in a step."""
 
-    Attributes:
-        inputs: its keyword arguments, with `input_ids` int64 [R, C].
-        mask: [R, C], 0 on padding.
-        positions: int64 [n], the positions before the n answer tokens in the flattened [R, C].
-    """
-
+    # Keyword arguments, with `input_ids` int64 [R, C].
     inputs: dict[str, Any]
+    # [R, C], 0 on padding.
     mask: torch.Tensor
+    # int64 [n], the positions before the n answer tokens in the flattened [R, C].
     positions: torch.Tensor
 
 
@@ -196,7 +193,7 @@ class AnswerTrainer(Trainer):
         else:
             with only_positions(self.accelerator.unwrap_model(model), text.positions):
                 outputs = model(**text.inputs)
-            loss = self.logits_loss(outputs.logits, answers.to(outputs.logits.device))
+            loss = self.prediction_loss(LogitPredictions(outputs.logits), answers.to(outputs.logits.device))
         if model.training:
             unwrapped, rows = self.accelerator.unwrap_model(model), len(answers.labels)
             count(unwrapped, text.inputs["input_ids"], text.mask, rows, training=True)
@@ -316,13 +313,9 @@ class AnswerTrainer(Trainer):
                 )
         return self._obstacle is None
 
-    def hidden_loss(self, hidden: torch.Tensor, linear: torch.nn.Linear, answers: AnswerTokens) -> torch.Tensor:
-        """Return `sum_i w_i loss_i` of n answer tokens from the hidden states [n, d] in front of a linear head."""
-        return linear_loss(hidden, linear, answers.labels, answers.token_weights)
-
-    def logits_loss(self, logits: torch.Tensor, answers: AnswerTokens) -> torch.Tensor:
-        """Return the same from logits [n, V], for models with another head; a subclass overrides both or neither."""
-        return ops.weighted_cross_entropy(logits, answers.labels, answers.token_weights)
+    def prediction_loss(self, predictions: Predictions, answers: AnswerTokens) -> torch.Tensor:
+        """Return `sum_i w_i loss_i` of the model's predictions for the n answer tokens; here the loss is CE."""
+        return predictions.cross_entropy(answers.labels, answers.token_weights)
 
     def _loss_in_place_of_logits(self, model: torch.nn.Module, text: _Text, answers: AnswerTokens) -> torch.Tensor:
         head = output_head(self.accelerator.unwrap_model(model))
@@ -331,7 +324,7 @@ class AnswerTrainer(Trainer):
         def summed(hidden: torch.Tensor) -> torch.Tensor:
             here = answers.to(hidden.device)
             rows = hidden.flatten(0, 1)[text.positions.to(hidden.device)]
-            return self.hidden_loss(rows, linear, here).view(1, 1, 1)
+            return self.prediction_loss(HiddenPredictions(*for_product(rows, linear)), here).view(1, 1, 1)
 
         with replaced_head(head, summed):
             return model(**text.inputs).logits.squeeze()

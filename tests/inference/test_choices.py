@@ -352,7 +352,7 @@ def test_one_model_is_decoded_as_a_mixture_of_one() -> None:
     prompts = torch.randint(3, 20, (2, 5), generator=torch.Generator().manual_seed(0))
     decoder = MixtureDecoder(OneModel(model), prompts, torch.ones_like(prompts), torch.arange(2), Sampling())
     for _ in range(4):
-        choice = decoder.step()
+        choice = decoder.choose(decoder.logits())
         logits = model(input_ids=prompts).logits[:, -1]
         assert choice.tokens.equal(logits.argmax(-1))
         torch.testing.assert_close(choice.log_probs, logits.log_softmax(-1).amax(-1))

@@ -1,4 +1,4 @@
-"""A student's predictions, from its logits or from its hidden states and head."""
+"""A model's predictions, from its logits or from its hidden states and head."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ensemw2s.ops.topk_kl import reference as topk_kl_reference
 
 @dataclass
 class HiddenPredictions:
-    """A student's predictions for n tokens, as hidden states and the head behind them.
+    """A model's predictions for n tokens, as hidden states and the head behind them.
 
     Attributes:
         states: floating point [n, d].
@@ -46,7 +46,7 @@ class HiddenPredictions:
 
 @dataclass
 class LogitPredictions:
-    """A student's predictions for n tokens, as logits [n, V]: for heads that are no plain linear layer."""
+    """A model's predictions for n tokens, as logits [n, V]: for heads that are no plain linear layer."""
 
     logits: Tensor
 
