@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -82,15 +83,15 @@ class LengthBucketSampler(Sampler[int]):
         return np.split(rows, np.cumsum(sizes)[:-1])
 
 
+@dataclass
 class AnswerCollator:
     """Pad tokenised questions on the right and mark their answers by position (never by token id).
 
-    Args:
+    Attributes:
         pad_token_id: any token; it may equal the end token.
     """
 
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
+    pad_token_id: int
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Return a batch of B rows of length L.

@@ -83,10 +83,10 @@ def load_questions(source: Mapping[str, Any] | str | os.PathLike[str]) -> Datase
         raise ValueError(f"{kind} of a source of questions must be text, got {shown(source[kind])}")
     columns, schema, context, choices, binary, regex = (source.pop(name, None) for name in _OPTIONS)
     if kind in ("reasoning_gym", "characters"):
+        name = f"{kind} {source[kind]}"
         for option, value in (("columns", columns), ("schema", schema), ("context", context)):
             if value is not None:
-                raise ValueError(f"{kind} {source[kind]}: its questions have our columns already, leave `{option}` out")
-        name = f"{kind} {source[kind]}"
+                raise ValueError(f"{name}: its questions have our columns already, leave `{option}` out")
         return _answered_by_choice(check_questions(_generated(kind, source, regex), name), choices, binary, name)
     loaded = _from_file(source) if kind == "file" else _from_hub(source)
     name = str(source[kind])
@@ -258,9 +258,12 @@ def _generated(kind: str, source: Mapping[str, Any], regex: str | None) -> Datas
     make = _reasoning_gym_questions if kind == "reasoning_gym" else character_questions
     rows: list[dict[str, Any]] = []
     for attempt in range(_MAX_TRIES):
-        # A generator repeats itself; ask for more under fresh seeds until there are `size` distinct prompts.
+        # A generator repeats itself; ask for more under fresh seeds until there are `size` distinct prompts. It uses
+        # seed + i for question i: neighbouring seeds would share nearly all questions, and an easy and a hard set of
+        # one seed would have the same words. So a stream's seed is far from every other one.
+        stream = json.dumps((seed, attempt, kind, task, settings), sort_keys=True, default=str)
         try:
-            fresh = make(task, size=size, seed=_stream(seed, attempt, kind, task, settings), **settings)
+            fresh = make(task, size=size, seed=int(_content_id(stream), 16) >> 16, **settings)
         except (TypeError, AssertionError, AttributeError, LookupError, OverflowError) as error:
             raise ValueError(f"{kind} {task} refuses the settings {shown(settings)}: {error}") from error
         rows = _distinct(rows + [_cut_prompt(row, regex) for row in fresh])
@@ -270,15 +273,6 @@ def _generated(kind: str, source: Mapping[str, Any], regex: str | None) -> Datas
         f"{kind} {task} gives only {len(rows)} distinct questions with these settings, {size} are wanted: "
         "ask for fewer or widen the task's settings"
     )
-
-
-def _stream(*parts: Any) -> int:
-    """Turn a seed and what it is for into a number far from every other such number.
-
-    Generators use seed + i for question i: neighbouring seeds would share nearly all questions, and an easy and a hard
-    set of one seed would have the same words.
-    """
-    return int(_content_id(json.dumps(parts, sort_keys=True, default=str)), 16) >> 16
 
 
 def _reasoning_gym_questions(task: str, /, **settings: Any) -> list[dict[str, str]]:

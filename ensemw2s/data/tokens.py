@@ -179,7 +179,7 @@ def _spaces(text: str) -> int:
 
 def _same(one: str, other: str) -> bool:
     """Say whether two texts are the same letters: Unicode may compose them in several ways."""
-    return one == other or unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
+    return unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
 
 
 def _around(text: str, other: str) -> str:

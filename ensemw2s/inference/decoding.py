@@ -157,12 +157,9 @@ class MixtureDecoder:
 
 
 def require_valid(valid: torch.Tensor, names: Sequence[str], logits: Sequence[torch.Tensor]) -> None:
-    """Raise FloatingPointError, naming rows and experts, unless all rows are valid.
+    """Raise FloatingPointError, naming rows and experts, unless all of `valid`, bool [B] or [B, L], is true.
 
-    Args:
-        valid: bool [B] or [B, L]: the mixture is a distribution there.
-        names: what messages call the B rows.
-        logits: of T experts, [B, V] or [B, L, V].
+    `names` are what messages call the B rows; `logits`, T of [B, V] or [B, L, V], tell which experts are damaged.
     """
     if bool(valid.all()):
         return

@@ -185,13 +185,7 @@ def _with_check(row: Mapping[str, Any], digest: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Lines:
-    """The lines of a file that was appended to.
-
-    Attributes:
-        file: where they are.
-        whole: those that are there to their end.
-        torn: bytes of the last line, if a kill has cut it off.
-    """
+    """The lines of a file that was appended to: the whole ones, and the bytes of the last if a kill has cut it off."""
 
     file: Path
     whole: list[bytes]

@@ -38,14 +38,9 @@ def check_answer_ids(
     ends: Sequence[int],
     name: str = "this tokenizer",
 ) -> None:
-    """Check that a tokenizer reads the tokens `answer_ids` as the teacher did who chose them.
+    """Check that a model's tokenizer, which errors call `name`, reads `answer_ids` as the teacher did who chose them.
 
-    Args:
-        answers: columns `prompt`, `answer`, `answer_ids` and optionally `id` and `finished` (all are, without it).
-        processing_class: of the model that is to be trained on them, or to be asked about them.
-        question_format: how a question becomes tokens.
-        ends: the ids that end an answer of that model.
-        name: what errors call the tokenizer.
+    Answers end with one of the ids `ends`, all of them where there is no column `finished`.
 
     Raises:
         ValueError: tokens that are another text than `answer`, or do not end as the model's answers do; names the row.
@@ -118,12 +113,8 @@ def usable_answers(
 ) -> Dataset:
     """Return the rows whose answer is not empty, not cut off, and, if asked for, confident enough.
 
-    Args:
-        answers: a column `answer`; rows count as finished where there is no column `finished`.
-        min_confidence: the least `confidence` (nats, at most 0).
-        keep_fraction: the share of the dataset's rows to keep, the most confident ones; earlier rows before later ones
-            of the same confidence. Fewer are kept if fewer are usable.
-        keep_unfinished: keep answers that were cut off before their end token.
+    The settings are those of `StudentConfig`. Rows count as finished where there is no column `finished`. Of equally
+    confident rows the earlier ones are kept, and fewer than `keep_fraction` says if fewer are usable.
 
     Raises:
         ValueError: nothing is left, an answer is no text, or there is no `answer` column, or no `confidence` column to

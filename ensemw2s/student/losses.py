@@ -1,13 +1,13 @@
 """What a student learns from beside plain labels: a teacher's distributions, live or kept, and its own certainty.
 
-The losses of method, phase 3: "soft" (KL from the ensemble's distribution to the student's at every answer token) and
-"confidence" (Burns et al. 2023, "Weak-to-strong generalization", appendix A.4). Both run on hidden states at answer
-tokens, so that logits `[tokens, V]` are never held where a model's head is a plain linear layer.
+The losses of method, phase 3, "soft" and "confidence", run on hidden states at answer tokens, so that logits
+`[tokens, V]` are never held where a model's head is a plain linear layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,17 +21,17 @@ from ensemw2s.training.predictions import Predictions
 from ensemw2s.training.trainer import AnswerTokens, AnswerTrainer
 
 
+@dataclass
 class CacheCollator:
     """Collate a cache along with the answers.
 
-    Args:
+    Attributes:
         collate: makes the batch of answers, as `batches.AnswerCollator`.
         count: tokens of the cache that are used, the likeliest ones; None takes all.
     """
 
-    def __init__(self, collate: Any, count: int | None = None) -> None:
-        self.collate = collate
-        self.count = count
+    collate: Any
+    count: int | None = None
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return the batch with `top_token_ids` int64 and `top_log_probs` float32 [n, k].
@@ -94,7 +94,7 @@ class SoftTrainer(AnswerTrainer):
 
 
 class ConfidenceTrainer(AnswerTrainer):
-    """Train on labels and on the student's own certainty (Burns et al. 2023, appendix A.4).
+    """Train on labels and on the student's own certainty (Burns et al. 2023, "Weak-to-strong generalization", A.4).
 
     `loss_i = (1-a) CE(student_i, label_i) + a CE(student_i, f_i)`, where `f_i` is the student's own likeliest token at
     this step, taken as given (no gradient), and a rises linearly from 0 to `alpha` over the first `warmup` of the
@@ -125,13 +125,7 @@ def confidence_alpha(step: int, max_steps: int, alpha: float, warmup: float) -> 
 
 
 def confidence_loss(predictions: Predictions, answers: AnswerTokens, alpha: float) -> Tensor:
-    """Return `sum_i w_i ((1-alpha) CE(student_i, label_i) + alpha CE(student_i, argmax student_i))`.
-
-    Args:
-        predictions: the student's, for n answer tokens.
-        answers: their labels and weights.
-        alpha: in [0, 1].
-    """
+    """Return `sum_i w_i ((1-alpha) CE(student_i, label_i) + alpha CE(student_i, argmax student_i))`."""
     labels, weights = answers.labels, answers.token_weights
     if alpha == 0:
         return predictions.cross_entropy(labels, weights)

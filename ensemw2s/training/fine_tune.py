@@ -42,11 +42,11 @@ class TrainingCost:
     flops: float | None
 
 
+@dataclass(eq=False)
 class PhaseProgress(TrainerCallback):
     """A progress bar with a name, the time left, and the loss of the last logged step."""
 
-    def __init__(self, description: str) -> None:
-        self.description = description
+    description: str
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
         hidden = not state.is_world_process_zero

@@ -72,13 +72,7 @@ def width_of(lines: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
 
 
 def pack_rows(input_ids: Tensor, attention_mask: Tensor, *, one_line: bool = False) -> PackedRows:
-    """Lay the rows of a batch that is padded on the right behind one another.
-
-    Args:
-        input_ids: int64 [B, L].
-        attention_mask: [B, L], 0 on padding.
-        one_line: see `lines_of`.
-    """
+    """Lay the rows of a batch, int64 [B, L] and padded on the right, behind one another; see `lines_of`."""
     lengths = attention_mask.sum(1).tolist()
     lines = lines_of(lengths, one_line=one_line)
     width = width_of(lines, lengths)
@@ -110,9 +104,7 @@ def wants_one_line(model: Any) -> bool:
 def keeps_rows_apart(model: Any, forward: Callable[..., Any]) -> bool:
     """Try on a few short rows whether a model reads packed rows as it reads padded ones.
 
-    Args:
-        model: a causal language model, wrapped by peft or not.
-        forward: calls it: the model itself, or the same in a wrapper for several processes.
+    It is called by `forward`: the model itself, or the same in a wrapper for several processes.
     """
     device = next(model.parameters()).device
     lengths = torch.tensor(_TRIAL, device=device)[:, None]

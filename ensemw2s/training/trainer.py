@@ -22,10 +22,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ensemw2s.data.batches import LengthBucketSampler, next_token_mask
 from ensemw2s.models.heads import for_product, linear_of, obstacle, only_positions, output_head, replaced_head
 from ensemw2s.runtime import processes
+from ensemw2s.runtime.accounts import enter_growing, is_ours
 from ensemw2s.runtime.files import DiskFullError, is_disk_full
 from ensemw2s.runtime.meter import count, count_before, metered
 from ensemw2s.runtime.values import check_fields, shown_names
-from ensemw2s.training.checkpoints import begin_checkpoint, seal_checkpoint, spent_until
+from ensemw2s.training.checkpoints import seal_checkpoint, spent_until
 from ensemw2s.training.packing import keeps_rows_apart, pack_rows, wants_one_line
 from ensemw2s.training.predictions import HiddenPredictions, LogitPredictions, Predictions
 
@@ -253,8 +254,9 @@ class AnswerTrainer(Trainer):
         check_weights(self.model, self.args)
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
-            if self.args.should_save:
-                begin_checkpoint(folder)
+            # Ours is what is declared so before it is written.
+            if self.args.should_save and not is_ours(folder):
+                enter_growing(folder)
             super()._save_checkpoint(model, trial)
             own = {"own_tokens": self._meter.tokens, "own_flops": self._meter.flops}
             spent = {"seconds": self.seconds, "flops": self.flops}
@@ -349,11 +351,11 @@ def on_device(model: Any, args: TrainingArguments) -> Any:
     return model if getattr(model, "hf_device_map", None) else model.to(args.device)
 
 
+@dataclass(eq=False)
 class _EpochOrder(TrainerCallback):
     """Tells a sampler which epoch it is: accelerate's loaders do not reach it when several processes resume."""
 
-    def __init__(self, sampler: LengthBucketSampler) -> None:
-        self.sampler = sampler
+    sampler: LengthBucketSampler
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.sampler.set_epoch(int(state.epoch or 0))
