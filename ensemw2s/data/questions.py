@@ -261,8 +261,8 @@ def _generated(kind: str, source: Mapping[str, Any], regex: str | None) -> Datas
         # A generator repeats itself; ask for more under fresh seeds until there are `size` distinct prompts. It uses
         # seed + i for question i: neighbouring seeds would share nearly all questions, and an easy and a hard set of
         # one seed would have the same words. So a stream's seed is far from every other one.
-        stream = json.dumps((seed, attempt, kind, task, settings), sort_keys=True, default=str)
         try:
+            stream = json.dumps((seed, attempt, kind, task, settings), sort_keys=True, default=str)
             fresh = make(task, size=size, seed=int(_content_id(stream), 16) >> 16, **settings)
         except (TypeError, AssertionError, AttributeError, LookupError, OverflowError) as error:
             raise ValueError(f"{kind} {task} refuses the settings {shown(settings)}: {error}") from error

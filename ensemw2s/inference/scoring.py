@@ -239,7 +239,13 @@ def _score(
     scores = {}
     for name in shares[0][1]:
         wrong, log_probs = (np.concatenate([share[name][k] for _, share, _ in shares])[back] for k in (0, 1))
-        _check_scores(name, log_probs, starts)
+        broken = np.isnan(log_probs)
+        if broken.any():
+            row = int(np.searchsorted(starts, broken.argmax(), side="right")) - 1
+            raise FloatingPointError(
+                f"{name}: the experts' mixture gives no token a probability along the answer in row {row} of the "
+                'examples: every token is impossible for one of them; combine them by "prob"'
+            )
         scores[name] = AnswerScores(lengths, wrong, log_probs)
     return scores
 
@@ -295,13 +301,3 @@ def _check_mixtures(mixtures: Mapping[str, Sequence[float]], num_experts: int) -
                 f"mixture {name!r} is {list(weights)}: expected {num_experts} weights, one per expert, finite, at "
                 "least 0 and not all 0"
             )
-
-
-def _check_scores(name: str, log_probs: np.ndarray, starts: np.ndarray) -> None:
-    broken = np.isnan(log_probs)
-    if broken.any():
-        row = int(np.searchsorted(starts, broken.argmax(), side="right")) - 1
-        raise FloatingPointError(
-            f"{name}: the experts' mixture gives no token a probability along the answer in row {row} of the examples: "
-            'every token is impossible for one of them; combine them by "prob"'
-        )

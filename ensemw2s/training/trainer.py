@@ -101,18 +101,6 @@ class AnswerTokens:
         return AnswerTokens(self.mask.to(device), self.labels.to(device), self.token_weights.to(device), self.inputs)
 
 
-@dataclass(frozen=True)
-class _Text:
-    """What a model reads in a step."""
-
-    # Keyword arguments, with `input_ids` int64 [R, C].
-    inputs: dict[str, Any]
-    # [R, C], 0 on padding.
-    mask: torch.Tensor
-    # int64 [n], the positions before the n answer tokens in the flattened [R, C].
-    positions: torch.Tensor
-
-
 class NoStepsError(ValueError):
     """With these settings a training makes no optimiser step."""
 
@@ -187,17 +175,17 @@ class AnswerTrainer(Trainer):
             FloatingPointError: the loss is NaN or infinite; the weights are still those of the step before.
         """
         answers = AnswerTokens.of(inputs)
-        text = self._text(model, inputs, answers)
+        read, mask, positions = self._read(model, inputs, answers)
         outputs = None
-        if not return_outputs and self._takes_hidden_states(model, text.inputs):
-            loss = self._loss_in_place_of_logits(model, text, answers)
+        if not return_outputs and self._takes_hidden_states(model, read):
+            loss = self._loss_in_place_of_logits(model, read, positions, answers)
         else:
-            with only_positions(self.accelerator.unwrap_model(model), text.positions):
-                outputs = model(**text.inputs)
+            with only_positions(self.accelerator.unwrap_model(model), positions):
+                outputs = model(**read)
             loss = self.prediction_loss(LogitPredictions(outputs.logits), answers.to(outputs.logits.device))
         if model.training:
             unwrapped, rows = self.accelerator.unwrap_model(model), len(answers.labels)
-            count(unwrapped, text.inputs["input_ids"], text.mask, rows, training=True)
+            count(unwrapped, read["input_ids"], mask, rows, training=True)
         total = answers.token_weights.sum() if num_items_in_batch is None else num_items_in_batch
         total = torch.as_tensor(total, device=loss.device)
         # A step in which no answer token was drawn has weight 0 and no gradient; dividing by 1 keeps it so.
@@ -279,15 +267,21 @@ class AnswerTrainer(Trainer):
         shown = shown_names((row if names is None else names[row] for row in rows), 5)
         return f", in the batch of {'row' if names is None else 'id'} {shown}"
 
-    def _text(self, model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], answers: AnswerTokens) -> _Text:
-        """Return what the model reads: packed rows where that saves padding, or the padded batch."""
+    def _read(
+        self, model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], answers: AnswerTokens
+    ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+        """Return what the model reads, R lines of C tokens: packed rows where that saves padding, or the padded batch.
+
+        First its keyword arguments; then the mask [R, C], 0 on padding; then int64 [n], the positions before the n
+        answer tokens in the flattened [R, C].
+        """
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         if self.args.padding_free and not bool(mask.all()) and self._reads_packed_rows(model):
             packed = pack_rows(ids, mask, one_line=wants_one_line(self.accelerator.unwrap_model(model)))
             read = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
-            return _Text(read, packed.mask, packed.places[answers.mask])
+            return read, packed.mask, packed.places[answers.mask]
         read = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        return _Text(read, mask, answers.mask.flatten().nonzero()[:, 0])
+        return read, mask, answers.mask.flatten().nonzero()[:, 0]
 
     def _reads_packed_rows(self, model: torch.nn.Module) -> bool:
         if self._packs is None:
@@ -319,17 +313,19 @@ class AnswerTrainer(Trainer):
         """Return `sum_i w_i loss_i` of the model's predictions for the n answer tokens; here the loss is CE."""
         return predictions.cross_entropy(answers.labels, answers.token_weights)
 
-    def _loss_in_place_of_logits(self, model: torch.nn.Module, text: _Text, answers: AnswerTokens) -> torch.Tensor:
+    def _loss_in_place_of_logits(
+        self, model: torch.nn.Module, read: dict[str, Any], positions: torch.Tensor, answers: AnswerTokens
+    ) -> torch.Tensor:
         head = output_head(self.accelerator.unwrap_model(model))
         linear: Any = linear_of(head)
 
         def summed(hidden: torch.Tensor) -> torch.Tensor:
             here = answers.to(hidden.device)
-            rows = hidden.flatten(0, 1)[text.positions.to(hidden.device)]
+            rows = hidden.flatten(0, 1)[positions.to(hidden.device)]
             return self.prediction_loss(HiddenPredictions(*for_product(rows, linear)), here).view(1, 1, 1)
 
         with replaced_head(head, summed):
-            return model(**text.inputs).logits.squeeze()
+            return model(**read).logits.squeeze()
 
 
 def _name(model: torch.nn.Module) -> str:
