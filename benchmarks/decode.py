@@ -95,7 +95,7 @@ def with_this_package(ensemble: TokenEnsemble, ids: torch.Tensor) -> Steps:
     try:
         while True:
             start = time.perf_counter()
-            decoder.append(decoder.step().tokens)
+            decoder.append(decoder.choose(decoder.logits()).tokens)
             yield time.perf_counter() - start - inside
     finally:
         del ensemble.expert_logits

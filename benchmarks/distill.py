@@ -28,7 +28,7 @@ from benchmarks.decode import save_adapters
 from benchmarks.measure import environment, write_csv
 from ensemw2s.data.batches import AnswerCollator
 from ensemw2s.ensemble.model import TokenEnsemble
-from ensemw2s.inference.labelling import packed_row
+from ensemw2s.inference.label_files import packed_row
 from ensemw2s.models.loading import load_model
 from ensemw2s.student.losses import ConfidenceTrainer, SoftTrainer
 from ensemw2s.student.teacher import LiveTeacher, top_columns, with_columns

@@ -21,7 +21,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from ensemw2s import TokenEnsemble
-from ensemw2s.inference.choices import score_choices
+from ensemw2s.inference.choices import ChoiceSettings, score_choices
 from ensemw2s.inference.decoding import Sampling
 from ensemw2s.inference.scoring import score_answers
 from tests.tiny import FORMAT, PAD, VOCAB, gpt2, llama, questions, saved_adapters, tokenizer
@@ -94,7 +94,7 @@ def calls(ensemble: TokenEnsemble, fourth: Any) -> Calls:
         "label choices": lambda: _numbers(ensemble.label(choices, given, **options)),
         "score_answers": lambda: _scores(score_answers(ensemble, texts, pad_token_id=PAD)),
         "score_choices": lambda: torch.tensor(
-            score_choices(first, choices, given, question_format=FORMAT).log_probs[0]
+            score_choices(first, choices, given, ChoiceSettings(FORMAT)).log_probs[0]
         ),
         "add_expert": grown,
     }

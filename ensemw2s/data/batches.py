@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
 from ensemw2s.data.tokens import IGNORED
@@ -80,15 +83,15 @@ class LengthBucketSampler(Sampler[int]):
         return np.split(rows, np.cumsum(sizes)[:-1])
 
 
+@dataclass
 class AnswerCollator:
     """Pad tokenised questions on the right and mark their answers by position (never by token id).
 
-    Args:
+    Attributes:
         pad_token_id: any token; it may equal the end token.
     """
 
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
+    pad_token_id: int
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Return a batch of B rows of length L.
@@ -126,30 +129,21 @@ class AnswerCollator:
         return batch
 
 
-class PromptCollator:
-    """Pad prompts on the left, so that decoding can go on at the right edge.
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad B prompts on the left, so that decoding can go on at the right edge.
 
-    Args:
-        pad_token_id: any token.
+    Returns:
+        `input_ids` and `attention_mask`, int64 [B, L] on `device`.
     """
-
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return `input_ids` and `attention_mask`, int64 [B, L]."""
-        shape = len(features), max(len(feature["input_ids"]) for feature in features)
-        ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
-        mask = torch.zeros(shape, dtype=torch.int64)
-        for row, feature in enumerate(features):
-            length = len(feature["input_ids"])
-            ids[row, shape[1] - length :] = torch.tensor(feature["input_ids"], dtype=torch.int64)
-            mask[row, shape[1] - length :] = 1
-        return {"input_ids": ids, "attention_mask": mask}
+    rows = [torch.tensor(prompt, dtype=torch.int64) for prompt in prompts]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    return pad(rows, padding_value=pad_token_id).to(device), pad([torch.ones_like(row) for row in rows]).to(device)
 
 
 def next_token_mask(labels: torch.Tensor) -> torch.Tensor:
     """Return bool [batch, length]: the positions whose next token has a label other than -100."""
     mask = torch.zeros_like(labels, dtype=torch.bool)
-    mask[:, :-1] = labels[:, 1:] != -100
+    mask[:, :-1] = labels[:, 1:] != IGNORED
     return mask

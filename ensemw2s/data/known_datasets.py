@@ -111,10 +111,10 @@ def _answer(row: Mapping[str, Any], schema: str, place: str) -> dict[str, Any]:
 def _are_labelled(choices: Any) -> bool:
     if not isinstance(choices, Mapping) or not {"text", "label"} <= choices.keys():
         return False
-    lists = choices["text"], choices["label"]
-    return all(isinstance(items, list) and all(isinstance(item, str) for item in items) for items in lists) and len(
-        lists[0]
-    ) == len(lists[1])
+    texts, labels = choices["text"], choices["label"]
+    if not isinstance(texts, list) or not isinstance(labels, list) or len(texts) != len(labels):
+        return False
+    return all(isinstance(item, str) for item in [*texts, *labels])
 
 
 def binary_question(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import csv
 import difflib
 import io
+import itertools
 import json
 import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ensemw2s.data.characters import character_questions
 from ensemw2s.data.known_datasets import binary_question, from_schema
 from ensemw2s.runtime.fingerprint import digest_json
 from ensemw2s.runtime.parsing import parse_json, read_text, require_file
@@ -34,9 +36,6 @@ _COLUMNS = ("prompt", "answer", "choices", "difficulty", "id")
 _OPTIONS = ("columns", "schema", "context", "choices", "binary", "prompt_regex")
 # A generator is asked for this many batches of questions before its distinct prompts count as exhausted.
 _MAX_TRIES = 8
-
-
-# Loading
 
 
 def load_questions(source: Mapping[str, Any] | str | os.PathLike[str]) -> Dataset:
@@ -84,10 +83,10 @@ def load_questions(source: Mapping[str, Any] | str | os.PathLike[str]) -> Datase
         raise ValueError(f"{kind} of a source of questions must be text, got {shown(source[kind])}")
     columns, schema, context, choices, binary, regex = (source.pop(name, None) for name in _OPTIONS)
     if kind in ("reasoning_gym", "characters"):
+        name = f"{kind} {source[kind]}"
         for option, value in (("columns", columns), ("schema", schema), ("context", context)):
             if value is not None:
-                raise ValueError(f"{kind} {source[kind]}: its questions have our columns already, leave `{option}` out")
-        name = f"{kind} {source[kind]}"
+                raise ValueError(f"{name}: its questions have our columns already, leave `{option}` out")
         return _answered_by_choice(check_questions(_generated(kind, source, regex), name), choices, binary, name)
     loaded = _from_file(source) if kind == "file" else _from_hub(source)
     name = str(source[kind])
@@ -212,9 +211,7 @@ def _table(rows: Sequence[Mapping[str, Any]], path: Path) -> Dataset:
         values = [row.get(column) for row in rows]
         if column == "id":
             # Whole numbers as long as any, and text.
-            values = [
-                str(value) if isinstance(value, int) and not isinstance(value, bool) else value for value in values
-            ]
+            values = [str(value) if type(value) is int else value for value in values]
         try:
             made[column] = pa.array(values)
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
@@ -239,14 +236,13 @@ def _from_hub(source: Mapping[str, Any]) -> Dataset:
         if not isinstance(source.get(option, ""), str):
             raise ValueError(f"{option} of a hub source must be text, got {shown(source[option])}")
     try:
-        loaded = datasets.load_dataset(source["hub"], source.get("name"), split=source.get("split", "train"))
+        return datasets.load_dataset(source["hub"], source.get("name"), split=source.get("split", "train"))
     except Exception as error:
         # Of whatever library the hub was asked by.
         raise ValueError(
             f"cannot load {source['hub']} (name {source.get('name')}, split {source.get('split', 'train')}) from the "
             f"hub: {error}. Check its id and your connection, or name a local file"
         ) from error
-    return loaded
 
 
 def _generated(kind: str, source: Mapping[str, Any], regex: str | None) -> Dataset:
@@ -258,12 +254,16 @@ def _generated(kind: str, source: Mapping[str, Any], regex: str | None) -> Datas
         raise ValueError(f"{kind} {task}: size must be a whole number of questions, at least 1; got {shown(size)}")
     if type(seed) is not int:
         raise ValueError(f"{kind} {task}: seed must be a whole number, got {shown(seed)}")
-    make = _reasoning_gym_rows if kind == "reasoning_gym" else _character_rows
+    make: Callable[..., list[dict[str, str]]]
+    make = _reasoning_gym_questions if kind == "reasoning_gym" else character_questions
     rows: list[dict[str, Any]] = []
     for attempt in range(_MAX_TRIES):
-        # A generator repeats itself; ask for more under fresh seeds until there are `size` distinct prompts.
+        # A generator repeats itself; ask for more under fresh seeds until there are `size` distinct prompts. It uses
+        # seed + i for question i: neighbouring seeds would share nearly all questions, and an easy and a hard set of
+        # one seed would have the same words. So a stream's seed is far from every other one.
         try:
-            fresh = make(task, size, _stream(seed, attempt, kind, task, settings), settings)
+            stream = json.dumps((seed, attempt, kind, task, settings), sort_keys=True, default=str)
+            fresh = make(task, size=size, seed=int(_content_id(stream), 16) >> 16, **settings)
         except (TypeError, AssertionError, AttributeError, LookupError, OverflowError) as error:
             raise ValueError(f"{kind} {task} refuses the settings {shown(settings)}: {error}") from error
         rows = _distinct(rows + [_cut_prompt(row, regex) for row in fresh])
@@ -275,16 +275,7 @@ def _generated(kind: str, source: Mapping[str, Any], regex: str | None) -> Datas
     )
 
 
-def _stream(*parts: Any) -> int:
-    """Turn a seed and what it is for into a number far from every other such number.
-
-    Generators use seed + i for question i: neighbouring seeds would share nearly all questions, and an easy and a hard
-    set of one seed would have the same words.
-    """
-    return int(_content_id(json.dumps(parts, sort_keys=True, default=str)), 16) >> 16
-
-
-def _reasoning_gym_rows(task: str, size: int, seed: int, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _reasoning_gym_questions(task: str, /, **settings: Any) -> list[dict[str, str]]:
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -293,17 +284,10 @@ def _reasoning_gym_rows(task: str, size: int, seed: int, settings: Mapping[str, 
     if task not in DATASETS:
         near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.4)
         raise ValueError(f"reasoning_gym has no task {shown(task)}; the nearest are {', '.join(near) or 'none'}")
-    made = reasoning_gym.create_dataset(task, size=size, seed=seed, **settings)
-    rows = list(made)
+    rows = list(reasoning_gym.create_dataset(task, **settings))
     if any(row["answer"] is None for row in rows):
         raise ValueError(f"reasoning_gym {task} has questions without one right answer: choose another task")
     return [{"prompt": row["question"], "answer": str(row["answer"])} for row in rows]
-
-
-def _character_rows(task: str, size: int, seed: int, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    from ensemw2s.data.characters import character_questions
-
-    return character_questions(task, size=size, seed=seed, **settings)
 
 
 def _no_more_settings(source: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -333,9 +317,6 @@ def _distinct(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(first.values())
 
 
-# Checking and splitting
-
-
 def question_key(prompt: str) -> str:
     """Return what makes two prompts the same question: their words, whatever the case and spacing."""
     return " ".join(prompt.split()).casefold()
@@ -361,17 +342,21 @@ def check_questions(dataset: Dataset, name: str) -> Dataset:
             if not isinstance(value, str) or not value.strip():
                 raise ValueError(f"{name}, row {index}: {column} is {shown(value)}, expected text that is not empty")
     if "id" not in dataset.column_names:
-        ids = [_content_id(row["prompt"], row["answer"]) for row in dataset]
-        dataset = dataset.add_column("id", ids if len(set(ids)) == len(ids) else _numbered(ids))
+        dataset = dataset.add_column("id", _numbered(_content_id(row["prompt"], row["answer"]) for row in dataset))
     ids = [_checked_id(value, f"{name}, row {index}") for index, value in enumerate(dataset["id"])]
-    twice = [value for value, count in Counter(ids).items() if count > 1]
-    if twice:
-        raise ValueError(f"{name} has the id {shown(twice[0])} more than once: ids must be unique")
+    check_unique(ids, name)
     if not isinstance(dataset[0]["id"], str):
         dataset = dataset.remove_columns("id").add_column("id", ids)
     if "choices" in dataset.column_names:
         check_choices(dataset, name)
     return dataset
+
+
+def check_unique(ids: Iterable[Any], name: str) -> None:
+    """Raise ValueError, naming it, if an id is there twice: one of its questions would get the other's answer."""
+    twice = [value for value, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise ValueError(f"{name} has the id {shown(twice[0])} more than once: ids must be unique")
 
 
 def _checked_id(value: Any, place: str) -> str:
@@ -415,11 +400,11 @@ def _content_id(*parts: str) -> str:
     return digest_json(parts, 8)
 
 
-def _numbered(ids: Sequence[str]) -> list[str]:
-    seen: dict[str, int] = {}
+def _numbered(ids: Iterable[str]) -> list[str]:
+    seen: Counter[str] = Counter()
     numbered = []
     for value in ids:
-        seen[value] = seen.get(value, 0) + 1
+        seen[value] += 1
         numbered.append(value if seen[value] == 1 else f"{value}-{seen[value]}")
     return numbered
 
@@ -475,12 +460,8 @@ def split_questions(dataset: Dataset, sizes: Mapping[str, int], seed: int = 0) -
             f"the splits {dict(sizes)} need {wanted} distinct questions, the dataset has {len(first)}: "
             "make the splits smaller or load more questions"
         )
-    order = [first[key] for key in sorted(first)]
-    splits, start = DatasetDict(), 0
-    for name, size in sizes.items():
-        splits[name] = dataset.select(order[start : start + size])
-        start += size
-    return splits
+    order = iter([first[key] for key in sorted(first)])
+    return DatasetDict({name: dataset.select(list(itertools.islice(order, size))) for name, size in sizes.items()})
 
 
 def warn_of_unknown(

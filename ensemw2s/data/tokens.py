@@ -60,23 +60,18 @@ class PromptTokens:
     def of(
         cls, text: str, processing_class: PreTrainedTokenizerBase, *, add_special_tokens: bool = True
     ) -> PromptTokens:
-        """Tokenise a prompt.
-
-        Args:
-            text: the prompt.
-            processing_class: the model's.
-            add_special_tokens: put in front what the tokenizer puts there; False for a text that has it already.
+        """Tokenise a prompt, behind what the tokenizer puts in front unless `add_special_tokens` is False.
 
         Raises:
             ValueError: the tokenizer puts special tokens into the midst of a text.
         """
-        alone = encode(text, processing_class)
+        alone = body = encode(text, processing_class)
         front = _front(text, alone, processing_class) if add_special_tokens else []
         written = front or [processing_class.bos_token_id]
         if alone[: len(written)] == written:
             # The text has it already, as that of a chat template does.
-            return cls(text, alone, written, alone[len(written) :], processing_class)
-        return cls(text, alone, front, alone, processing_class)
+            front, body = written, alone[len(written) :]
+        return cls(text, alone, front, body, processing_class)
 
     @property
     def ids(self) -> list[int]:
@@ -122,15 +117,12 @@ class PromptTokens:
         return decode(self.ids, self.processing_class)
 
     def _ways(self, text: str) -> Iterator[list[int]]:
-        """Yield tokens for `text`, the best first."""
-        ways = (self._behind(front, text) for front in (self.text, *_ANCHORS))
-        return (ids for ids in ways if ids is not None)
-
-    def _behind(self, front: str, text: str) -> list[int] | None:
-        """Return the tokens of `text` behind `front`, None where a token reaches across the boundary."""
-        before = self.alone if front == self.text else encode(front, self.processing_class)
-        whole = encode(front + text, self.processing_class)
-        return whole[len(before) :] if whole[: len(before)] == before else None
+        """Yield tokens for `text`, the best first, leaving out those of which one reaches across the boundary."""
+        for front in (self.text, *_ANCHORS):
+            before = self.alone if front == self.text else encode(front, self.processing_class)
+            whole = encode(front + text, self.processing_class)
+            if whole[: len(before)] == before:
+                yield whole[len(before) :]
 
     def _lacks_letters(self, found: str, text: str, ids: list[int]) -> bool:
         """Say whether nothing is wrong but that unknown tokens stand for letters of `text`."""
@@ -187,7 +179,7 @@ def _spaces(text: str) -> int:
 
 def _same(one: str, other: str) -> bool:
     """Say whether two texts are the same letters: Unicode may compose them in several ways."""
-    return one == other or unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
+    return unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
 
 
 def _around(text: str, other: str) -> str:
@@ -243,9 +235,6 @@ class QuestionFormat:
     def answer_text(self, ids: Sequence[int], prompt: PromptTokens) -> str:
         """Return the answer that tokens (without the end token) give behind a prompt, all its white space included."""
         return prompt.read(list(ids)).removeprefix(self.answer_prefix)
-
-
-# Tokens
 
 
 def tokenize_questions(
@@ -321,9 +310,7 @@ def fitted_prompt(
     Raises:
         ValueError: no tokens, or more than fit and `question_format.truncate_prompt` is False.
     """
-    limit = _length_limit(prompt.processing_class, question_format)
-    ids = _cut_left(prompt, limit, num_answer_tokens) if question_format.truncate_prompt else prompt.ids
-    _check_prompt(ids, limit, place)
+    ids, limit = _cut_prompt(prompt, num_answer_tokens, question_format, place)
     length = len(ids) + num_answer_tokens
     if limit is not None and length > limit:
         raise ValueError(
@@ -357,7 +344,6 @@ def tokenize_prompts(
     from datasets import Dataset
 
     _end_token(processing_class)
-    limit = _length_limit(processing_class, question_format)
     if "id" not in dataset.column_names or "prompt" not in dataset.column_names:
         raise ValueError(f"{name} needs columns id and prompt; it has {', '.join(dataset.column_names) or 'none'}")
     rows = []
@@ -365,8 +351,7 @@ def tokenize_prompts(
         if not isinstance(row["prompt"], str):
             raise ValueError(f"{name}, id {row['id']}: prompt is {row['prompt']!r}, expected text")
         prompt = question_format.prompt(row["prompt"], processing_class)
-        ids = _cut_left(prompt, limit, answer_length) if question_format.truncate_prompt else prompt.ids
-        _check_prompt(ids, limit, f"{name}, id {row['id']}")
+        ids, _ = _cut_prompt(prompt, answer_length, question_format, f"{name}, id {row['id']}")
         rows.append({"id": row["id"], "input_ids": ids})
     return Dataset.from_list(rows)
 
@@ -377,28 +362,24 @@ def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _length_limit(tokenizer: PreTrainedTokenizerBase, question_format: QuestionFormat) -> int | None:
+def _cut_prompt(
+    prompt: PromptTokens, answer_length: int, question_format: QuestionFormat, place: str
+) -> tuple[list[int], int | None]:
+    """Return a prompt's tokens, cut on the left if the format says so, and how many it may have with its answer."""
+    ids, own = prompt.ids, prompt.processing_class.model_max_length
     # Tokenizers without a limit carry an absurdly large one.
-    own = tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else None
-    limits = [limit for limit in (question_format.max_length, own) if limit is not None]
-    return min(limits) if limits else None
-
-
-def _check_prompt(prompt: Sequence[int], limit: int | None, row: str) -> None:
-    if not prompt:
-        raise ValueError(f"{row}: the prompt has no tokens, so nothing precedes the answer")
-    if limit is not None and len(prompt) >= limit:
+    limits = [limit for limit in (question_format.max_length, own) if limit is not None and limit < 10**9]
+    limit = min(limits, default=None)
+    if question_format.truncate_prompt and limit is not None:
+        ids = prompt.front + prompt.body[-max(1, limit - answer_length - len(prompt.front)) :]
+    if not ids:
+        raise ValueError(f"{place}: the prompt has no tokens, so nothing precedes the answer")
+    if limit is not None and len(ids) >= limit:
         raise ValueError(
-            f"{row}: the prompt has {len(prompt)} tokens and leaves no room for an answer within the {limit} allowed: "
+            f"{place}: the prompt has {len(ids)} tokens and leaves no room for an answer within the {limit} allowed: "
             "leave the row out, raise max_length (up to the model's context), or pass truncate_prompt=True"
         )
-
-
-def _cut_left(prompt: PromptTokens, limit: int | None, answer_length: int) -> list[int]:
-    """Return the end of a prompt that leaves room for the answer, at least one token of it, behind what is in front."""
-    if limit is None:
-        return prompt.ids
-    return prompt.front + prompt.body[-max(1, limit - answer_length - len(prompt.front)) :]
+    return ids, limit
 
 
 def answer_lengths(examples: Dataset) -> np.ndarray:

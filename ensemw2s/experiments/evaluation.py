@@ -16,7 +16,7 @@ import torch
 from ensemw2s import ops
 from ensemw2s.experiments.config import ModelConfig
 from ensemw2s.experiments.folder import RunFolder
-from ensemw2s.inference.choices import ChoiceScores, score_choice_mixtures, score_choices
+from ensemw2s.inference.choices import ChoiceScores, ChoiceSettings, score_choice_mixtures, score_choices
 from ensemw2s.inference.scoring import AnswerScores, score_answers, score_mixtures
 from ensemw2s.report.arms import BASELINE, CEILING
 from ensemw2s.report.statistics import accuracy, pooled_gap_recovered, token_error
@@ -132,11 +132,11 @@ def _measured(
     outcomes: dict[str, dict[str, Any]] = {arm: {} for arm in arms}
     tokenizer, question_format = files.tokenizer(model), files.config.data.format
     for split, name in MEASURED_SPLITS.items():
-        shown, questions = {"description": f"{description}: {split}"}, files.questions(name)
-        answers = score(files.examples(name, model), pad_token_id=tokenizer.eos_token_id, **shown)
+        shown, questions = f"{description}: {split}", files.questions(name)
+        answers = score(files.examples(name, model), pad_token_id=tokenizer.eos_token_id, description=shown)
         chosen: Mapping[str, ChoiceScores] = {}
         if "choices" in questions.column_names:
-            chosen = choose(questions, tokenizer, question_format=question_format, **shown)
+            chosen = choose(questions, tokenizer, settings=ChoiceSettings(question_format, description=shown))
         for arm in arms:
             outcomes[arm][split] = _outcome(answers[arm], chosen.get(arm))
     return outcomes

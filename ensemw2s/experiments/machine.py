@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ensemw2s.data.batches import PromptCollator, by_length
+from ensemw2s.data.batches import by_length, pad_prompts
 from ensemw2s.data.tokens import answer_lengths
 from ensemw2s.ensemble.model import TokenEnsemble
 from ensemw2s.experiments.config import ModelConfig
 from ensemw2s.experiments.folder import RunFolder
-from ensemw2s.inference.choices import score_choice_mixtures
+from ensemw2s.inference.choices import ChoiceSettings, score_choice_mixtures
 from ensemw2s.inference.decoding import MixtureDecoder, Sampling
 from ensemw2s.inference.scoring import score_mixtures
 from ensemw2s.models.loading import load_model
@@ -197,15 +197,12 @@ class Machine:
         """Time a batch of prompts and a few tokens of their answers; return reading's pace and a step's seconds."""
         ensemble = self.ensemble(side, count)
         pad = self.files.tokenizer(side.model).eos_token_id
-        inputs = PromptCollator(pad)([{"input_ids": prompt} for prompt in prompts])
-        decoder = MixtureDecoder(
-            ensemble, inputs["input_ids"].to(ensemble.device), inputs["attention_mask"].to(ensemble.device),
-            torch.zeros(len(prompts), dtype=torch.int64, device=ensemble.device), Sampling(),
-        )  # fmt: skip
+        seeds = torch.zeros(len(prompts), dtype=torch.int64, device=ensemble.device)
+        decoder = MixtureDecoder(ensemble, *pad_prompts(prompts, pad, ensemble.device), seeds, Sampling())
         taken = []
         for _ in range(1 + _DECODING_STEPS):
             with torch.no_grad(), measured() as spent:
-                decoder.append(decoder.step().tokens)
+                decoder.append(decoder.choose(decoder.logits()).tokens)
             taken.append(spent)
         # The first step reads the prompts.
         reading = Pace(0.0, taken[0]["seconds"] / taken[0]["flops"], 0)
@@ -214,9 +211,9 @@ class Machine:
     def choosing(self, side: Side, count: int, questions: Dataset) -> Pace:
         """Time a batch of questions that are answered by choosing."""
         tokenizer, ensemble = self.files.tokenizer(side.model), self.ensemble(side, count)
-        options: dict[str, Any] = {"question_format": self.files.config.data.format, "batch_size": 10**9}
+        settings = ChoiceSettings(self.files.config.data.format, batch_size=10**9)
         with measured() as spent:
-            score_choice_mixtures(ensemble, questions, tokenizer, {"all": [1.0] * count}, **options)
+            score_choice_mixtures(ensemble, questions, tokenizer, {"all": [1.0] * count}, settings)
         return Pace(0.0, spent["seconds"] / spent["flops"], 0)
 
 

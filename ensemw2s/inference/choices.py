@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ensemw2s import ops
-from ensemw2s.data.batches import PromptCollator, by_length
+from ensemw2s.data.batches import by_length, pad_prompts
 from ensemw2s.data.questions import check_choices, warn_of_unknown
 from ensemw2s.data.tokens import QuestionFormat, answer_with_end, fitted_prompt
+from ensemw2s.inference.decoding import run_experts
 from ensemw2s.models.mixture import Mixture, OneModel, damaged, expert_names, is_mixture, refuse_damaged
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.meter import Work
@@ -96,24 +98,39 @@ def tokenize_choices(
 
 
 def _refuse_beginnings(texts: Sequence[str], choices: Sequence[list[int]], place: str) -> None:
-    for first, text in zip(choices, texts, strict=True):
-        for second, other in zip(choices, texts, strict=True):
-            if first is not second and second[: len(first)] == first:
-                raise ValueError(
-                    f"{place}: in this tokenizer the choice {other!r} begins with, or is, the choice {text!r}, so the "
-                    "latter could never lose: reword one, or end answers with the end token (end_token: true)"
-                )
+    for (first, text), (second, other) in itertools.permutations(zip(choices, texts, strict=True), 2):
+        if second[: len(first)] == first:
+            raise ValueError(
+                f"{place}: in this tokenizer the choice {other!r} begins with, or is, the choice {text!r}, so the "
+                "latter could never lose: reword one, or end answers with the end token (end_token: true)"
+            )
+
+
+@dataclass(frozen=True)
+class ChoiceSettings:
+    """How questions are answered by likelihood.
+
+    Attributes:
+        question_format: how a question becomes tokens.
+        length_normalised: rank choices by their mean log-probability per token, not the sum. The sum is the default
+            [choice]: it is the likelihood, the probability that sampling gives this choice, and so agrees with how
+            answers are decoded; the mean favours long choices that end predictably. lm-eval's `acc` is the sum, its
+            `acc_norm` the sum per byte.
+        batch_size: the most choices in one forward pass (one question's choices are never parted).
+        description: the name of a progress bar; None shows none.
+    """
+
+    question_format: QuestionFormat = field(default_factory=QuestionFormat)
+    length_normalised: bool = False
+    batch_size: int = 32
+    description: str | None = None
 
 
 def score_choices(
     model: Any,
     questions: Dataset,
     processing_class: PreTrainedTokenizerBase,
-    *,
-    question_format: QuestionFormat | None = None,
-    length_normalised: bool = False,
-    batch_size: int = 32,
-    description: str | None = None,
+    settings: ChoiceSettings | None = None,
 ) -> ChoiceScores:
     """Answer questions by likelihood under a causal language model or a `TokenEnsemble`.
 
@@ -121,29 +138,15 @@ def score_choices(
         model: the model or ensemble, in evaluation mode.
         questions: columns `id`, `prompt`, `choices` and, for `correct`, `answer`.
         processing_class: the model's.
-        question_format: how a question becomes tokens; None is the default format.
-        length_normalised: rank choices by their mean log-probability per token, not the sum. The sum is the default
-            [choice]: it is the likelihood, the probability that sampling gives this choice, and so agrees with how
-            answers are decoded; the mean favours long choices that end predictably. lm-eval's `acc` is the sum, its
-            `acc_norm` the sum per byte.
-        batch_size: the most choices in one forward pass (one question's choices are never parted).
-        description: the name of a progress bar; None shows none.
+        settings: see `ChoiceSettings`; None takes its defaults.
 
     Raises:
         FloatingPointError: the model, or an expert, gives NaN, +inf or no finite logit; names which and the question.
         ValueError: see `tokenize_choices`; or no questions.
     """
     experts: Mixture = model.snapshot() if is_mixture(model) else OneModel(model)
-    return score_choice_mixtures(
-        experts,
-        questions,
-        processing_class,
-        {"model": list(experts.config.expert_weights)},
-        question_format=question_format,
-        length_normalised=length_normalised,
-        batch_size=batch_size,
-        description=description,
-    )["model"]
+    mixtures = {"model": list(experts.config.expert_weights)}
+    return score_choice_mixtures(experts, questions, processing_class, mixtures, settings)["model"]
 
 
 def score_choice_mixtures(
@@ -151,11 +154,7 @@ def score_choice_mixtures(
     questions: Dataset,
     processing_class: PreTrainedTokenizerBase,
     mixtures: Mapping[str, Sequence[float]],
-    *,
-    question_format: QuestionFormat | None = None,
-    length_normalised: bool = False,
-    batch_size: int = 32,
-    description: str | None = None,
+    settings: ChoiceSettings | None = None,
     combine: Mapping[str, str] | None = None,
 ) -> dict[str, ChoiceScores]:
     """Answer questions under several mixtures of the same experts; see `score_choices`.
@@ -167,34 +166,28 @@ def score_choice_mixtures(
         questions: as in `score_choices`.
         processing_class: the experts' tokenizer.
         mixtures: name -> T non-negative weights.
-        question_format: as in `score_choices`.
-        length_normalised: as in `score_choices`.
-        batch_size: as in `score_choices`.
-        description: as in `score_choices`.
+        settings: as in `score_choices`.
         combine: name -> how that mixture combines distributions, where it is not as the ensemble does; "vote" counts
             the experts' chosen choices.
     """
-    ensemble = ensemble.snapshot()
-    rows = tokenize_choices(questions, processing_class, question_format or QuestionFormat())
+    ensemble, settings = ensemble.snapshot(), settings or ChoiceSettings()
+    rows = tokenize_choices(questions, processing_class, settings.question_format)
     if not rows:
         raise ValueError("there are no questions to answer: expected at least one")
-    end = processing_class.eos_token_id
-    batches = processes.share(list(batches_of_choices(rows, batch_size)))
-    mine: list[tuple[list[int], dict[str, list[np.ndarray]]]] = []
+    end, description = processing_class.eos_token_id, settings.description
+    batches = processes.share(list(batches_of_choices(rows, settings.batch_size)))
+    mine: dict[int, dict[str, np.ndarray]] = {}
     hidden = description is None or not processes.is_main()
-    bar = tqdm(total=sum(map(len, batches)), desc=description, unit="question", leave=False, disable=hidden)
-    for batch in batches:
-        scores = _score_batch(ensemble, [rows[i] for i in batch], mixtures, end, length_normalised, combine)
-        mine.append((batch, scores))
-        bar.update(len(batch))
-    bar.close()
-    found: dict[str, list[Any]] = {name: [None] * len(rows) for name in mixtures}
-    for batch, scores in itertools.chain.from_iterable(processes.gather(mine)):
-        for name, values in scores.items():
-            for i, value in zip(batch, values, strict=True):
-                found[name][i] = value
+    with tqdm(total=sum(map(len, batches)), desc=description, unit="question", leave=False, disable=hidden) as bar:
+        for batch in batches:
+            asked = [rows[i] for i in batch]
+            scores = _score_batch(ensemble, asked, mixtures, end, settings.length_normalised, combine)
+            mine |= {i: {name: scores[name][place] for name in mixtures} for place, i in enumerate(batch)}
+            bar.update(len(batch))
+    found = {i: values for share in processes.gather(mine) for i, values in share.items()}
     answers = questions["answer"] if "answer" in questions.column_names else None
-    return {name: _chosen(values, questions["choices"], answers) for name, values in found.items()}
+    log_probs = {name: [found[i][name] for i in range(len(rows))] for name in mixtures}
+    return {name: _chosen(values, questions["choices"], answers) for name, values in log_probs.items()}
 
 
 def choose_answers(
@@ -202,21 +195,13 @@ def choose_answers(
     questions: Dataset,
     rows: Sequence[_Question],
     batch: Sequence[int],
-    processing_class: PreTrainedTokenizerBase,
+    pad_token_id: int,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the pseudo-labels of a batch of questions, as rows of `labelling.label_questions`.
-
-    Args:
-        ensemble: T models with their weights.
-        questions: columns `id`, `prompt` and `choices`.
-        rows: all questions in tokens (`tokenize_choices`).
-        batch: which of them to answer.
-        processing_class: the experts' tokenizer.
-    """
+    """Yield the pseudo-labels of some questions, in tokens `rows`, as `labelling.label_questions` returns them."""
     count = ensemble.num_experts
     mixtures = {"ensemble": list(ensemble.config.expert_weights)}
     mixtures |= {f"expert {t + 1}": np.eye(count)[t].tolist() for t in range(count)}
-    scores = _score_batch(ensemble, [rows[i] for i in batch], mixtures, processing_class.eos_token_id, False)
+    scores = _score_batch(ensemble, [rows[i] for i in batch], mixtures, pad_token_id, False)
     chosen = {name: _chosen(values, [], None) for name, values in scores.items()}
     ours = chosen.pop("ensemble")
     agrees = np.array([own.chosen == ours.chosen for own in chosen.values()], dtype=float)
@@ -285,30 +270,18 @@ def _score_batch(
 ) -> dict[str, list[np.ndarray]]:
     """Return, for each mixture, float64 [K] for each question; `combine` as in `score_choice_mixtures`."""
     ways = dict.fromkeys(mixtures, ensemble.config.combine) | dict(combine or {})
-    scores: dict[str, list[np.ndarray]] = {}
+    found: dict[str, list[np.ndarray]] = {}
     for way in dict.fromkeys(ways.values()):
         alike = {name: weights for name, weights in mixtures.items() if ways[name] == way}
-        scores |= _score_alike(ensemble, rows, alike, way, pad_token_id, length_normalised)
-    return scores
-
-
-def _score_alike(
-    ensemble: Mixture,
-    rows: Sequence[_Question],
-    mixtures: Mapping[str, Sequence[float]],
-    combine: str,
-    pad_token_id: int,
-    length_normalised: bool,
-) -> dict[str, list[np.ndarray]]:
-    if combine == "vote":
         # What is voted on are choices, not tokens: each expert's own likelihoods come first.
-        token_mixtures = dict(enumerate(np.eye(ensemble.num_experts).tolist()))
-        own = _token_log_probs(ensemble, rows, token_mixtures, "prob", pad_token_id)
-        each = [_sums(own[t], rows, length_normalised) for t in range(ensemble.num_experts)]
-        return {name: [_votes(experts, weights) for experts in zip(*each, strict=True)]
-                for name, weights in mixtures.items()}  # fmt: skip
-    tokens = _token_log_probs(ensemble, rows, mixtures, combine, pad_token_id)
-    return {name: _sums(values, rows, length_normalised) for name, values in tokens.items()}
+        asked = {str(t): row for t, row in enumerate(np.eye(ensemble.num_experts).tolist())} if way == "vote" else alike
+        tokens = _token_log_probs(ensemble, rows, asked, "prob" if way == "vote" else way, pad_token_id)
+        scores = {name: _sums(values, rows, length_normalised) for name, values in tokens.items()}
+        if way == "vote":
+            experts = list(zip(*scores.values(), strict=True))
+            scores = {name: [_votes(own, weights) for own in experts] for name, weights in alike.items()}
+        found |= scores
+    return found
 
 
 def _votes(log_probs: Sequence[np.ndarray], expert_weights: Sequence[float]) -> np.ndarray:
@@ -338,29 +311,22 @@ def _sums(log_probs: np.ndarray, rows: Sequence[_Question], length_normalised: b
 def _token_log_probs(
     ensemble: Mixture,
     rows: Sequence[_Question],
-    mixtures: Mapping[Any, Sequence[float]],
+    mixtures: Mapping[str, Sequence[float]],
     combine: str,
     pad_token_id: int,
-) -> dict[Any, np.ndarray]:
+) -> dict[str, np.ndarray]:
     """Return, for each mixture, float64 [n]: the log-probability of every token of every choice, in order."""
     device = ensemble.device
     weights = {name: torch.tensor(values, dtype=torch.float32, device=device) for name, values in mixtures.items()}
-    inputs = PromptCollator(pad_token_id)([{"input_ids": row.prompt} for row in rows])
-    mask = inputs["attention_mask"].to(device)
-    cache = ensemble.new_cache()
-    indices = range(ensemble.num_experts)
-    places = (mask.cumsum(-1) - 1).clamp_min(0)
-    logits = ensemble.expert_logits(
-        indices, inputs["input_ids"].to(device), mask, position_ids=places, cache=cache, last_only=True
-    )
-    used = [t for t in indices if any(values[t] > 0 for values in mixtures.values())]
+    used = [t for t in range(ensemble.num_experts) if any(values[t] > 0 for values in mixtures.values())]
     owners = ["the model"] if isinstance(ensemble, OneModel) else expert_names(used)
     names = [f"question {row.row_id!r}" for row in rows]
     owner = torch.tensor([i for i, row in enumerate(rows) for _ in row.choices], device=device)
-    choices = [choice for row in rows for choice in row.choices]
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(c) for c in choices], batch_first=True, padding_value=-1)
-    ids = ids.to(device)
-    first = [row[:, -1] for row in logits]
+    choices = [torch.tensor(choice) for row in rows for choice in row.choices]
+    ids = pad_sequence(choices, batch_first=True, padding_value=-1).to(device)
+    prompts, mask = pad_prompts([row.prompt for row in rows], pad_token_id, device)
+    cache = ensemble.new_cache()
+    first = [row[:, -1] for row in run_experts(ensemble, prompts, mask, cache, last_only=True)]
     refuse_damaged(damaged([first[t] for t in used]), owners, names)
     log_probs = {name: torch.zeros(ids.shape, dtype=torch.float64, device=device) for name in weights}
     for name, values in weights.items():
@@ -371,10 +337,7 @@ def _token_log_probs(
         later = ids[:, 1:] >= 0
         # A choice's last token is in no context.
         mask = torch.cat([mask[owner], torch.ones_like(later, dtype=mask.dtype)], dim=1)
-        places = (mask.cumsum(-1) - 1)[:, -later.shape[1] :]
-        logits = ensemble.expert_logits(
-            indices, ids[:, :-1].clamp_min(0), mask, position_ids=places, cache=cache, last_only=False
-        )
+        logits = run_experts(ensemble, ids[:, :-1].clamp_min(0), mask, cache, last_only=False)
         kept = [row[later] for row in logits]
         of_tokens = [names[i] for i in owner[:, None].expand_as(later)[later].tolist()]
         refuse_damaged(damaged([kept[t] for t in used]), owners, of_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,9 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.seed, numbers.Integral) and not isinstance(self.seed, bool):
+            # NumPy's, too.
+            object.__setattr__(self, "seed", int(self.seed))
         check_fields(self)
 
     @classmethod
@@ -69,22 +73,30 @@ class Sampling:
         """Read transformers' warpers; None if there is anything that the fused op does not do, or in another order."""
         if not do_sample:
             return cls() if not processors else None
-        known = [
-            (TemperatureLogitsWarper, "temperature"),
-            (TopKLogitsWarper, "top_k"),
-            (TopPLogitsWarper, "top_p"),
-            (MinPLogitsWarper, "min_p"),
-        ]
-        order = [kind for kind, _ in known]
+        names: dict[type, str] = {
+            TemperatureLogitsWarper: "temperature",
+            TopKLogitsWarper: "top_k",
+            TopPLogitsWarper: "top_p",
+            MinPLogitsWarper: "min_p",
+        }
         kinds = [type(processor) for processor in processors]
-        if any(kind not in order for kind in kinds) or kinds != sorted(set(kinds), key=order.index):
+        if kinds != [kind for kind in names if kind in kinds]:
             return None
         # A warper that keeps more than one token at least does something else than the op.
         if any(getattr(processor, "min_tokens_to_keep", 1) != 1 for processor in processors):
             return None
-        names = dict(known)
         values = {names[type(p)]: getattr(p, names[type(p)]) for p in processors}
         return cls(**{"temperature": 1.0, **values})
+
+
+def run_experts(
+    ensemble: Mixture, input_ids: torch.Tensor, attention_mask: torch.Tensor, cache: Cache, *, last_only: bool
+) -> list[torch.Tensor]:
+    """Run all experts on what follows the text in `cache`; see `Mixture.expert_logits`."""
+    places = (attention_mask.cumsum(-1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
+    return ensemble.expert_logits(
+        range(ensemble.num_experts), input_ids, attention_mask, position_ids=places, cache=cache, last_only=last_only
+    )
 
 
 class MixtureDecoder:
@@ -120,20 +132,11 @@ class MixtureDecoder:
 
     def logits(self) -> list[torch.Tensor]:
         """Run the experts on what they have not seen and return their T logits [B, V] for the next token."""
-        places = (self.attention_mask.cumsum(-1) - 1).clamp_min(0)[:, -self.pending.shape[1] :]
-        logits = self.ensemble.expert_logits(
-            range(self.ensemble.num_experts),
-            self.pending,
-            self.attention_mask,
-            position_ids=places,
-            cache=self.cache,
-            last_only=True,
-        )
+        logits = run_experts(self.ensemble, self.pending, self.attention_mask, self.cache, last_only=True)
         return [row[:, -1] for row in logits]
 
     def choose(self, logits: list[torch.Tensor]) -> Any:
         """Choose B tokens from the mixture: `ops.mixture_sample`'s named tuple."""
-        positions = torch.full_like(self.seeds, self.position)
         return ops.mixture_sample(
             logits,
             self.expert_weights,
@@ -142,13 +145,9 @@ class MixtureDecoder:
             top_p=self.sampling.top_p,
             min_p=self.sampling.min_p,
             seeds=self.seeds,
-            positions=positions,
+            positions=torch.full_like(self.seeds, self.position),
             combine=self.ensemble.config.combine,
         )
-
-    def step(self) -> Any:
-        """Run the experts and choose B tokens; see `choose`."""
-        return self.choose(self.logits())
 
     def append(self, tokens: torch.Tensor) -> None:
         """Make `tokens` (int64 [B]) the next input of every expert."""
@@ -158,12 +157,9 @@ class MixtureDecoder:
 
 
 def require_valid(valid: torch.Tensor, names: Sequence[str], logits: Sequence[torch.Tensor]) -> None:
-    """Raise FloatingPointError, naming rows and experts, unless all rows are valid.
+    """Raise FloatingPointError, naming rows and experts, unless all of `valid`, bool [B] or [B, L], is true.
 
-    Args:
-        valid: bool [B] or [B, L]: the mixture is a distribution there.
-        names: what messages call the B rows.
-        logits: of T experts, [B, V] or [B, L, V].
+    `names` are what messages call the B rows; `logits`, T of [B, V] or [B, L, V], tell which experts are damaged.
     """
     if bool(valid.all()):
         return
@@ -220,14 +216,8 @@ def fused_sample(
         # `generate` drops a mask without padding, and notes how long it was.
         length = getattr(generation_config, "_mask_length", None) or input_ids.shape[1]
         mask = input_ids.new_ones(len(input_ids), length)
-    decoder = MixtureDecoder(
-        mixture,
-        input_ids,
-        mask,
-        ops.draw_seeds(len(input_ids), input_ids.device),
-        sampling,
-        model_kwargs[CACHE],
-    )
+    seeds = ops.draw_seeds(len(input_ids), input_ids.device)
+    decoder = MixtureDecoder(mixture, input_ids, mask, seeds, sampling, model_kwargs[CACHE])
     pad = generation_config._pad_token_tensor
     running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     while bool(running.any()):
@@ -243,15 +233,6 @@ def fused_sample(
     if streamer is not None:
         streamer.end()
     return input_ids
-
-
-def require_distinct(ids: Sequence[Any]) -> None:
-    """Raise ValueError, naming it, if an id is there twice: one of its questions would get the other's answer."""
-    seen: set[Any] = set()
-    for row_id in ids:
-        if row_id in seen:
-            raise ValueError(f"questions has the id {row_id!r} more than once: ids must be unique")
-        seen.add(row_id)
 
 
 def require_plain(generation_config: GenerationConfig) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +14,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ensemw2s import ops
-from ensemw2s.data.batches import PromptCollator, batches_by_length
+from ensemw2s.data.batches import batches_by_length, pad_prompts
+from ensemw2s.data.questions import check_unique
 from ensemw2s.data.tokens import QuestionFormat, end_tokens, require_readable, tokenize_prompts
 from ensemw2s.inference.choices import choose_answers, tokenize_choices
-from ensemw2s.inference.decoding import (
-    MixtureDecoder,
-    Sampling,
-    require_distinct,
-    require_plain,
-    require_tokenizer,
-    require_valid,
-)
-from ensemw2s.inference.label_files import TOP_COLUMNS, LabelFile, packed_row, unpacked_row
+from ensemw2s.inference.decoding import MixtureDecoder, Sampling, require_plain, require_tokenizer, require_valid
+from ensemw2s.inference.label_files import TOP_COLUMNS, LabelFile
 from ensemw2s.models.identity import describe_experts, digest_tokenizer
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.claims import one_at_a_time
@@ -80,13 +75,14 @@ class LabelSettings:
 
 @dataclass(frozen=True)
 class _Task:
-    """Who answers what, and how; `ends` are the tokens that end an answer, None where answers are choices."""
+    """Who answers what, and how: with one of the `choices` in tokens, or with tokens up to one of `ends`."""
 
     ensemble: ExpertMixture
     questions: Dataset
     processing_class: PreTrainedTokenizerBase
     settings: LabelSettings
     prompts: Dataset
+    choices: list[Any] | None
     ends: list[int] | None
 
 
@@ -107,24 +103,28 @@ def label_questions(
     prompts = tokenize_prompts(
         questions, processing_class, settings.question_format, "questions", settings.max_new_tokens
     )
-    choices = _choices(questions, processing_class, settings) if "choices" in questions.column_names else None
-    ends = _ends(ensemble, questions, processing_class, settings, prompts) if choices is None else None
-    task = _Task(ensemble, questions, processing_class, settings, prompts, ends)
-
-    def describe() -> dict[str, Any]:
-        tokens = list(prompts["input_ids"]) if choices is None else [[row.prompt, row.choices] for row in choices]
-        return _description(task, tokens)
-
-    def answer(batch: list[int]) -> Iterator[dict[str, Any]]:
-        if choices is None:
-            return _label_batch(task, batch)
-        return choose_answers(ensemble, questions, choices, batch, processing_class)
-
-    require_distinct(prompts["id"])
-    # Batches are cut before finished rows are left out, so that a continued run meets the same batches.
-    batches = batches_by_length([len(ids) for ids in prompts["input_ids"]], settings.batch_size)
-    file = None if output_file is None else LabelFile(Path(output_file), describe, questions)
-    rows = _answered(prompts["id"], batches, answer, file, description)
+    choices, ends = None, None
+    if "choices" in questions.column_names:
+        if replace(settings.sampling, seed=0) != Sampling() or settings.top_logprobs is not None:
+            raise ValueError(
+                f"questions with choices are answered by likelihood, with neither sampling ({settings.sampling}) nor "
+                f"top_logprobs ({settings.top_logprobs}): leave both out"
+            )
+        choices = tokenize_choices(questions, processing_class, settings.question_format)
+    else:
+        if not settings.question_format.end_token:
+            raise ValueError(
+                "the format has end_token=False, so that decoded answers would have no end: use end_token=True, or "
+                "give the questions a column `choices`"
+            )
+        require_room(ensemble, prompts, settings.max_new_tokens)
+        require_plain(ensemble.generation_config)
+        require_readable(settings.question_format.prompt(questions[0]["prompt"], processing_class))
+        ends = end_tokens(processing_class, ensemble.generation_config)
+    task = _Task(ensemble, questions, processing_class, settings, prompts, choices, ends)
+    check_unique(prompts["id"], "questions")
+    file = None if output_file is None else LabelFile(Path(output_file), partial(_description, task), questions)
+    rows = _answered(task, file, description)
     from datasets import Dataset
 
     return Dataset.from_list([rows[row_id] for row_id in prompts["id"]])
@@ -152,36 +152,11 @@ def decoding_work(
     return reading, writing, steps
 
 
-def _choices(questions: Dataset, processing_class: PreTrainedTokenizerBase, settings: LabelSettings) -> list[Any]:
-    if replace(settings.sampling, seed=0) != Sampling() or settings.top_logprobs is not None:
-        raise ValueError(
-            f"questions with choices are answered by likelihood, with neither sampling ({settings.sampling}) nor "
-            f"top_logprobs ({settings.top_logprobs}): leave both out"
-        )
-    return tokenize_choices(questions, processing_class, settings.question_format)
-
-
-def _ends(
-    ensemble: ExpertMixture,
-    questions: Dataset,
-    processing_class: PreTrainedTokenizerBase,
-    settings: LabelSettings,
-    prompts: Dataset,
-) -> list[int]:
-    """Return the tokens that end an answer, once it is sure that the questions can be answered token by token."""
-    if not settings.question_format.end_token:
-        raise ValueError(
-            "the format has end_token=False, so that decoded answers would have no end: use end_token=True, or give "
-            "the questions a column `choices`"
-        )
-    require_room(ensemble, prompts, settings.max_new_tokens)
-    require_plain(ensemble.generation_config)
-    require_readable(settings.question_format.prompt(questions[0]["prompt"], processing_class))
-    return end_tokens(processing_class, ensemble.generation_config)
-
-
-def _description(task: _Task, tokens: list[Any]) -> dict[str, Any]:
+def _description(task: _Task) -> dict[str, Any]:
     """Return what decides the answers, as plain JSON."""
+    tokens = list(task.prompts["input_ids"])
+    if task.choices is not None:
+        tokens = [[row.prompt, row.choices] for row in task.choices]
     settings, sampling = task.settings, asdict(task.settings.sampling)
     seed = sampling.pop("seed")
     columns = [name for name in ("id", "prompt", "choices") if name in task.questions.column_names]
@@ -207,38 +182,32 @@ def _description(task: _Task, tokens: list[Any]) -> dict[str, Any]:
     return found
 
 
-def _answered(
-    ids: Sequence[str],
-    batches: list[list[int]],
-    answer: Callable[[list[int]], Iterator[dict[str, Any]]],
-    file: LabelFile | None,
-    description: str | None,
-) -> dict[str, dict[str, Any]]:
-    """Return a row for every question, by its id, from `file` or made by `answer`; processes share the batches out."""
+def _answered(task: _Task, file: LabelFile | None, description: str | None) -> dict[str, dict[str, Any]]:
+    """Return a row for every question, by its id, from `file` or made anew; processes share the batches out."""
+    ids = task.prompts["id"]
+    # Batches are cut before finished rows are left out, so that a continued run meets the same batches.
+    batches = batches_by_length([len(prompt) for prompt in task.prompts["input_ids"]], task.settings.batch_size)
     found, digest = ([], "") if file is None else processes.on_main(file.resume)
-    rows = {row["id"]: unpacked_row(row) for row in found}
+    rows = {row["id"]: row for row in found}
     todo = processes.share([batch for batch in batches if any(ids[i] not in rows for i in batch)])
     mine: dict[str, dict[str, Any]] = {}
-    bar = tqdm(
-        total=len(rows) + sum(len(batch) for batch in todo),
-        initial=len(rows),
-        desc=description,
-        unit="question",
-        leave=False,
-        disable=description is None or not processes.is_main(),
-    )
-    for batch in todo:
-        fresh = [row for row in answer(batch) if row["id"] not in rows]
-        mine.update((row["id"], row) for row in fresh)
-        if file is not None:
-            file.append(map(packed_row, fresh), digest, processes.index())
-        bar.update(len(fresh))
-    bar.close()
+    total, hidden = len(rows) + sum(map(len, todo)), description is None or not processes.is_main()
+    with tqdm(total=total, initial=len(rows), desc=description, unit="question", leave=False, disable=hidden) as bar:
+        for batch in todo:
+            if task.choices is None:
+                answers = _label_batch(task, batch)
+            else:
+                pad = task.processing_class.eos_token_id
+                answers = choose_answers(task.ensemble, task.questions, task.choices, batch, pad)
+            fresh = [row for row in answers if row["id"] not in rows]
+            mine |= {row["id"]: row for row in fresh}
+            if file is not None:
+                file.append(fresh, digest, processes.index())
+            bar.update(len(fresh))
     for share in processes.gather(mine):
         rows |= share
     if file is not None and processes.count() > 1:
-        order = [ids[i] for batch in batches for i in batch]
-        processes.on_main(file.join, [packed_row(rows[row_id]) for row_id in order], digest)
+        processes.on_main(file.join, [rows[ids[i]] for batch in batches for i in batch], digest)
     return rows
 
 
@@ -248,10 +217,9 @@ def _label_batch(task: _Task, batch: list[int]) -> Iterator[dict[str, Any]]:
     device, question_format = ensemble.device, settings.question_format
     pad = task.processing_class.eos_token_id
     ends = torch.tensor(task.ends, device=device)
-    inputs = PromptCollator(pad)([{"input_ids": prompts[i]["input_ids"]} for i in batch])
     seeds = torch.tensor([settings.sampling.seed + i for i in batch], dtype=torch.int64, device=device)
-    input_ids, attention_mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
-    decoder = MixtureDecoder(ensemble, input_ids, attention_mask, seeds, settings.sampling)
+    inputs = pad_prompts([prompts[i]["input_ids"] for i in batch], pad, device)
+    decoder = MixtureDecoder(ensemble, *inputs, seeds, settings.sampling)
     running = torch.ones(len(batch), dtype=torch.bool, device=device)
     tokens, log_probs, agreement, counted, kept = [], [], [], [], []
     for _ in range(settings.max_new_tokens):
@@ -280,7 +248,10 @@ def _label_batch(task: _Task, batch: list[int]) -> Iterator[dict[str, Any]]:
         text = task.questions[i]["prompt"]
         prompt = question_format.prompt(text, task.processing_class)
         answer = ids[row, : count - finished].tolist()
-        cache = {name: values[row, :count] for name, values in zip(TOP_COLUMNS, caches, strict=True)} if kept else {}
+        cache: dict[str, Any] = {}
+        if kept:
+            cache = {name: values[row, :count] for name, values in zip(TOP_COLUMNS, caches, strict=True)}
+            cache["top_temperature"] = float(settings.top_temperature)
         yield {
             "id": prompts[i]["id"],
             "prompt": text,
@@ -292,7 +263,6 @@ def _label_batch(task: _Task, batch: list[int]) -> Iterator[dict[str, Any]]:
             "agreement": float(shares[:, row].mean()),
             "expert_agreement": shares[:, row].tolist(),
             **cache,
-            **({"top_temperature": float(settings.top_temperature)} if kept else {}),
         }
 
 
@@ -303,9 +273,6 @@ def require_probabilities(ensemble: ExpertMixture) -> None:
             'combine="vote" gives one token all the probability, which is no soft label: combine the experts by '
             '"prob" or "logprob", or train the student with variant="sft"'
         )
-
-
-# The likeliest tokens of a teacher, kept
 
 
 def top_tokens(

@@ -89,14 +89,8 @@ def score_answers(
     """
     if is_mixture(model):
         weights = {"ensemble": list(model.config.expert_weights)}
-        return score_mixtures(
-            model,
-            examples,
-            weights,
-            pad_token_id=pad_token_id,
-            batch_size=batch_size,
-            description=description,
-        )["ensemble"]
+        options: dict[str, Any] = {"pad_token_id": pad_token_id, "batch_size": batch_size, "description": description}
+        return score_mixtures(model, examples, weights, **options)["ensemble"]
 
     def judge(logits: list[Tensor], labels: Tensor) -> dict[str, TokenScores]:
         return {"model": ops.token_scores(logits[0], labels)}
@@ -140,18 +134,21 @@ def score_mixtures(
     # An expert that no mixture uses is not run.
     used = [t for t in range(ensemble.num_experts) if any(weights[t] > 0 for weights in mixtures.values())]
     parts = {name: [place for place, t in enumerate(used) if weights[t] > 0] for name, weights in mixtures.items()}
-    rows = {
-        name: torch.tensor([float(weights[t]) for t in used if weights[t] > 0]) for name, weights in mixtures.items()
-    }
+    positive = {name: torch.tensor([float(w) for w in weights if w > 0]) for name, weights in mixtures.items()}
     ways = dict.fromkeys(mixtures, ensemble.config.combine) | dict(combine or {})
 
     def judge(logits: list[Tensor], labels: Tensor) -> dict[str, TokenScores]:
         return {
             name: ops.mixture_scores([logits[t] for t in parts[name]], weights.to(labels.device), labels, ways[name])
-            for name, weights in rows.items()
+            for name, weights in positive.items()
         }
 
-    runs = _expert_runs(ensemble, used)
+    experts = ensemble.experts
+    stacked = experts.selected(used).stacked()
+    if stacked is not None:
+        runs = [_ModelRun(stacked.model, stacked.base, stacked.count)]
+    else:
+        runs = [_ModelRun(partial(experts.expert, index), experts.carrier(index)) for index in used]
     return _score(runs, expert_names(used), judge, examples, pad_token_id, batch_size, description)
 
 
@@ -163,14 +160,10 @@ def scoring_work(lengths: Sequence[int], answers: Sequence[int], batch_size: int
 
 
 class _ModelRun:
-    """A model, or adapters stacked on one, run up to the output head; the head then takes some rows at a time.
+    """The model that `context` gives, run up to the output head; the head then takes some rows at a time.
 
-    Logits of all answer tokens of a batch would take tokens x V numbers: more than everything else together.
-
-    Args:
-        context: gives the model.
-        carrier: the model whose cost it is.
-        copies: how many stacked experts the model is; their rows follow one another.
+    Logits of all answer tokens of a batch would take tokens x V numbers: more than everything else together. The cost
+    is that of `carrier`. Of `copies` experts that are stacked in one model, the rows follow one another.
     """
 
     def __init__(
@@ -213,15 +206,6 @@ class _ModelRun:
             return list(output_head(model)(rows))
 
 
-def _expert_runs(ensemble: ExpertMixture, used: Sequence[int]) -> list[_ModelRun]:
-    """Return one run for LoRA experts on one base, or one per expert."""
-    experts = ensemble.experts
-    stacked = experts.selected(used).stacked()
-    if stacked is not None:
-        return [_ModelRun(stacked.model, stacked.base, stacked.count)]
-    return [_ModelRun(partial(experts.expert, index), experts.carrier(index)) for index in used]
-
-
 def _score(
     runs: Sequence[_ModelRun],
     owners: Sequence[str],
@@ -241,42 +225,29 @@ def _score(
     check_number("batch_size", batch_size, whole=True)
     check_examples(examples, description or "the answers to score")
     lengths = answer_lengths(examples)
-    # Results go back by position.
     batches = batches_by_length([len(ids) for ids in examples["input_ids"]], batch_size)
-    rows = np.concatenate([np.empty(0, dtype=np.int64), *processes.share(batches)])
+    own = [row for batch in processes.share(batches) for row in batch]
     bar = description if processes.is_main() else None
-    share = (runs, judge, examples.select(rows), pad_token_id, batch_size, bar)
-    shares = [(own, *found) for own, found in processes.gather((rows, _score_share(*share) if len(rows) else ({}, ())))]
-    for rows, _, damage in shares:
-        if len(rows):
-            refuse_damaged(
-                _by_answer(damage, lengths[rows]), owners, [f"the answer in row {row} of the examples" for row in rows]
+    found = (own, *_score_share(runs, judge, examples.select(own), pad_token_id, batch_size, bar)) if own else None
+    shares = [share for share in processes.gather(found) if share is not None]
+    order = np.concatenate([rows for rows, _, _ in shares])
+    starts, firsts = np.cumsum(lengths) - lengths, np.cumsum(lengths[order]) - lengths[order]
+    damage = np.logical_or.reduceat(np.concatenate([bad for _, _, bad in shares], axis=1), firsts, axis=1)
+    refuse_damaged(torch.from_numpy(damage), owners, [f"the answer in row {row} of the examples" for row in order])
+    # From the order of the batches back to that of the dataset.
+    back = np.argsort(np.concatenate([starts[row] + np.arange(lengths[row]) for row in order]))
+    scores = {}
+    for name in shares[0][1]:
+        wrong, log_probs = (np.concatenate([share[name][k] for _, share, _ in shares])[back] for k in (0, 1))
+        broken = np.isnan(log_probs)
+        if broken.any():
+            row = int(np.searchsorted(starts, broken.argmax(), side="right")) - 1
+            raise FloatingPointError(
+                f"{name}: the experts' mixture gives no token a probability along the answer in row {row} of the "
+                'examples: every token is impossible for one of them; combine them by "prob"'
             )
-    scores = _merge(lengths, [(own, part) for own, part, _ in shares])
-    for name, values in scores.items():
-        _check_scores(name, values.token_log_probs, np.cumsum(lengths) - lengths)
+        scores[name] = AnswerScores(lengths, wrong, log_probs)
     return scores
-
-
-def _by_answer(damage: np.ndarray, lengths: np.ndarray) -> Tensor:
-    """Return bool [experts, N]: whether any token of an answer is marked in `damage`, bool [experts, tokens]."""
-    return torch.from_numpy(np.logical_or.reduceat(damage, np.cumsum(lengths) - lengths, axis=1))
-
-
-def _merge(lengths: np.ndarray, shares: list[tuple[np.ndarray, dict[str, AnswerScores]]]) -> dict[str, AnswerScores]:
-    """Put every process's scores into dataset order."""
-    starts = np.cumsum(lengths) - lengths
-    merged: dict[str, AnswerScores] = {}
-    for rows, scores in shares:
-        places = np.concatenate([np.empty(0, dtype=np.int64), *(starts[row] + np.arange(lengths[row]) for row in rows)])
-        for name, part in scores.items():
-            if name not in merged:
-                merged[name] = AnswerScores(
-                    lengths, np.empty(lengths.sum(), dtype=bool), np.empty(lengths.sum(), dtype=np.float32)
-                )
-            merged[name].token_wrong[places] = part.token_wrong
-            merged[name].token_log_probs[places] = part.token_log_probs
-    return merged
 
 
 @torch.no_grad()
@@ -287,25 +258,21 @@ def _score_share(
     pad_token_id: int,
     batch_size: int,
     description: str | None,
-) -> tuple[dict[str, AnswerScores], np.ndarray]:
-    """Score the answer tokens in the order of `examples`, in chunks of bounded size.
-
-    Returns:
-        The scores, and bool [experts, tokens]: whose logits are no numbers (`mixture.damaged`).
-    """
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], np.ndarray]:
+    """Return, in the order of `examples`, each mixture's bool and float32 [tokens]; and damage, bool [T, tokens]."""
     loader = DataLoader(examples, batch_size=batch_size, collate_fn=AnswerCollator(pad_token_id))
-    wrong: dict[str, list[np.ndarray]] = defaultdict(list)
-    gold: dict[str, list[np.ndarray]] = defaultdict(list)
+    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
     damage: list[np.ndarray] = []
     for batch in tqdm(loader, desc=description, unit="batch", leave=False, disable=description is None):
         for scores, bad in _in_chunks(runs, judge, {key: value.to(runs[0].device) for key, value in batch.items()}):
             damage.append(bad.cpu().numpy())
             for name, values in scores.items():
-                wrong[name].append(~values.correct.cpu().numpy())
-                gold[name].append(values.log_probs.float().cpu().numpy())
-    lengths = answer_lengths(examples)
-    scored = {name: AnswerScores(lengths, np.concatenate(wrong[name]), np.concatenate(gold[name])) for name in wrong}
-    return scored, np.concatenate(damage, axis=1)
+                found[name].append((~values.correct.cpu().numpy(), values.log_probs.float().cpu().numpy()))
+    joined = {
+        name: (np.concatenate([wrong for wrong, _ in parts]), np.concatenate([log_probs for _, log_probs in parts]))
+        for name, parts in found.items()
+    }
+    return joined, np.concatenate(damage, axis=1)
 
 
 def _in_chunks(
@@ -334,13 +301,3 @@ def _check_mixtures(mixtures: Mapping[str, Sequence[float]], num_experts: int) -
                 f"mixture {name!r} is {list(weights)}: expected {num_experts} weights, one per expert, finite, at "
                 "least 0 and not all 0"
             )
-
-
-def _check_scores(name: str, log_probs: np.ndarray, starts: np.ndarray) -> None:
-    broken = np.isnan(log_probs)
-    if broken.any():
-        row = int(np.searchsorted(starts, broken.argmax(), side="right")) - 1
-        raise FloatingPointError(
-            f"{name}: the experts' mixture gives no token a probability along the answer in row {row} of the examples: "
-            'every token is impossible for one of them; combine them by "prob"'
-        )

@@ -14,7 +14,6 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ensemw2s import ops
 from ensemw2s.models.sharing import NotShareable, turn_of, view
 
 # What the probe puts in place of logits runs from minus this to this: no soft cap in use leaves such values alone.
@@ -183,20 +182,6 @@ def obstacle(head: nn.Module, model: nn.Module, inputs: dict[str, Any]) -> str |
     if not gives_the_logits(head, model, inputs):
         return "it changes what its output head gives (a soft cap or a scale of the logits)"
     return None
-
-
-def linear_loss(hidden: Tensor, linear: nn.Linear, labels: Tensor, token_weights: Tensor) -> Tensor:
-    """Return `sum_i w_i CE(hidden_i @ head.T, labels_i)` in float32, with the product in autocast's dtype.
-
-    Args:
-        hidden: [n, d].
-        linear: the head, [V, d].
-        labels: int64 [n].
-        token_weights: float [n].
-    """
-    hidden, weight = for_product(hidden, linear)
-    labels, token_weights = labels.to(hidden.device), token_weights.to(hidden.device)
-    return ops.linear_weighted_cross_entropy(hidden, weight, labels, token_weights)
 
 
 def for_product(hidden: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor]:

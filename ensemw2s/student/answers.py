@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 CACHE_COLUMNS = ("answer_ids", *TOP_COLUMNS, "top_temperature")
 
 
-# Checks of what a student is given
-
-
 def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
     """Raise ValueError unless every token id means the same to both tokenizers, the end token included."""
     if teacher.get_vocab() != student.get_vocab() or teacher.eos_token_id != student.eos_token_id:
@@ -41,14 +38,9 @@ def check_answer_ids(
     ends: Sequence[int],
     name: str = "this tokenizer",
 ) -> None:
-    """Check that a tokenizer reads the tokens `answer_ids` as the teacher did who chose them.
+    """Check that a model's tokenizer, which errors call `name`, reads `answer_ids` as the teacher did who chose them.
 
-    Args:
-        answers: columns `prompt`, `answer`, `answer_ids` and optionally `id` and `finished` (all are, without it).
-        processing_class: of the model that is to be trained on them, or to be asked about them.
-        question_format: how a question becomes tokens.
-        ends: the ids that end an answer of that model.
-        name: what errors call the tokenizer.
+    Answers end with one of the ids `ends`, all of them where there is no column `finished`.
 
     Raises:
         ValueError: tokens that are another text than `answer`, or do not end as the model's answers do; names the row.
@@ -68,12 +60,6 @@ def check_answer_ids(
                 'variant="soft" needs a student with the teacher\'s tokenizer (use variant="sft" with another one), '
                 "and answers whose `answer` was not changed without their `answer_ids`"
             )
-
-
-def with_own_end(answers: Dataset, end: int, ends: Sequence[int]) -> list[list[int]]:
-    """Return `answer_ids` in which each of the tokens `ends` that ends an answer is `end`, the student's own."""
-    rows = [list(ids) for ids in answers["answer_ids"]]
-    return [[*ids[:-1], end] if ids[-1] in ends else ids for ids in rows]
 
 
 def check_cache(answers: Dataset, temperature: float, top_logprobs: int | None) -> None:
@@ -127,12 +113,8 @@ def usable_answers(
 ) -> Dataset:
     """Return the rows whose answer is not empty, not cut off, and, if asked for, confident enough.
 
-    Args:
-        answers: a column `answer`; rows count as finished where there is no column `finished`.
-        min_confidence: the least `confidence` (nats, at most 0).
-        keep_fraction: the share of the dataset's rows to keep, the most confident ones; earlier rows before later ones
-            of the same confidence. Fewer are kept if fewer are usable.
-        keep_unfinished: keep answers that were cut off before their end token.
+    The settings are those of `StudentConfig`. Rows count as finished where there is no column `finished`. Of equally
+    confident rows the earlier ones are kept, and fewer than `keep_fraction` says if fewer are usable.
 
     Raises:
         ValueError: nothing is left, an answer is no text, or there is no `answer` column, or no `confidence` column to
@@ -144,16 +126,14 @@ def usable_answers(
             f"the dataset to train on has no column 'answer', only {', '.join(names) or 'none'}: "
             "label it with TokenEnsemble.label"
         )
-    filters = {"min_confidence": min_confidence, "keep_fraction": keep_fraction}
-    for name, value in filters.items():
+    for name, value in (("min_confidence", min_confidence), ("keep_fraction", keep_fraction)):
         if value is not None:
             check_number(name, value)
-    asked = next((f"{name}={value}" for name, value in filters.items() if value is not None), None)
-    if asked and "confidence" not in names:
-        raise ValueError(
-            f"{asked} needs a column `confidence`; the dataset has {', '.join(names)}. "
-            "Label it with TokenEnsemble.label, or leave it out"
-        )
+            if "confidence" not in names:
+                raise ValueError(
+                    f"{name}={value} needs a column `confidence`; the dataset has {', '.join(names)}. "
+                    "Label it with TokenEnsemble.label, or leave it out"
+                )
     columns = answers.select_columns([name for name in ("answer", "finished", "confidence") if name in names])
     rows = dict(enumerate(columns))
     kept = [i for i, row in rows.items() if str(row["answer"] or "").strip()]

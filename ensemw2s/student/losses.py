@@ -1,41 +1,37 @@
 """What a student learns from beside plain labels: a teacher's distributions, live or kept, and its own certainty.
 
-The losses of method, phase 3: "soft" (KL from the ensemble's distribution to the student's at every answer token) and
-"confidence" (Burns et al. 2023, "Weak-to-strong generalization", appendix A.4). Both run on hidden states at answer
-tokens, so that logits `[tokens, V]` are never held where a model's head is a plain linear layer.
+The losses of method, phase 3, "soft" and "confidence", run on hidden states at answer tokens, so that logits
+`[tokens, V]` are never held where a model's head is a plain linear layer.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ensemw2s.data.tokens import IGNORED
 from ensemw2s.inference.label_files import TOP_COLUMNS
-from ensemw2s.models.heads import for_product
-from ensemw2s.student.predictions import HiddenPredictions, LogitPredictions, Predictions
 from ensemw2s.student.teacher import LiveTeacher
+from ensemw2s.training.predictions import Predictions
 from ensemw2s.training.trainer import AnswerTokens, AnswerTrainer
 
-# Training
 
-
+@dataclass
 class CacheCollator:
     """Collate a cache along with the answers.
 
-    Args:
+    Attributes:
         collate: makes the batch of answers, as `batches.AnswerCollator`.
         count: tokens of the cache that are used, the likeliest ones; None takes all.
     """
 
-    def __init__(self, collate: Any, count: int | None = None) -> None:
-        self.collate = collate
-        self.count = count
+    collate: Any
+    count: int | None = None
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return the batch with `top_token_ids` int64 and `top_log_probs` float32 [n, k].
@@ -53,23 +49,7 @@ class CacheCollator:
         return batch
 
 
-class StudentAnswerTrainer(AnswerTrainer):
-    """`AnswerTrainer` with a loss that is made of the student's predictions at the answer tokens."""
-
-    def hidden_loss(self, hidden: Tensor, linear: nn.Linear, answers: AnswerTokens) -> Tensor:
-        """Return `sum_i w_i loss_i`; see `AnswerTrainer.hidden_loss`."""
-        return self.prediction_loss(HiddenPredictions(*for_product(hidden, linear)), answers)
-
-    def logits_loss(self, logits: Tensor, answers: AnswerTokens) -> Tensor:
-        """Return `sum_i w_i loss_i`; see `AnswerTrainer.logits_loss`."""
-        return self.prediction_loss(LogitPredictions(logits), answers)
-
-    @abstractmethod
-    def prediction_loss(self, predictions: Predictions, answers: AnswerTokens) -> Tensor:
-        """Return `sum_i w_i loss_i` of the student's predictions for the n answer tokens."""
-
-
-class SoftTrainer(StudentAnswerTrainer):
+class SoftTrainer(AnswerTrainer):
     """Train on the teacher's distributions: `loss_i = s T^2 KL(teacher_i || student_i) + (1-s) CE_i`.
 
     `T^2` keeps the gradient's size the same at any temperature T (Hinton et al. 2015), so that one learning rate and
@@ -101,9 +81,9 @@ class SoftTrainer(StudentAnswerTrainer):
         self.soft_weight = soft_weight
 
     def prediction_loss(self, predictions: Predictions, answers: AnswerTokens) -> Tensor:
-        """Return `sum_i w_i loss_i`; see `StudentAnswerTrainer.prediction_loss`."""
+        """See `AnswerTrainer.prediction_loss`."""
         if self.teacher is None:
-            ids, log_probs = (answers.inputs[name].to(predictions.device) for name in TOP_COLUMNS)
+            ids, log_probs = (answers.inputs[name].to(answers.labels.device) for name in TOP_COLUMNS)
             soft = predictions.topk_kl(ids, log_probs, answers.token_weights, self.temperature)
         else:
             soft = self.teacher.kl(predictions, answers, self.temperature)
@@ -113,8 +93,8 @@ class SoftTrainer(StudentAnswerTrainer):
         return loss
 
 
-class ConfidenceTrainer(StudentAnswerTrainer):
-    """Train on labels and on the student's own certainty (Burns et al. 2023, appendix A.4).
+class ConfidenceTrainer(AnswerTrainer):
+    """Train on labels and on the student's own certainty (Burns et al. 2023, "Weak-to-strong generalization", A.4).
 
     `loss_i = (1-a) CE(student_i, label_i) + a CE(student_i, f_i)`, where `f_i` is the student's own likeliest token at
     this step, taken as given (no gradient), and a rises linearly from 0 to `alpha` over the first `warmup` of the
@@ -133,7 +113,7 @@ class ConfidenceTrainer(StudentAnswerTrainer):
         self.warmup = warmup
 
     def prediction_loss(self, predictions: Predictions, answers: AnswerTokens) -> Tensor:
-        """Return `sum_i w_i loss_i`; see `StudentAnswerTrainer.prediction_loss`."""
+        """See `AnswerTrainer.prediction_loss`."""
         alpha = confidence_alpha(self.state.global_step, self.state.max_steps, self.alpha, self.warmup)
         return confidence_loss(predictions, answers, alpha)
 
@@ -145,13 +125,7 @@ def confidence_alpha(step: int, max_steps: int, alpha: float, warmup: float) -> 
 
 
 def confidence_loss(predictions: Predictions, answers: AnswerTokens, alpha: float) -> Tensor:
-    """Return `sum_i w_i ((1-alpha) CE(student_i, label_i) + alpha CE(student_i, argmax student_i))`.
-
-    Args:
-        predictions: the student's, for n answer tokens.
-        answers: their labels and weights.
-        alpha: in [0, 1].
-    """
+    """Return `sum_i w_i ((1-alpha) CE(student_i, label_i) + alpha CE(student_i, argmax student_i))`."""
     labels, weights = answers.labels, answers.token_weights
     if alpha == 0:
         return predictions.cross_entropy(labels, weights)

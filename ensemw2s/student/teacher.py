@@ -22,7 +22,7 @@ from ensemw2s.ops.row_losses import CHUNK_ELEMENTS
 from ensemw2s.runtime.meter import count
 from ensemw2s.runtime.values import check_number
 from ensemw2s.student.answers import check_answer_ids
-from ensemw2s.student.predictions import HiddenPredictions, Predictions
+from ensemw2s.training.predictions import HiddenPredictions, Predictions
 from ensemw2s.training.trainer import AnswerTokens
 
 if TYPE_CHECKING:
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ensemw2s.models.mixture import ExpertMixture
-
-
-# Predictions at answer tokens: hidden states in front of a linear head, or logits where the head is something else
 
 
 @torch.no_grad()
@@ -52,9 +49,6 @@ def states_at(model: Any, inputs: Mapping[str, Any], positions: Tensor) -> Tenso
     """Return the hidden states [n, d] in front of a model's head at `positions` (bool [B, L]); the head is not run."""
     with own_head(model) as mine:
         return states_before(output_head(mine), mine, inputs, lambda hidden: hidden[positions.to(hidden.device)])
-
-
-# Teachers
 
 
 class LiveTeacher:
@@ -79,7 +73,7 @@ class LiveTeacher:
             with ensemble.experts.expert(index) as model:
                 head = linear_head(model)
             if head is None:
-                self.heads = []
+                self.heads.clear()
                 break
             self.heads.append(head)
 
@@ -126,7 +120,7 @@ class LiveTeacher:
         """
         weights, device = answers.token_weights, self.ensemble.device
         texts = (answers.inputs["input_ids"].to(device), answers.inputs["attention_mask"].to(device), answers.mask)
-        mixture = self.ensemble.mixture_weights(student.device)
+        mixture = self.ensemble.mixture_weights(weights.device)
         if self.ensemble.config.combine == "prob" and self.heads and isinstance(student, HiddenPredictions):
             like = student.states
             hiddens = [states.to(like) for states in self.states(*texts)]
@@ -145,13 +139,12 @@ class LiveTeacher:
         self, inputs: Mapping[str, Tensor], positions: Tensor, count: int, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """Return `top_tokens` of the n tokens at `positions`, making logits for some of them at a time."""
+        texts = inputs["input_ids"], inputs["attention_mask"], positions
         if not self.heads:
-            logits = self.logits(inputs["input_ids"], inputs["attention_mask"], positions)
-            return top_tokens(self.ensemble, logits, count, temperature)
-        states = self.states(inputs["input_ids"], inputs["attention_mask"], positions)
+            return top_tokens(self.ensemble, self.logits(*texts), count, temperature)
         size = max(1, CHUNK_ELEMENTS // len(self.heads[0]))
         found = []
-        for some in zip(*(rows.split(size) for rows in states), strict=True):
+        for some in zip(*(rows.split(size) for rows in self.states(*texts)), strict=True):
             logits = [rows @ head.T for rows, head in zip(some, self.heads, strict=True)]
             found.append(top_tokens(self.ensemble, logits, count, temperature))
         ids, log_probs = zip(*found, strict=True)
@@ -209,12 +202,9 @@ def cache_teacher(
         description=description,
     )
     starts = zip(examples["input_ids"], examples["prompt_length"], strict=True)
-    columns: dict[str, Any] = {
-        "answer_ids": [np.array(ids[start:], dtype=np.int32) for ids, start in starts],
-        **top,
-        "top_temperature": [float(temperature)] * len(answers),
-    }
-    return with_columns(answers, columns)
+    answer_ids = [np.array(ids[start:], dtype=np.int32) for ids, start in starts]
+    temperatures = [float(temperature)] * len(answers)
+    return with_columns(answers, {"answer_ids": answer_ids, **top, "top_temperature": temperatures})
 
 
 def with_columns(dataset: Dataset, columns: Mapping[str, Sequence[Any]]) -> Dataset:

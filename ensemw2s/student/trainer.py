@@ -19,7 +19,7 @@ from ensemw2s.models.own_files import own_files, whole
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.files import write_json
 from ensemw2s.runtime.values import Uses, check_in_use
-from ensemw2s.student.answers import check_answer_ids, check_cache, usable_answers, with_own_end
+from ensemw2s.student.answers import check_answer_ids, check_cache, usable_answers
 from ensemw2s.student.losses import ConfidenceTrainer, SoftTrainer
 from ensemw2s.student.teacher import LiveTeacher, top_columns, with_columns
 from ensemw2s.training.checkpoints import discard_checkpoints
@@ -154,13 +154,16 @@ class StudentTrainer:
         )
         self.teacher = teacher
         self._check_teacher()
-        if isinstance(model, PreTrainedModel):
-            self.model: Any = model
-        else:
+        self.model: Any = model
+        if not isinstance(model, PreTrainedModel):
             self.model = on_device(load_model(model, **(model_init_kwargs or {})), args)
         self.processing_class = processing_class or load_tokenizer(source_of(model))
-        if args.variant == "soft":
-            self._check_vocabulary()
+        if teacher is not None and teacher.config.vocab_size != len(self.model.get_output_embeddings().weight):
+            raise ValueError(
+                f"the teacher has a vocabulary of {teacher.config.vocab_size} tokens, the student one of "
+                f'{len(self.model.get_output_embeddings().weight)}: variant="soft" compares them token by token and '
+                'needs the same; use variant="sft" with this teacher'
+            )
         self._examples = self._tokenized(question_format or QuestionFormat())
         self.cost: TrainingCost | None = None
 
@@ -193,15 +196,6 @@ class StudentTrainer:
         else:
             require_probabilities(self.teacher)
 
-    def _check_vocabulary(self) -> None:
-        """Refuse a teacher whose tokens are not the student's."""
-        size = self.model.get_output_embeddings().weight.shape[0]
-        if self.teacher is not None and self.teacher.config.vocab_size != size:
-            raise ValueError(
-                f"the teacher has a vocabulary of {self.teacher.config.vocab_size} tokens, the student one of {size}: "
-                'variant="soft" compares them token by token and needs the same; use variant="sft" with this teacher'
-            )
-
     def _tokenized(self, question_format: QuestionFormat) -> Dataset:
         """Return the examples, with the columns that the variant reads."""
         answers = self.train_dataset
@@ -210,7 +204,8 @@ class StudentTrainer:
         if soft and "answer_ids" in answers.column_names:
             stops = end_tokens(self.processing_class, getattr(self.model, "generation_config", None))
             check_answer_ids(answers, self.processing_class, question_format, stops, "the student's tokenizer")
-            known = with_own_end(answers, self.processing_class.eos_token_id, stops)
+            end = self.processing_class.eos_token_id
+            known = [[*ids[:-1], end] if ids[-1] in stops else list(ids) for ids in answers["answer_ids"]]
         examples = tokenize_questions(
             answers, self.processing_class, question_format, "train_dataset", answer_ids=known
         )

@@ -20,7 +20,7 @@ import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ensemw2s.runtime import processes
-from ensemw2s.runtime.accounts import ACCOUNT, enter_growing, files_in, is_ours
+from ensemw2s.runtime.accounts import ACCOUNT, files_in, is_ours
 from ensemw2s.runtime.claims import Kind, claimed, description_of, discard, held
 from ensemw2s.runtime.files import read_json, sync, write_json
 
@@ -31,12 +31,6 @@ _SEAL = "complete.json"
 _SAMPLED_VALUES = 4096
 
 logger = logging.getLogger(__name__)
-
-
-def begin_checkpoint(folder: Path) -> None:
-    """Declare that `folder`, which is about to be written, is ours."""
-    if not is_ours(folder):
-        enter_growing(folder)
 
 
 def seal_checkpoint(folder: Path, spent: Mapping[str, float]) -> None:

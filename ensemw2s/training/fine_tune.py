@@ -22,13 +22,7 @@ from ensemw2s.data.tokens import answer_lengths, check_examples
 from ensemw2s.runtime.meter import Work
 from ensemw2s.training.checkpoints import FOLDER, claimed_checkpoints, digest
 from ensemw2s.training.packing import pack_rows
-from ensemw2s.training.trainer import (
-    AnswerTokens,
-    AnswerTrainer,
-    AnswerTrainingArguments,
-    NoStepsError,
-    check_weights,
-)
+from ensemw2s.training.trainer import AnswerTokens, AnswerTrainer, AnswerTrainingArguments, NoStepsError, check_weights
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,11 +42,11 @@ class TrainingCost:
     flops: float | None
 
 
+@dataclass(eq=False)
 class PhaseProgress(TrainerCallback):
     """A progress bar with a name, the time left, and the loss of the last logged step."""
 
-    def __init__(self, description: str) -> None:
-        self.description = description
+    description: str
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
         hidden = not state.is_world_process_zero
@@ -180,16 +174,12 @@ def training_work(lengths: Sequence[int], answers: Sequence[int], args: AnswerTr
         loader.set_epoch(epoch)
         left = (steps - epoch * steps_per_epoch) * args.gradient_accumulation_steps
         for batch in itertools.islice(loader, min(left, len(loader))):
-            total += _work_of(batch, args)
+            mask = batch["attention_mask"]
+            if args.padding_free and not bool(mask.all()):
+                mask = pack_rows(batch["input_ids"], mask).mask
+            lines, width = mask.shape
+            total += Work.of_pass(lines, width, int(mask.sum()), len(AnswerTokens.of(batch).labels))
     return total
-
-
-def _work_of(batch: Mapping[str, torch.Tensor], args: AnswerTrainingArguments) -> Work:
-    mask = batch["attention_mask"]
-    if args.padding_free and not bool(mask.all()):
-        mask = pack_rows(batch["input_ids"], mask).mask
-    lines, width = mask.shape
-    return Work.of_pass(lines, width, int(mask.sum()), len(AnswerTokens.of(batch).labels))
 
 
 # Arguments that change where a run is kept, how it is shown or when it is saved, but not what it computes.

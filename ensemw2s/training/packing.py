@@ -44,16 +44,10 @@ class PackedRows:
 
 
 def lines_of(lengths: Sequence[int], *, one_line: bool = False) -> list[list[int]]:
-    """Distribute rows over lines of 3 to 6 times the longest row, as many lines as leave the least padding.
+    """Return, for each line, the indices of its rows, whose `lengths` are in tokens.
 
-    The longest rows come first, each goes where there is most room.
-
-    Args:
-        lengths: tokens of each row.
-        one_line: put all into one line.
-
-    Returns:
-        For each line the indices of its rows.
+    A line has 3 to 6 times the longest row, unless `one_line` takes all; as many lines are made as leave the least
+    padding. The longest rows come first, each goes where there is most room.
     """
     longest, total = max(lengths), sum(lengths)
     fewest = 1 if one_line else math.ceil(total / (_LONGEST_LINE * longest))
@@ -78,13 +72,7 @@ def width_of(lines: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
 
 
 def pack_rows(input_ids: Tensor, attention_mask: Tensor, *, one_line: bool = False) -> PackedRows:
-    """Lay the rows of a batch that is padded on the right behind one another.
-
-    Args:
-        input_ids: int64 [B, L].
-        attention_mask: [B, L], 0 on padding.
-        one_line: see `lines_of`.
-    """
+    """Lay the rows of a batch, int64 [B, L] and padded on the right, behind one another; see `lines_of`."""
     lengths = attention_mask.sum(1).tolist()
     lines = lines_of(lengths, one_line=one_line)
     width = width_of(lines, lengths)
@@ -116,9 +104,7 @@ def wants_one_line(model: Any) -> bool:
 def keeps_rows_apart(model: Any, forward: Callable[..., Any]) -> bool:
     """Try on a few short rows whether a model reads packed rows as it reads padded ones.
 
-    Args:
-        model: a causal language model, wrapped by peft or not.
-        forward: calls it: the model itself, or the same in a wrapper for several processes.
+    It is called by `forward`: the model itself, or the same in a wrapper for several processes.
     """
     device = next(model.parameters()).device
     lengths = torch.tensor(_TRIAL, device=device)[:, None]
@@ -138,7 +124,6 @@ def keeps_rows_apart(model: Any, forward: Callable[..., Any]) -> bool:
         return False
     finally:
         model.train(training)
-    rounding = _ROUNDING.get(found.dtype, _ROUNDING_16_BIT)
-    if torch.is_autocast_enabled(device.type):
-        rounding = _ROUNDING_16_BIT
+    dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else found.dtype
+    rounding = _ROUNDING.get(dtype, _ROUNDING_16_BIT)
     return bool((found - expected).abs().max() <= rounding * expected.abs().max())

@@ -19,15 +19,16 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ensemw2s import ops
 from ensemw2s.data.batches import LengthBucketSampler, next_token_mask
-from ensemw2s.models.heads import linear_loss, linear_of, obstacle, only_positions, output_head, replaced_head
+from ensemw2s.models.heads import for_product, linear_of, obstacle, only_positions, output_head, replaced_head
 from ensemw2s.runtime import processes
+from ensemw2s.runtime.accounts import enter_growing, is_ours
 from ensemw2s.runtime.files import DiskFullError, is_disk_full
 from ensemw2s.runtime.meter import count, count_before, metered
 from ensemw2s.runtime.values import check_fields, shown_names
-from ensemw2s.training.checkpoints import begin_checkpoint, seal_checkpoint, spent_until
+from ensemw2s.training.checkpoints import seal_checkpoint, spent_until
 from ensemw2s.training.packing import keeps_rows_apart, pack_rows, wants_one_line
+from ensemw2s.training.predictions import HiddenPredictions, LogitPredictions, Predictions
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -98,21 +99,6 @@ class AnswerTokens:
     def to(self, device: torch.device) -> AnswerTokens:
         """Return them on a device; the batch stays where it is."""
         return AnswerTokens(self.mask.to(device), self.labels.to(device), self.token_weights.to(device), self.inputs)
-
-
-@dataclass(frozen=True)
-class _Text:
-    """What a model reads in a step.
-
-    Attributes:
-        inputs: its keyword arguments, with `input_ids` int64 [R, C].
-        mask: [R, C], 0 on padding.
-        positions: int64 [n], the positions before the n answer tokens in the flattened [R, C].
-    """
-
-    inputs: dict[str, Any]
-    mask: torch.Tensor
-    positions: torch.Tensor
 
 
 class NoStepsError(ValueError):
@@ -189,17 +175,17 @@ class AnswerTrainer(Trainer):
             FloatingPointError: the loss is NaN or infinite; the weights are still those of the step before.
         """
         answers = AnswerTokens.of(inputs)
-        text = self._text(model, inputs, answers)
+        read, mask, positions = self._read(model, inputs, answers)
         outputs = None
-        if not return_outputs and self._takes_hidden_states(model, text.inputs):
-            loss = self._loss_in_place_of_logits(model, text, answers)
+        if not return_outputs and self._takes_hidden_states(model, read):
+            loss = self._loss_in_place_of_logits(model, read, positions, answers)
         else:
-            with only_positions(self.accelerator.unwrap_model(model), text.positions):
-                outputs = model(**text.inputs)
-            loss = self.logits_loss(outputs.logits, answers.to(outputs.logits.device))
+            with only_positions(self.accelerator.unwrap_model(model), positions):
+                outputs = model(**read)
+            loss = self.prediction_loss(LogitPredictions(outputs.logits), answers.to(outputs.logits.device))
         if model.training:
             unwrapped, rows = self.accelerator.unwrap_model(model), len(answers.labels)
-            count(unwrapped, text.inputs["input_ids"], text.mask, rows, training=True)
+            count(unwrapped, read["input_ids"], mask, rows, training=True)
         total = answers.token_weights.sum() if num_items_in_batch is None else num_items_in_batch
         total = torch.as_tensor(total, device=loss.device)
         # A step in which no answer token was drawn has weight 0 and no gradient; dividing by 1 keeps it so.
@@ -256,8 +242,9 @@ class AnswerTrainer(Trainer):
         check_weights(self.model, self.args)
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
-            if self.args.should_save:
-                begin_checkpoint(folder)
+            # Ours is what is declared so before it is written.
+            if self.args.should_save and not is_ours(folder):
+                enter_growing(folder)
             super()._save_checkpoint(model, trial)
             own = {"own_tokens": self._meter.tokens, "own_flops": self._meter.flops}
             spent = {"seconds": self.seconds, "flops": self.flops}
@@ -280,15 +267,21 @@ class AnswerTrainer(Trainer):
         shown = shown_names((row if names is None else names[row] for row in rows), 5)
         return f", in the batch of {'row' if names is None else 'id'} {shown}"
 
-    def _text(self, model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], answers: AnswerTokens) -> _Text:
-        """Return what the model reads: packed rows where that saves padding, or the padded batch."""
+    def _read(
+        self, model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], answers: AnswerTokens
+    ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+        """Return what the model reads, R lines of C tokens: packed rows where that saves padding, or the padded batch.
+
+        First its keyword arguments; then the mask [R, C], 0 on padding; then int64 [n], the positions before the n
+        answer tokens in the flattened [R, C].
+        """
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         if self.args.padding_free and not bool(mask.all()) and self._reads_packed_rows(model):
             packed = pack_rows(ids, mask, one_line=wants_one_line(self.accelerator.unwrap_model(model)))
             read = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
-            return _Text(read, packed.mask, packed.places[answers.mask])
+            return read, packed.mask, packed.places[answers.mask]
         read = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        return _Text(read, mask, answers.mask.flatten().nonzero()[:, 0])
+        return read, mask, answers.mask.flatten().nonzero()[:, 0]
 
     def _reads_packed_rows(self, model: torch.nn.Module) -> bool:
         if self._packs is None:
@@ -316,25 +309,23 @@ class AnswerTrainer(Trainer):
                 )
         return self._obstacle is None
 
-    def hidden_loss(self, hidden: torch.Tensor, linear: torch.nn.Linear, answers: AnswerTokens) -> torch.Tensor:
-        """Return `sum_i w_i loss_i` of n answer tokens from the hidden states [n, d] in front of a linear head."""
-        return linear_loss(hidden, linear, answers.labels, answers.token_weights)
+    def prediction_loss(self, predictions: Predictions, answers: AnswerTokens) -> torch.Tensor:
+        """Return `sum_i w_i loss_i` of the model's predictions for the n answer tokens; here the loss is CE."""
+        return predictions.cross_entropy(answers.labels, answers.token_weights)
 
-    def logits_loss(self, logits: torch.Tensor, answers: AnswerTokens) -> torch.Tensor:
-        """Return the same from logits [n, V], for models with another head; a subclass overrides both or neither."""
-        return ops.weighted_cross_entropy(logits, answers.labels, answers.token_weights)
-
-    def _loss_in_place_of_logits(self, model: torch.nn.Module, text: _Text, answers: AnswerTokens) -> torch.Tensor:
+    def _loss_in_place_of_logits(
+        self, model: torch.nn.Module, read: dict[str, Any], positions: torch.Tensor, answers: AnswerTokens
+    ) -> torch.Tensor:
         head = output_head(self.accelerator.unwrap_model(model))
         linear: Any = linear_of(head)
 
         def summed(hidden: torch.Tensor) -> torch.Tensor:
             here = answers.to(hidden.device)
-            rows = hidden.flatten(0, 1)[text.positions.to(hidden.device)]
-            return self.hidden_loss(rows, linear, here).view(1, 1, 1)
+            rows = hidden.flatten(0, 1)[positions.to(hidden.device)]
+            return self.prediction_loss(HiddenPredictions(*for_product(rows, linear)), here).view(1, 1, 1)
 
         with replaced_head(head, summed):
-            return model(**text.inputs).logits.squeeze()
+            return model(**read).logits.squeeze()
 
 
 def _name(model: torch.nn.Module) -> str:
@@ -356,11 +347,11 @@ def on_device(model: Any, args: TrainingArguments) -> Any:
     return model if getattr(model, "hf_device_map", None) else model.to(args.device)
 
 
+@dataclass(eq=False)
 class _EpochOrder(TrainerCallback):
     """Tells a sampler which epoch it is: accelerate's loaders do not reach it when several processes resume."""
 
-    def __init__(self, sampler: LengthBucketSampler) -> None:
-        self.sampler = sampler
+    sampler: LengthBucketSampler
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.sampler.set_epoch(int(state.epoch or 0))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from ensemw2s.data.batches import AnswerCollator, PromptCollator
+from ensemw2s.data.batches import AnswerCollator, pad_prompts
 from ensemw2s.data.questions import check_disjoint, check_questions, exclude_questions, load_questions, split_questions
 from ensemw2s.data.tokens import IGNORED, QuestionFormat, tokenize_prompts, tokenize_questions
 from tests.tiny import END, FORMAT, questions, tokenizer
@@ -334,6 +334,6 @@ def test_without_weights_each_answer_token_weighs_one_and_a_wrong_number_is_refu
 
 
 def test_prompts_are_padded_on_the_left() -> None:
-    batch = PromptCollator(9)([{"input_ids": [1, 2, 3]}, {"input_ids": [4]}])
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [9, 9, 4]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    input_ids, attention_mask = pad_prompts([[1, 2, 3], [4]], 9)
+    assert input_ids.tolist() == [[1, 2, 3], [9, 9, 4]]
+    assert attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]

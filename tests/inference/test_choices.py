@@ -18,7 +18,7 @@ from ensemw2s import BoostingConfig, BoostingTrainer, TokenEnsemble
 from ensemw2s.data.tokens import tokenize_questions
 from ensemw2s.experiments.config import build_config
 from ensemw2s.experiments.experiment import Experiment
-from ensemw2s.inference.choices import score_choice_mixtures, score_choices
+from ensemw2s.inference.choices import ChoiceSettings, score_choice_mixtures, score_choices
 from ensemw2s.inference.decoding import MixtureDecoder, Sampling
 from ensemw2s.models.mixture import OneModel
 from ensemw2s.runtime.files import read_array
@@ -86,7 +86,7 @@ def test_scores_equal_one_full_forward_pass_per_choice(make: Any, end_token: boo
     # Without an end token one choice must not begin with another.
     questions = several_choices(25, seed=1, longest=5 if end_token else 1)
     model = make(3)
-    scores = score_choices(model, questions, tokenizer(), question_format=form, batch_size=9)
+    scores = score_choices(model, questions, tokenizer(), ChoiceSettings(form, batch_size=9))
     for row, found in zip(questions, scores.log_probs, strict=True):
         np.testing.assert_allclose(found, slow_scores([model], [1.0], "prob", row, form), rtol=1e-4, atol=1e-4)
     picks = [row["choices"][int(values.argmax())] for row, values in zip(questions, scores.log_probs, strict=True)]
@@ -96,8 +96,8 @@ def test_scores_equal_one_full_forward_pass_per_choice(make: Any, end_token: boo
 
 def test_the_length_normalised_score_is_the_mean_over_tokens() -> None:
     questions, model = several_choices(25, seed=2), llama(5)
-    total = score_choices(model, questions, tokenizer(), question_format=FORMAT)
-    mean = score_choices(model, questions, tokenizer(), question_format=FORMAT, length_normalised=True)
+    total = score_choices(model, questions, tokenizer(), ChoiceSettings(FORMAT))
+    mean = score_choices(model, questions, tokenizer(), ChoiceSettings(FORMAT, length_normalised=True))
     for row, a, b in zip(questions, total.log_probs, mean.log_probs, strict=True):
         lengths = [len(text) + 2 for text in row["choices"]]  # the space in front and the end token
         np.testing.assert_allclose(a / lengths, b, rtol=1e-6)
@@ -117,13 +117,13 @@ def test_an_ensemble_is_scored_by_its_mixture(combine: str, adapters: bool, tmp_
         ensemble = TokenEnsemble.from_models([llama(1), gpt2(2), llama(3)], weights, combine=combine)
     questions = several_choices(12, seed=3)
     mixtures = {"all": weights, "second": [0.0, 1.0, 0.0]}
-    scores = score_choice_mixtures(ensemble, questions, tokenizer(), mixtures, question_format=FORMAT, batch_size=10)
+    scores = score_choice_mixtures(ensemble, questions, tokenizer(), mixtures, ChoiceSettings(FORMAT, batch_size=10))
     for i, row in enumerate(questions):
         expected = slow_scores(models, weights, combine, row, FORMAT)
         np.testing.assert_allclose(scores["all"].log_probs[i], expected, rtol=1e-4, atol=1e-4)
         expected = slow_scores(models[1:2], [1.0], combine, row, FORMAT)
         np.testing.assert_allclose(scores["second"].log_probs[i], expected, rtol=1e-4, atol=1e-4)
-    alone = score_choices(ensemble, questions, tokenizer(), question_format=FORMAT)
+    alone = score_choices(ensemble, questions, tokenizer(), ChoiceSettings(FORMAT))
     np.testing.assert_array_equal(alone.chosen, scores["all"].chosen)
 
 
@@ -131,7 +131,7 @@ def test_with_votes_every_expert_votes_for_its_likeliest_choice() -> None:
     models, weights = [llama(1), llama(2), gpt2(4)], [1.0, 0.7, 0.6]
     ensemble = TokenEnsemble.from_models([llama(1), llama(2), gpt2(4)], weights, combine="vote")
     questions = several_choices(30, seed=4)
-    scores = score_choices(ensemble, questions, tokenizer(), question_format=FORMAT)
+    scores = score_choices(ensemble, questions, tokenizer(), ChoiceSettings(FORMAT))
     seen = set()
     for row, found in zip(questions, scores.log_probs, strict=True):
         votes = np.zeros(len(row["choices"]))
@@ -151,13 +151,13 @@ def test_batches_do_not_change_scores_and_each_prompt_is_run_once() -> None:
         read += int(kwargs["attention_mask"][:, -kwargs["input_ids"].shape[1] :].sum())
 
     handle = model.register_forward_pre_hook(count, with_kwargs=True)
-    single = score_choices(model, questions, tokenizer(), question_format=FORMAT, batch_size=1)
+    single = score_choices(model, questions, tokenizer(), ChoiceSettings(FORMAT, batch_size=1))
     handle.remove()
     prompts = sum(len(row["prompt"]) + 1 for row in questions)
     # Padded to the longest choice of its question, a choice is read but for its last token.
     choices = sum(len(row["choices"]) * (max(map(len, row["choices"])) + 1) for row in questions)
     assert read == prompts + choices
-    many = score_choices(model, questions, tokenizer(), question_format=FORMAT, batch_size=50)
+    many = score_choices(model, questions, tokenizer(), ChoiceSettings(FORMAT, batch_size=50))
     for a, b in zip(single.log_probs, many.log_probs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -166,7 +166,7 @@ def test_a_model_that_gives_nan_is_named_by_question() -> None:
     model = llama(0)
     model.lm_head.weight.data.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="the model gave NaN, infinity or no finite logit for question 'q"):
-        score_choices(model, several_choices(3, seed=6), tokenizer(), question_format=FORMAT)
+        score_choices(model, several_choices(3, seed=6), tokenizer(), ChoiceSettings(FORMAT))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -178,11 +178,11 @@ def test_an_expert_without_numbers_is_named_where_choices_are_scored(of_models: 
     of_models.experts.carrier(1).get_output_embeddings().register_forward_hook(damage)  # type: ignore[operator]
     asked = several_choices(3, seed=6)
     with pytest.raises(FloatingPointError, match=r"^expert 2 gave NaN, infinity or no finite logit for question 'q"):
-        score_choices(of_models, asked, tokenizer(), question_format=FORMAT)
+        score_choices(of_models, asked, tokenizer(), ChoiceSettings(FORMAT))
     with pytest.raises(FloatingPointError, match=r"^expert 2 gave NaN, infinity or no finite logit for question 'q"):
         of_models.label(asked, tokenizer(), question_format=FORMAT, description=None)
     # One that is not used does no harm.
-    scores = score_choice_mixtures(of_models, asked, tokenizer(), {"others": [1, 0, 1]}, question_format=FORMAT)
+    scores = score_choice_mixtures(of_models, asked, tokenizer(), {"others": [1, 0, 1]}, ChoiceSettings(FORMAT))
     assert all(np.isfinite(row).all() for row in scores["others"].log_probs)
 
 
@@ -194,9 +194,9 @@ def test_pseudo_labels_are_choices_with_their_share_of_the_probability(tmp_path:
     ensemble = TokenEnsemble.from_adapters(llama(0), saved_adapters(tmp_path), weights)
     questions = several_choices(20, seed=7)
     labels = ensemble.label(questions, tokenizer(), question_format=FORMAT, description=None)
-    scores = score_choices(ensemble, questions, tokenizer(), question_format=FORMAT)
+    scores = score_choices(ensemble, questions, tokenizer(), ChoiceSettings(FORMAT))
     each = [
-        score_choices(ensemble.reweighted([1.0], [t]), questions, tokenizer(), question_format=FORMAT).chosen
+        score_choices(ensemble.reweighted([1.0], [t]), questions, tokenizer(), ChoiceSettings(FORMAT)).chosen
         for t in range(3)
     ]
     for i, (row, label) in enumerate(zip(questions, labels, strict=True)):
@@ -252,16 +252,16 @@ def test_choices_that_are_none_are_named_at_the_door(row: dict[str, Any], messag
     with pytest.raises(ValueError, match=message):
         tokenize_questions(rows, tokenizer(), FORMAT)
     with pytest.raises(ValueError, match=message):
-        score_choices(llama(), rows, tokenizer(), question_format=FORMAT)
+        score_choices(llama(), rows, tokenizer(), ChoiceSettings(FORMAT))
 
 
 def test_a_choice_that_begins_with_another_needs_the_end_token() -> None:
     rows = Dataset.from_list([{"id": "x", "prompt": "p", "answer": "a", "choices": ["ab", "a"]}])
-    assert len(score_choices(llama(), rows, tokenizer(), question_format=FORMAT).log_probs[0]) == 2
+    assert len(score_choices(llama(), rows, tokenizer(), ChoiceSettings(FORMAT)).log_probs[0]) == 2
     with pytest.raises(
         ValueError, match=r"id x: .* the choice 'ab' begins with, or is, the choice 'a'.*end_token: true"
     ):
-        score_choices(llama(), rows, tokenizer(), question_format=ONE_TOKEN)
+        score_choices(llama(), rows, tokenizer(), ChoiceSettings(ONE_TOKEN))
 
 
 def test_missing_columns_and_rows_are_said() -> None:
@@ -271,7 +271,7 @@ def test_missing_columns_and_rows_are_said() -> None:
     with pytest.raises(ValueError, match="no questions to answer"):
         score_choices(llama(), rows.select([]), tokenizer())
     with pytest.raises(ValueError, match=r"questions, id q0: prompt and answer have \d+ tokens"):
-        score_choices(llama(), rows, tokenizer(), question_format=replace(FORMAT, max_length=7))
+        score_choices(llama(), rows, tokenizer(), ChoiceSettings(replace(FORMAT, max_length=7)))
 
 
 # Boosting on one-token answers is AdaBoost
@@ -320,7 +320,7 @@ def test_boosting_on_one_token_answers_is_samme(answers: str, prior: Any, tmp_pa
             for i, row in enumerate(test):
                 ids = torch.tensor([ONE_TOKEN.prompt(row["prompt"], tokenizer()).ids])
                 votes[i, int(model(input_ids=ids).logits[0, -1, letters].argmax())] += alpha
-    scores = score_choices(ensemble, test, tokenizer(), question_format=ONE_TOKEN)
+    scores = score_choices(ensemble, test, tokenizer(), ChoiceSettings(ONE_TOKEN))
     np.testing.assert_array_equal(scores.chosen, votes.argmax(axis=1))
     assert len({tuple(row) for row in votes > 0}) > len(answers), "the experts never differ"
 
@@ -340,7 +340,7 @@ def test_an_experiment_with_choices_is_judged_by_likelihood(tmp_path: Path) -> N
     # A random model finds a short answer among choices by chance, but hardly ever among all texts.
     assert metrics["zero_shot_weak", "id", "accuracy"] > 0.1 > metrics["zero_shot_weak", "id", "exact_match"]
     rows = Dataset.from_list([json.loads(line) for line in (run / "data" / "test_id.jsonl").read_text().splitlines()])
-    scores = score_choices(TokenEnsemble.from_pretrained(run / "ensemble"), rows, tokenizer(), question_format=FORMAT)
+    scores = score_choices(TokenEnsemble.from_pretrained(run / "ensemble"), rows, tokenizer(), ChoiceSettings(FORMAT))
     assert metrics["ensemble", "id", "accuracy"] == pytest.approx(scores.correct.mean())
     labels = [json.loads(line) for line in (run / "labels" / "ensemble.jsonl").read_text().splitlines()]
     assert all(label["answer"] in label["choices"] for label in labels)
@@ -352,7 +352,7 @@ def test_one_model_is_decoded_as_a_mixture_of_one() -> None:
     prompts = torch.randint(3, 20, (2, 5), generator=torch.Generator().manual_seed(0))
     decoder = MixtureDecoder(OneModel(model), prompts, torch.ones_like(prompts), torch.arange(2), Sampling())
     for _ in range(4):
-        choice = decoder.step()
+        choice = decoder.choose(decoder.logits())
         logits = model(input_ids=prompts).logits[:, -1]
         assert choice.tokens.equal(logits.argmax(-1))
         torch.testing.assert_close(choice.log_probs, logits.log_softmax(-1).amax(-1))

@@ -142,6 +142,14 @@ def test_an_experiment_asks_for_the_mixture_itself(of_models: TokenEnsemble, tmp
     assert labelled(teacher)["answer_ids"] == labelled(of_models)["answer_ids"]
 
 
+def test_a_seed_is_any_whole_number() -> None:
+    assert Sampling(seed=np.int64(3)) == Sampling(seed=3)  # type: ignore[arg-type]
+    assert type(Sampling(seed=np.uint8(3)).seed) is int  # type: ignore[arg-type]
+    for wrong in (True, np.True_, 3.0, np.float64(3)):
+        with pytest.raises(TypeError, match="seed must be int, got"):
+            Sampling(seed=wrong)  # type: ignore[arg-type]
+
+
 def test_sampling_is_what_is_asked_for(of_models: TokenEnsemble) -> None:
     plain = labelled(of_models, sampling=Sampling(temperature=1.0, seed=3))["answer_ids"]
     of_models.generation_config.update(do_sample=False, temperature=5.0, top_k=1)

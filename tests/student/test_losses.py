@@ -21,12 +21,12 @@ from ensemw2s.data.tokens import tokenize_questions
 from ensemw2s.inference.decoding import Sampling
 from ensemw2s.inference.label_files import packed_row, read_labels, unpacked_row
 from ensemw2s.inference.labelling import top_tokens
-from ensemw2s.student import predictions as student_predictions
 from ensemw2s.student import teacher as student_teacher
 from ensemw2s.student.answers import check_same_tokenizer
 from ensemw2s.student.losses import CacheCollator, confidence_alpha, confidence_loss
-from ensemw2s.student.predictions import HiddenPredictions, LogitPredictions
 from ensemw2s.student.teacher import LiveTeacher, cache_teacher, linear_head, states_at
+from ensemw2s.training import predictions as training_predictions
+from ensemw2s.training.predictions import HiddenPredictions, LogitPredictions
 from ensemw2s.training.trainer import AnswerTokens
 from tests.tiny import END, FORMAT, VOCAB, gpt2, llama, lora, questions, saved_adapters, tokenizer
 
@@ -217,7 +217,7 @@ def test_teachers_are_read_in_chunks_that_change_nothing(
     ids, log_probs = LiveTeacher(of_adapters).top(batch, mask, 5, 1.0)
     student = predictions(int(mask.sum()), linear=True)[0]
     likeliest = student.argmax()
-    monkeypatch.setattr(student_predictions, "CHUNK_ELEMENTS", 3 * VOCAB)
+    monkeypatch.setattr(training_predictions, "CHUNK_ELEMENTS", 3 * VOCAB)
     monkeypatch.setattr(student_teacher, "CHUNK_ELEMENTS", 3 * VOCAB)
     again = LiveTeacher(of_adapters).top(batch, mask, 5, 1.0)
     assert torch.equal(again[0], ids)

@@ -1,4 +1,4 @@
-"""A student's predictions, from its logits or from its hidden states and head."""
+"""A model's predictions, from its logits or from its hidden states and head."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ensemw2s.ops.topk_kl import reference as topk_kl_reference
 
 @dataclass
 class HiddenPredictions:
-    """A student's predictions for n tokens, as hidden states and the head behind them.
+    """A model's predictions for n tokens, as hidden states and the head behind them.
 
     Attributes:
         states: floating point [n, d].
@@ -23,11 +23,6 @@ class HiddenPredictions:
 
     states: Tensor
     head: Tensor
-
-    @property
-    def device(self) -> torch.device:
-        """Where the predictions lie."""
-        return self.states.device
 
     @property
     def logits(self) -> Tensor:
@@ -51,14 +46,9 @@ class HiddenPredictions:
 
 @dataclass
 class LogitPredictions:
-    """A student's predictions for n tokens, as logits [n, V]: for heads that are no plain linear layer."""
+    """A model's predictions for n tokens, as logits [n, V]: for heads that are no plain linear layer."""
 
     logits: Tensor
-
-    @property
-    def device(self) -> torch.device:
-        """Where the predictions lie."""
-        return self.logits.device
 
     def cross_entropy(self, labels: Tensor, token_weights: Tensor) -> Tensor:
         """Return `sum_i w_i CE_i` for int64 labels [n]."""
