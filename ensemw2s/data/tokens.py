@@ -6,7 +6,7 @@ import functools
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -341,8 +341,6 @@ def tokenize_prompts(
         ValueError: a tokenizer without an end token, no column `id` or `prompt`, a prompt of no tokens, or one that
             leaves no room for an answer (see `tokenize_questions`); names the row.
     """
-    from datasets import Dataset
-
     _end_token(processing_class)
     if "id" not in dataset.column_names or "prompt" not in dataset.column_names:
         raise ValueError(f"{name} needs columns id and prompt; it has {', '.join(dataset.column_names) or 'none'}")
@@ -353,7 +351,20 @@ def tokenize_prompts(
         prompt = question_format.prompt(row["prompt"], processing_class)
         ids, _ = _cut_prompt(prompt, answer_length, question_format, f"{name}, id {row['id']}")
         rows.append({"id": row["id"], "input_ids": ids})
-    return Dataset.from_list(rows)
+    return dataset_of(rows)
+
+
+def dataset_of(rows: list[dict[str, Any]]) -> Dataset:
+    """Return rows with the same keys as a dataset, without disturbing other threads.
+
+    `Dataset.from_list` computes a fingerprint of the content, for which dill takes `sys.stdout` from all threads for a
+    moment; where two threads do so at once, it may never come back.
+    """
+    from datasets import Dataset
+    from datasets.fingerprint import generate_random_fingerprint
+    from datasets.table import InMemoryTable
+
+    return Dataset(InMemoryTable.from_pylist(rows), fingerprint=generate_random_fingerprint())
 
 
 def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ensemw2s import ops
 from ensemw2s.data.batches import batches_by_length, pad_prompts
 from ensemw2s.data.questions import check_unique
-from ensemw2s.data.tokens import QuestionFormat, end_tokens, require_readable, tokenize_prompts
+from ensemw2s.data.tokens import QuestionFormat, dataset_of, end_tokens, require_readable, tokenize_prompts
 from ensemw2s.inference.choices import choose_answers, tokenize_choices
 from ensemw2s.inference.decoding import MixtureDecoder, Sampling, require_plain, require_tokenizer, require_valid
 from ensemw2s.inference.label_files import TOP_COLUMNS, LabelFile
@@ -125,9 +125,7 @@ def label_questions(
     check_unique(prompts["id"], "questions")
     file = None if output_file is None else LabelFile(Path(output_file), partial(_description, task), questions)
     rows = _answered(task, file, description)
-    from datasets import Dataset
-
-    return Dataset.from_list([rows[row_id] for row_id in prompts["id"]])
+    return dataset_of([rows[row_id] for row_id in prompts["id"]])
 
 
 def decoding_work(
