@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ensemw2s.ensemble.stacked import StackedAdapters
+from ensemw2s.models.mixture import StackedExperts
 
 # Positions kept free at least when a layer's room is made or grown.
 _SPARE = 32
@@ -89,7 +89,7 @@ class EnsembleCache(Cache):
     def __init__(
         self,
         configs: Iterable[PreTrainedConfig],
-        stacked: StackedAdapters | None = None,
+        stacked: StackedExperts | None = None,
         members: Sequence[object] = (),
     ) -> None:
         self.stacked = stacked

@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ensemw2s.ensemble.experts import Experts, context_lengths
+from ensemw2s.ensemble.experts import context_lengths
 from ensemw2s.models.base_reference import check_base
+from ensemw2s.models.mixture import Experts
 from ensemw2s.models.saved import check_tokens
 from ensemw2s.ops.checks import COMBINES
 from ensemw2s.runtime.values import shown

@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from weakref import ref
 
 import torch
@@ -20,71 +19,16 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ensemw2s.ensemble.attached import Adapter, free_name, freeze_adapter, plain_model, wrapper_of, wrappers
 from ensemw2s.ensemble.stacked import StackedAdapters, can_stack
 from ensemw2s.models.adapters import attach_adapter
+from ensemw2s.models.mixture import Experts, Result
 from ensemw2s.models.sharing import NotShareable, Turn, searched, turn_if_wrapped, turn_of, view
 
 # Layers of peft whose forward pass changes nothing; others merge weights or set parametrisations for its time.
 _QUIET_LAYERS = (LoraLinear, Embedding, Conv1d, Conv2d, Conv3d)
-
-Result = TypeVar("Result")
-
-
-class Experts(nn.Module, ABC):
-    """T causal language models over one vocabulary. Experts are numbered from 0.
-
-    Any number of threads may run the same experts, and add to them.
-    """
-
-    kind: str
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.training = False
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Return T."""
-
-    @abstractmethod
-    def members(self) -> Sequence[object]:
-        """Return what tells each expert from any other; it keeps the expert's weights in memory."""
-
-    @abstractmethod
-    def expert(self, index: int) -> AbstractContextManager[nn.Module]:
-        """Within the block, the yielded module runs as expert `index`. Others may run it too: do not change it."""
-
-    @abstractmethod
-    def carrier(self, index: int) -> nn.Module:
-        """Return the model that carries expert `index`: itself, or the base that its adapter is on."""
-
-    @abstractmethod
-    def selected(self, indices: Sequence[int]) -> Experts:
-        """Return the named experts, sharing their weights with these."""
-
-    @abstractmethod
-    def save_expert(self, index: int, folder: Path, **options: Any) -> None:
-        """Write expert `index` to `folder` as safetensors; `options` are those of transformers' `save_pretrained`."""
-
-    def expert_config(self, index: int) -> PreTrainedConfig:
-        """Return the model configuration of expert `index`."""
-        config: Any = self.carrier(index).config
-        return config
-
-    def stacked(self) -> StackedAdapters | None:
-        """Return all experts as one model for stacked rows, or None where each has to run by itself."""
-        return None
-
-    def map(self, run: Callable[[nn.Module, int], Result], indices: Sequence[int]) -> list[Result]:
-        """Return `run(expert, index)` for some experts, one after the other."""
-        results = []
-        for index in indices:
-            with self.expert(index) as model:
-                results.append(run(model, index))
-        return results
 
 
 class AdapterExperts(Experts):

@@ -14,13 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -28,18 +22,15 @@ from ensemw2s import ops
 from ensemw2s.data.tokens import QuestionFormat
 from ensemw2s.ensemble.cache import EnsembleCache
 from ensemw2s.ensemble.config import EnsembleConfig
-from ensemw2s.ensemble.experts import AdapterExperts, Experts, ModelExperts, context_lengths
+from ensemw2s.ensemble.experts import AdapterExperts, ModelExperts, context_lengths
 from ensemw2s.ensemble.saving import load_parts, save_ensemble
-from ensemw2s.ensemble.stacked import StackedAdapters
 from ensemw2s.inference.decoding import Sampling, fused_sample, require_valid
 from ensemw2s.inference.labelling import LabelSettings, label_questions
 from ensemw2s.models.base_reference import check_base, settled
 from ensemw2s.models.heads import only_positions, own_head
 from ensemw2s.models.loading import CACHE, load_model
-from ensemw2s.models.mixture import repeat_rows
-from ensemw2s.models.saved import (
-    require_one_dtype,
-)
+from ensemw2s.models.mixture import Experts, StackedExperts, repeat_rows
+from ensemw2s.models.saved import require_one_dtype
 from ensemw2s.models.sharing import turn_of
 from ensemw2s.ops.checks import COMBINES
 from ensemw2s.runtime.meter import count
@@ -756,7 +747,7 @@ def _require_numbers(
 # Every call has a stacked model of its own, which would be compiled anew.
 @torch.compiler.disable
 def _stacked_logits(
-    stacked: StackedAdapters, cache: Cache, inputs: dict[str, Any], indices: list[int]
+    stacked: StackedExperts, cache: Cache, inputs: dict[str, Any], indices: list[int]
 ) -> list[torch.Tensor]:
     """Run all experts in one forward pass and return the logits of those in `indices`."""
     repeated = repeat_rows(inputs, stacked.count)

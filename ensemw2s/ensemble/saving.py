@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from ensemw2s.ensemble.config import EnsembleConfig, check_described, check_settings
-from ensemw2s.ensemble.experts import AdapterExperts, Experts, ModelExperts
+from ensemw2s.ensemble.experts import AdapterExperts, ModelExperts
 from ensemw2s.ensemble.model_card import model_card
 from ensemw2s.inference.decoding import require_tokenizer
 from ensemw2s.models.base_reference import arguments, check_base, found, settled, stored
 from ensemw2s.models.loading import load_model, load_saved_model
+from ensemw2s.models.mixture import ExpertMixture, Experts
 from ensemw2s.models.own_files import own_files, whole
 from ensemw2s.models.saved import (
     HUB_ACCESS,
@@ -34,8 +35,6 @@ from ensemw2s.runtime.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from ensemw2s.models.mixture import ExpertMixture
 
 RECORD_FILE = "boosting.json"
 

@@ -21,7 +21,7 @@ from ensemw2s.runtime.fingerprint import digest_json, plain
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ensemw2s.models.mixture import ExpertModels
+    from ensemw2s.models.mixture import Experts
 
 
 # Where a model was loaded from and by which version says nothing of what it computes.
@@ -65,7 +65,7 @@ def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]], *more: Any) -> s
     return digest.hexdigest()
 
 
-def describe_experts(experts: ExpertModels) -> dict[str, Any]:
+def describe_experts(experts: Experts) -> dict[str, Any]:
     """Return what decides the distributions of T experts: `experts`, a hash for each, and that of a shared `base`.
 
     By content: neither where they lie nor how they are called plays a part, nor whether they were saved and loaded.
