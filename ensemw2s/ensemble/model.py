@@ -41,12 +41,6 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
 
-# What transformers passes to every model's forward and an ensemble has no use for.
-_NOT_NEEDED = ("return_dict", "cache_position")
-# What the argument that holds a cache is called, by transformers from 5.24 on and before.
-_CACHE_NAMES = ("cache", "past_key_values")
-
-
 class TokenEnsemble(PreTrainedModel, GenerationMixin):
     """A mixture of T causal language models that behaves like one.
 
@@ -80,7 +74,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         _check(config.expert_weights, config.combine, len(experts))
         super().__init__(config)
         self.experts = experts
-        self.generation_config = _generation_config(experts)
+        settings: Any = experts.carrier(0).generation_config
+        self.generation_config = GenerationConfig.from_dict(settings.to_dict())
         # As the experts are: others may be running them, so that nothing is set there.
         self.training = False
 
@@ -271,11 +266,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         if cache is not None:
             cache.require_fit(experts.members(), input_ids.shape[0])
         self._check_input(input_ids, attention_mask, cache)
-        inputs: dict[str, Any] = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "use_cache": cache is not None,
-        }
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs["use_cache"] = cache is not None
         if position_ids is not None:
             # One row for all, as transformers gives them, would not fit rows that are stacked.
             inputs["position_ids"] = position_ids.expand(input_ids.shape[0], -1)
@@ -333,12 +325,12 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         if labels is not None and self.config.combine == "vote":
             raise ValueError('combine="vote" has no loss: its distribution is 0 off the vote; use "prob" or "logprob"')
         # A switch that is off asks for nothing.
-        asked = {name: value for name, value in kwargs.items() if value is not None and value is not False}
-        unknown = sorted(asked.keys() - set(_NOT_NEEDED))
+        asked = {name for name, value in kwargs.items() if value is not None and value is not False}
+        unknown = sorted(asked - {"return_dict", "cache_position"})
         if unknown:
             raise TypeError(f"an ensemble's forward does not know {', '.join(unknown)}: leave them out")
         experts, weights = self._now()
-        seen = _own_cache({"cache": cache, "past_key_values": past_key_values})
+        seen = _own_cache(cache=cache, past_key_values=past_key_values)
         if seen is None and use_cache:
             seen = _new_cache(experts)
         tensors = (input_ids, attention_mask, position_ids, None)
@@ -353,11 +345,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             _require_numbers(log_probs, logits, attention_mask, self.row_names(len(input_ids)))
         loss = None
         if labels is not None:
-            loss = torch.nn.functional.nll_loss(
-                log_probs[:, :-1].flatten(0, 1),
-                labels[:, 1:].flatten().to(log_probs.device),
-                ignore_index=-100,
-            )
+            following = labels[:, 1:].flatten().to(log_probs.device)
+            loss = torch.nn.functional.nll_loss(log_probs[:, :-1].flatten(0, 1), following)
         return CausalLMOutputWithPast(loss=loss, logits=log_probs, **{CACHE: seen})
 
     @torch.no_grad()
@@ -389,27 +378,22 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 leaves no token of the prompt to read.
         """
         call = self.snapshot()
-        call._fused = fused
-        return call._generate(inputs, kwargs)
-
-    def _generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
-        """Do what `generate` does, on an ensemble that is this call's own."""
-        cache = _own_cache({name: kwargs.pop(name, None) for name in _CACHE_NAMES})
-        settings = self._settings(kwargs)
+        cache = _own_cache(**{name: kwargs.pop(name, None) for name in ("cache", "past_key_values")})
+        settings = call._settings(kwargs)
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if prompt is not None:
-            self._check_prompt(prompt, kwargs.get("attention_mask"), cache)
-            kwargs |= self._stop_at_context(prompt, settings, kwargs.get("attention_mask"))
-        if (settings.num_beams or 1) > 1 and self.config.combine == "vote":
+            call._check_prompt(prompt, kwargs.get("attention_mask"), cache)
+            kwargs |= call._stop_at_context(prompt, settings, kwargs.get("attention_mask"))
+        if (settings.num_beams or 1) > 1 and call.config.combine == "vote":
             raise ValueError(
                 'combine="vote" cannot rank beams: it gives one token all the mass; use "prob" or "logprob"'
             )
         if cache is None and settings.use_cache is not False:
-            cache = self.new_cache()
+            cache = call.new_cache()
         if cache is not None:
             kwargs[CACHE] = cache
-        self._prompts = 1 if prompt is None else len(prompt)
-        return super().generate(inputs, **kwargs)
+        call._fused, call._prompts = fused, 1 if prompt is None else len(prompt)
+        return GenerationMixin.generate(call, inputs, **kwargs)
 
     def row_names(self, count: int) -> list[str]:
         """Return what messages call the rows of a batch; within `generate`, several rows may go on from one prompt."""
@@ -540,17 +524,10 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 are there twice; or a number outside its range.
             TypeError: a number that is none, or not a whole one.
         """
-        settings = LabelSettings(
-            question_format or QuestionFormat(),
-            max_new_tokens,
-            batch_size,
-            sampling or Sampling(),
-            top_logprobs,
-            top_temperature,
-        )
-        experts = self.snapshot()
+        form, sampling = question_format or QuestionFormat(), sampling or Sampling()
+        settings = LabelSettings(form, max_new_tokens, batch_size, sampling, top_logprobs, top_temperature)
         return label_questions(
-            experts, questions, processing_class, settings, output_file=output_file, description=description
+            self.snapshot(), questions, processing_class, settings, output_file=output_file, description=description
         )
 
     def save_pretrained(
@@ -712,7 +689,7 @@ def _new_cache(experts: Experts) -> EnsembleCache:
     return EnsembleCache(configs, stacked, experts.members())
 
 
-def _own_cache(given: Mapping[str, Any]) -> EnsembleCache | None:
+def _own_cache(**given: Any) -> EnsembleCache | None:
     """Return the one cache among the arguments that may hold one; None for an empty one of transformers' own."""
     caches = {name: cache for name, cache in given.items() if cache is not None}
     if len(caches) > 1:
@@ -768,11 +745,6 @@ def _check(expert_weights: Sequence[float], combine: str, num_experts: int) -> N
         raise ValueError(f"expert_weights must be positive and finite, got {bad[0]}: leave such an expert out")
     if combine not in COMBINES:
         raise ValueError(f"combine must be one of {', '.join(COMBINES)}, got {combine!r}")
-
-
-def _generation_config(experts: Experts) -> GenerationConfig:
-    settings: Any = experts.carrier(0).generation_config
-    return GenerationConfig.from_dict(settings.to_dict())
 
 
 AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig)
