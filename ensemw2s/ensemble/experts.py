@@ -25,7 +25,7 @@ from ensemw2s.ensemble.attached import Adapter, free_name, freeze_adapter, plain
 from ensemw2s.ensemble.stacked import StackedAdapters, can_stack
 from ensemw2s.models.adapters import attach_adapter
 from ensemw2s.models.mixture import Experts, Result
-from ensemw2s.models.sharing import NotShareable, Turn, searched, turn_if_wrapped, turn_of, view
+from ensemw2s.models.sharing import NotShareable, searched, turn_if_wrapped, turn_of, view
 
 # Layers of peft whose forward pass changes nothing; others merge weights or set parametrisations for its time.
 _QUIET_LAYERS = (LoraLinear, Embedding, Conv1d, Conv2d, Conv3d)
@@ -76,10 +76,6 @@ class AdapterExperts(Experts):
             self.base = carrier
             self.adapters = (*self.adapters, Adapter(carrier, name))
 
-    def turn(self) -> Turn:
-        """Return what is held while adapters are put on the base, or its modules are gone through."""
-        return turn_of(plain_model(self.base))
-
     def __len__(self) -> int:
         return len(self.adapters)
 
@@ -102,12 +98,16 @@ class AdapterExperts(Experts):
     @torch.compiler.disable
     def _ready(self, index: int) -> tuple[Any, Any]:
         """Return a model that runs as expert `index`, or None, and what has to be held for it."""
-        plain, name, turn = plain_model(self.base), self.names[index], self.turn()
+        plain, name = plain_model(self.base), self.names[index]
+        turn = turn_of(plain)
         with turn:
             layers = [module for module in searched(plain) if isinstance(module, BaseTunerLayer)]
-            _refuse_merged(layers)
-            if not _switches_layers(self.base, layers):
-                return None, turn
+            merged = next((layer for layer in layers if layer.merged), None)
+            if merged is not None:
+                raise ValueError(
+                    f"the base model's weights have adapter {merged.merged_adapters[0]!r} merged into them, so no "
+                    "expert would be itself: call unmerge_adapter() on the base first"
+                )
             try:
                 model = view(self.base, _activation(self.base, layers, name))
             except NotShareable:
@@ -116,7 +116,7 @@ class AdapterExperts(Experts):
 
     def stacked(self) -> StackedAdapters | None:
         """Return the adapters as they are now for one forward pass, if all of them are plain LoRA on linear layers."""
-        with self.turn():
+        with turn_of(plain_model(self.base)):
             if not can_stack(self.base, self.names):
                 return None
             try:
@@ -137,7 +137,7 @@ class AdapterExperts(Experts):
     def save_expert(self, index: int, folder: Path, **options: Any) -> None:
         """Write one adapter, never sharded; peft puts a named one in a folder of its own, which is lifted here."""
         name = self.names[index]
-        with self.turn():
+        with turn_of(plain_model(self.base)):
             # The base's own embeddings are not the adapter's; to find out whether they changed, peft would ask the hub.
             self.base.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
         nested = folder / name
@@ -171,24 +171,15 @@ def _unwrapped(name: str) -> str:
     return name
 
 
-def _refuse_merged(layers: Sequence[BaseTunerLayer]) -> None:
-    for layer in layers:
-        if layer.merged:
-            raise ValueError(
-                f"the base model's weights have adapter {layer.merged_adapters[0]!r} merged into them, so no expert "
-                "would be itself: call unmerge_adapter() on the base first"
-            )
+def _activation(base: Any, layers: Sequence[Any], name: str) -> dict[nn.Module, dict[str, Any]]:
+    """Return the attributes of modules with which an adapter is the active one, as `PeftModel.set_adapter` does it.
 
-
-def _switches_layers(base: Any, layers: Sequence[BaseTunerLayer]) -> bool:
-    """Return whether to make an adapter the active one is to tell each layer so, and nothing more."""
+    Raises NotShareable for kinds of adapters where that is more than to tell each layer so.
+    """
     tuner = base.base_model
     plainly = isinstance(tuner, BaseTuner) and type(tuner).set_adapter is BaseTuner.set_adapter
-    return plainly and all(type(layer).set_adapter is BaseTunerLayer.set_adapter for layer in layers)
-
-
-def _activation(base: Any, layers: Sequence[Any], name: str) -> dict[nn.Module, dict[str, Any]]:
-    """Return the attributes of modules with which an adapter is the active one, as `PeftModel.set_adapter` does it."""
+    if not plainly or any(type(layer).set_adapter is not BaseTunerLayer.set_adapter for layer in layers):
+        raise NotShareable(f"{type(tuner).__name__} has its own way to make an adapter the active one")
     changes: dict[nn.Module, dict[str, Any]] = {base: {"active_adapter": name, "_adapters_disabled": False}}
     changes[base.base_model] = {"active_adapter": name}
     changes |= {layer: {"_active_adapter": [name], "_disable_adapters": False} for layer in layers}

@@ -360,8 +360,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         What the call leaves open is taken from the ensemble's `generation_config`, as for any transformers model. It
         is a copy of expert 1's, with everything that stands there: sampling, a repetition penalty (Qwen2.5 comes with
         one), several end tokens, each of which ends a text. To do without, set it on the ensemble, e.g.
-        `ensemble.generation_config.repetition_penalty = 1.0`. (`label` differs in one thing: it is greedy unless it is
-        told otherwise.)
+        `ensemble.generation_config.repetition_penalty = 1.0`.
 
         Args:
             inputs: int64 [B, length] prompts, or pass `input_ids`; left-padded if their lengths differ.
@@ -473,12 +472,11 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         Questions are decoded in batches of similar prompt length, which several processes share out; those with a
         column `choices` are answered by likelihood (`ensemw2s.inference.choices`) with one of their choices.
 
-        **The rule for `generate()` and `label()`.** `generate()` obeys the ensemble's `generation_config` (a copy of
-        expert 1's), as any transformers model does. `label()` is greedy unless `sampling` says otherwise, whatever that
-        config says of sampling and of lengths. Every end token id of the config, one or several, and the tokenizer's
-        ends an answer. A setting that would change the distribution (a repetition penalty, n-grams that must not come
-        again, bad words, suppressed or forced tokens, a least length, beams, ...) is refused. So `label()` and greedy
-        `generate()` give the same tokens, up to the first end token.
+        Where `generate()` obeys the ensemble's `generation_config`, `label()` is greedy unless `sampling` says
+        otherwise, whatever that config says of sampling and of lengths. Every end token id of the config, one or
+        several, and the tokenizer's ends an answer. A setting that would change the distribution (a repetition penalty,
+        n-grams that must not come again, bad words, suppressed or forced tokens, a least length, beams, ...) is
+        refused. So `label()` and greedy `generate()` give the same tokens, up to the first end token.
 
         With `output_file`, finished rows are appended to it (JSON lines) as they come, and a later call goes on behind
         them, whatever its number of processes. Each process but the main one has a file of its own beside it, until all
@@ -524,8 +522,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 are there twice; or a number outside its range.
             TypeError: a number that is none, or not a whole one.
         """
-        form, sampling = question_format or QuestionFormat(), sampling or Sampling()
-        settings = LabelSettings(form, max_new_tokens, batch_size, sampling, top_logprobs, top_temperature)
+        question_format, sampling = question_format or QuestionFormat(), sampling or Sampling()
+        settings = LabelSettings(question_format, max_new_tokens, batch_size, sampling, top_logprobs, top_temperature)
         return label_questions(
             self.snapshot(), questions, processing_class, settings, output_file=output_file, description=description
         )
@@ -684,9 +682,7 @@ def _longest(input_ids: torch.Tensor, mask: torch.Tensor | None) -> int:
 
 @torch.compiler.disable
 def _new_cache(experts: Experts) -> EnsembleCache:
-    stacked = experts.stacked()
-    configs = [experts.expert_config(t) for t in range(1 if stacked else len(experts))]
-    return EnsembleCache(configs, stacked, experts.members())
+    return EnsembleCache(experts)
 
 
 def _own_cache(**given: Any) -> EnsembleCache | None:

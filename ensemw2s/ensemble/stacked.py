@@ -30,8 +30,10 @@ def can_stack(base: nn.Module, names: Sequence[str]) -> bool:
     """
     if not isinstance(base, PeftModel):
         return False
-    if any(not _is_plain(base.peft_config[name]) for name in names):
-        return False
+    for name in names:
+        config: Any = base.peft_config[name]
+        if config.peft_type != PeftType.LORA or config.bias != "none" or config.layer_replication:
+            return False
     for module in _outer_modules(base.get_base_model()):
         if isinstance(module, AuxiliaryTrainingWrapper) and any(name in module._adapters for name in names):
             return False
@@ -52,10 +54,6 @@ def _outer_modules(model: nn.Module) -> Iterator[nn.Module]:
     if not isinstance(model, BaseTunerLayer | AuxiliaryTrainingWrapper):
         for child in model.children():
             yield from _outer_modules(child)
-
-
-def _is_plain(config: Any) -> bool:
-    return config.peft_type == PeftType.LORA and config.bias == "none" and not config.layer_replication
 
 
 class StackedAdapters:
@@ -100,10 +98,6 @@ class StackedAdapters:
         """Within the block, the yielded model takes stacked rows; other threads run it too, so do not change it."""
         with turn_if_wrapped(plain_model(self.base)):
             yield self._model
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> StackedAdapters:
-        # A copy of a cache goes on with the same experts.
-        return self
 
 
 def _stack(
