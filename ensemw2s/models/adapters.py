@@ -63,7 +63,7 @@ def check_peft_config(config: PeftConfig, where: str, *, loaded: bool = False, m
     Raises:
         ValueError: names the setting.
     """
-    kind = _kind(config.peft_type)
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind not in KINDS:
         raise ValueError(
             f"{where}: adapters of the kind {shown(kind)} cannot be experts of one base model, or are not known to "
@@ -81,10 +81,6 @@ def check_peft_config(config: PeftConfig, where: str, *, loaded: bool = False, m
         )
     if kind == "LORA":
         _check_lora(config, where, _LOADED_INITS if loaded else _INITS)
-
-
-def _kind(peft_type: Any) -> str:
-    return str(getattr(peft_type, "value", peft_type))
 
 
 def _check_lora(config: Any, where: str, inits: tuple[Any, ...]) -> None:
@@ -192,7 +188,7 @@ def attach_adapter(
         raise
     except KeyError as error:
         # Of a module that is saved whole.
-        raise _unfit(folder, owner, "lacks", [str(error.args[0])]) from error
+        raise _Unfit(folder, owner, "lacks", [str(error.args[0])]) from error
     except Exception as error:
         raise ValueError(
             f"{owner}: the adapter in {folder} does not fit the base model ({first_line(error)}): load the base that "
@@ -203,6 +199,12 @@ def attach_adapter(
 
 class _Unfit(ValueError):
     """The tensors of an adapter are not those that its base asks for."""
+
+    def __init__(self, folder: Path, owner: str, what: str, keys: list[str]) -> None:
+        super().__init__(
+            f"{owner}: {folder / ADAPTER_WEIGHTS} {what} {', '.join(keys[:3])} ({len(keys)} tensors in all): it is "
+            f"damaged, or belongs to another base model or configuration. {REMEDY}"
+        )
 
 
 def _check_tensors(folder: Path, dtypes: Mapping[str, str], owner: str) -> None:
@@ -271,14 +273,7 @@ def _require_every_tensor(model: PeftModel, folder: Path, name: str, owner: str)
     missing = sorted(wanted - held) or empty
     for what, keys in (("lacks", missing), ("holds besides what belongs there", extra)):
         if keys:
-            raise _unfit(folder, owner, what, keys)
-
-
-def _unfit(folder: Path, owner: str, what: str, keys: list[str]) -> _Unfit:
-    return _Unfit(
-        f"{owner}: {folder / ADAPTER_WEIGHTS} {what} {', '.join(keys[:3])} ({len(keys)} tensors in all): it is "
-        f"damaged, or belongs to another base model or configuration. {REMEDY}"
-    )
+            raise _Unfit(folder, owner, what, keys)
 
 
 @contextmanager

@@ -55,19 +55,14 @@ def check_base(base: Any, where: str) -> dict[str, Any] | None:
         raise ValueError(f"{where}: base: source must name a model, got {shown(source)}")
     if layers is not None and not (isinstance(layers, str) and _LAYERS.fullmatch(layers)):
         raise ValueError(f'{where}: base: keep_layers must look like "0-11,22-29", got {shown(layers)}')
-    checked = {"source": str(source), "keep_layers": layers, "dtype": _name(dtype, where)}
+    checked = {"source": str(source), "keep_layers": layers}
+    if dtype is not None:
+        name = checked["dtype"] = str(dtype).removeprefix("torch.")
+        try:
+            check_dtype(dtype if isinstance(dtype, torch.dtype) else name)
+        except ValueError as error:
+            raise ValueError(f"{where}: base: {error}") from error
     return {key: value for key, value in checked.items() if value is not None}
-
-
-def _name(dtype: Any, where: str) -> str | None:
-    if dtype is None:
-        return None
-    name = str(dtype).removeprefix("torch.")
-    try:
-        check_dtype(dtype if isinstance(dtype, torch.dtype) else name)
-    except ValueError as error:
-        raise ValueError(f"{where}: base: {error}") from error
-    return name
 
 
 def settled(base: Mapping[str, Any] | None) -> dict[str, Any] | None:

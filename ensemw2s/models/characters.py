@@ -27,8 +27,6 @@ from ensemw2s.runtime.fingerprint import digest_json
 
 _CLUTTER = "aceopqrstvwxyz "
 _LONGEST_CLUTTER = 8
-
-
 _LONGEST_TRAINED = 6
 _BATCH_SIZE = 48
 # Padding is the end token, as in many real tokenizers: whoever masks by token id loses the end of every answer.
@@ -82,11 +80,7 @@ def scratch_folder(name: str) -> Path:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    return cached_model(f"scratch-{name}-{_digest(recipe)}", make)
-
-
-def _digest(recipe: _Recipe) -> str:
-    return digest_json([_VERSION, asdict(recipe)], 4)
+    return cached_model(f"scratch-{name}-{digest_json([_VERSION, asdict(recipe)], 4)}", make)
 
 
 def _make_tokenizer() -> PreTrainedTokenizerFast:

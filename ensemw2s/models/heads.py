@@ -21,13 +21,13 @@ from ensemw2s.models.sharing import NotShareable, turn_of, view
 _PROBE_RANGE = 100.0
 
 
-def output_head(model: nn.Module) -> nn.Module:
+def output_head(model: Any) -> nn.Module:
     """Return the module that maps hidden states to logits, with whatever an adapter wraps around it.
 
     Raises:
         TypeError: the model has no output embeddings.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head: nn.Module | None = model.get_output_embeddings()
     if head is None:
         raise TypeError(
             f"{type(model).__name__} has no output embeddings (`get_output_embeddings()` is None): "

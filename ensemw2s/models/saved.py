@@ -71,9 +71,6 @@ def require_one_dtype(models: Sequence[PreTrainedModel], numbers: Sequence[int])
             )
 
 
-# Files
-
-
 def read_settings(file: Path, owner: str) -> dict[str, Any]:
     """Return the JSON object in a file that a stranger may have written.
 
@@ -138,20 +135,13 @@ def check_links(folder: Path) -> None:
     """
     home = folder.resolve()
     within = next((up.parent for up in home.parents if up.name == "snapshots" and (up.parent / "blobs").is_dir()), home)
-    for path in _own_paths(folder):
+    patterns = ("*.json", "base", "base/*", "experts", "experts/*", "experts/*/*")
+    for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))):
         if path.is_symlink() and not path.resolve().is_relative_to(within):
             raise ValueError(
                 f"{path} is a link out of the ensemble's folder, to {path.resolve()}: copy what it points to into the "
                 "folder, or delete it"
             )
-
-
-def _own_paths(folder: Path) -> Iterator[Path]:
-    for pattern in ("*.json", "base", "base/*", "experts", "experts/*", "experts/*/*"):
-        yield from sorted(folder.glob(pattern))
-
-
-# Weights
 
 
 def require_weights(folder: str | os.PathLike[str], names: Sequence[str], owner: str) -> Path:
@@ -220,9 +210,6 @@ def _dtypes(file: Path, owner: str) -> dict[str, str]:
         raise ValueError(f"{owner}: {file} is damaged ({first_line(error)}). {REMEDY}") from error
     except OSError as error:
         raise _unreadable(file, owner, error) from error
-
-
-# Models
 
 
 def check_model_folder(folder: Path, owner: str) -> None:
@@ -341,9 +328,6 @@ def check_tokens(key: str, value: Any, config: Mapping[str, Any], where: str) ->
         # Padding that there is no token for is -1 in some models.
         if token is not None and not (type(token) is int and -1 <= token < size):
             raise ValueError(f"{where}: {key} is {shown(value)}, not a token of the vocabulary of {size}. {REMEDY}")
-
-
-# Ensembles
 
 
 def expert_folders(folder: Path, count: int) -> list[Path]:
