@@ -218,11 +218,12 @@ def check_model_folder(folder: Path, owner: str) -> None:
     Raises:
         FileNotFoundError: `config.json` or weights are missing.
         OSError: a file cannot be read.
-        ValueError: a file is damaged, or asks for more than a model of transformers' own with these weights.
+        ValueError: a file is damaged, or asks for more than a model of transformers' own with these weights: another
+            kind of model, a setting that is the caller's to make, or one that no model has.
     """
     dtypes = require_whole(folder, MODEL_WEIGHTS, owner)
     config = read_settings(folder / "config.json", owner)
-    check_model_config(config, f"{owner}: {folder / 'config.json'}", len(dtypes))
+    _check_model_config(config, f"{owner}: {folder / 'config.json'}", len(dtypes))
     if "quantization_config" not in config:
         odd = next((name for name, dtype in dtypes.items() if name.endswith(".weight") and dtype not in _FLOATS), None)
         if odd is not None:
@@ -238,19 +239,11 @@ def check_model_folder(folder: Path, owner: str) -> None:
         read_generation_config(folder / "generation_config.json", owner, {})
 
 
-def check_model_config(config: Mapping[str, Any], where: str, count: int) -> None:
-    """Check the settings of a model; `count` is the number of its tensors. `where` begins an error.
-
-    Raises:
-        ValueError: another kind of model than transformers has, a setting that is the caller's to make, or one that no
-            model has.
-    """
+def _check_model_config(config: Mapping[str, Any], where: str, count: int) -> None:
+    """Check the settings of a model of `count` tensors; `where` begins an error."""
     kind = config.get("model_type")
-    if (
-        not isinstance(kind, str)
-        or kind not in CONFIG_MAPPING
-        or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING
-    ):
+    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    if not known or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"{where}: model_type {shown(kind)} is no causal language model of this version of transformers. If it "
             "comes with code of its own, and you trust that, pass trust_remote_code=True"
