@@ -60,8 +60,6 @@ class ExpertFactory:
         """Whether experts are adapters on one base, and not whole models."""
         return self.peft_config is not None and len(self.models) == 1
 
-    # Making
-
     def is_made(self, folder: Path) -> bool:
         """Say whether a folder is there already; every process must call this."""
         there = processes.on_main(folder.exists)
@@ -144,8 +142,6 @@ class ExpertFactory:
             write_json(aside / "cost.json", asdict(cost))
         discard_checkpoints(self.args.output_dir)
 
-    # Loading
-
     def _load(self, number: int) -> Any:
         """Return the pre-trained model of a round, to be changed at will."""
         model = self.models[0] if len(self.models) == 1 else self.models[number - 1]
@@ -176,8 +172,6 @@ class ExpertFactory:
         return TokenEnsemble.from_adapters(
             self._load(1), folders, expert_weights, combine=combine, base_reference=reference
         )
-
-    # Scoring
 
     def score(
         self, ensemble: TokenEnsemble, examples: Dataset, mixtures: Mapping[str, Sequence[float]], description: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -110,19 +111,17 @@ class BoostingTrainer:
             model_init_kwargs=self.model_init_kwargs,
             store=store,
         )
-
-        def tokenize(questions: Dataset, name: str) -> Dataset:
-            return tokenize_questions(questions, self.processing_class, self.question_format, name)
-
         self.train_questions = check_questions(train_dataset, "train_dataset")
         self.eval_questions = None if eval_dataset is None else check_questions(eval_dataset, "eval_dataset")
         if self.eval_questions is not None:
             check_disjoint({"train_dataset": self.train_questions, "eval_dataset": self.eval_questions})
-        self._train = tokenize(self.train_questions, "train_dataset")
-        self._eval = None if self.eval_questions is None else tokenize(self.eval_questions, "eval_dataset")
-        boosted = None
-        if args.boosted_tokens == "informative":
-            boosted = informative_tokens(self._train, self.processing_class)
+        form = self.processing_class, self.question_format
+        self._train = tokenize_questions(self.train_questions, *form, "train_dataset")
+        self._eval = self.eval_questions
+        if self._eval is not None:
+            self._eval = tokenize_questions(self._eval, *form, "eval_dataset")
+        informative = args.boosted_tokens == "informative"
+        boosted = informative_tokens(self._train, self.processing_class) if informative else None
         self._units = AnswerUnits(self._train, boosted, args.unit, args.window)
         if args.error_folds is not None and args.error_folds > len(self._train):
             raise ValueError(
@@ -134,13 +133,9 @@ class BoostingTrainer:
     @property
     def records(self) -> list[dict[str, Any]]:
         """Return one record per finished attempt of every round, in order."""
-        found = []
-        for number in range(1, self.args.num_rounds + 1):
-            for attempt in range(1, ATTEMPTS + 1):
-                file = self._attempt_folder(number, attempt) / "record.json"
-                if file.exists():
-                    found.append(read_json(file))
-        return found
+        attempts = itertools.product(range(1, self.args.num_rounds + 1), range(1, ATTEMPTS + 1))
+        files = (self._attempt_folder(number, attempt) / "record.json" for number, attempt in attempts)
+        return [read_json(file) for file in files if file.exists()]
 
     @property
     def stop_reason(self) -> str | None:
@@ -232,8 +227,6 @@ class BoostingTrainer:
         settings = {name: getattr(self.args, name) for name in names}
         return {**settings, "rounds": self.records, "stop_reason": self.stop_reason}
 
-    # One round
-
     def _round(self, number: int) -> bool:
         """Train the round's expert and return whether another round follows."""
         for attempt in range(1, ATTEMPTS + 1):
@@ -317,8 +310,6 @@ class BoostingTrainer:
             algorithm.cap_weights(out, args.weight_cap, out=out)
         return step
 
-    # Experts
-
     def _train_on(self, folder: Path, number: int, attempt: int, rows: np.ndarray, description: str) -> None:
         """Train a model on the answers in `rows` with the round's weights, and leave it in `folder`."""
         if self._factory.is_made(folder):
@@ -358,8 +349,6 @@ class BoostingTrainer:
         generator = np.random.default_rng(seed)
         with new_array(file, self.num_units) as out:
             algorithm.loss_weights(unit_weights, generator=generator, out=out, **self.args.loss_settings)
-
-    # Errors
 
     def _losses(self, number: int, attempt: int) -> np.ndarray:
         """Return each unit's loss [N] for the round's expert: measured from its saved form, and kept."""
@@ -428,8 +417,6 @@ class BoostingTrainer:
         folders = folders or [folder for folder, _ in self._accepted()]
         ensemble = self._factory.ensemble(folders, [1.0] * len(folders))
         return self._factory.score(ensemble, self._eval, mixtures, "validation")
-
-    # What is kept, and where
 
     def _round_folder(self, number: int) -> Path:
         return self.folder / "rounds" / str(number)

@@ -80,7 +80,10 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}: {shown(unknown[0])} is no setting of an ensemble: delete it, or pass it yourself")
     checks = {
         "model_type": lambda value: value == EnsembleConfig.model_type,
-        "expert_weights": lambda value: isinstance(value, list) and all(map(_is_weight, value)),
+        "expert_weights": lambda value: (
+            isinstance(value, list)
+            and all(type(weight) in (int, float) and 0 < weight < float("inf") for weight in value)
+        ),
         "combine": lambda value: value in COMBINES,
         "kind": lambda value: value in ("adapters", "models"),
         "vocab_size": lambda value: type(value) is int and value > 0,
@@ -92,10 +95,6 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
     for key in _SPECIAL_TOKENS:
         check_tokens(key, settings.get(key), settings, where)
     check_base(settings.get("base"), where)
-
-
-def _is_weight(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < float("inf")
 
 
 def check_described(config: EnsembleConfig, experts: Experts, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from ensemw2s.ensemble.attached import Adapter, free_name, freeze_adapter, plain_model, wrapper_of, wrappers
+from ensemw2s.ensemble.attached import Adapter, plain_model, wrapper_of, wrappers
 from ensemw2s.ensemble.stacked import StackedAdapters, can_stack
 from ensemw2s.models.adapters import attach_adapter
 from ensemw2s.models.mixture import Experts, Result
@@ -65,14 +66,18 @@ class AdapterExperts(Experts):
         plain = plain_model(self.base)
         with turn_of(plain):
             wrapped = wrapper_of(self.base)
-            name = free_name(plain, wrapped)
+            taken = {*getattr(plain, "peft_config", {}), *(wrapped.peft_config if wrapped is not None else {})}
+            name = next(name for name in map("expert_{}".format, itertools.count(1)) if name not in taken)
             carrier = attach_adapter(wrapped or plain, folder, f"expert {len(self) + 1}", name=name)
             if wrapped is None:
                 wrappers[plain] = ref(carrier)
             if not self.adapters:
                 carrier.eval().requires_grad_(False)
             else:
-                freeze_adapter(carrier, name)
+                # Others on this base may be in training, by their owner.
+                for path, weight in carrier.named_parameters():
+                    if name in path.split("."):
+                        weight.requires_grad_(False)
             self.base = carrier
             self.adapters = (*self.adapters, Adapter(carrier, name))
 
@@ -239,10 +244,13 @@ class ModelExperts(Experts):
         on_cpu = all(next(self.models[index].parameters()).device.type == "cpu" for index in indices)
         if count < 2 or not on_cpu or torch.is_grad_enabled():
             return super().map(run, indices)
-        run = _in_modes_of_this_thread(run)
+        # Other threads compute in the modes of this one, which has no gradients.
+        inference = torch.is_inference_mode_enabled()
+        autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
         def run_one(index: int) -> Result:
-            with self.expert(index) as model:
+            modes = torch.inference_mode(inference), torch.no_grad(), torch.autocast("cpu", dtype, autocast)
+            with modes[0], modes[1], modes[2], self.expert(index) as model:
                 return run(model, index)
 
         return list(_workers(count, threads // count).map(run_one, indices))
@@ -275,22 +283,6 @@ def _workers(count: int, threads: int) -> ThreadPoolExecutor:
 
 # A forked process inherits the pool but not its threads.
 os.register_at_fork(after_in_child=_workers.cache_clear)
-
-
-def _in_modes_of_this_thread(run: Callable[..., Result]) -> Callable[..., Result]:
-    """Return `run` for another thread, with inference mode and autocast as they are in this one; without gradients."""
-    inference = torch.is_inference_mode_enabled()
-    autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-
-    def run_there(*args: Any) -> Result:
-        with (
-            torch.inference_mode(inference),
-            torch.no_grad(),
-            torch.autocast("cpu", enabled=autocast[0], dtype=autocast[1]),
-        ):
-            return run(*args)
-
-    return run_there
 
 
 def context_lengths(experts: Experts) -> dict[int, int]:

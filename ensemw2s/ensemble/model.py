@@ -419,15 +419,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         cached = isinstance(model_kwargs.get(CACHE), EnsembleCache)
         general = synced_gpus or generation_config.return_dict_in_generate or not cached or not self._fused
         if general or sampling is None:
-            return super()._sample(
-                input_ids,
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                generation_config=generation_config,
-                synced_gpus=synced_gpus,
-                streamer=streamer,
-                **model_kwargs,
-            )
+            prepared = logits_processor, stopping_criteria, generation_config
+            return super()._sample(input_ids, *prepared, synced_gpus, streamer, **model_kwargs)
         names = self.row_names(len(input_ids))
         return fused_sample(
             self, input_ids, names, sampling, stopping_criteria, generation_config, streamer, **model_kwargs

@@ -73,8 +73,9 @@ class StackedAdapters:
     """
 
     def __init__(self, base: PeftModel, adapters: Sequence[Adapter]) -> None:
-        self.base = base
+        self.base: nn.Module = base
         self.adapters = tuple(adapters)
+        self.count = len(self.adapters)
         names = [adapter.name for adapter in adapters]
         plain = base.get_base_model()
         ours = living[plain]
@@ -87,11 +88,6 @@ class StackedAdapters:
             elif _is_bare(module):
                 changes[module] = {"forward": partial(_contiguous_linear, module)}
         self._model = view(base, changes)
-
-    @property
-    def count(self) -> int:
-        """Return T."""
-        return len(self.adapters)
 
     @contextmanager
     def model(self) -> Iterator[nn.Module]:

@@ -1,8 +1,7 @@
 """Adapters that can be experts: which of peft's kinds, and how a saved one is loaded, whole or not at all.
 
 peft does what an adapter's settings ask for, fills in what its weights lack and drops what it has no place for, with a
-warning at most. Here the settings are an allow-list, every tensor has to fit, and an adapter that does not leaves the
-model as it was, bit for bit.
+warning at most. Here every tensor has to fit, and an adapter that does not leaves the model as it was, bit for bit.
 """
 
 from __future__ import annotations
@@ -101,13 +100,8 @@ def _check_lora(config: Any, where: str, inits: tuple[Any, ...]) -> None:
         raise ValueError(f"{where}: r must be a whole number, at least 1, got {shown(config.r)}")
 
 
-def read_peft_config(folder: Path, owner: str) -> PeftConfig:
-    """Return the configuration of a saved adapter.
-
-    Raises:
-        FileNotFoundError, OSError, ValueError: as `saved.read_settings`; settings that are not in the allow-list, not
-            of their type, or not known to this version of peft.
-    """
+def _read_peft_config(folder: Path, owner: str) -> PeftConfig:
+    """Return the configuration of a saved adapter; raises as `saved.read_settings`, and ValueError for bad settings."""
     settings = read_settings(folder / ADAPTER_CONFIG, owner)
     where = f"{owner}: {folder / ADAPTER_CONFIG}"
     kind = settings.get("peft_type")
@@ -166,12 +160,13 @@ def attach_adapter(
     Raises:
         FileNotFoundError: weights or `adapter_config.json` are missing.
         OSError: a file cannot be read.
-        ValueError: settings that cannot be an expert's; weights that are damaged, missing, NaN, left over, of another
-            shape or dtype than the base asks for, or that would replace weights that all experts share.
+        ValueError: settings that cannot be an expert's, or that this version of peft does not know; weights that are
+            damaged, missing, NaN, left over, of another shape or dtype than the base asks for, or that would replace
+            weights that all experts share.
     """
     folder = Path(folder)
     require_weights(folder, (ADAPTER_WEIGHTS,), owner)
-    config = read_peft_config(folder, owner)
+    config = _read_peft_config(folder, owner)
     _check_tensors(folder, require_whole(folder, (ADAPTER_WEIGHTS,), owner), owner)
     _check_shared(base, folder, config, owner)
     try:

@@ -172,10 +172,7 @@ def gives_the_logits(head: nn.Module, model: nn.Module, inputs: dict[str, Any]) 
 def obstacle(head: nn.Module, model: nn.Module, inputs: dict[str, Any]) -> str | None:
     """Say why the loss cannot be taken from the hidden states in front of `head`; None if it can.
 
-    Args:
-        head: the `output_head` of the model.
-        model: the model, in any wrapper.
-        inputs: see `gives_the_logits`.
+    The arguments are those of `gives_the_logits`.
     """
     if linear_of(head) is None:
         kind = "has a bias" if type(head) is nn.Linear and head.bias is not None else f"is a {type(head).__name__}"

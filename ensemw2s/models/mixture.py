@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol, Self, TypeGuard, TypeVar
 
 import torch
@@ -20,15 +20,15 @@ Result = TypeVar("Result")
 
 
 class MixtureConfig(Protocol):
-    """How the distributions of T models become one."""
+    """How the distributions of T models become one.
 
-    @property
-    def expert_weights(self) -> Sequence[float]:
-        """T non-negative numbers, not normalised."""
+    Attributes:
+        expert_weights: T non-negative numbers, not normalised.
+        combine: one of `ops.checks.COMBINES`: "prob", "logprob" or "vote".
+    """
 
-    @property
-    def combine(self) -> str:
-        """One of `ops.checks.COMBINES`: "prob", "logprob" or "vote"."""
+    expert_weights: Sequence[float]
+    combine: str
 
 
 class Mixture(Protocol):
@@ -78,15 +78,10 @@ class Mixture(Protocol):
 
 
 class StackedExperts(Protocol):
-    """T experts that run as one model on T batches of rows, one expert's after the other's."""
+    """T experts (`count`) on one model (`base`), run as one on T batches of rows, one expert's after the other's."""
 
-    @property
-    def base(self) -> nn.Module:
-        """Return the model that carries them."""
-
-    @property
-    def count(self) -> int:
-        """Return T."""
+    base: nn.Module
+    count: int
 
     def model(self) -> AbstractContextManager[nn.Module]:
         """Within the block, the yielded module takes the stacked rows."""
@@ -147,19 +142,17 @@ class Experts(nn.Module, ABC):
 
 
 class ExpertMixture(Mixture, Protocol):
-    """A mixture that also gives its experts, one by one, and says how its texts are decoded: a `TokenEnsemble`."""
+    """A mixture that also gives its experts, one by one, and says how its texts are decoded: a `TokenEnsemble`.
 
-    @property
-    def config(self) -> PreTrainedConfig:
-        """Return what a `MixtureConfig` has, and the `vocab_size` and `max_position_embeddings` of all."""
+    Attributes:
+        config: what a `MixtureConfig` has, and the `vocab_size` and `max_position_embeddings` of all.
+        experts: the T experts.
+        generation_config: how texts are decoded where nothing else is said.
+    """
 
-    @property
-    def experts(self) -> Experts:
-        """Return the T experts."""
-
-    @property
-    def generation_config(self) -> GenerationConfig:
-        """Return how texts are decoded where nothing else is said."""
+    config: PreTrainedConfig
+    experts: Experts
+    generation_config: GenerationConfig
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the weights of all experts."""
@@ -187,16 +180,9 @@ class OneModel:
 
     num_experts = 1
 
-    @dataclass(frozen=True)
-    class Config:
-        """One vote for the one model."""
-
-        expert_weights: tuple[float, ...] = (1.0,)
-        combine: str = "prob"
-
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.config = self.Config()
+        self.config: Any = SimpleNamespace(expert_weights=(1.0,), combine="prob")
         self.device: torch.device = next(model.parameters()).device
 
     def snapshot(self) -> Self:

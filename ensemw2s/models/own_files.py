@@ -150,11 +150,7 @@ def _files_in(folder: Path) -> list[str]:
 
 
 def _listed(folder: Path) -> dict[str, str | None]:
-    """Return the files in `folder` that we wrote, with the hash of the README.
-
-    Raises:
-        ValueError: a damaged list, or one that names files elsewhere.
-    """
+    """Return the files in `folder` that we wrote, with the hash of the README; ValueError for a damaged list."""
     files = _manifest(folder).get("files")
     if not isinstance(files, Mapping) or not all(_is_inside(folder, name) for name in files):
         raise ValueError(
@@ -186,11 +182,7 @@ def _digest(file: Path) -> str | None:
 
 
 def _leave_out_theirs(folder: Path, aside: Path, kind: str) -> None:
-    """Take from `aside` what somebody else has in `folder` with the same content.
-
-    Raises:
-        FileExistsError: somebody else's file is in the way, or would be taken for one of ours.
-    """
+    """Take from `aside` what others have in `folder` with the same content; FileExistsError for what is in the way."""
     old, new = _listed(folder), _files_in(aside)
     theirs = _manifest(folder).get("kind")
     if theirs not in (None, kind):

@@ -1,9 +1,8 @@
 """Saved models and ensembles, looked through before a library reads them: strangers may have written them.
 
-What comes from a file is an allow-list. A library that is handed a folder does much of what its files ask for: it runs
-Python files beside the weights, imports modules by name, unpickles, fetches other models and compiled kernels from the
-hub, or fills in random numbers for what is missing. Here a folder's settings may say what a model computes, and its
-weights are safetensors; everything else is the caller's to say. What is missing or damaged is named.
+A library that is handed a folder does much of what its files ask for: it runs Python files beside the weights, imports
+modules by name, unpickles, fetches other models and compiled kernels from the hub, or fills in random numbers for what
+is missing. Here a folder's settings may say what a model computes, and everything else is the caller's to say.
 """
 
 from __future__ import annotations
