@@ -129,7 +129,10 @@ class BoostingConfig(AnswerTrainingArguments):
         for name in recipe.keys() - self._given:
             setattr(self, name, recipe[name])
         self._check_combinations()
-        self._try_values()
+        # The functions that will use a value refuse it now rather than after the first expert.
+        algorithm.unit_index([2], self.unit, self.window)
+        algorithm.prior_error(self.prior, pretrained_error=0.5, num_classes=self.num_classes or 2, unit=self.unit)
+        algorithm.loss_weights(algorithm.initial_weights(2), generator=np.random.default_rng(0), **self.loss_settings)
         check_in_use(self, _USES_OF_SETTINGS, recipe)
 
     @property
@@ -170,9 +173,3 @@ class BoostingConfig(AnswerTrainingArguments):
                 'lora_ranks gives every round a new adapter, and warm_start (which recipe="chained" sets) goes on with '
                 "the one before: leave it out, or set warm_start to false"
             )
-
-    def _try_values(self) -> None:
-        """Let the functions that will use a value refuse it now rather than after the first expert."""
-        algorithm.unit_index([2], self.unit, self.window)
-        algorithm.prior_error(self.prior, pretrained_error=0.5, num_classes=self.num_classes or 2, unit=self.unit)
-        algorithm.loss_weights(algorithm.initial_weights(2), generator=np.random.default_rng(0), **self.loss_settings)

@@ -270,7 +270,7 @@ class BoostingTrainer:
         accepted = expert_weight > 0
         update = expert_weight if accepted and prior_error is not None else None
         spread = processes.on_main(self._next_weights, number, losses, update, accepted)
-        validate = accepted and self.args.validate_rounds
+        validate = accepted and self.args.validate_rounds and self._eval is not None
         return {
             "round": number, "attempt": attempt, "error": error, "prior_error": prior_error,
             "expert_weight": expert_weight, "clamped": clamped, "accepted": accepted,
@@ -397,9 +397,7 @@ class BoostingTrainer:
         classes = self.args.num_classes or len(self.processing_class)
         return algorithm.prior_error(self.args.prior, pretrained, classes, self.args.unit)
 
-    def _validate(self, number: int, folder: Path, expert_weight: float) -> dict[str, float] | None:
-        if self._eval is None:
-            return None
+    def _validate(self, number: int, folder: Path, expert_weight: float) -> dict[str, float]:
         earlier = self._accepted(before=number)
         expert_weights = self._mixing([weight for _, weight in earlier] + [expert_weight])
         mixtures = {"expert": [0.0] * len(earlier) + [1.0], "ensemble": expert_weights}

@@ -249,20 +249,21 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             ValueError: more tokens than an expert reads, or (on the CPU, where looking costs nothing) ids outside the
                 vocabulary; a cache of other experts or rows.
         """
-        inputs = (input_ids, attention_mask, position_ids, positions)
-        return self._run(self.experts, list(indices), inputs, cache, last_only)
+        texts = input_ids, attention_mask, position_ids
+        return self._run(self.experts, list(indices), *texts, positions, cache, last_only)
 
     def _run(
         self,
         experts: Experts,
         indices: list[int],
-        tensors: tuple[torch.Tensor | None, ...],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        positions: torch.Tensor | None,
         cache: EnsembleCache | None,
         last_only: bool,
     ) -> list[torch.Tensor]:
         """Do what `expert_logits` does, with these experts."""
-        input_ids, attention_mask, position_ids, positions = tensors
-        assert input_ids is not None
         if cache is not None:
             cache.require_fit(experts.members(), input_ids.shape[0])
         self._check_input(input_ids, attention_mask, cache)
@@ -333,8 +334,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         seen = _own_cache(cache=cache, past_key_values=past_key_values)
         if seen is None and use_cache:
             seen = _new_cache(experts)
-        tensors = (input_ids, attention_mask, position_ids, None)
-        logits = self._run(experts, list(range(len(weights))), tensors, seen, logits_to_keep == 1)
+        texts = input_ids, attention_mask, position_ids
+        logits = self._run(experts, list(range(len(weights))), *texts, None, seen, logits_to_keep == 1)
         if logits_to_keep > 1:
             logits = [row[:, -logits_to_keep:] for row in logits]
         device = logits[0].device

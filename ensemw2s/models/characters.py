@@ -20,8 +20,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ensemw2s.data.batches import AnswerCollator
 from ensemw2s.data.characters import TASKS, draw_letters
-from ensemw2s.data.tokens import IGNORED
 from ensemw2s.models.model_cache import cached_model
 from ensemw2s.runtime.fingerprint import digest_json
 
@@ -145,20 +145,12 @@ def _one_thread() -> Iterator[None]:
 def _training_batch(
     generator: np.random.Generator, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `input_ids` and `labels`, int64 [B, L], padded on the right.
-
-    The loss is on what follows the equals sign: the letters before it are random, there is nothing to learn in them.
-    """
+    """Return `input_ids` and `labels`, int64 [B, L], padded on the right."""
     lines = [_training_line(generator) for _ in range(_BATCH_SIZE)]
-    rows = [tokenizer(line + _END)["input_ids"] for line in lines]
-    shape = len(rows), max(len(row) for row in rows)
-    input_ids = torch.full(shape, tokenizer.pad_token_id)
-    labels = torch.full(shape, IGNORED)
-    for index, (line, row) in enumerate(zip(lines, rows, strict=True)):
-        answer = line.index("=") + 1
-        input_ids[index, : len(row)] = torch.tensor(row)
-        labels[index, answer : len(row)] = torch.tensor(row[answer:])
-    return input_ids, labels
+    # The loss is on what follows the equals sign: the letters before it are random, there is nothing to learn in them.
+    rows = [{"input_ids": tokenizer(line + _END)["input_ids"], "prompt_length": line.index("=") + 1} for line in lines]
+    batch = AnswerCollator(tokenizer.pad_token_id)(rows)
+    return batch["input_ids"], batch["labels"]
 
 
 def _training_line(generator: np.random.Generator) -> str:

@@ -11,7 +11,6 @@ rest.
 from __future__ import annotations
 
 import filecmp
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ensemw2s.models.saved import is_there, read_settings
+from ensemw2s.runtime.accounts import digest_of
 from ensemw2s.runtime.files import DiskFullError, is_disk_full, keep, new_folder, share_as_usual, sync
 from ensemw2s.runtime.values import shown
 
@@ -178,7 +178,7 @@ def _write_list(folder: Path, kind: str) -> None:
 
 
 def _digest(file: Path) -> str | None:
-    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() if file.is_file() else None
+    return digest_of(file) if file.is_file() else None
 
 
 def _leave_out_theirs(folder: Path, aside: Path, kind: str) -> None:
