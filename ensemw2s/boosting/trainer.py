@@ -402,11 +402,8 @@ class BoostingTrainer:
         expert_weights = self._mixing([weight for _, weight in earlier] + [expert_weight])
         mixtures = {"expert": [0.0] * len(earlier) + [1.0], "ensemble": expert_weights}
         scores = self._score_validation(mixtures, [path for path, _ in earlier] + [folder / "expert"])
-        return {
-            "expert": scores["expert"].accuracy,
-            "ensemble": scores["ensemble"].accuracy,
-            "token_error": scores["ensemble"].token_error,
-        }
+        accuracies = {name: scores[name].accuracy for name in mixtures}
+        return {**accuracies, "token_error": scores["ensemble"].token_error}
 
     def _score_validation(
         self, mixtures: Mapping[str, Sequence[float]], folders: list[Path] | None = None
@@ -458,11 +455,10 @@ class BoostingTrainer:
 
 
 def closing_identity(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Check a finished run's own files: token weights that sum to 1, and the closing identity (method, invariant 2).
+    """Check a finished run's own files: unit weights that sum to 1, and the closing identity (method, invariant 2).
 
-    After the update with shrinkage s the expert just added has the weighted error
-    `exp(s a) e / (exp(s a) e + 1 - e)`, which is e_0 for s = 1. It is recomputed here from the saved weights and the
-    saved losses of the units. It holds for hard errors and weights without a cap.
+    That is what `algorithm.update_weights` says of the weighted error of the expert just added. It is recomputed here
+    from the saved weights and losses of the units. It holds for hard errors and weights without a cap.
 
     Args:
         output_dir: of a `BoostingTrainer`.

@@ -62,8 +62,7 @@ class EnsembleConfig(PreTrainedConfig):
     def of(cls, experts: Experts, **settings: Any) -> EnsembleConfig:
         """Describe `experts`: vocabulary and special tokens of the first one, the shortest context of all."""
         first = experts.expert_config(0).get_text_config(decoder=True)
-        shared: dict[str, Any]
-        shared = {name: getattr(first, name, None) for name in ("vocab_size", *_SPECIAL_TOKENS)}
+        shared: dict[str, Any] = {name: getattr(first, name, None) for name in ("vocab_size", *_SPECIAL_TOKENS)}
         shared["max_position_embeddings"] = min(context_lengths(experts).values(), default=None)
         return cls(kind=experts.kind, is_decoder=True, tie_word_embeddings=False, **shared, **settings)
 

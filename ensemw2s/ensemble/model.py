@@ -98,7 +98,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             combine: how distributions are combined.
             base_reference: `source`, and perhaps `keep_layers` and `dtype`, with which `loading.load_model` loads
                 `base` again. With it a saved ensemble refers to its base instead of holding a copy: to a folder by
-                its path, relative if it is beside or below the ensemble's, absolute otherwise.
+                its path, relative if it is beside or below the ensemble's, absolute otherwise **[choice]**.
 
         Raises:
             FileNotFoundError: an adapter's folder lacks its weights or its `adapter_config.json`.
@@ -382,8 +382,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         settings = call._settings(kwargs)
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if prompt is not None:
-            call._check_prompt(prompt, kwargs.get("attention_mask"), cache)
-            kwargs |= call._stop_at_context(prompt, settings, kwargs.get("attention_mask"))
+            kwargs |= call._length_arguments(prompt, kwargs.get("attention_mask"), cache, settings)
         if (settings.num_beams or 1) > 1 and call.config.combine == "vote":
             raise ValueError(
                 'combine="vote" cannot rank beams: it gives one token all the mass; use "prob" or "logprob"'
@@ -411,11 +410,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         tokenizer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Decode greedily or by sampling: what transformers' `generate` calls once everything is prepared.
-
-        What the fused op cannot do (another logits processor, returned scores, no cache) goes to transformers' own
-        loop, which draws from the same distribution. `tokenizer` has done its work in the stopping criteria.
-        """
+        """Decode greedily or by sampling: what transformers' `generate` calls once everything is prepared."""
+        # What the fused op cannot do (another logits processor, returned scores, no cache) goes to transformers' own
+        # loop, which draws from the same distribution. `tokenizer` has done its work in the stopping criteria.
         sampling = Sampling.from_processors(logits_processor, bool(generation_config.do_sample))
         cached = isinstance(model_kwargs.get(CACHE), EnsembleCache)
         general = synced_gpus or generation_config.return_dict_in_generate or not cached or not self._fused
@@ -599,8 +596,13 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             ensemble.generation_config = generation_config
         return ensemble
 
-    def _check_prompt(self, prompt: torch.Tensor, mask: torch.Tensor | None, cache: EnsembleCache | None) -> None:
-        """Raise ValueError for a prompt that the experts cannot read, or that leaves nothing to read or to write."""
+    def _length_arguments(
+        self, prompt: torch.Tensor, mask: torch.Tensor | None, cache: EnsembleCache | None, settings: GenerationConfig
+    ) -> dict[str, int]:
+        """Return the length arguments of `generate` that keep to the shortest context of the experts.
+
+        Raises ValueError for a prompt that the experts cannot read, or that leaves nothing to read or to write.
+        """
         self._check_ids(prompt)
         length, window = _longest(prompt, mask), self.config.max_position_embeddings
         if window is not None and length >= window:
@@ -616,15 +618,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 "as input_ids, or its new part with an attention_mask over the whole; or drop the cache's last token "
                 "with cache.crop(-1)"
             )
-
-    def _stop_at_context(
-        self, prompt: torch.Tensor, settings: GenerationConfig, mask: torch.Tensor | None
-    ) -> dict[str, int]:
-        """Return the length arguments of `generate` that keep to the shortest context of the experts."""
-        window = self.config.max_position_embeddings
         if window is None:
             return {}
-        room = window - _longest(prompt, mask)
+        room = window - length
         if settings.max_new_tokens is not None:
             name, value, most = "max_new_tokens", settings.max_new_tokens, room
         else:

@@ -7,9 +7,9 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ensemw2s.ensemble.config import EnsembleConfig, check_described, check_settings
 from ensemw2s.ensemble.experts import AdapterExperts, ModelExperts
@@ -32,9 +32,6 @@ from ensemw2s.models.saved import (
     require_whole,
 )
 from ensemw2s.runtime.files import write_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 RECORD_FILE = "boosting.json"
 

@@ -1,8 +1,7 @@
 """How an ensemble of adapters names the base model that it was saved without.
 
-A folder is stored as a path, relative to the ensemble's own folder where it lies beside or below it and absolute
-otherwise **[choice]**, so that a path never looks like the name of a model on the hub. What was a folder when it was
-saved is a folder or an error when it is loaded.
+A path never looks like the name of a model on the hub: what was a folder when it was saved is a folder or an error when
+it is loaded.
 """
 
 from __future__ import annotations

@@ -71,11 +71,8 @@ def only_positions(model: nn.Module, positions: Tensor) -> Iterator[None]:
         hidden, kept = inputs[0], positions.to(inputs[0].device)
         return (hidden[kept] if kept.dtype == torch.bool else hidden.flatten(0, 1)[kept],)
 
-    handle = output_head(model).register_forward_pre_hook(select)
-    try:
+    with output_head(model).register_forward_pre_hook(select):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

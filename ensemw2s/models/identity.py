@@ -8,20 +8,15 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ensemw2s.models.mixture import Experts
 from ensemw2s.runtime.files import digest_of_files
 from ensemw2s.runtime.fingerprint import digest_json, plain
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ensemw2s.models.mixture import Experts
-
 
 # Where a model was loaded from and by which version says nothing of what it computes.
 _NO_SETTINGS = {"_name_or_path", "transformers_version"}

@@ -107,11 +107,6 @@ def _load(named: str, model_init_kwargs: Mapping[str, Any], owner: str) -> tuple
     model, loading = loaded
     # Where the tokenizer and the license are found, also from another working directory.
     model.config._name_or_path = str(Path(named).resolve()) if Path(named).is_dir() else named
-    _require_all_weights(model, loading, owner)
-    return model, loading
-
-
-def _require_all_weights(model: PreTrainedModel, loading: Mapping[str, Any], owner: str) -> None:
     if loading["missing_keys"]:
         # transformers fills these with random numbers and only warns.
         missing = sorted(loading["missing_keys"])
@@ -122,6 +117,7 @@ def _require_all_weights(model: PreTrainedModel, loading: Mapping[str, Any], own
         held = weight.is_floating_point() and weight.dtype.itemsize > 1 and weight.numel() and not weight.is_meta
         if held and not all(bool(end.isfinite()) for end in weight.aminmax()):
             raise ValueError(f"{owner}: {name} holds NaN or infinite weights, so the model is of no use. {REMEDY}")
+    return model, loading
 
 
 def hub_folder(source: str, hub: Mapping[str, Any]) -> Path:

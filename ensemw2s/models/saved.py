@@ -46,8 +46,6 @@ _IMPLEMENTATIONS = {
     "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
     "_experts_implementation": ("eager", "batched_mm", "grouped_mm"),
 }
-# Other formats of compressed weights bring kernels from the hub, or leave it to further packages whether they do.
-_QUANTISED = "bitsandbytes"
 _COUNTS = re.compile(r"n(um)?_.*(layer|block|expert|head)")
 _MOST_COUNTED = 10_000
 # Files of distributed checkpoints, which transformers would read in place of the weights.
@@ -180,7 +178,15 @@ def require_whole(folder: str | os.PathLike[str], names: Sequence[str], owner: s
                 f"{owner}: {folder} lacks {part}, one of the {len(parts)} files that {found.name} lists. The folder is "
                 "incomplete: save it again, or copy it whole"
             )
-        dtypes |= _dtypes(folder / part, owner)
+        try:
+            # safetensors takes what it may not read for missing.
+            (folder / part).open("rb").close()
+            with safe_open(folder / part, framework="pt") as weights:
+                dtypes |= {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{owner}: {folder / part} is damaged ({first_line(error)}). {REMEDY}") from error
+        except OSError as error:
+            raise _unreadable(folder / part, owner, error) from error
     return dtypes
 
 
@@ -197,18 +203,6 @@ def listed_parts(index: Path, owner: str) -> list[str]:
                 f"{REMEDY}"
             )
     return sorted(set(places.values()))
-
-
-def _dtypes(file: Path, owner: str) -> dict[str, str]:
-    try:
-        # safetensors takes what it may not read for missing.
-        file.open("rb").close()
-        with safe_open(file, framework="pt") as weights:
-            return {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118  (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{owner}: {file} is damaged ({first_line(error)}). {REMEDY}") from error
-    except OSError as error:
-        raise _unreadable(file, owner, error) from error
 
 
 def check_model_folder(folder: Path, owner: str) -> None:
@@ -275,7 +269,8 @@ def _check_setting(key: str, value: Any, where: str) -> None:
         raise ValueError(f"{where}: {key} is not for a file to say, got {shown(value)}: delete it, or pass it yourself")
     if key == "quantization_config" and value is not None:
         method = value.get("quant_method") if isinstance(value, dict) else value
-        if method != _QUANTISED:
+        # Other formats bring kernels from the hub, or leave it to further packages whether they do.
+        if method != "bitsandbytes":
             raise ValueError(
                 f"{where}: weights compressed by {shown(method)} may bring code from the hub. If you trust that, pass "
                 "quantization_config yourself"
