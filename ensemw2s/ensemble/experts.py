@@ -207,7 +207,11 @@ class ModelExperts(Experts):
             self.add(model)
 
     def add(self, model: PreTrainedModel) -> None:
-        """Append a model; raises ValueError if its vocabulary has another size than the first expert's."""
+        """Append a model; raises ValueError for another dtype or size of vocabulary than the first expert's."""
+        if len(self) and model.dtype != self.models[0].dtype:
+            raise ValueError(
+                f"expert {len(self) + 1} is in {model.dtype}, expert 1 in {self.models[0].dtype}: load all in one dtype"
+            )
         if len(self) and model.config.vocab_size != self.models[0].config.vocab_size:
             raise ValueError(
                 f"expert {len(self) + 1} has a vocabulary of {model.config.vocab_size} tokens, expert 1 one of "
@@ -249,8 +253,12 @@ class ModelExperts(Experts):
         autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
         def run_one(index: int) -> Result:
-            modes = torch.inference_mode(inference), torch.no_grad(), torch.autocast("cpu", dtype, autocast)
-            with modes[0], modes[1], modes[2], self.expert(index) as model:
+            with (
+                torch.inference_mode(inference),
+                torch.no_grad(),
+                torch.autocast("cpu", dtype, autocast),
+                self.expert(index) as model,
+            ):
                 return run(model, index)
 
         return list(_workers(count, threads // count).map(run_one, indices))

@@ -30,7 +30,6 @@ from ensemw2s.models.base_reference import check_base, settled
 from ensemw2s.models.heads import only_positions, own_head
 from ensemw2s.models.loading import CACHE, load_model
 from ensemw2s.models.mixture import Experts, StackedExperts, repeat_rows
-from ensemw2s.models.saved import require_one_dtype
 from ensemw2s.models.sharing import turn_of
 from ensemw2s.ops.checks import COMBINES
 from ensemw2s.runtime.meter import count
@@ -116,7 +115,6 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         cls, models: Sequence[PreTrainedModel], expert_weights: Sequence[float], *, combine: str = "prob"
     ) -> TokenEnsemble:
         """Build an ensemble from whole models over one vocabulary and in one dtype."""
-        require_one_dtype(models, range(1, len(models) + 1))
         experts = ModelExperts(models)
         _check(expert_weights, combine, len(experts))
         return cls(EnsembleConfig.of(experts, expert_weights=expert_weights, combine=combine), experts)
@@ -160,7 +158,6 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 model: Any = expert
                 if not isinstance(expert, PreTrainedModel):
                     model = load_model(expert, **{"dtype": self.dtype, **model_init_kwargs})
-                require_one_dtype([experts.models[0], model], (1, self.num_experts + 1))
                 experts.add(model.to(self.device))
             self.config.max_position_embeddings = min(context_lengths(experts).values(), default=None)
             self.config.expert_weights = expert_weights

@@ -28,7 +28,6 @@ from ensemw2s.models.saved import (
     local_folder,
     read_generation_config,
     read_settings,
-    require_one_dtype,
     require_whole,
 )
 from ensemw2s.runtime.files import write_json
@@ -110,7 +109,6 @@ def _load_models(folders: Sequence[Path], model_init_kwargs: Mapping[str, Any]) 
     for path, owner in zip(folders, owners, strict=True):
         require_whole(path, MODEL_WEIGHTS, owner)
     models = [load_saved_model(path, owner, **model_init_kwargs) for path, owner in zip(folders, owners, strict=True)]
-    require_one_dtype(models, range(1, len(models) + 1))
     return ModelExperts(models)
 
 

@@ -22,7 +22,6 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     GenerationConfig,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 
 from ensemw2s.runtime.parsing import parse_json
@@ -57,15 +56,6 @@ def first_line(error: BaseException) -> str:
     """Return what went wrong in a library, cut to the first two of perhaps very many lines."""
     said = " ".join(line.strip() for line in str(error).splitlines()[:2])
     return said if len(said) <= 300 else said[:300] + " ..."
-
-
-def require_one_dtype(models: Sequence[PreTrainedModel], numbers: Sequence[int]) -> None:
-    """Raise ValueError unless all models have the dtype of the first; `numbers` are theirs, for the message."""
-    for model, number in zip(models, numbers, strict=True):
-        if model.dtype != models[0].dtype:
-            raise ValueError(
-                f"expert {number} is in {model.dtype}, expert {numbers[0]} in {models[0].dtype}: load all in one dtype"
-            )
 
 
 def read_settings(file: Path, owner: str) -> dict[str, Any]:
