@@ -1,7 +1,7 @@
 """Token-level boosting as pure functions on NumPy arrays: Phase 1 of EnsemW2S, with no model in sight.
 
 The *unit* of boosting is an answer token, a window of consecutive answer tokens, or a whole answer. `N`
-units carry float64 weights `D` of shape `[N]`, non-negative and summing to 1. One round reads::
+units carry float64 weights `D` (`unit_weights`), `[N]`, non-negative and summing to 1. One round reads::
 
     D    = initial_weights(N)                                     # round 1 only
     w    = loss_weights(D, sampling="draw", generator=generator)  # per-unit weights in the training loss
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -35,9 +35,6 @@ from ensemw2s.runtime.values import require_numbers, shown
 
 Unit = Literal["token", "window", "sequence"]
 Sampling = Literal["draw", "without_replacement", "reweight", "bagging", "all"]
-DrawMethod = Literal["independent", "systematic"]
-# Gives the weights of the units in a slice.
-_WeightsOf = Callable[[slice], NDArray[np.float64]]
 Prior = Literal["pretrained", "uniform"] | float
 
 SUM_TOLERANCE = 1e-9
@@ -47,12 +44,6 @@ BLOCK = 1 << 20
 DRAWS_PER_CHUNK = 1 << 24
 # Partial sums of about sqrt(1e8) terms keep the rounding error of a 1e8-term prefix sum near 1e-14. Divides BLOCK.
 PREFIX_SUM_BLOCK = 1 << 14
-# Keeps the systematic offset clear of the cell borders, where rounding in the prefix sum would decide.
-SYSTEMATIC_MARGIN = 1e-6
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Units
 
 
 def unit_index(answer_lengths: ArrayLike, unit: Unit = "token", window: int | None = None) -> NDArray[np.int64]:
@@ -130,10 +121,6 @@ def unit_losses(token_losses: ArrayLike, units: ArrayLike) -> NDArray[Any]:
     return losses
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Weights
-
-
 def initial_weights(num_units: int, out: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
     """`D_1 = 1/N` for every unit: float64 `[num_units]`, in `out` if given. Raises ValueError if `num_units < 1`."""
     _check_num_units(num_units)
@@ -142,61 +129,46 @@ def initial_weights(num_units: int, out: NDArray[np.float64] | None = None) -> N
     return result
 
 
-def _mixed(distribution: NDArray[np.float64], uniform_mix: float) -> _WeightsOf:
-    require_numbers(uniform_mix=uniform_mix)
-    if not 0.0 <= uniform_mix < 1.0:
-        raise ValueError(f"uniform_mix must be in [0, 1), got {uniform_mix}; 0 turns the mixing off")
-
-    def weights_of(part: slice) -> NDArray[np.float64]:
-        mixed = distribution[part] * (1.0 - uniform_mix)
-        mixed += uniform_mix / distribution.size
-        return mixed
-
-    return weights_of
-
-
-def effective_sample_size(weights: ArrayLike) -> float:
+def effective_sample_size(unit_weights: ArrayLike) -> float:
     """Kish's effective number of units, `1 / sum(D^2)`: N under uniform weights, 1 if one unit has it all.
 
     Raises ValueError if the weights (float64 `[N]`) are no distribution.
     """
-    distribution = _distribution(weights)
+    distribution = _distribution(unit_weights)
     return float(1.0 / np.dot(distribution, distribution))
 
 
-def weight_quantiles(weights: ArrayLike, probabilities: Sequence[float]) -> NDArray[np.float64]:
+def weight_quantiles(unit_weights: ArrayLike, probabilities: Sequence[float]) -> NDArray[np.float64]:
     """Quantiles of `N * D`, whose mean is 1: float64, one per entry of `probabilities` (numbers in [0, 1]).
 
     Interpolated linearly between neighbouring weights, as `np.quantile` does by default. One copy of the weights is
     held in memory. Raises ValueError if the weights (float64 `[N]`) are no distribution.
     """
-    distribution = np.array(_distribution(weights))
+    distribution = np.array(_distribution(unit_weights))
     quantiles: NDArray[np.float64] = np.quantile(distribution, probabilities, overwrite_input=True)
     return quantiles * distribution.size
 
 
-def weighted_error(weights: ArrayLike, losses: ArrayLike) -> float:
+def weighted_error(unit_weights: ArrayLike, losses: ArrayLike) -> float:
     """The expert's error under the current weights, `e_t = sum(D_t * loss)`, in [0, 1].
 
     The paper's weighted token error; also `e_0` when `losses` belong to the pre-trained model and the
     weights are uniform.
 
     Args:
-        weights: float64 `[N]`, summing to 1.
+        unit_weights: `D_t`, float64 `[N]`, summing to 1.
         losses: `[N]`; bool (wrong or not), or floats in [0, 1].
 
     Raises:
         ValueError: weights that are no distribution, losses of another length or outside [0, 1].
         TypeError: `losses` are neither bool nor floats.
     """
-    distribution = _distribution(weights)
+    distribution = _distribution(unit_weights)
     of_units = _losses("losses", losses, distribution.size)
-    if of_units.dtype == np.bool_:
-        # Indexing before summing keeps NumPy's pairwise summation, which sum(where=...) gives up.
-        sums = [float(distribution[part][of_units[part]].sum()) for part in _blocks(distribution.size)]
-    else:
-        sums = [float((distribution[part] * of_units[part]).sum()) for part in _blocks(distribution.size)]
-    return min(1.0, math.fsum(sums))
+    parts = [(distribution[part], of_units[part]) for part in _blocks(distribution.size)]
+    # Indexing before summing keeps NumPy's pairwise summation, which sum(where=...) gives up.
+    hard = of_units.dtype == np.bool_
+    return min(1.0, math.fsum((own[losses] if hard else own * losses).sum() for own, losses in parts))
 
 
 def clamp_error(error: float, num_units: int) -> tuple[float, bool]:
@@ -289,7 +261,7 @@ def expert_weight(error: float, prior_error: float) -> float:
 
 
 def update_weights(
-    weights: ArrayLike,
+    unit_weights: ArrayLike,
     losses: ArrayLike,
     expert_weight: float,
     shrinkage: float = 1.0,
@@ -302,7 +274,7 @@ def update_weights(
     error under the new weights is exactly `e_0`; with shrinkage it is `exp(s a_t) e_t / (exp(s a_t) e_t + 1 - e_t)`.
 
     Args:
-        weights: `D_t`, float64 `[N]`, summing to 1.
+        unit_weights: `D_t`, float64 `[N]`, summing to 1.
         losses: `[N]`; bool (wrong or not, the paper's), or floats in [0, 1] [choice].
         expert_weight: `a_t` > 0, from `expert_weight`.
         shrinkage: `s` in (0, 1] [choice; the paper has 1]. It acts on the update alone, `a_t` stays what
@@ -317,7 +289,7 @@ def update_weights(
             `expert_weight` not positive and finite, `shrinkage` outside (0, 1].
         TypeError: `losses` are neither bool nor floats.
     """
-    distribution = _distribution(weights)
+    distribution = _distribution(unit_weights)
     of_units = _losses("losses", losses, distribution.size)
     require_numbers(expert_weight=expert_weight, shrinkage=shrinkage)
     if not (math.isfinite(expert_weight) and expert_weight > 0.0):
@@ -346,7 +318,7 @@ def update_weights(
 
 
 def tempered_shrinkage(
-    weights: ArrayLike, losses: ArrayLike, expert_weight: float, floor: float, shrinkage: float = 1.0
+    unit_weights: ArrayLike, losses: ArrayLike, expert_weight: float, floor: float, shrinkage: float = 1.0
 ) -> float:
     """Return the largest shrinkage, up to `shrinkage`, that leaves an effective sample size of `floor` [choice].
 
@@ -355,7 +327,7 @@ def tempered_shrinkage(
     adaptive sequential Monte Carlo method", 2012). Found by bisection, to 1e-6 of `shrinkage`.
 
     Args:
-        weights: `D_t`, float64 `[N]`, summing to 1.
+        unit_weights: `D_t`, float64 `[N]`, summing to 1.
         losses: `[N]`, as `update_weights` takes them.
         expert_weight: `a_t` > 0.
         floor: the smallest effective sample size of `D_{t+1}`, as a share of N, in (0, 1).
@@ -370,7 +342,7 @@ def tempered_shrinkage(
     require_numbers(floor=floor, shrinkage=shrinkage)
     if not 0.0 < floor < 1.0:
         raise ValueError(f"floor is a share of the units, in (0, 1), got {floor}")
-    distribution = _distribution(weights)
+    distribution = _distribution(unit_weights)
     updated = np.empty(distribution.size)
 
     def is_enough(step: float) -> bool:
@@ -386,29 +358,34 @@ def tempered_shrinkage(
     return low
 
 
-def cap_weights(weights: ArrayLike, cap: float, out: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+def cap_weights(unit_weights: ArrayLike, cap: float, out: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
     """Limit every weight to `cap / N` and give what is cut off to the others, in proportion to theirs [choice].
 
-    That is the distribution within the limit which is closest to `weights` in `KL(. || weights)`.
+    That is the distribution within the limit which is closest to `unit_weights` in `KL(. || unit_weights)`.
 
     Args:
-        weights: float64 `[N]`, summing to 1.
+        unit_weights: float64 `[N]`, summing to 1.
         cap: largest weight as a multiple of the uniform one, at least 1 (which leaves uniform weights).
-        out: float64 `[N]`, where to put the result (`weights` itself is allowed); None makes a new array.
+        out: float64 `[N]`, where to put the result (`unit_weights` itself is allowed); None makes a new array.
 
     Raises:
         ValueError: weights that are no distribution, an `out` of another length, a `cap` below 1, or so many weights
             of zero that the others cannot take it all.
     """
-    distribution = _distribution(weights)
+    distribution = _distribution(unit_weights)
     require_numbers(cap=cap)
     if not cap >= 1.0:
         raise ValueError(f"cap must be at least 1 (the uniform weight), got {cap}")
     limit, scale = cap / distribution.size, 1.0
     # Raising the others may lift more of them to the limit; each pass caps at least one more, in practice a few do.
     while True:
-        sums = [_beyond(distribution[part] * scale, limit) for part in _blocks(distribution.size)]
-        at_limit, rest = sum(count for count, _ in sums), math.fsum(total for _, total in sums)
+        at_limit, sums = 0, []
+        for part in _blocks(distribution.size):
+            scaled = distribution[part] * scale
+            below = scaled < limit
+            at_limit += scaled.size - int(below.sum())
+            sums.append(scaled[below].sum())
+        rest = math.fsum(sums)
         if rest == 0.0 and at_limit * limit < 1.0 - SUM_TOLERANCE:
             raise ValueError(
                 f"cap={cap} is too low: only {at_limit} of {distribution.size} units have a weight above 0"
@@ -422,12 +399,6 @@ def cap_weights(weights: ArrayLike, cap: float, out: NDArray[np.float64] | None 
         np.minimum(distribution[part] * scale, limit, out=capped[part])
     capped /= capped.sum()
     return capped
-
-
-def _beyond(weights: NDArray[np.float64], limit: float) -> tuple[int, float]:
-    """Return how many weights reach the limit, and the sum of the others."""
-    over = weights >= limit
-    return int(over.sum()), float(weights[~over].sum())
 
 
 def fit_mixture_weights(
@@ -471,66 +442,55 @@ def fit_mixture_weights(
         raise ValueError(f"no expert gives token {token} any probability: the likelihood is 0 whatever the weights")
     # Dividing a token's probabilities by their largest changes L by a constant.
     ratios = np.exp(table - highest)
-    weights = np.full(table.shape[0], 1.0 / table.shape[0])
-    likelihood = np.log(weights @ ratios).mean()
+    expert_weights = np.full(table.shape[0], 1.0 / table.shape[0])
+    likelihood = np.log(expert_weights @ ratios).mean()
     for _ in range(max_steps):
-        gradient = (ratios / (weights @ ratios)).mean(axis=1)
+        gradient = (ratios / (expert_weights @ ratios)).mean(axis=1)
         if gradient.max() - 1.0 <= tolerance:
             break
-        proposed = weights * np.exp(step_size * (gradient - gradient.max()))
+        proposed = expert_weights * np.exp(step_size * (gradient - gradient.max()))
         proposed /= proposed.sum()
         reached = np.log(proposed @ ratios).mean()
         if reached < likelihood:
             step_size /= 2
             continue
-        weights, likelihood = proposed, reached
-    return weights
+        expert_weights, likelihood = proposed, reached
+    return expert_weights
 
 
-# ------------------------------------------------------------------------------------------------------------
-# From weights to the training loss
+def draw_counts(unit_weights: ArrayLike, size: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """Draw units with replacement, independently of each other, and count how often each came up.
 
-
-def draw_counts(
-    weights: ArrayLike, size: int, generator: np.random.Generator, method: DrawMethod = "independent"
-) -> NDArray[np.int64]:
-    """Draw units with replacement and count how often each came up.
-
-    Both methods invert the cumulative distribution on a float64 prefix sum, for any number of units
-    (`torch.multinomial` refuses more than 2^24). A unit of weight zero is never drawn.
+    Inverts the cumulative distribution on a float64 prefix sum, for any number of units (`torch.multinomial` refuses
+    more than 2^24). A unit of weight zero is never drawn.
 
     Args:
-        weights: float64 `[N]`, summing to 1.
+        unit_weights: float64 `[N]`, summing to 1.
         size: number of draws, at least 0.
         generator: source of randomness; the counts depend on nothing but its state and the other arguments.
-        method: `"independent"` (the paper's weighted sampling: `size` independent uniforms) or
-            `"systematic"` (one uniform offset and equal steps: each count is `size * D` rounded up or
-            down, and uniform weights give exactly one of each).
 
     Returns:
         int64 `[N]`, summing to `size`.
 
     Raises:
-        ValueError: weights that are no distribution, a negative `size`, an unknown `method`.
+        ValueError: weights that are no distribution, a negative `size`.
     """
-    distribution = _distribution(weights)
-    _check_choice("method", method, DrawMethod)
+    distribution = _distribution(unit_weights)
     require_numbers(whole=True, size=size)
     if size < 0:
         raise ValueError(f"size (the number of draws) must be at least 0, got {size}")
     counts = np.zeros(distribution.size, dtype=np.int64)
-    _count_draws(lambda part: distribution[part], size, generator, method, counts)
+    _count_draws(distribution, 0.0, size, generator, counts)
     return counts
 
 
 def loss_weights(
-    weights: ArrayLike,
+    unit_weights: ArrayLike,
     *,
     sampling: Sampling,
     uniform_mix: float = 0.0,
     draw_fraction: float = 0.5,
     deduplicate: bool = False,
-    method: DrawMethod = "independent",
     generator: np.random.Generator | None = None,
     out: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float64]:
@@ -539,18 +499,17 @@ def loss_weights(
     All ways sum to N, but for `"without_replacement"` and with `deduplicate`; the loss divides by the sum.
 
     Args:
-        weights: `D_t`, float64 `[N]`, summing to 1.
+        unit_weights: `D_t`, float64 `[N]`, summing to 1.
         sampling: `"draw"`: how often each unit came up in N draws from the mixed weights, 0 for a masked
             one (the paper's weighted sampling with label masking); `"without_replacement"`: 1 for each of
             `draw_fraction * N` different units, drawn by the mixed weights (`draw_without_replacement`) [choice];
-            `"reweight"`: `N` times the mixed weights, no randomness [choice]; and two baselines that ignore `weights`:
-            `"bagging"`, counts of N uniform draws, and `"all"`, 1 everywhere (a deep ensemble).
+            `"reweight"`: `N` times the mixed weights, no randomness [choice]; and two baselines that ignore
+            `unit_weights`: `"bagging"`, counts of N uniform draws, and `"all"`, 1 everywhere (a deep ensemble).
         uniform_mix: `m` in [0, 1), which blends the weights with the uniform distribution, `(1 - m) D + m / N` [choice;
             the paper has m = 0]: a unit's weight is then at least `m` times what it is under uniform weights, so that
             an expert keeps learning the easy tokens after a sharp update. Without effect on the baselines.
         draw_fraction: the share of the units that `"without_replacement"` draws, in (0, 1].
         deduplicate: count a unit that was drawn several times once [choice: False].
-        method: how to draw, see `draw_counts`.
         generator: source of the draws; not needed for `"reweight"` and `"all"`.
         out: float64 `[N]`, where to put the result; None makes a new array.
 
@@ -563,9 +522,10 @@ def loss_weights(
             another length.
     """
     _check_choice("sampling", sampling, Sampling)
-    _check_choice("method", method, DrawMethod)
-    distribution = _distribution(weights)
-    mixed = _mixed(distribution, uniform_mix)
+    distribution = _distribution(unit_weights)
+    require_numbers(uniform_mix=uniform_mix)
+    if not 0.0 <= uniform_mix < 1.0:
+        raise ValueError(f"uniform_mix must be in [0, 1), got {uniform_mix}; 0 turns the mixing off")
     size = distribution.size
     if deduplicate and sampling not in ("draw", "bagging"):
         raise ValueError('deduplicate only applies to draws: use sampling="draw" or "bagging", or leave it off')
@@ -578,29 +538,32 @@ def loss_weights(
         return result
     if sampling == "reweight":
         for part in _blocks(size):
-            result[part] = mixed(part) * size
+            result[part] = _mixed(distribution, uniform_mix, part) * size
         return result
     if generator is None:
         raise ValueError(f"sampling={sampling!r} needs a generator (numpy.random.Generator)")
-    result[:] = 0.0
     if sampling == "without_replacement":
-        result[_draw_distinct(mixed, size, max(1, round(draw_fraction * size)), generator)] = 1.0
+        for part in _blocks(size):
+            result[part] = _mixed(distribution, uniform_mix, part)
+        drawn = draw_without_replacement(result, max(1, round(draw_fraction * size)), generator)
+        result[:] = 0.0
+        result[drawn] = 1.0
         return result
-    source = mixed if sampling == "draw" else lambda part: np.full(part.stop - part.start, 1.0 / size)
-    _count_draws(source, size, generator, method, result)
+    result[:] = 0.0
+    _count_draws(distribution, uniform_mix if sampling == "draw" else 1.0, size, generator, result)
     if deduplicate:
         np.minimum(result, 1.0, out=result)
     return result
 
 
-def draw_without_replacement(weights: ArrayLike, size: int, generator: np.random.Generator) -> NDArray[np.int64]:
+def draw_without_replacement(unit_weights: ArrayLike, size: int, generator: np.random.Generator) -> NDArray[np.int64]:
     """Draw `size` different units, one after the other, each with a chance in proportion to its weight.
 
     By exponential keys (Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006): the units with
     the smallest `e_i / D_i`, `e_i` standard exponential. A unit of weight zero is never drawn.
 
     Args:
-        weights: float64 `[N]`, summing to 1.
+        unit_weights: float64 `[N]`, summing to 1.
         size: number of units, at least 0.
         generator: source of randomness.
 
@@ -610,56 +573,49 @@ def draw_without_replacement(weights: ArrayLike, size: int, generator: np.random
     Raises:
         ValueError: weights that are no distribution, a negative `size`, or one above the number of units with weight.
     """
-    distribution = _distribution(weights)
+    distribution = _distribution(unit_weights)
     require_numbers(whole=True, size=size)
-    return _draw_distinct(lambda part: distribution[part], distribution.size, size, generator)
-
-
-def _draw_distinct(
-    weights_of: _WeightsOf, num_units: int, size: int, generator: np.random.Generator
-) -> NDArray[np.int64]:
-    keys = np.empty(num_units)
-    for part in _blocks(num_units):
+    keys = np.empty(distribution.size)
+    for part in _blocks(distribution.size):
         with np.errstate(divide="ignore"):
-            keys[part] = generator.exponential(size=part.stop - part.start) / weights_of(part)
+            keys[part] = generator.exponential(size=part.stop - part.start) / distribution[part]
     possible = int(np.isfinite(keys).sum())
     if not 0 <= size <= possible:
         raise ValueError(f"size must be from 0 to {possible}, the units with a weight above 0, got {size}")
     return np.sort(np.argpartition(keys, size - 1)[:size]) if size else np.empty(0, dtype=np.int64)
 
 
-def _prefix_sums(weights_of: _WeightsOf, size: int) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+def _mixed(distribution: NDArray[np.float64], uniform_mix: float, part: slice) -> NDArray[np.float64]:
+    """Return a part of `(1 - uniform_mix) D + uniform_mix / N`."""
+    mixed = distribution[part] * (1.0 - uniform_mix)
+    mixed += uniform_mix / distribution.size
+    return mixed
+
+
+def _prefix_sums(distribution: NDArray[np.float64], uniform_mix: float) -> Iterator[tuple[slice, NDArray[np.float64]]]:
     """Cumulative sums, a block at a time: non-decreasing, and constant across units of weight zero."""
     carry = 0.0
-    for part in _blocks(size):
-        weights = weights_of(part)
-        cumulative = np.empty_like(weights)
-        for start in range(0, weights.size, PREFIX_SUM_BLOCK):
+    for part in _blocks(distribution.size):
+        cumulative = _mixed(distribution, uniform_mix, part)
+        for start in range(0, cumulative.size, PREFIX_SUM_BLOCK):
             row = cumulative[start : start + PREFIX_SUM_BLOCK]
-            np.cumsum(weights[start : start + PREFIX_SUM_BLOCK], out=row)
+            np.cumsum(row, out=row)
             row += carry
             carry = row[-1]
         yield part, cumulative
 
 
 def _count_draws(
-    weights_of: _WeightsOf,
+    distribution: NDArray[np.float64],
+    uniform_mix: float,
     draws: int,
     generator: np.random.Generator,
-    method: DrawMethod,
     counts: NDArray[Any],
 ) -> None:
-    """Add to `counts` [N] how often each unit comes up."""
+    """Add to `counts` [N] how often each unit comes up in draws from the mixed weights."""
     total = 0.0
-    for _, cumulative in _prefix_sums(weights_of, counts.size):
+    for _, cumulative in _prefix_sums(distribution, uniform_mix):
         total = cumulative[-1]
-    count = _count_systematic if method == "systematic" else _count_independent
-    count(weights_of, draws, generator, total, counts)
-
-
-def _count_independent(
-    weights_of: _WeightsOf, draws: int, generator: np.random.Generator, total: float, counts: NDArray[Any]
-) -> None:
     for start in range(0, draws, DRAWS_PER_CHUNK):
         points = generator.random(min(DRAWS_PER_CHUNK, draws - start))
         # Sorted, the points that fall into one block of units stand together.
@@ -667,29 +623,11 @@ def _count_independent(
         # With u <= 1 - 2^-53, u * total stays below total in floating point too: no draw lies beyond the last unit.
         points *= total
         done = 0
-        for part, cumulative in _prefix_sums(weights_of, counts.size):
+        for part, cumulative in _prefix_sums(distribution, uniform_mix):
             end = done + int(np.searchsorted(points[done:], cumulative[-1], side="left"))
             units = np.searchsorted(cumulative, points[done:end], side="right")
             counts[part] += np.bincount(units, minlength=cumulative.size)
             done = end
-
-
-def _count_systematic(
-    weights_of: _WeightsOf, draws: int, generator: np.random.Generator, total: float, counts: NDArray[Any]
-) -> None:
-    offset = generator.uniform(SYSTEMATIC_MARGIN, 1.0 - SYSTEMATIC_MARGIN)
-    before = 0
-    for part, cumulative in _prefix_sums(weights_of, counts.size):
-        # How many of the points offset, offset + 1, ... lie below a unit's upper border (scale: 1 per draw).
-        points_below = np.ceil(cumulative * (draws / total) - offset).astype(np.int64)
-        # The last border is the number of draws up to rounding, and rounding must not lose or add a draw.
-        np.clip(points_below, 0, draws, out=points_below)
-        counts[part] += np.diff(points_below, prepend=before)
-        before = points_below[-1]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Blocks
 
 
 def _blocks(size: int) -> Iterator[slice]:
@@ -703,10 +641,6 @@ def _result(out: NDArray[np.float64] | None, size: int) -> NDArray[np.float64]:
     if out.shape != (size,) or out.dtype != np.float64:
         raise ValueError(f"out must be float64 of shape ({size},), one entry per unit; got {out.dtype} {out.shape}")
     return out
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Checks
 
 
 def _check_choice(name: str, value: object, allowed: object) -> None:
@@ -749,14 +683,14 @@ def _floats(name: str, values: ArrayLike) -> NDArray[np.float64]:
     return array.astype(np.float64, copy=False)
 
 
-def _distribution(weights: ArrayLike) -> NDArray[np.float64]:
-    array = _floats("weights", weights)
+def _distribution(unit_weights: ArrayLike) -> NDArray[np.float64]:
+    array = _floats("unit_weights", unit_weights)
     if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"weights must be a non-empty vector, got shape {array.shape}")
+        raise ValueError(f"unit_weights must be a non-empty vector, got shape {array.shape}")
     # min and sum both propagate NaN and need no temporary array of N elements.
     smallest, total = float(array.min()), float(array.sum())
     if not smallest >= 0.0:
-        raise ValueError(f"weights must be non-negative and not NaN, smallest is {smallest}")
+        raise ValueError(f"unit_weights must be non-negative and not NaN, smallest is {smallest}")
     if not abs(total - 1.0) <= SUM_TOLERANCE:
-        raise ValueError(f"weights must sum to 1 within {SUM_TOLERANCE}, but the sum is {total}")
+        raise ValueError(f"unit_weights must sum to 1 within {SUM_TOLERANCE}, but the sum is {total}")
     return array

@@ -11,13 +11,6 @@ from ensemw2s.boosting import algorithm
 from ensemw2s.runtime.values import Uses, check_in_use, shown
 from ensemw2s.training.trainer import AnswerTrainingArguments
 
-Errors = Literal["hard", "soft"]
-PriorWeights = Literal["initial", "current"]
-BoostedTokens = Literal["all", "informative"]
-MixtureWeights = Literal["alpha", "uniform", "validation"]
-Recipe = Literal["paper", "tempered", "chained", "bagging", "deep_ensemble"]
-Combine = Literal["prob", "logprob", "vote"]
-
 # What a recipe decides where it is not given. The defaults are "tempered", ours: the paper's collapses on real models,
 # because one full update leaves a small effective sample size.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -31,23 +24,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     "bagging": {"sampling": "bagging", "errors": "hard", "effective_sample_size_floor": 0.0},
     "deep_ensemble": {"sampling": "all", "errors": "hard", "effective_sample_size_floor": 0.0},
 }
-# These draw or weigh tokens whatever an expert got wrong: there is nothing to update and no expert to refuse.
-BASELINES = ("bagging", "all")
-
-
-def _updates_weights(args: BoostingConfig) -> bool:
-    return not args.is_baseline
-
-
 _UPDATING = 'weights that are updated (sampling="draw", "without_replacement" or "reweight")'
 # Settings that act beside some others only.
 _USES_OF_SETTINGS: Uses = {
     **dict.fromkeys(
         ("shrinkage", "uniform_mix", "effective_sample_size_floor", "weight_cap", "min_effective_sample_size", "prior"),
-        (_updates_weights, _UPDATING),
+        (lambda args: not args.is_baseline, _UPDATING),
     ),
-    "prior_weights": (lambda args: _updates_weights(args) and args.prior == "pretrained", 'prior="pretrained"'),
-    "num_classes": (lambda args: _updates_weights(args) and args.prior == "uniform", 'prior="uniform"'),
+    "prior_weights": (lambda args: not args.is_baseline and args.prior == "pretrained", 'prior="pretrained"'),
+    "num_classes": (lambda args: not args.is_baseline and args.prior == "uniform", 'prior="uniform"'),
     "draw_fraction": (lambda args: args.sampling == "without_replacement", 'sampling="without_replacement"'),
 }
 
@@ -106,28 +91,28 @@ class BoostingConfig(AnswerTrainingArguments):
     """
 
     num_rounds: int = 5
-    recipe: Recipe = "tempered"
+    recipe: Literal["paper", "tempered", "chained", "bagging", "deep_ensemble"] = "tempered"
     sampling: algorithm.Sampling = "reweight"
     shrinkage: float = 1.0
     uniform_mix: float = 0.0
-    errors: Errors = "soft"
+    errors: Literal["hard", "soft"] = "soft"
     deduplicate: bool = False
     draw_fraction: float = 0.5
     prior: algorithm.Prior = "pretrained"
     num_classes: int | None = None
     unit: algorithm.Unit = "token"
     window: int | None = None
-    combine: Combine = "prob"
+    combine: Literal["prob", "logprob", "vote"] = "prob"
     effective_sample_size_floor: float = 0.7
     weight_cap: float | None = None
     min_effective_sample_size: float = 0.0
-    prior_weights: PriorWeights = "initial"
+    prior_weights: Literal["initial", "current"] = "initial"
     error_folds: int | None = None
-    boosted_tokens: BoostedTokens = "all"
+    boosted_tokens: Literal["all", "informative"] = "all"
     warm_start: bool = False
     vary_seed: bool = True
     lora_ranks: list[int] | None = None
-    mixture_weights: MixtureWeights = "alpha"
+    mixture_weights: Literal["alpha", "uniform", "validation"] = "alpha"
     choose_num_experts: bool = False
     validate_rounds: bool = True
     overwrite: bool = False
@@ -143,15 +128,17 @@ class BoostingConfig(AnswerTrainingArguments):
         recipe = RECIPES[self.recipe]
         for name in recipe.keys() - self._given:
             setattr(self, name, recipe[name])
-        self._check_choices()
-        self._check_ranges()
-        self._try_values()
+        self._check_combinations()
+        # The functions that will use a value refuse it now rather than after the first expert.
+        algorithm.unit_index([2], self.unit, self.window)
+        algorithm.prior_error(self.prior, pretrained_error=0.5, num_classes=self.num_classes or 2, unit=self.unit)
+        algorithm.loss_weights(algorithm.initial_weights(2), generator=np.random.default_rng(0), **self.loss_settings)
         check_in_use(self, _USES_OF_SETTINGS, recipe)
 
     @property
     def is_baseline(self) -> bool:
-        """Whether experts get equal votes and weights are never updated."""
-        return self.sampling in BASELINES
+        """Whether tokens are drawn or weighed whatever an expert got wrong: equal votes, and nothing to update."""
+        return self.sampling in ("bagging", "all")
 
     @property
     def needs_validation(self) -> bool:
@@ -161,14 +148,9 @@ class BoostingConfig(AnswerTrainingArguments):
     @property
     def loss_settings(self) -> dict[str, Any]:
         """Return how token weights enter the loss, as arguments of `algorithm.loss_weights`."""
-        return {
-            "sampling": self.sampling,
-            "uniform_mix": self.uniform_mix,
-            "draw_fraction": self.draw_fraction,
-            "deduplicate": self.deduplicate,
-        }
+        return {name: getattr(self, name) for name in ("sampling", "uniform_mix", "draw_fraction", "deduplicate")}
 
-    def _check_choices(self) -> None:
+    def _check_combinations(self) -> None:
         if self.mixture_weights == "validation" and self.choose_num_experts:
             raise ValueError(
                 'choose_num_experts has no use with mixture_weights="validation" (which recipe="chained" sets), since '
@@ -181,8 +163,6 @@ class BoostingConfig(AnswerTrainingArguments):
             )
         if self.choose_num_experts and self.combine == "vote":
             raise ValueError('choose_num_experts compares likelihoods, which combine="vote" does not give')
-
-    def _check_ranges(self) -> None:
         ranks = self.lora_ranks
         if ranks is not None and (len(ranks) != self.num_rounds or min(ranks) < 1):
             raise ValueError(
@@ -193,9 +173,3 @@ class BoostingConfig(AnswerTrainingArguments):
                 'lora_ranks gives every round a new adapter, and warm_start (which recipe="chained" sets) goes on with '
                 "the one before: leave it out, or set warm_start to false"
             )
-
-    def _try_values(self) -> None:
-        """Let the functions that will use a value refuse it now rather than after the first expert."""
-        algorithm.unit_index([2], self.unit, self.window)
-        algorithm.prior_error(self.prior, pretrained_error=0.5, num_classes=self.num_classes or 2, unit=self.unit)
-        algorithm.loss_weights(algorithm.initial_weights(2), generator=np.random.default_rng(0), **self.loss_settings)

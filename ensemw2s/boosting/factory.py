@@ -6,7 +6,7 @@ import copy
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +35,11 @@ if TYPE_CHECKING:
     from ensemw2s.boosting.config import BoostingConfig
 
 
+@dataclass
 class ExpertFactory:
     """Makes experts and judges them; every folder is made whole, once, or found in the store.
 
-    Args:
+    Attributes:
         models: the pre-trained model (a source of `loading.load_model`, or a model) of all rounds, or one for each.
         args: how experts are trained, in which batches they are scored and how they are combined.
         pad_token_id: fills short rows.
@@ -47,29 +48,17 @@ class ExpertFactory:
         store: where results are kept for other runs; None keeps none.
     """
 
-    def __init__(
-        self,
-        models: Sequence[Any],
-        args: BoostingConfig,
-        *,
-        pad_token_id: int,
-        peft_config: PeftConfig | None = None,
-        model_init_kwargs: Mapping[str, Any] | None = None,
-        store: Store | None = None,
-    ) -> None:
-        self.models = list(models)
-        self.args = args
-        self.pad_token_id = pad_token_id
-        self.peft_config = peft_config
-        self.model_init_kwargs = dict(model_init_kwargs or {})
-        self.store = store
+    models: Sequence[Any]
+    args: BoostingConfig
+    pad_token_id: int
+    peft_config: PeftConfig | None
+    model_init_kwargs: Mapping[str, Any]
+    store: Store | None
 
     @property
     def makes_adapters(self) -> bool:
         """Whether experts are adapters on one base, and not whole models."""
         return self.peft_config is not None and len(self.models) == 1
-
-    # Making
 
     def is_made(self, folder: Path) -> bool:
         """Say whether a folder is there already; every process must call this."""
@@ -99,7 +88,7 @@ class ExpertFactory:
         """Train an expert of round `number` and leave it in `folder` with its cost.
 
         Args:
-            folder: where it shall be; nothing happens if it exists.
+            folder: where it shall be (see `is_made`).
             number: the round, from 1.
             examples: columns `input_ids` and `prompt_length`.
             token_weights: the weight in the loss of each example's answer tokens.
@@ -107,8 +96,6 @@ class ExpertFactory:
             description: shown beside the progress bar.
             start: the folder of an expert to go on from; None starts from the pre-trained model.
         """
-        if self.is_made(folder):
-            return
         peft_config = self._peft_config(number)
         model = self._load(number) if start is None else self._load_expert(start)
         new_adapter = None if hasattr(model, "peft_config") else peft_config
@@ -155,8 +142,6 @@ class ExpertFactory:
             write_json(aside / "cost.json", asdict(cost))
         discard_checkpoints(self.args.output_dir)
 
-    # Loading
-
     def _load(self, number: int) -> Any:
         """Return the pre-trained model of a round, to be changed at will."""
         model = self.models[0] if len(self.models) == 1 else self.models[number - 1]
@@ -183,13 +168,10 @@ class ExpertFactory:
             models = [on_device(model, self.args) for model in saved]
             return TokenEnsemble.from_models(models, expert_weights, combine=combine)
         source = self.models[0]
-        given = isinstance(source, PreTrainedModel)
-        reference = None if given else reference_to(source, self.model_init_kwargs)
+        reference = None if isinstance(source, PreTrainedModel) else reference_to(source, self.model_init_kwargs)
         return TokenEnsemble.from_adapters(
             self._load(1), folders, expert_weights, combine=combine, base_reference=reference
         )
-
-    # Scoring
 
     def score(
         self, ensemble: TokenEnsemble, examples: Dataset, mixtures: Mapping[str, Sequence[float]], description: str
@@ -222,8 +204,9 @@ class ExpertFactory:
             processes.on_main(_keep_scores, target, scores)
 
         def key() -> dict[str, Any]:
+            files = [] if expert is None else sorted(f for f in expert.iterdir() if f.name != "cost.json")
             return {
-                "expert": None if expert is None else digest_of_files(_expert_files(expert)),
+                "expert": None if expert is None else digest_of_files(files),
                 "base": self._base if expert is None or self.makes_adapters else None,
                 "examples": digest_examples(examples),
                 # Which rows share a batch, and so a length, is in the last bits of the scores.
@@ -241,8 +224,3 @@ def _keep_scores(target: Path, scores: AnswerScores) -> None:
     with new_folder(target) as aside:
         write_array(aside / "token_wrong.npy", scores.token_wrong)
         write_array(aside / "token_log_probs.npy", scores.token_log_probs)
-
-
-def _expert_files(folder: Path) -> list[Path]:
-    """Return the files that make a saved expert what it is."""
-    return sorted(file for file in folder.iterdir() if file.name != "cost.json")

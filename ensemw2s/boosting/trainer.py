@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -114,11 +115,13 @@ class BoostingTrainer:
         self.eval_questions = None if eval_dataset is None else check_questions(eval_dataset, "eval_dataset")
         if self.eval_questions is not None:
             check_disjoint({"train_dataset": self.train_questions, "eval_dataset": self.eval_questions})
-        self._train = self._tokenize(self.train_questions, "train_dataset")
-        self._eval = None if self.eval_questions is None else self._tokenize(self.eval_questions, "eval_dataset")
-        boosted = None
-        if args.boosted_tokens == "informative":
-            boosted = informative_tokens(self._train, self.processing_class)
+        form = self.processing_class, self.question_format
+        self._train = tokenize_questions(self.train_questions, *form, "train_dataset")
+        self._eval = self.eval_questions
+        if self._eval is not None:
+            self._eval = tokenize_questions(self._eval, *form, "eval_dataset")
+        informative = args.boosted_tokens == "informative"
+        boosted = informative_tokens(self._train, self.processing_class) if informative else None
         self._units = AnswerUnits(self._train, boosted, args.unit, args.window)
         if args.error_folds is not None and args.error_folds > len(self._train):
             raise ValueError(
@@ -130,13 +133,9 @@ class BoostingTrainer:
     @property
     def records(self) -> list[dict[str, Any]]:
         """Return one record per finished attempt of every round, in order."""
-        found = []
-        for number in range(1, self.args.num_rounds + 1):
-            for attempt in range(1, ATTEMPTS + 1):
-                file = self._attempt_folder(number, attempt) / "record.json"
-                if file.exists():
-                    found.append(read_json(file))
-        return found
+        attempts = itertools.product(range(1, self.args.num_rounds + 1), range(1, ATTEMPTS + 1))
+        files = (self._attempt_folder(number, attempt) / "record.json" for number, attempt in attempts)
+        return [read_json(file) for file in files if file.exists()]
 
     @property
     def stop_reason(self) -> str | None:
@@ -169,21 +168,18 @@ class BoostingTrainer:
         """
         remedy = "pass overwrite=True to delete that run"
         with claimed(self.folder, BOOSTING, self._fingerprint(), overwrite=self.args.overwrite, remedy=remedy):
-            return self._train_rounds()
-
-    def _train_rounds(self) -> TokenEnsemble:
-        processes.on_main(self._start)
-        for number in range(1, self.args.num_rounds + 1):
-            if not self._round(number):
-                break
-        # Those of a process that was killed when the last expert was just saved.
-        processes.on_main(discard_checkpoints, self.folder)
-        if not self._accepted():
-            raise RuntimeError(
-                f"no expert beats the pre-trained model: {self.stop_reason}. Train longer or with another learning "
-                f"rate (now {self.args.num_train_epochs:g} epochs at {self.args.learning_rate:g})"
-            )
-        return self._factory.ensemble(self.expert_folders(), self.mixture()["expert_weights"])
+            processes.on_main(self._start)
+            for number in range(1, self.args.num_rounds + 1):
+                if not self._round(number):
+                    break
+            # Those of a process that was killed when the last expert was just saved.
+            processes.on_main(discard_checkpoints, self.folder)
+            if not self._accepted():
+                raise RuntimeError(
+                    f"no expert beats the pre-trained model: {self.stop_reason}. Train longer or with another learning "
+                    f"rate (now {self.args.num_train_epochs:g} epochs at {self.args.learning_rate:g})"
+                )
+            return self._factory.ensemble(self.expert_folders(), self.mixture()["expert_weights"])
 
     def expert_folders(self) -> list[Path]:
         """Return where the experts of the ensemble are saved, in their order."""
@@ -196,13 +192,15 @@ class BoostingTrainer:
             `num_experts`, `expert_weights` (as many), and `log_likelihoods`: where validation questions decided, the
             mean log-probability (nats) of a validation token under the mixture of the first 1, 2, ... experts.
         """
-        weights = self._mixing([weight for _, weight in self._accepted()])
-        record = {"kind": "mixture", "num_experts": len(weights), "expert_weights": weights, "log_likelihoods": None}
+        expert_weights = self._mixing([weight for _, weight in self._accepted()])
+        count = len(expert_weights)
+        record = {"kind": "mixture", "num_experts": count, "expert_weights": expert_weights, "log_likelihoods": None}
         if not self.args.needs_validation:
             return record
-        file = self.folder / f"mixture-of-{len(weights)}.json"
+        file = self.folder / f"mixture-of-{count}.json"
         if not processes.on_main(file.exists):
-            decided = self._fitted(weights) if self.args.mixture_weights == "validation" else self._chosen(weights)
+            decide = self._fitted if self.args.mixture_weights == "validation" else self._chosen
+            decided = decide(expert_weights)
             processes.on_main(write_json, file, record | decided)
         return dict(processes.on_main(read_json, file))
 
@@ -211,41 +209,34 @@ class BoostingTrainer:
 
     def _fitted(self, expert_weights: list[float]) -> dict[str, Any]:
         count = len(expert_weights)
-        scores = self._validation_scores({str(t): [float(s == t) for s in range(count)] for t in range(count)})
+        scores = self._score_validation({str(t): [float(s == t) for s in range(count)] for t in range(count)})
         fitted = algorithm.fit_mixture_weights([scores[str(t)].token_log_probs for t in range(count)])
         return {"expert_weights": fitted.tolist()}
 
     def _chosen(self, expert_weights: list[float]) -> dict[str, Any]:
         count = len(expert_weights)
-        scores = self._validation_scores(
-            {str(t): expert_weights[:t] + [0.0] * (count - t) for t in range(1, count + 1)}
-        )
+        scores = self._score_validation({str(t): expert_weights[:t] + [0.0] * (count - t) for t in range(1, count + 1)})
         reached = [float(scores[str(t)].token_log_probs.mean()) for t in range(1, count + 1)]
         best = int(np.argmax(reached)) + 1
         return {"num_experts": best, "expert_weights": expert_weights[:best], "log_likelihoods": reached}
 
-    def _validation_scores(self, mixtures: Mapping[str, Sequence[float]]) -> dict[str, AnswerScores]:
-        folders = [folder for folder, _ in self._accepted()]
-        return self._score_validation(folders, mixtures)
-
     def record(self) -> dict[str, Any]:
         """Return the run's account, to be saved with the ensemble: settings, records, why it stopped."""
-        names = ("sampling", "errors", "shrinkage", "uniform_mix", "effective_sample_size_floor", "warm_start",
-                 "mixture_weights")  # fmt: skip
+        names = ("recipe", "sampling", "errors", "shrinkage", "uniform_mix", "effective_sample_size_floor",
+                 "warm_start", "mixture_weights", "unit", "combine", "seed")  # fmt: skip
         settings = {name: getattr(self.args, name) for name in names}
-        return {
-            "recipe": self.args.recipe, **settings, "unit": self.args.unit, "combine": self.args.combine,
-            "seed": self.args.seed, "rounds": self.records, "stop_reason": self.stop_reason,
-        }  # fmt: skip
-
-    # One round
+        return {**settings, "rounds": self.records, "stop_reason": self.stop_reason}
 
     def _round(self, number: int) -> bool:
         """Train the round's expert and return whether another round follows."""
         for attempt in range(1, ATTEMPTS + 1):
-            file = self._attempt_folder(number, attempt) / "record.json"
+            folder = self._attempt_folder(number, attempt)
+            file = folder / "record.json"
             if not processes.on_main(self._is_done, number, file):
-                processes.on_main(self._keep_record, file, self._attempt(number, attempt))
+                with Ledger(folder / "costs.jsonl").running() as costs:
+                    judged = self._judged(number, attempt)
+                    record = RoundRecord(**judged, seconds=processes.on_main(costs.total)["seconds"]).to_json()
+                processes.on_main(self._keep_record, file, record)
             record = processes.on_main(read_json, file)
             if record["accepted"]:
                 return not self._is_spent(record)
@@ -265,26 +256,21 @@ class BoostingTrainer:
         write_json(file, record)
         self.on_round(record)
 
-    def _attempt(self, number: int, attempt: int) -> dict[str, Any]:
-        folder = self._attempt_folder(number, attempt)
-        with Ledger(folder / "costs.jsonl").running() as costs:
-            judged = self._judged(number, attempt)
-            return RoundRecord(**judged, seconds=processes.on_main(costs.total)["seconds"]).to_json()
-
     def _judged(self, number: int, attempt: int) -> dict[str, Any]:
         """Train the expert of an attempt and return the fields of its record, but for the time it took."""
         folder = self._attempt_folder(number, attempt)
-        weights = self._weights(number)
-        self._train_expert(number, attempt)
+        unit_weights = self._unit_weights(number)
+        everything = np.arange(len(self._train))
+        self._train_on(folder / "expert", number, attempt, everything, f"round {number}: training expert")
         losses = self._losses(number, attempt)
-        error, clamped = algorithm.clamp_error(algorithm.weighted_error(weights, losses), self.num_units)
+        error, clamped = algorithm.clamp_error(algorithm.weighted_error(unit_weights, losses), self.num_units)
         # The baselines have equal votes and no update: an error under uniform weights decides nothing.
-        prior_error = None if self.args.is_baseline else self._prior_error(weights)
+        prior_error = None if self.args.is_baseline else self._prior_error(unit_weights)
         expert_weight = 1.0 if prior_error is None else algorithm.expert_weight(error, prior_error)
         accepted = expert_weight > 0
         update = expert_weight if accepted and prior_error is not None else None
         spread = processes.on_main(self._next_weights, number, losses, update, accepted)
-        validate = accepted and self.args.validate_rounds
+        validate = accepted and self.args.validate_rounds and self._eval is not None
         return {
             "round": number, "attempt": attempt, "error": error, "prior_error": prior_error,
             "expert_weight": expert_weight, "clamped": clamped, "accepted": accepted,
@@ -295,14 +281,14 @@ class BoostingTrainer:
 
     def _next_weights(self, number: int, losses: np.ndarray, update: float | None, keep: bool) -> dict[str, Any]:
         """Update the weights by `update` (None leaves them), keep them for the next round, and say how they spread."""
-        following, step = self._weights(number), None
+        following, step = self._unit_weights(number), None
         if keep:
             with new_array(self._round_folder(number + 1) / "weights.npy", self.num_units) as updated:
                 if update is None:
                     updated[:] = following
                 else:
                     step = self._update(following, losses, update, updated)
-            following = self._weights(number + 1)
+            following = self._unit_weights(number + 1)
         quantiles = algorithm.weight_quantiles(following, QUANTILE_LEVELS)
         return {
             "shrinkage": step,
@@ -310,29 +296,21 @@ class BoostingTrainer:
             "weight_quantiles": {str(q): float(v) for q, v in zip(QUANTILE_LEVELS, quantiles, strict=True)},
         }
 
-    def _update(self, weights: np.ndarray, losses: np.ndarray, expert_weight: float, out: np.ndarray) -> float:
-        """Put the token weights of the next round in `out`, and return the shrinkage, which a floor may lower."""
+    def _update(self, unit_weights: np.ndarray, losses: np.ndarray, expert_weight: float, out: np.ndarray) -> float:
+        """Put the unit weights of the next round in `out`, and return the shrinkage, which a floor may lower."""
         args, step = self.args, self.args.shrinkage
         if args.effective_sample_size_floor > 0:
             floor = args.effective_sample_size_floor
-            step = algorithm.tempered_shrinkage(weights, losses, expert_weight, floor, step)
+            step = algorithm.tempered_shrinkage(unit_weights, losses, expert_weight, floor, step)
         if step > 0:
-            algorithm.update_weights(weights, losses, expert_weight, step, out=out)
+            algorithm.update_weights(unit_weights, losses, expert_weight, step, out=out)
         else:
-            out[:] = weights
+            out[:] = unit_weights
         if args.weight_cap is not None:
             algorithm.cap_weights(out, args.weight_cap, out=out)
         return step
 
-    # Experts
-
-    def _train_expert(self, number: int, attempt: int) -> None:
-        seed = self._seeds(number, attempt)[1]
-        folder = self._attempt_folder(number, attempt) / "expert"
-        everything = np.arange(len(self._train))
-        self._train_on(folder, number, attempt, everything, seed, f"round {number}: training expert")
-
-    def _train_on(self, folder: Path, number: int, attempt: int, rows: np.ndarray, seed: int, description: str) -> None:
+    def _train_on(self, folder: Path, number: int, attempt: int, rows: np.ndarray, description: str) -> None:
         """Train a model on the answers in `rows` with the round's weights, and leave it in `folder`."""
         if self._factory.is_made(folder):
             return
@@ -340,7 +318,7 @@ class BoostingTrainer:
         # A sentence of which no token was drawn has no loss.
         kept = [int(row) for row in rows if token_weights[row].any()]
         chosen, examples = [token_weights[row] for row in kept], self._train.select(kept)
-        start = self._warm_start(number, folder.name)
+        seed, start = self._seeds(number, attempt)[1], self._warm_start(number, folder.name)
         self._factory.train(folder, number, examples, chosen, seed=seed, description=description, start=start)
 
     def _warm_start(self, number: int, name: str) -> Path | None:
@@ -360,18 +338,17 @@ class BoostingTrainer:
     def _token_weights(self, number: int, attempt: int) -> list[np.ndarray]:
         """Return the weight of each answer's tokens in the round's loss, float32: views of one array."""
         drawn = self._attempt_folder(number, attempt) / "loss_weights.npy"
-        processes.on_main(self._keep_loss_weights, drawn, self._weights(number), self._seeds(number, attempt)[0])
+        processes.on_main(self._keep_loss_weights, drawn, self._unit_weights(number), self._seeds(number, attempt)[0])
         token_weights = self._units.token_weights(map_array(drawn), map_array(self.folder / "units.npy"))
         # Once every process has its own copy; they can be drawn again.
         processes.start().wait_for_everyone()
         processes.on_main(drawn.unlink)
         return token_weights
 
-    def _keep_loss_weights(self, file: Path, weights: np.ndarray, seed: int) -> None:
+    def _keep_loss_weights(self, file: Path, unit_weights: np.ndarray, seed: int) -> None:
+        generator = np.random.default_rng(seed)
         with new_array(file, self.num_units) as out:
-            algorithm.loss_weights(weights, generator=np.random.default_rng(seed), out=out, **self.args.loss_settings)
-
-    # Errors
+            algorithm.loss_weights(unit_weights, generator=generator, out=out, **self.args.loss_settings)
 
     def _losses(self, number: int, attempt: int) -> np.ndarray:
         """Return each unit's loss [N] for the round's expert: measured from its saved form, and kept."""
@@ -394,9 +371,8 @@ class BoostingTrainer:
         losses = np.empty(of_token.size, dtype=bool if self.args.errors == "hard" else np.float32)
         for fold in range(count):
             name = f"fold-{fold + 1}"
-            seed = self._seeds(number, attempt)[1]
             description = f"round {number}: out of fold {fold + 1} of {count}"
-            self._train_on(folder / name, number, attempt, np.flatnonzero(of_row != fold), seed, description)
+            self._train_on(folder / name, number, attempt, np.flatnonzero(of_row != fold), description)
             scores = folder / f"{name}-scores"
             self._factory.score_alone(scores, folder / name, self._train.select(np.flatnonzero(of_row == fold)))
             losses[of_token == fold] = self._token_losses(scores)
@@ -410,37 +386,32 @@ class BoostingTrainer:
     def _unit_losses(self, token_losses: np.ndarray) -> np.ndarray:
         return self._units.losses(token_losses, map_array(self.folder / "units.npy"))
 
-    def _prior_error(self, weights: np.ndarray) -> float:
+    def _prior_error(self, unit_weights: np.ndarray) -> float:
         pretrained = None
         if self.args.prior == "pretrained":
             scores = self.folder / "pretrained_scores"
             self._factory.score_alone(scores, None, self._train)
-            measured_under = self._weights(1) if self.args.prior_weights == "initial" else weights
+            measured_under = self._unit_weights(1) if self.args.prior_weights == "initial" else unit_weights
             error = algorithm.weighted_error(measured_under, self._unit_losses(self._token_losses(scores)))
             pretrained, _ = algorithm.clamp_error(error, self.num_units)
         classes = self.args.num_classes or len(self.processing_class)
         return algorithm.prior_error(self.args.prior, pretrained, classes, self.args.unit)
 
-    def _validate(self, number: int, folder: Path, expert_weight: float) -> dict[str, float] | None:
-        if self._eval is None:
-            return None
+    def _validate(self, number: int, folder: Path, expert_weight: float) -> dict[str, float]:
         earlier = self._accepted(before=number)
-        weights = self._mixing([weight for _, weight in earlier] + [expert_weight])
-        mixtures = {"expert": [0.0] * len(earlier) + [1.0], "ensemble": weights}
-        scores = self._score_validation([path for path, _ in earlier] + [folder / "expert"], mixtures)
-        return {
-            "expert": scores["expert"].accuracy,
-            "ensemble": scores["ensemble"].accuracy,
-            "token_error": scores["ensemble"].token_error,
-        }
+        expert_weights = self._mixing([weight for _, weight in earlier] + [expert_weight])
+        mixtures = {"expert": [0.0] * len(earlier) + [1.0], "ensemble": expert_weights}
+        scores = self._score_validation(mixtures, [path for path, _ in earlier] + [folder / "expert"])
+        accuracies = {name: scores[name].accuracy for name in mixtures}
+        return {**accuracies, "token_error": scores["ensemble"].token_error}
 
     def _score_validation(
-        self, folders: list[Path], mixtures: Mapping[str, Sequence[float]]
+        self, mixtures: Mapping[str, Sequence[float]], folders: list[Path] | None = None
     ) -> dict[str, AnswerScores]:
+        """Score mixtures of the experts in `folders`; None means all that are accepted."""
+        folders = folders or [folder for folder, _ in self._accepted()]
         ensemble = self._factory.ensemble(folders, [1.0] * len(folders))
         return self._factory.score(ensemble, self._eval, mixtures, "validation")
-
-    # What is kept, and where
 
     def _round_folder(self, number: int) -> Path:
         return self.folder / "rounds" / str(number)
@@ -448,10 +419,9 @@ class BoostingTrainer:
     def _attempt_folder(self, number: int, attempt: int) -> Path:
         return self._round_folder(number) / f"attempt-{attempt}"
 
-    def _weights(self, number: int) -> np.ndarray:
+    def _unit_weights(self, number: int) -> np.ndarray:
         """Return float64 [N], mapped from the file that the round before wrote."""
-        file = self._round_folder(number) / "weights.npy"
-        return map_array(file)
+        return map_array(self._round_folder(number) / "weights.npy")
 
     def _accepted(self, before: int | None = None) -> list[tuple[Path, float]]:
         """Return folder and weight of each accepted expert (of the rounds before `before`)."""
@@ -466,11 +436,13 @@ class BoostingTrainer:
         if not units.exists():
             write_array(units, self._units.index())
         if not first.exists():
-            with new_array(first, self.num_units) as weights:
-                algorithm.initial_weights(self.num_units, out=weights)
+            with new_array(first, self.num_units) as out:
+                algorithm.initial_weights(self.num_units, out=out)
 
     def _fingerprint(self) -> dict[str, Any]:
         args = {name: value for name, value in self.args.to_dict().items() if name not in _PRESENTATION | {"overwrite"}}
+        # Where validation questions only measure, a run may go on with others.
+        deciding = self.eval_questions if self.args.needs_validation else None
         return {
             **args,
             "model": [describe_model(model) for model in self.models],
@@ -478,25 +450,15 @@ class BoostingTrainer:
             "peft_config": None if self.peft_config is None else self.peft_config.to_dict(),
             "question_format": asdict(self.question_format),
             "train_dataset": digest_questions(self.train_questions),
-            # Where validation questions only measure, a run may go on with others.
-            "eval_dataset": self._digest_of_deciding_questions(),
+            "eval_dataset": None if deciding is None else digest_questions(deciding),
         }
-
-    def _digest_of_deciding_questions(self) -> str | None:
-        if self.eval_questions is None or not self.args.needs_validation:
-            return None
-        return digest_questions(self.eval_questions)
-
-    def _tokenize(self, questions: Dataset, name: str) -> Dataset:
-        return tokenize_questions(questions, self.processing_class, self.question_format, name)
 
 
 def closing_identity(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Check a finished run's own files: token weights that sum to 1, and the closing identity (method, invariant 2).
+    """Check a finished run's own files: unit weights that sum to 1, and the closing identity (method, invariant 2).
 
-    After the update with shrinkage s the expert just added has the weighted error
-    `exp(s a) e / (exp(s a) e + 1 - e)`, which is e_0 for s = 1. It is recomputed here from the saved weights and the
-    saved losses of the units. It holds for hard errors and weights without a cap.
+    That is what `algorithm.update_weights` says of the weighted error of the expert just added. It is recomputed here
+    from the saved weights and losses of the units. It holds for hard errors and weights without a cap.
 
     Args:
         output_dir: of a `BoostingTrainer`.

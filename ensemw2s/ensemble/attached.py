@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, WeakValueDictionary, finalize
@@ -43,20 +42,6 @@ def wrapper_of(base: nn.Module) -> PeftModel | None:
     known = wrappers.get(plain_model(base), lambda: None)
     wrapped = base if isinstance(base, PeftModel) else known()
     return wrapped if wrapped is not None and wrapped.peft_config else None
-
-
-def free_name(plain: nn.Module, wrapped: PeftModel | None) -> str:
-    """Return a name that no adapter on the model has."""
-    taken = {*getattr(plain, "peft_config", {}), *(wrapped.peft_config if wrapped is not None else {})}
-    return next(name for name in map("expert_{}".format, itertools.count(1)) if name not in taken)
-
-
-def freeze_adapter(base: PeftModel, name: str) -> None:
-    """Let no weight of an adapter be trained."""
-    # Others on this base may be in training, by their owner.
-    for path, weight in base.named_parameters():
-        if name in path.split("."):
-            weight.requires_grad_(False)
 
 
 def _delete_adapter(base: PeftModel, name: str) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ensemw2s.ensemble.stacked import StackedAdapters
+from ensemw2s.models.mixture import Experts
 
 # Positions kept free at least when a layer's room is made or grown.
 _SPARE = 32
@@ -79,22 +79,12 @@ class EnsembleCache(Cache):
     Experts that run as one model have one cache, `experts[0]`, whose rows are stacked, expert after expert.
 
     A cache belongs to the experts that it was made for (`members`), and keeps them in memory.
-
-    Args:
-        configs: one model configuration per cache.
-        stacked: the experts as one model, or None.
-        members: what tells each of the T experts from any other (`Experts.members`).
     """
 
-    def __init__(
-        self,
-        configs: Iterable[PreTrainedConfig],
-        stacked: StackedAdapters | None = None,
-        members: Sequence[object] = (),
-    ) -> None:
-        self.stacked = stacked
-        self.members = tuple(members)
-        self.experts = [growing_cache(config) for config in configs]
+    def __init__(self, experts: Experts) -> None:
+        self.stacked = experts.stacked()
+        self.members = tuple(experts.members())
+        self.experts = [growing_cache(experts.expert_config(t)) for t in range(1 if self.stacked else len(experts))]
         super().__init__(layers=[layer for cache in self.experts for layer in cache.layers])
 
     def require_fit(self, members: Sequence[object], rows: int) -> None:
@@ -104,22 +94,18 @@ class EnsembleCache(Cache):
                 f"the cache was made for {len(self.members)} experts that are not the {len(members)} of this ensemble "
                 "now: one was added, or the cache is another ensemble's; start a new one with ensemble.new_cache()"
             )
-        held = self._held_rows()
-        if held not in (None, rows):
+        all_keys = (getattr(layer, "keys", None) for layer in self.layers)
+        held = next((len(keys) for keys in all_keys if isinstance(keys, torch.Tensor) and keys.numel()), None)
+        copies = 1 if self.stacked is None else self.stacked.count
+        if held is not None and held // copies != rows:
             raise ValueError(
-                f"the cache holds {held} rows and the input has {rows}: bring it to as many, as with "
+                f"the cache holds {held // copies} rows and the input has {rows}: bring it to as many, as with "
                 "cache.batch_repeat_interleave(n), or start a new one with ensemble.new_cache()"
             )
 
-    def _held_rows(self) -> int | None:
-        """Return how many rows of a batch have been seen, or None if none that a layer would tell."""
-        all_keys = (getattr(layer, "keys", None) for layer in self.layers)
-        stacked = next((len(keys) for keys in all_keys if isinstance(keys, torch.Tensor) and keys.numel()), None)
-        return stacked if stacked is None or self.stacked is None else stacked // self.stacked.count
-
     def __deepcopy__(self, memo: dict[int, Any]) -> EnsembleCache:
         # What the experts have seen is copied, they themselves are not.
-        memo |= {id(member): member for member in self.members}
+        memo |= {id(kept): kept for kept in (self.stacked, *self.members)}
         other: EnsembleCache = object.__new__(type(self))
         other.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return other

@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ensemw2s.ensemble.experts import Experts, context_lengths
+from ensemw2s.ensemble.experts import context_lengths
 from ensemw2s.models.base_reference import check_base
+from ensemw2s.models.mixture import Experts
 from ensemw2s.models.saved import check_tokens
 from ensemw2s.ops.checks import COMBINES
 from ensemw2s.runtime.values import shown
@@ -61,8 +62,7 @@ class EnsembleConfig(PreTrainedConfig):
     def of(cls, experts: Experts, **settings: Any) -> EnsembleConfig:
         """Describe `experts`: vocabulary and special tokens of the first one, the shortest context of all."""
         first = experts.expert_config(0).get_text_config(decoder=True)
-        shared: dict[str, Any]
-        shared = {name: getattr(first, name, None) for name in ("vocab_size", *_SPECIAL_TOKENS)}
+        shared: dict[str, Any] = {name: getattr(first, name, None) for name in ("vocab_size", *_SPECIAL_TOKENS)}
         shared["max_position_embeddings"] = min(context_lengths(experts).values(), default=None)
         return cls(kind=experts.kind, is_decoder=True, tie_word_embeddings=False, **shared, **settings)
 
@@ -79,7 +79,10 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}: {shown(unknown[0])} is no setting of an ensemble: delete it, or pass it yourself")
     checks = {
         "model_type": lambda value: value == EnsembleConfig.model_type,
-        "expert_weights": lambda value: isinstance(value, list) and all(map(_is_weight, value)),
+        "expert_weights": lambda value: (
+            isinstance(value, list)
+            and all(type(weight) in (int, float) and 0 < weight < float("inf") for weight in value)
+        ),
         "combine": lambda value: value in COMBINES,
         "kind": lambda value: value in ("adapters", "models"),
         "vocab_size": lambda value: type(value) is int and value > 0,
@@ -91,10 +94,6 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
     for key in _SPECIAL_TOKENS:
         check_tokens(key, settings.get(key), settings, where)
     check_base(settings.get("base"), where)
-
-
-def _is_weight(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < float("inf")
 
 
 def check_described(config: EnsembleConfig, experts: Experts, folder: Path) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from weakref import ref
 
 import torch
@@ -20,71 +20,16 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ensemw2s.ensemble.attached import Adapter, free_name, freeze_adapter, plain_model, wrapper_of, wrappers
+from ensemw2s.ensemble.attached import Adapter, plain_model, wrapper_of, wrappers
 from ensemw2s.ensemble.stacked import StackedAdapters, can_stack
 from ensemw2s.models.adapters import attach_adapter
-from ensemw2s.models.sharing import NotShareable, Turn, searched, turn_if_wrapped, turn_of, view
+from ensemw2s.models.mixture import Experts, Result
+from ensemw2s.models.sharing import NotShareable, searched, turn_if_wrapped, turn_of, view
 
 # Layers of peft whose forward pass changes nothing; others merge weights or set parametrisations for its time.
 _QUIET_LAYERS = (LoraLinear, Embedding, Conv1d, Conv2d, Conv3d)
-
-Result = TypeVar("Result")
-
-
-class Experts(nn.Module, ABC):
-    """T causal language models over one vocabulary. Experts are numbered from 0.
-
-    Any number of threads may run the same experts, and add to them.
-    """
-
-    kind: str
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.training = False
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Return T."""
-
-    @abstractmethod
-    def members(self) -> Sequence[object]:
-        """Return what tells each expert from any other; it keeps the expert's weights in memory."""
-
-    @abstractmethod
-    def expert(self, index: int) -> AbstractContextManager[nn.Module]:
-        """Within the block, the yielded module runs as expert `index`. Others may run it too: do not change it."""
-
-    @abstractmethod
-    def carrier(self, index: int) -> nn.Module:
-        """Return the model that carries expert `index`: itself, or the base that its adapter is on."""
-
-    @abstractmethod
-    def selected(self, indices: Sequence[int]) -> Experts:
-        """Return the named experts, sharing their weights with these."""
-
-    @abstractmethod
-    def save_expert(self, index: int, folder: Path, **options: Any) -> None:
-        """Write expert `index` to `folder` as safetensors; `options` are those of transformers' `save_pretrained`."""
-
-    def expert_config(self, index: int) -> PreTrainedConfig:
-        """Return the model configuration of expert `index`."""
-        config: Any = self.carrier(index).config
-        return config
-
-    def stacked(self) -> StackedAdapters | None:
-        """Return all experts as one model for stacked rows, or None where each has to run by itself."""
-        return None
-
-    def map(self, run: Callable[[nn.Module, int], Result], indices: Sequence[int]) -> list[Result]:
-        """Return `run(expert, index)` for some experts, one after the other."""
-        results = []
-        for index in indices:
-            with self.expert(index) as model:
-                results.append(run(model, index))
-        return results
 
 
 class AdapterExperts(Experts):
@@ -121,20 +66,20 @@ class AdapterExperts(Experts):
         plain = plain_model(self.base)
         with turn_of(plain):
             wrapped = wrapper_of(self.base)
-            name = free_name(plain, wrapped)
+            taken = {*getattr(plain, "peft_config", {}), *(wrapped.peft_config if wrapped is not None else {})}
+            name = next(name for name in map("expert_{}".format, itertools.count(1)) if name not in taken)
             carrier = attach_adapter(wrapped or plain, folder, f"expert {len(self) + 1}", name=name)
             if wrapped is None:
                 wrappers[plain] = ref(carrier)
             if not self.adapters:
                 carrier.eval().requires_grad_(False)
             else:
-                freeze_adapter(carrier, name)
+                # Others on this base may be in training, by their owner.
+                for path, weight in carrier.named_parameters():
+                    if name in path.split("."):
+                        weight.requires_grad_(False)
             self.base = carrier
             self.adapters = (*self.adapters, Adapter(carrier, name))
-
-    def turn(self) -> Turn:
-        """Return what is held while adapters are put on the base, or its modules are gone through."""
-        return turn_of(plain_model(self.base))
 
     def __len__(self) -> int:
         return len(self.adapters)
@@ -158,12 +103,16 @@ class AdapterExperts(Experts):
     @torch.compiler.disable
     def _ready(self, index: int) -> tuple[Any, Any]:
         """Return a model that runs as expert `index`, or None, and what has to be held for it."""
-        plain, name, turn = plain_model(self.base), self.names[index], self.turn()
+        plain, name = plain_model(self.base), self.names[index]
+        turn = turn_of(plain)
         with turn:
             layers = [module for module in searched(plain) if isinstance(module, BaseTunerLayer)]
-            _refuse_merged(layers)
-            if not _switches_layers(self.base, layers):
-                return None, turn
+            merged = next((layer for layer in layers if layer.merged), None)
+            if merged is not None:
+                raise ValueError(
+                    f"the base model's weights have adapter {merged.merged_adapters[0]!r} merged into them, so no "
+                    "expert would be itself: call unmerge_adapter() on the base first"
+                )
             try:
                 model = view(self.base, _activation(self.base, layers, name))
             except NotShareable:
@@ -172,7 +121,7 @@ class AdapterExperts(Experts):
 
     def stacked(self) -> StackedAdapters | None:
         """Return the adapters as they are now for one forward pass, if all of them are plain LoRA on linear layers."""
-        with self.turn():
+        with turn_of(plain_model(self.base)):
             if not can_stack(self.base, self.names):
                 return None
             try:
@@ -193,7 +142,7 @@ class AdapterExperts(Experts):
     def save_expert(self, index: int, folder: Path, **options: Any) -> None:
         """Write one adapter, never sharded; peft puts a named one in a folder of its own, which is lifted here."""
         name = self.names[index]
-        with self.turn():
+        with turn_of(plain_model(self.base)):
             # The base's own embeddings are not the adapter's; to find out whether they changed, peft would ask the hub.
             self.base.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
         nested = folder / name
@@ -227,24 +176,15 @@ def _unwrapped(name: str) -> str:
     return name
 
 
-def _refuse_merged(layers: Sequence[BaseTunerLayer]) -> None:
-    for layer in layers:
-        if layer.merged:
-            raise ValueError(
-                f"the base model's weights have adapter {layer.merged_adapters[0]!r} merged into them, so no expert "
-                "would be itself: call unmerge_adapter() on the base first"
-            )
+def _activation(base: Any, layers: Sequence[Any], name: str) -> dict[nn.Module, dict[str, Any]]:
+    """Return the attributes of modules with which an adapter is the active one, as `PeftModel.set_adapter` does it.
 
-
-def _switches_layers(base: Any, layers: Sequence[BaseTunerLayer]) -> bool:
-    """Return whether to make an adapter the active one is to tell each layer so, and nothing more."""
+    Raises NotShareable for kinds of adapters where that is more than to tell each layer so.
+    """
     tuner = base.base_model
     plainly = isinstance(tuner, BaseTuner) and type(tuner).set_adapter is BaseTuner.set_adapter
-    return plainly and all(type(layer).set_adapter is BaseTunerLayer.set_adapter for layer in layers)
-
-
-def _activation(base: Any, layers: Sequence[Any], name: str) -> dict[nn.Module, dict[str, Any]]:
-    """Return the attributes of modules with which an adapter is the active one, as `PeftModel.set_adapter` does it."""
+    if not plainly or any(type(layer).set_adapter is not BaseTunerLayer.set_adapter for layer in layers):
+        raise NotShareable(f"{type(tuner).__name__} has its own way to make an adapter the active one")
     changes: dict[nn.Module, dict[str, Any]] = {base: {"active_adapter": name, "_adapters_disabled": False}}
     changes[base.base_model] = {"active_adapter": name}
     changes |= {layer: {"_active_adapter": [name], "_disable_adapters": False} for layer in layers}
@@ -267,7 +207,11 @@ class ModelExperts(Experts):
             self.add(model)
 
     def add(self, model: PreTrainedModel) -> None:
-        """Append a model; raises ValueError if its vocabulary has another size than the first expert's."""
+        """Append a model; raises ValueError for another dtype or size of vocabulary than the first expert's."""
+        if len(self) and model.dtype != self.models[0].dtype:
+            raise ValueError(
+                f"expert {len(self) + 1} is in {model.dtype}, expert 1 in {self.models[0].dtype}: load all in one dtype"
+            )
         if len(self) and model.config.vocab_size != self.models[0].config.vocab_size:
             raise ValueError(
                 f"expert {len(self) + 1} has a vocabulary of {model.config.vocab_size} tokens, expert 1 one of "
@@ -304,10 +248,17 @@ class ModelExperts(Experts):
         on_cpu = all(next(self.models[index].parameters()).device.type == "cpu" for index in indices)
         if count < 2 or not on_cpu or torch.is_grad_enabled():
             return super().map(run, indices)
-        run = _in_modes_of_this_thread(run)
+        # Other threads compute in the modes of this one, which has no gradients.
+        inference = torch.is_inference_mode_enabled()
+        autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
         def run_one(index: int) -> Result:
-            with self.expert(index) as model:
+            with (
+                torch.inference_mode(inference),
+                torch.no_grad(),
+                torch.autocast("cpu", dtype, autocast),
+                self.expert(index) as model,
+            ):
                 return run(model, index)
 
         return list(_workers(count, threads // count).map(run_one, indices))
@@ -340,22 +291,6 @@ def _workers(count: int, threads: int) -> ThreadPoolExecutor:
 
 # A forked process inherits the pool but not its threads.
 os.register_at_fork(after_in_child=_workers.cache_clear)
-
-
-def _in_modes_of_this_thread(run: Callable[..., Result]) -> Callable[..., Result]:
-    """Return `run` for another thread, with inference mode and autocast as they are in this one; without gradients."""
-    inference = torch.is_inference_mode_enabled()
-    autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-
-    def run_there(*args: Any) -> Result:
-        with (
-            torch.inference_mode(inference),
-            torch.no_grad(),
-            torch.autocast("cpu", enabled=autocast[0], dtype=autocast[1]),
-        ):
-            return run(*args)
-
-    return run_there
 
 
 def context_lengths(experts: Experts) -> dict[int, int]:

@@ -14,13 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -28,18 +22,14 @@ from ensemw2s import ops
 from ensemw2s.data.tokens import QuestionFormat
 from ensemw2s.ensemble.cache import EnsembleCache
 from ensemw2s.ensemble.config import EnsembleConfig
-from ensemw2s.ensemble.experts import AdapterExperts, Experts, ModelExperts, context_lengths
+from ensemw2s.ensemble.experts import AdapterExperts, ModelExperts, context_lengths
 from ensemw2s.ensemble.saving import load_parts, save_ensemble
-from ensemw2s.ensemble.stacked import StackedAdapters
 from ensemw2s.inference.decoding import Sampling, fused_sample, require_valid
 from ensemw2s.inference.labelling import LabelSettings, label_questions
 from ensemw2s.models.base_reference import check_base, settled
 from ensemw2s.models.heads import only_positions, own_head
 from ensemw2s.models.loading import CACHE, load_model
-from ensemw2s.models.mixture import repeat_rows
-from ensemw2s.models.saved import (
-    require_one_dtype,
-)
+from ensemw2s.models.mixture import Experts, StackedExperts, repeat_rows
 from ensemw2s.models.sharing import turn_of
 from ensemw2s.ops.checks import COMBINES
 from ensemw2s.runtime.meter import count
@@ -48,12 +38,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
     from transformers.generation.streamers import BaseStreamer
-
-
-# What transformers passes to every model's forward and an ensemble has no use for.
-_NOT_NEEDED = ("return_dict", "cache_position")
-# What the argument that holds a cache is called, by transformers from 5.24 on and before.
-_CACHE_NAMES = ("cache", "past_key_values")
 
 
 class TokenEnsemble(PreTrainedModel, GenerationMixin):
@@ -89,7 +73,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         _check(config.expert_weights, config.combine, len(experts))
         super().__init__(config)
         self.experts = experts
-        self.generation_config = _generation_config(experts)
+        settings: Any = experts.carrier(0).generation_config
+        self.generation_config = GenerationConfig.from_dict(settings.to_dict())
         # As the experts are: others may be running them, so that nothing is set there.
         self.training = False
 
@@ -112,7 +97,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             combine: how distributions are combined.
             base_reference: `source`, and perhaps `keep_layers` and `dtype`, with which `loading.load_model` loads
                 `base` again. With it a saved ensemble refers to its base instead of holding a copy: to a folder by
-                its path, relative if it is beside or below the ensemble's, absolute otherwise.
+                its path, relative if it is beside or below the ensemble's, absolute otherwise **[choice]**.
 
         Raises:
             FileNotFoundError: an adapter's folder lacks its weights or its `adapter_config.json`.
@@ -130,7 +115,6 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         cls, models: Sequence[PreTrainedModel], expert_weights: Sequence[float], *, combine: str = "prob"
     ) -> TokenEnsemble:
         """Build an ensemble from whole models over one vocabulary and in one dtype."""
-        require_one_dtype(models, range(1, len(models) + 1))
         experts = ModelExperts(models)
         _check(expert_weights, combine, len(experts))
         return cls(EnsembleConfig.of(experts, expert_weights=expert_weights, combine=combine), experts)
@@ -174,7 +158,6 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 model: Any = expert
                 if not isinstance(expert, PreTrainedModel):
                     model = load_model(expert, **{"dtype": self.dtype, **model_init_kwargs})
-                require_one_dtype([experts.models[0], model], (1, self.num_experts + 1))
                 experts.add(model.to(self.device))
             self.config.max_position_embeddings = min(context_lengths(experts).values(), default=None)
             self.config.expert_weights = expert_weights
@@ -263,28 +246,26 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             ValueError: more tokens than an expert reads, or (on the CPU, where looking costs nothing) ids outside the
                 vocabulary; a cache of other experts or rows.
         """
-        inputs = (input_ids, attention_mask, position_ids, positions)
-        return self._run(self.experts, list(indices), inputs, cache, last_only)
+        texts = input_ids, attention_mask, position_ids
+        return self._run(self.experts, list(indices), *texts, positions, cache, last_only)
 
     def _run(
         self,
         experts: Experts,
         indices: list[int],
-        tensors: tuple[torch.Tensor | None, ...],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        positions: torch.Tensor | None,
         cache: EnsembleCache | None,
         last_only: bool,
     ) -> list[torch.Tensor]:
         """Do what `expert_logits` does, with these experts."""
-        input_ids, attention_mask, position_ids, positions = tensors
-        assert input_ids is not None
         if cache is not None:
             cache.require_fit(experts.members(), input_ids.shape[0])
         self._check_input(input_ids, attention_mask, cache)
-        inputs: dict[str, Any] = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "use_cache": cache is not None,
-        }
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs["use_cache"] = cache is not None
         if position_ids is not None:
             # One row for all, as transformers gives them, would not fit rows that are stacked.
             inputs["position_ids"] = position_ids.expand(input_ids.shape[0], -1)
@@ -342,16 +323,16 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         if labels is not None and self.config.combine == "vote":
             raise ValueError('combine="vote" has no loss: its distribution is 0 off the vote; use "prob" or "logprob"')
         # A switch that is off asks for nothing.
-        asked = {name: value for name, value in kwargs.items() if value is not None and value is not False}
-        unknown = sorted(asked.keys() - set(_NOT_NEEDED))
+        asked = {name for name, value in kwargs.items() if value is not None and value is not False}
+        unknown = sorted(asked - {"return_dict", "cache_position"})
         if unknown:
             raise TypeError(f"an ensemble's forward does not know {', '.join(unknown)}: leave them out")
         experts, weights = self._now()
-        seen = _own_cache({"cache": cache, "past_key_values": past_key_values})
+        seen = _own_cache(cache=cache, past_key_values=past_key_values)
         if seen is None and use_cache:
             seen = _new_cache(experts)
-        tensors = (input_ids, attention_mask, position_ids, None)
-        logits = self._run(experts, list(range(len(weights))), tensors, seen, logits_to_keep == 1)
+        texts = input_ids, attention_mask, position_ids
+        logits = self._run(experts, list(range(len(weights))), *texts, None, seen, logits_to_keep == 1)
         if logits_to_keep > 1:
             logits = [row[:, -logits_to_keep:] for row in logits]
         device = logits[0].device
@@ -362,11 +343,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             _require_numbers(log_probs, logits, attention_mask, self.row_names(len(input_ids)))
         loss = None
         if labels is not None:
-            loss = torch.nn.functional.nll_loss(
-                log_probs[:, :-1].flatten(0, 1),
-                labels[:, 1:].flatten().to(log_probs.device),
-                ignore_index=-100,
-            )
+            following = labels[:, 1:].flatten().to(log_probs.device)
+            loss = torch.nn.functional.nll_loss(log_probs[:, :-1].flatten(0, 1), following)
         return CausalLMOutputWithPast(loss=loss, logits=log_probs, **{CACHE: seen})
 
     @torch.no_grad()
@@ -380,8 +358,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         What the call leaves open is taken from the ensemble's `generation_config`, as for any transformers model. It
         is a copy of expert 1's, with everything that stands there: sampling, a repetition penalty (Qwen2.5 comes with
         one), several end tokens, each of which ends a text. To do without, set it on the ensemble, e.g.
-        `ensemble.generation_config.repetition_penalty = 1.0`. (`label` differs in one thing: it is greedy unless it is
-        told otherwise.)
+        `ensemble.generation_config.repetition_penalty = 1.0`.
 
         Args:
             inputs: int64 [B, length] prompts, or pass `input_ids`; left-padded if their lengths differ.
@@ -398,27 +375,21 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 leaves no token of the prompt to read.
         """
         call = self.snapshot()
-        call._fused = fused
-        return call._generate(inputs, kwargs)
-
-    def _generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
-        """Do what `generate` does, on an ensemble that is this call's own."""
-        cache = _own_cache({name: kwargs.pop(name, None) for name in _CACHE_NAMES})
-        settings = self._settings(kwargs)
+        cache = _own_cache(**{name: kwargs.pop(name, None) for name in ("cache", "past_key_values")})
+        settings = call._settings(kwargs)
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if prompt is not None:
-            self._check_prompt(prompt, kwargs.get("attention_mask"), cache)
-            kwargs |= self._stop_at_context(prompt, settings, kwargs.get("attention_mask"))
-        if (settings.num_beams or 1) > 1 and self.config.combine == "vote":
+            kwargs |= call._length_arguments(prompt, kwargs.get("attention_mask"), cache, settings)
+        if (settings.num_beams or 1) > 1 and call.config.combine == "vote":
             raise ValueError(
                 'combine="vote" cannot rank beams: it gives one token all the mass; use "prob" or "logprob"'
             )
         if cache is None and settings.use_cache is not False:
-            cache = self.new_cache()
+            cache = call.new_cache()
         if cache is not None:
             kwargs[CACHE] = cache
-        self._prompts = 1 if prompt is None else len(prompt)
-        return super().generate(inputs, **kwargs)
+        call._fused, call._prompts = fused, 1 if prompt is None else len(prompt)
+        return GenerationMixin.generate(call, inputs, **kwargs)
 
     def row_names(self, count: int) -> list[str]:
         """Return what messages call the rows of a batch; within `generate`, several rows may go on from one prompt."""
@@ -436,24 +407,15 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         tokenizer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Decode greedily or by sampling: what transformers' `generate` calls once everything is prepared.
-
-        What the fused op cannot do (another logits processor, returned scores, no cache) goes to transformers' own
-        loop, which draws from the same distribution. `tokenizer` has done its work in the stopping criteria.
-        """
+        """Decode greedily or by sampling: what transformers' `generate` calls once everything is prepared."""
+        # What the fused op cannot do (another logits processor, returned scores, no cache) goes to transformers' own
+        # loop, which draws from the same distribution. `tokenizer` has done its work in the stopping criteria.
         sampling = Sampling.from_processors(logits_processor, bool(generation_config.do_sample))
         cached = isinstance(model_kwargs.get(CACHE), EnsembleCache)
         general = synced_gpus or generation_config.return_dict_in_generate or not cached or not self._fused
         if general or sampling is None:
-            return super()._sample(
-                input_ids,
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                generation_config=generation_config,
-                synced_gpus=synced_gpus,
-                streamer=streamer,
-                **model_kwargs,
-            )
+            prepared = logits_processor, stopping_criteria, generation_config
+            return super()._sample(input_ids, *prepared, synced_gpus, streamer, **model_kwargs)
         names = self.row_names(len(input_ids))
         return fused_sample(
             self, input_ids, names, sampling, stopping_criteria, generation_config, streamer, **model_kwargs
@@ -498,12 +460,11 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         Questions are decoded in batches of similar prompt length, which several processes share out; those with a
         column `choices` are answered by likelihood (`ensemw2s.inference.choices`) with one of their choices.
 
-        **The rule for `generate()` and `label()`.** `generate()` obeys the ensemble's `generation_config` (a copy of
-        expert 1's), as any transformers model does. `label()` is greedy unless `sampling` says otherwise, whatever that
-        config says of sampling and of lengths. Every end token id of the config, one or several, and the tokenizer's
-        ends an answer. A setting that would change the distribution (a repetition penalty, n-grams that must not come
-        again, bad words, suppressed or forced tokens, a least length, beams, ...) is refused. So `label()` and greedy
-        `generate()` give the same tokens, up to the first end token.
+        Where `generate()` obeys the ensemble's `generation_config`, `label()` is greedy unless `sampling` says
+        otherwise, whatever that config says of sampling and of lengths. Every end token id of the config, one or
+        several, and the tokenizer's ends an answer. A setting that would change the distribution (a repetition penalty,
+        n-grams that must not come again, bad words, suppressed or forced tokens, a least length, beams, ...) is
+        refused. So `label()` and greedy `generate()` give the same tokens, up to the first end token.
 
         With `output_file`, finished rows are appended to it (JSON lines) as they come, and a later call goes on behind
         them, whatever its number of processes. Each process but the main one has a file of its own beside it, until all
@@ -549,17 +510,10 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 are there twice; or a number outside its range.
             TypeError: a number that is none, or not a whole one.
         """
-        settings = LabelSettings(
-            question_format or QuestionFormat(),
-            max_new_tokens,
-            batch_size,
-            sampling or Sampling(),
-            top_logprobs,
-            top_temperature,
-        )
-        experts = self.snapshot()
+        question_format, sampling = question_format or QuestionFormat(), sampling or Sampling()
+        settings = LabelSettings(question_format, max_new_tokens, batch_size, sampling, top_logprobs, top_temperature)
         return label_questions(
-            experts, questions, processing_class, settings, output_file=output_file, description=description
+            self.snapshot(), questions, processing_class, settings, output_file=output_file, description=description
         )
 
     def save_pretrained(
@@ -639,8 +593,13 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             ensemble.generation_config = generation_config
         return ensemble
 
-    def _check_prompt(self, prompt: torch.Tensor, mask: torch.Tensor | None, cache: EnsembleCache | None) -> None:
-        """Raise ValueError for a prompt that the experts cannot read, or that leaves nothing to read or to write."""
+    def _length_arguments(
+        self, prompt: torch.Tensor, mask: torch.Tensor | None, cache: EnsembleCache | None, settings: GenerationConfig
+    ) -> dict[str, int]:
+        """Return the length arguments of `generate` that keep to the shortest context of the experts.
+
+        Raises ValueError for a prompt that the experts cannot read, or that leaves nothing to read or to write.
+        """
         self._check_ids(prompt)
         length, window = _longest(prompt, mask), self.config.max_position_embeddings
         if window is not None and length >= window:
@@ -656,15 +615,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 "as input_ids, or its new part with an attention_mask over the whole; or drop the cache's last token "
                 "with cache.crop(-1)"
             )
-
-    def _stop_at_context(
-        self, prompt: torch.Tensor, settings: GenerationConfig, mask: torch.Tensor | None
-    ) -> dict[str, int]:
-        """Return the length arguments of `generate` that keep to the shortest context of the experts."""
-        window = self.config.max_position_embeddings
         if window is None:
             return {}
-        room = window - _longest(prompt, mask)
+        room = window - length
         if settings.max_new_tokens is not None:
             name, value, most = "max_new_tokens", settings.max_new_tokens, room
         else:
@@ -716,12 +669,10 @@ def _longest(input_ids: torch.Tensor, mask: torch.Tensor | None) -> int:
 
 @torch.compiler.disable
 def _new_cache(experts: Experts) -> EnsembleCache:
-    stacked = experts.stacked()
-    configs = [experts.expert_config(t) for t in range(1 if stacked else len(experts))]
-    return EnsembleCache(configs, stacked, experts.members())
+    return EnsembleCache(experts)
 
 
-def _own_cache(given: Mapping[str, Any]) -> EnsembleCache | None:
+def _own_cache(**given: Any) -> EnsembleCache | None:
     """Return the one cache among the arguments that may hold one; None for an empty one of transformers' own."""
     caches = {name: cache for name, cache in given.items() if cache is not None}
     if len(caches) > 1:
@@ -756,7 +707,7 @@ def _require_numbers(
 # Every call has a stacked model of its own, which would be compiled anew.
 @torch.compiler.disable
 def _stacked_logits(
-    stacked: StackedAdapters, cache: Cache, inputs: dict[str, Any], indices: list[int]
+    stacked: StackedExperts, cache: Cache, inputs: dict[str, Any], indices: list[int]
 ) -> list[torch.Tensor]:
     """Run all experts in one forward pass and return the logits of those in `indices`."""
     repeated = repeat_rows(inputs, stacked.count)
@@ -777,11 +728,6 @@ def _check(expert_weights: Sequence[float], combine: str, num_experts: int) -> N
         raise ValueError(f"expert_weights must be positive and finite, got {bad[0]}: leave such an expert out")
     if combine not in COMBINES:
         raise ValueError(f"combine must be one of {', '.join(COMBINES)}, got {combine!r}")
-
-
-def _generation_config(experts: Experts) -> GenerationConfig:
-    settings: Any = experts.carrier(0).generation_config
-    return GenerationConfig.from_dict(settings.to_dict())
 
 
 AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig)

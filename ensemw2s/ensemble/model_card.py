@@ -6,13 +6,11 @@ import importlib.metadata
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-if TYPE_CHECKING:
-    from ensemw2s.models.mixture import ExpertMixture
-
+from ensemw2s.models.mixture import ExpertMixture
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 # What packages call a license in their metadata, and what model cards call it.

@@ -7,16 +7,17 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ensemw2s.ensemble.config import EnsembleConfig, check_described, check_settings
-from ensemw2s.ensemble.experts import AdapterExperts, Experts, ModelExperts
+from ensemw2s.ensemble.experts import AdapterExperts, ModelExperts
 from ensemw2s.ensemble.model_card import model_card
 from ensemw2s.inference.decoding import require_tokenizer
 from ensemw2s.models.base_reference import arguments, check_base, found, settled, stored
 from ensemw2s.models.loading import load_model, load_saved_model
+from ensemw2s.models.mixture import ExpertMixture, Experts
 from ensemw2s.models.own_files import own_files, whole
 from ensemw2s.models.saved import (
     HUB_ACCESS,
@@ -27,15 +28,9 @@ from ensemw2s.models.saved import (
     local_folder,
     read_generation_config,
     read_settings,
-    require_one_dtype,
     require_whole,
 )
 from ensemw2s.runtime.files import write_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ensemw2s.models.mixture import ExpertMixture
 
 RECORD_FILE = "boosting.json"
 
@@ -114,7 +109,6 @@ def _load_models(folders: Sequence[Path], model_init_kwargs: Mapping[str, Any]) 
     for path, owner in zip(folders, owners, strict=True):
         require_whole(path, MODEL_WEIGHTS, owner)
     models = [load_saved_model(path, owner, **model_init_kwargs) for path, owner in zip(folders, owners, strict=True)]
-    require_one_dtype(models, range(1, len(models) + 1))
     return ModelExperts(models)
 
 

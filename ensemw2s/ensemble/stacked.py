@@ -30,8 +30,10 @@ def can_stack(base: nn.Module, names: Sequence[str]) -> bool:
     """
     if not isinstance(base, PeftModel):
         return False
-    if any(not _is_plain(base.peft_config[name]) for name in names):
-        return False
+    for name in names:
+        config: Any = base.peft_config[name]
+        if config.peft_type != PeftType.LORA or config.bias != "none" or config.layer_replication:
+            return False
     for module in _outer_modules(base.get_base_model()):
         if isinstance(module, AuxiliaryTrainingWrapper) and any(name in module._adapters for name in names):
             return False
@@ -54,10 +56,6 @@ def _outer_modules(model: nn.Module) -> Iterator[nn.Module]:
             yield from _outer_modules(child)
 
 
-def _is_plain(config: Any) -> bool:
-    return config.peft_type == PeftType.LORA and config.bias == "none" and not config.layer_replication
-
-
 class StackedAdapters:
     """T LoRA adapters on one base model, run as one model on T batches of rows that are stacked, expert after expert.
 
@@ -75,8 +73,9 @@ class StackedAdapters:
     """
 
     def __init__(self, base: PeftModel, adapters: Sequence[Adapter]) -> None:
-        self.base = base
+        self.base: nn.Module = base
         self.adapters = tuple(adapters)
+        self.count = len(self.adapters)
         names = [adapter.name for adapter in adapters]
         plain = base.get_base_model()
         ours = living[plain]
@@ -90,20 +89,11 @@ class StackedAdapters:
                 changes[module] = {"forward": partial(_contiguous_linear, module)}
         self._model = view(base, changes)
 
-    @property
-    def count(self) -> int:
-        """Return T."""
-        return len(self.adapters)
-
     @contextmanager
     def model(self) -> Iterator[nn.Module]:
         """Within the block, the yielded model takes stacked rows; other threads run it too, so do not change it."""
         with turn_if_wrapped(plain_model(self.base)):
             yield self._model
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> StackedAdapters:
-        # A copy of a cache goes on with the same experts.
-        return self
 
 
 def _stack(

@@ -1,8 +1,7 @@
 """Adapters that can be experts: which of peft's kinds, and how a saved one is loaded, whole or not at all.
 
 peft does what an adapter's settings ask for, fills in what its weights lack and drops what it has no place for, with a
-warning at most. Here the settings are an allow-list, every tensor has to fit, and an adapter that does not leaves the
-model as it was, bit for bit.
+warning at most. Here every tensor has to fit, and an adapter that does not leaves the model as it was, bit for bit.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def check_peft_config(config: PeftConfig, where: str, *, loaded: bool = False, m
     Raises:
         ValueError: names the setting.
     """
-    kind = _kind(config.peft_type)
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind not in KINDS:
         raise ValueError(
             f"{where}: adapters of the kind {shown(kind)} cannot be experts of one base model, or are not known to "
@@ -81,10 +80,6 @@ def check_peft_config(config: PeftConfig, where: str, *, loaded: bool = False, m
         )
     if kind == "LORA":
         _check_lora(config, where, _LOADED_INITS if loaded else _INITS)
-
-
-def _kind(peft_type: Any) -> str:
-    return str(getattr(peft_type, "value", peft_type))
 
 
 def _check_lora(config: Any, where: str, inits: tuple[Any, ...]) -> None:
@@ -105,13 +100,8 @@ def _check_lora(config: Any, where: str, inits: tuple[Any, ...]) -> None:
         raise ValueError(f"{where}: r must be a whole number, at least 1, got {shown(config.r)}")
 
 
-def read_peft_config(folder: Path, owner: str) -> PeftConfig:
-    """Return the configuration of a saved adapter.
-
-    Raises:
-        FileNotFoundError, OSError, ValueError: as `saved.read_settings`; settings that are not in the allow-list, not
-            of their type, or not known to this version of peft.
-    """
+def _read_peft_config(folder: Path, owner: str) -> PeftConfig:
+    """Return the configuration of a saved adapter; raises as `saved.read_settings`, and ValueError for bad settings."""
     settings = read_settings(folder / ADAPTER_CONFIG, owner)
     where = f"{owner}: {folder / ADAPTER_CONFIG}"
     kind = settings.get("peft_type")
@@ -170,12 +160,13 @@ def attach_adapter(
     Raises:
         FileNotFoundError: weights or `adapter_config.json` are missing.
         OSError: a file cannot be read.
-        ValueError: settings that cannot be an expert's; weights that are damaged, missing, NaN, left over, of another
-            shape or dtype than the base asks for, or that would replace weights that all experts share.
+        ValueError: settings that cannot be an expert's, or that this version of peft does not know; weights that are
+            damaged, missing, NaN, left over, of another shape or dtype than the base asks for, or that would replace
+            weights that all experts share.
     """
     folder = Path(folder)
     require_weights(folder, (ADAPTER_WEIGHTS,), owner)
-    config = read_peft_config(folder, owner)
+    config = _read_peft_config(folder, owner)
     _check_tensors(folder, require_whole(folder, (ADAPTER_WEIGHTS,), owner), owner)
     _check_shared(base, folder, config, owner)
     try:
@@ -192,7 +183,7 @@ def attach_adapter(
         raise
     except KeyError as error:
         # Of a module that is saved whole.
-        raise _unfit(folder, owner, "lacks", [str(error.args[0])]) from error
+        raise _Unfit(folder, owner, "lacks", [str(error.args[0])]) from error
     except Exception as error:
         raise ValueError(
             f"{owner}: the adapter in {folder} does not fit the base model ({first_line(error)}): load the base that "
@@ -203,6 +194,12 @@ def attach_adapter(
 
 class _Unfit(ValueError):
     """The tensors of an adapter are not those that its base asks for."""
+
+    def __init__(self, folder: Path, owner: str, what: str, keys: list[str]) -> None:
+        super().__init__(
+            f"{owner}: {folder / ADAPTER_WEIGHTS} {what} {', '.join(keys[:3])} ({len(keys)} tensors in all): it is "
+            f"damaged, or belongs to another base model or configuration. {REMEDY}"
+        )
 
 
 def _check_tensors(folder: Path, dtypes: Mapping[str, str], owner: str) -> None:
@@ -271,14 +268,7 @@ def _require_every_tensor(model: PeftModel, folder: Path, name: str, owner: str)
     missing = sorted(wanted - held) or empty
     for what, keys in (("lacks", missing), ("holds besides what belongs there", extra)):
         if keys:
-            raise _unfit(folder, owner, what, keys)
-
-
-def _unfit(folder: Path, owner: str, what: str, keys: list[str]) -> _Unfit:
-    return _Unfit(
-        f"{owner}: {folder / ADAPTER_WEIGHTS} {what} {', '.join(keys[:3])} ({len(keys)} tensors in all): it is "
-        f"damaged, or belongs to another base model or configuration. {REMEDY}"
-    )
+            raise _Unfit(folder, owner, what, keys)
 
 
 @contextmanager

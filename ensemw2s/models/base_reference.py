@@ -1,8 +1,7 @@
 """How an ensemble of adapters names the base model that it was saved without.
 
-A folder is stored as a path, relative to the ensemble's own folder where it lies beside or below it and absolute
-otherwise **[choice]**, so that a path never looks like the name of a model on the hub. What was a folder when it was
-saved is a folder or an error when it is loaded.
+A path never looks like the name of a model on the hub: what was a folder when it was saved is a folder or an error when
+it is loaded.
 """
 
 from __future__ import annotations
@@ -55,19 +54,14 @@ def check_base(base: Any, where: str) -> dict[str, Any] | None:
         raise ValueError(f"{where}: base: source must name a model, got {shown(source)}")
     if layers is not None and not (isinstance(layers, str) and _LAYERS.fullmatch(layers)):
         raise ValueError(f'{where}: base: keep_layers must look like "0-11,22-29", got {shown(layers)}')
-    checked = {"source": str(source), "keep_layers": layers, "dtype": _name(dtype, where)}
+    checked = {"source": str(source), "keep_layers": layers}
+    if dtype is not None:
+        name = checked["dtype"] = str(dtype).removeprefix("torch.")
+        try:
+            check_dtype(dtype if isinstance(dtype, torch.dtype) else name)
+        except ValueError as error:
+            raise ValueError(f"{where}: base: {error}") from error
     return {key: value for key, value in checked.items() if value is not None}
-
-
-def _name(dtype: Any, where: str) -> str | None:
-    if dtype is None:
-        return None
-    name = str(dtype).removeprefix("torch.")
-    try:
-        check_dtype(dtype if isinstance(dtype, torch.dtype) else name)
-    except ValueError as error:
-        raise ValueError(f"{where}: base: {error}") from error
-    return name
 
 
 def settled(base: Mapping[str, Any] | None) -> dict[str, Any] | None:

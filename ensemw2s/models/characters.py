@@ -20,15 +20,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ensemw2s.data.batches import AnswerCollator
 from ensemw2s.data.characters import TASKS, draw_letters
-from ensemw2s.data.tokens import IGNORED
 from ensemw2s.models.model_cache import cached_model
 from ensemw2s.runtime.fingerprint import digest_json
 
 _CLUTTER = "aceopqrstvwxyz "
 _LONGEST_CLUTTER = 8
-
-
 _LONGEST_TRAINED = 6
 _BATCH_SIZE = 48
 # Padding is the end token, as in many real tokenizers: whoever masks by token id loses the end of every answer.
@@ -82,11 +80,7 @@ def scratch_folder(name: str) -> Path:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    return cached_model(f"scratch-{name}-{_digest(recipe)}", make)
-
-
-def _digest(recipe: _Recipe) -> str:
-    return digest_json([_VERSION, asdict(recipe)], 4)
+    return cached_model(f"scratch-{name}-{digest_json([_VERSION, asdict(recipe)], 4)}", make)
 
 
 def _make_tokenizer() -> PreTrainedTokenizerFast:
@@ -110,7 +104,19 @@ def _train(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast, description: str
     generator = np.random.default_rng(recipe.seed)
     with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
-        model = LlamaForCausalLM(_model_config(recipe, tokenizer)).train()
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=recipe.hidden_size,
+            intermediate_size=2 * recipe.hidden_size,
+            num_hidden_layers=recipe.num_layers,
+            num_attention_heads=recipe.hidden_size // 32,
+            max_position_embeddings=_MAX_TOKENS,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model = LlamaForCausalLM(config).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, recipe.learning_rate, total_steps=recipe.num_steps, pct_start=0.1
@@ -136,38 +142,15 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _model_config(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.hidden_size,
-        intermediate_size=2 * recipe.hidden_size,
-        num_hidden_layers=recipe.num_layers,
-        num_attention_heads=recipe.hidden_size // 32,
-        max_position_embeddings=_MAX_TOKENS,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
 def _training_batch(
     generator: np.random.Generator, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `input_ids` and `labels`, int64 [B, L], padded on the right.
-
-    The loss is on what follows the equals sign: the letters before it are random, there is nothing to learn in them.
-    """
+    """Return `input_ids` and `labels`, int64 [B, L], padded on the right."""
     lines = [_training_line(generator) for _ in range(_BATCH_SIZE)]
-    rows = [tokenizer(line + _END)["input_ids"] for line in lines]
-    shape = len(rows), max(len(row) for row in rows)
-    input_ids = torch.full(shape, tokenizer.pad_token_id)
-    labels = torch.full(shape, IGNORED)
-    for index, (line, row) in enumerate(zip(lines, rows, strict=True)):
-        answer = line.index("=") + 1
-        input_ids[index, : len(row)] = torch.tensor(row)
-        labels[index, answer : len(row)] = torch.tensor(row[answer:])
-    return input_ids, labels
+    # The loss is on what follows the equals sign: the letters before it are random, there is nothing to learn in them.
+    rows = [{"input_ids": tokenizer(line + _END)["input_ids"], "prompt_length": line.index("=") + 1} for line in lines]
+    batch = AnswerCollator(tokenizer.pad_token_id)(rows)
+    return batch["input_ids"], batch["labels"]
 
 
 def _training_line(generator: np.random.Generator) -> str:

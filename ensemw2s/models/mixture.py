@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol, Self, TypeGuard, TypeVar
 
 import torch
@@ -18,15 +20,15 @@ Result = TypeVar("Result")
 
 
 class MixtureConfig(Protocol):
-    """How the distributions of T models become one."""
+    """How the distributions of T models become one.
 
-    @property
-    def expert_weights(self) -> Sequence[float]:
-        """T non-negative numbers, not normalised."""
+    Attributes:
+        expert_weights: T non-negative numbers, not normalised.
+        combine: one of `ops.checks.COMBINES`: "prob", "logprob" or "vote".
+    """
 
-    @property
-    def combine(self) -> str:
-        """One of `ops.checks.COMBINES`: "prob", "logprob" or "vote"."""
+    expert_weights: Sequence[float]
+    combine: str
 
 
 class Mixture(Protocol):
@@ -76,63 +78,81 @@ class Mixture(Protocol):
 
 
 class StackedExperts(Protocol):
-    """T experts that run as one model on T batches of rows, one expert's after the other's."""
+    """T experts (`count`) on one model (`base`), run as one on T batches of rows, one expert's after the other's."""
 
-    @property
-    def base(self) -> nn.Module:
-        """Return the model that carries them."""
-
-    @property
-    def count(self) -> int:
-        """Return T."""
+    base: nn.Module
+    count: int
 
     def model(self) -> AbstractContextManager[nn.Module]:
         """Within the block, the yielded module takes the stacked rows."""
 
 
-class ExpertModels(Protocol):
-    """The T models of a mixture, each by itself."""
+class Experts(nn.Module, ABC):
+    """T causal language models over one vocabulary, each by itself. Experts are numbered from 0.
 
-    @property
-    def kind(self) -> str:
-        """Return "adapters" (on one base) or "models"."""
+    Any number of threads may run the same experts, and add to them.
+    """
 
+    kind: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.training = False
+
+    @abstractmethod
     def __len__(self) -> int:
         """Return T."""
 
-    def expert(self, index: int) -> AbstractContextManager[nn.Module]:
-        """Within the block, the yielded module runs as expert `index`; do not change it."""
+    @abstractmethod
+    def members(self) -> Sequence[object]:
+        """Return what tells each expert from any other; it keeps the expert's weights in memory."""
 
+    @abstractmethod
+    def expert(self, index: int) -> AbstractContextManager[nn.Module]:
+        """Within the block, the yielded module runs as expert `index`. Others may run it too: do not change it."""
+
+    @abstractmethod
     def carrier(self, index: int) -> nn.Module:
         """Return the model that carries expert `index`: itself, or the base that its adapter is on."""
 
-    def expert_config(self, index: int) -> PreTrainedConfig:
-        """Return the model configuration of expert `index`."""
-
-    def selected(self, indices: Sequence[int]) -> ExpertModels:
+    @abstractmethod
+    def selected(self, indices: Sequence[int]) -> Experts:
         """Return the named experts, sharing their weights with these."""
 
+    @abstractmethod
+    def save_expert(self, index: int, folder: Path, **options: Any) -> None:
+        """Write expert `index` to `folder` as safetensors; `options` are those of transformers' `save_pretrained`."""
+
+    def expert_config(self, index: int) -> PreTrainedConfig:
+        """Return the model configuration of expert `index`."""
+        config: Any = self.carrier(index).config
+        return config
+
     def stacked(self) -> StackedExperts | None:
-        """Return all experts as one model, or None where each has to run by itself."""
+        """Return all experts as one model for stacked rows, or None where each has to run by itself."""
+        return None
 
     def map(self, run: Callable[[nn.Module, int], Result], indices: Sequence[int]) -> list[Result]:
-        """Return `run(expert, index)` for some experts."""
+        """Return `run(expert, index)` for some experts, one after the other."""
+        results = []
+        for index in indices:
+            with self.expert(index) as model:
+                results.append(run(model, index))
+        return results
 
 
 class ExpertMixture(Mixture, Protocol):
-    """A mixture that also gives its experts, one by one, and says how its texts are decoded: a `TokenEnsemble`."""
+    """A mixture that also gives its experts, one by one, and says how its texts are decoded: a `TokenEnsemble`.
 
-    @property
-    def config(self) -> PreTrainedConfig:
-        """Return what a `MixtureConfig` has, and the `vocab_size` and `max_position_embeddings` of all."""
+    Attributes:
+        config: what a `MixtureConfig` has, and the `vocab_size` and `max_position_embeddings` of all.
+        experts: the T experts.
+        generation_config: how texts are decoded where nothing else is said.
+    """
 
-    @property
-    def experts(self) -> ExpertModels:
-        """Return the T experts."""
-
-    @property
-    def generation_config(self) -> GenerationConfig:
-        """Return how texts are decoded where nothing else is said."""
+    config: PreTrainedConfig
+    experts: Experts
+    generation_config: GenerationConfig
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the weights of all experts."""
@@ -160,16 +180,9 @@ class OneModel:
 
     num_experts = 1
 
-    @dataclass(frozen=True)
-    class Config:
-        """One vote for the one model."""
-
-        expert_weights: tuple[float, ...] = (1.0,)
-        combine: str = "prob"
-
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.config = self.Config()
+        self.config: Any = SimpleNamespace(expert_weights=(1.0,), combine="prob")
         self.device: torch.device = next(model.parameters()).device
 
     def snapshot(self) -> Self:

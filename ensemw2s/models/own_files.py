@@ -11,15 +11,16 @@ rest.
 from __future__ import annotations
 
 import filecmp
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ensemw2s.models.saved import is_there, read_settings
+from ensemw2s.runtime.accounts import digest_of
 from ensemw2s.runtime.files import DiskFullError, is_disk_full, keep, new_folder, share_as_usual, sync
 from ensemw2s.runtime.values import shown
 
@@ -51,9 +52,12 @@ def own_files(path: str | os.PathLike[str], kind: str) -> Iterator[Path]:
     if not is_there(folder, kind):
         with new_folder(folder) as aside:
             yield aside
-            _write_list(aside, kind, _files_in(aside))
+            _write_list(aside, kind)
         return
-    _require_writable(folder, kind)
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: name a folder to save the {kind} in")
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+        raise PermissionError(f"{folder} cannot be written: make it writable, or name another folder for the {kind}")
     settle(folder)
     aside = folder / _PARTIAL
     try:
@@ -63,7 +67,7 @@ def own_files(path: str | os.PathLike[str], kind: str) -> Iterator[Path]:
         yield aside
         _leave_out_theirs(folder, aside, kind)
         share_as_usual(aside)
-        _write_list(aside, kind, _files_in(aside))
+        _write_list(aside, kind)
         keep(aside, folder)
     except BaseException as error:
         _discard(aside)
@@ -94,10 +98,8 @@ def settle(folder: Path) -> None:
     gone = [name for name in old.keys() - new.keys() if name != _CARD or _digest(folder / name) == old[name]]
     for name in gone:
         (folder / name).unlink(missing_ok=True)
-    for up in sorted(
-        {up for name in gone for up in (folder / name).parents if up.is_relative_to(folder)}, reverse=True
-    ):
-        if up != folder and up.is_dir() and not any(up.iterdir()):
+    for up in sorted({up for name in gone for up in (folder / name).parents if folder in up.parents}, reverse=True):
+        if up.is_dir() and not any(up.iterdir()):
             up.rmdir()
     # Until here the old list says what is ours, should this have to be done again.
     _put(ready / MANIFEST, folder / MANIFEST)
@@ -120,13 +122,6 @@ def _put(source: Path, place: Path) -> None:
     except OSError:
         shutil.copy2(source, beside)
     beside.replace(place)
-
-
-def _require_writable(folder: Path, kind: str) -> None:
-    if not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file: name a folder to save the {kind} in")
-    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
-        raise PermissionError(f"{folder} cannot be written: make it writable, or name another folder for the {kind}")
 
 
 def _is_scratch(path: Path) -> bool:
@@ -155,14 +150,8 @@ def _files_in(folder: Path) -> list[str]:
 
 
 def _listed(folder: Path) -> dict[str, str | None]:
-    """Return the files in `folder` that we wrote, with the hash of the README.
-
-    Raises:
-        ValueError: a damaged list, or one that names files elsewhere.
-    """
-    if not (folder / MANIFEST).is_file():
-        return {}
-    files = read_settings(folder / MANIFEST, "what was saved here before").get("files")
+    """Return the files in `folder` that we wrote, with the hash of the README; ValueError for a damaged list."""
+    files = _manifest(folder).get("files")
     if not isinstance(files, Mapping) or not all(_is_inside(folder, name) for name in files):
         raise ValueError(
             f"{folder / MANIFEST} is no list of the files in its folder: it is not ours, or damaged. Name another "
@@ -177,23 +166,25 @@ def _is_inside(folder: Path, name: str) -> bool:
     return bool(parts) and not {"..", "/"} & set(parts) and not any(up.is_symlink() for up in ups)
 
 
-def _write_list(folder: Path, kind: str, names: Iterable[str]) -> None:
-    files = {name: _digest(folder / name) if name == _CARD else None for name in names}
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Return what the list in `folder` says: `kind` and `files`; nothing if there is no list."""
+    file = folder / MANIFEST
+    return read_settings(file, "what was saved here before") if file.is_file() else {"files": {}}
+
+
+def _write_list(folder: Path, kind: str) -> None:
+    files = {name: _digest(folder / name) if name == _CARD else None for name in _files_in(folder)}
     (folder / MANIFEST).write_text(json.dumps({"kind": kind, "files": files}, indent=1) + "\n", encoding="utf-8")
 
 
 def _digest(file: Path) -> str | None:
-    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() if file.is_file() else None
+    return digest_of(file) if file.is_file() else None
 
 
 def _leave_out_theirs(folder: Path, aside: Path, kind: str) -> None:
-    """Take from `aside` what somebody else has in `folder` with the same content.
-
-    Raises:
-        FileExistsError: somebody else's file is in the way, or would be taken for one of ours.
-    """
+    """Take from `aside` what others have in `folder` with the same content; FileExistsError for what is in the way."""
     old, new = _listed(folder), _files_in(aside)
-    theirs = _saved_kind(folder)
+    theirs = _manifest(folder).get("kind")
     if theirs not in (None, kind):
         raise FileExistsError(f"{folder} holds another thing of ours, a {shown(theirs)}: name another folder")
     for name in _MODELS:
@@ -213,12 +204,6 @@ def _leave_out_theirs(folder: Path, aside: Path, kind: str) -> None:
         for inside in (folder / up).glob("*"):
             if inside.relative_to(folder).as_posix() not in known:
                 _refuse(inside, kind)
-
-
-def _saved_kind(folder: Path) -> object:
-    if not (folder / MANIFEST).is_file():
-        return None
-    return read_settings(folder / MANIFEST, "what was saved here before").get("kind")
 
 
 def _refuse(path: Path, kind: str) -> None:

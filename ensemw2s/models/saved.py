@@ -1,9 +1,8 @@
 """Saved models and ensembles, looked through before a library reads them: strangers may have written them.
 
-What comes from a file is an allow-list. A library that is handed a folder does much of what its files ask for: it runs
-Python files beside the weights, imports modules by name, unpickles, fetches other models and compiled kernels from the
-hub, or fills in random numbers for what is missing. Here a folder's settings may say what a model computes, and its
-weights are safetensors; everything else is the caller's to say. What is missing or damaged is named.
+A library that is handed a folder does much of what its files ask for: it runs Python files beside the weights, imports
+modules by name, unpickles, fetches other models and compiled kernels from the hub, or fills in random numbers for what
+is missing. Here a folder's settings may say what a model computes, and everything else is the caller's to say.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     GenerationConfig,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 
 from ensemw2s.runtime.parsing import parse_json
@@ -47,8 +45,6 @@ _IMPLEMENTATIONS = {
     "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
     "_experts_implementation": ("eager", "batched_mm", "grouped_mm"),
 }
-# Other formats of compressed weights bring kernels from the hub, or leave it to further packages whether they do.
-_QUANTISED = "bitsandbytes"
 _COUNTS = re.compile(r"n(um)?_.*(layer|block|expert|head)")
 _MOST_COUNTED = 10_000
 # Files of distributed checkpoints, which transformers would read in place of the weights.
@@ -60,18 +56,6 @@ def first_line(error: BaseException) -> str:
     """Return what went wrong in a library, cut to the first two of perhaps very many lines."""
     said = " ".join(line.strip() for line in str(error).splitlines()[:2])
     return said if len(said) <= 300 else said[:300] + " ..."
-
-
-def require_one_dtype(models: Sequence[PreTrainedModel], numbers: Sequence[int]) -> None:
-    """Raise ValueError unless all models have the dtype of the first; `numbers` are theirs, for the message."""
-    for model, number in zip(models, numbers, strict=True):
-        if model.dtype != models[0].dtype:
-            raise ValueError(
-                f"expert {number} is in {model.dtype}, expert {numbers[0]} in {models[0].dtype}: load all in one dtype"
-            )
-
-
-# Files
 
 
 def read_settings(file: Path, owner: str) -> dict[str, Any]:
@@ -138,20 +122,13 @@ def check_links(folder: Path) -> None:
     """
     home = folder.resolve()
     within = next((up.parent for up in home.parents if up.name == "snapshots" and (up.parent / "blobs").is_dir()), home)
-    for path in _own_paths(folder):
+    patterns = ("*.json", "base", "base/*", "experts", "experts/*", "experts/*/*")
+    for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))):
         if path.is_symlink() and not path.resolve().is_relative_to(within):
             raise ValueError(
                 f"{path} is a link out of the ensemble's folder, to {path.resolve()}: copy what it points to into the "
                 "folder, or delete it"
             )
-
-
-def _own_paths(folder: Path) -> Iterator[Path]:
-    for pattern in ("*.json", "base", "base/*", "experts", "experts/*", "experts/*/*"):
-        yield from sorted(folder.glob(pattern))
-
-
-# Weights
 
 
 def require_weights(folder: str | os.PathLike[str], names: Sequence[str], owner: str) -> Path:
@@ -191,7 +168,15 @@ def require_whole(folder: str | os.PathLike[str], names: Sequence[str], owner: s
                 f"{owner}: {folder} lacks {part}, one of the {len(parts)} files that {found.name} lists. The folder is "
                 "incomplete: save it again, or copy it whole"
             )
-        dtypes |= _dtypes(folder / part, owner)
+        try:
+            # safetensors takes what it may not read for missing.
+            (folder / part).open("rb").close()
+            with safe_open(folder / part, framework="pt") as weights:
+                dtypes |= {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{owner}: {folder / part} is damaged ({first_line(error)}). {REMEDY}") from error
+        except OSError as error:
+            raise _unreadable(folder / part, owner, error) from error
     return dtypes
 
 
@@ -210,32 +195,18 @@ def listed_parts(index: Path, owner: str) -> list[str]:
     return sorted(set(places.values()))
 
 
-def _dtypes(file: Path, owner: str) -> dict[str, str]:
-    try:
-        # safetensors takes what it may not read for missing.
-        file.open("rb").close()
-        with safe_open(file, framework="pt") as weights:
-            return {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118  (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{owner}: {file} is damaged ({first_line(error)}). {REMEDY}") from error
-    except OSError as error:
-        raise _unreadable(file, owner, error) from error
-
-
-# Models
-
-
 def check_model_folder(folder: Path, owner: str) -> None:
     """Look through a folder that holds a whole model, before transformers reads it.
 
     Raises:
         FileNotFoundError: `config.json` or weights are missing.
         OSError: a file cannot be read.
-        ValueError: a file is damaged, or asks for more than a model of transformers' own with these weights.
+        ValueError: a file is damaged, or asks for more than a model of transformers' own with these weights: another
+            kind of model, a setting that is the caller's to make, or one that no model has.
     """
     dtypes = require_whole(folder, MODEL_WEIGHTS, owner)
     config = read_settings(folder / "config.json", owner)
-    check_model_config(config, f"{owner}: {folder / 'config.json'}", len(dtypes))
+    _check_model_config(config, f"{owner}: {folder / 'config.json'}", len(dtypes))
     if "quantization_config" not in config:
         odd = next((name for name, dtype in dtypes.items() if name.endswith(".weight") and dtype not in _FLOATS), None)
         if odd is not None:
@@ -251,19 +222,11 @@ def check_model_folder(folder: Path, owner: str) -> None:
         read_generation_config(folder / "generation_config.json", owner, {})
 
 
-def check_model_config(config: Mapping[str, Any], where: str, count: int) -> None:
-    """Check the settings of a model; `count` is the number of its tensors. `where` begins an error.
-
-    Raises:
-        ValueError: another kind of model than transformers has, a setting that is the caller's to make, or one that no
-            model has.
-    """
+def _check_model_config(config: Mapping[str, Any], where: str, count: int) -> None:
+    """Check the settings of a model of `count` tensors; `where` begins an error."""
     kind = config.get("model_type")
-    if (
-        not isinstance(kind, str)
-        or kind not in CONFIG_MAPPING
-        or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING
-    ):
+    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    if not known or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"{where}: model_type {shown(kind)} is no causal language model of this version of transformers. If it "
             "comes with code of its own, and you trust that, pass trust_remote_code=True"
@@ -296,7 +259,8 @@ def _check_setting(key: str, value: Any, where: str) -> None:
         raise ValueError(f"{where}: {key} is not for a file to say, got {shown(value)}: delete it, or pass it yourself")
     if key == "quantization_config" and value is not None:
         method = value.get("quant_method") if isinstance(value, dict) else value
-        if method != _QUANTISED:
+        # Other formats bring kernels from the hub, or leave it to further packages whether they do.
+        if method != "bitsandbytes":
             raise ValueError(
                 f"{where}: weights compressed by {shown(method)} may bring code from the hub. If you trust that, pass "
                 "quantization_config yourself"
@@ -341,9 +305,6 @@ def check_tokens(key: str, value: Any, config: Mapping[str, Any], where: str) ->
         # Padding that there is no token for is -1 in some models.
         if token is not None and not (type(token) is int and -1 <= token < size):
             raise ValueError(f"{where}: {key} is {shown(value)}, not a token of the vocabulary of {size}. {REMEDY}")
-
-
-# Ensembles
 
 
 def expert_folders(folder: Path, count: int) -> list[Path]:

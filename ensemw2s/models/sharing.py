@@ -1,9 +1,7 @@
 """What threads share of a model, and how each still runs its own version of it.
 
-Which adapter is active, which rows reach the output head and what a layer computes are attributes of modules, and
-threads that run one model share its modules. So nothing here is ever set on a model that is run: who needs another
-forward pass runs a `view`, a tree of modules of its own over the same weights. What can only be done on the modules
-themselves takes the one `turn` of that model.
+Which adapter is active, which rows reach the output head and what a layer computes are attributes of modules. Who needs
+others runs a `view` of the model; what can only be done on its own modules takes its one `Turn`.
 """
 
 from __future__ import annotations
