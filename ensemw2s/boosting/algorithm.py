@@ -35,6 +35,7 @@ from ensemw2s.runtime.values import require_numbers, shown
 
 Unit = Literal["token", "window", "sequence"]
 Sampling = Literal["draw", "without_replacement", "reweight", "bagging", "all"]
+DrawMethod = Literal["independent", "systematic"]
 Prior = Literal["pretrained", "uniform"] | float
 
 SUM_TOLERANCE = 1e-9
@@ -44,6 +45,8 @@ BLOCK = 1 << 20
 DRAWS_PER_CHUNK = 1 << 24
 # Partial sums of about sqrt(1e8) terms keep the rounding error of a 1e8-term prefix sum near 1e-14. Divides BLOCK.
 PREFIX_SUM_BLOCK = 1 << 14
+# Keeps the systematic offset clear of the cell borders, where rounding in the prefix sum would decide.
+SYSTEMATIC_MARGIN = 1e-6
 
 
 def unit_index(answer_lengths: ArrayLike, unit: Unit = "token", window: int | None = None) -> NDArray[np.int64]:
@@ -458,29 +461,35 @@ def fit_mixture_weights(
     return expert_weights
 
 
-def draw_counts(unit_weights: ArrayLike, size: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    """Draw units with replacement, independently of each other, and count how often each came up.
+def draw_counts(
+    unit_weights: ArrayLike, size: int, generator: np.random.Generator, method: DrawMethod = "independent"
+) -> NDArray[np.int64]:
+    """Draw units with replacement and count how often each came up.
 
-    Inverts the cumulative distribution on a float64 prefix sum, for any number of units (`torch.multinomial` refuses
-    more than 2^24). A unit of weight zero is never drawn.
+    Both methods invert the cumulative distribution on a float64 prefix sum, for any number of units
+    (`torch.multinomial` refuses more than 2^24). A unit of weight zero is never drawn.
 
     Args:
         unit_weights: float64 `[N]`, summing to 1.
         size: number of draws, at least 0.
         generator: source of randomness; the counts depend on nothing but its state and the other arguments.
+        method: `"independent"` (the paper's weighted sampling: `size` independent uniforms) or
+            `"systematic"` (one uniform offset and equal steps: each count is `size * D` rounded up or
+            down, and uniform weights give exactly one of each).
 
     Returns:
         int64 `[N]`, summing to `size`.
 
     Raises:
-        ValueError: weights that are no distribution, a negative `size`.
+        ValueError: weights that are no distribution, a negative `size`, an unknown `method`.
     """
     distribution = _distribution(unit_weights)
+    _check_choice("method", method, DrawMethod)
     require_numbers(whole=True, size=size)
     if size < 0:
         raise ValueError(f"size (the number of draws) must be at least 0, got {size}")
     counts = np.zeros(distribution.size, dtype=np.int64)
-    _count_draws(distribution, 0.0, size, generator, counts)
+    _count_draws(method, distribution, 0.0, size, generator, counts)
     return counts
 
 
@@ -491,6 +500,7 @@ def loss_weights(
     uniform_mix: float = 0.0,
     draw_fraction: float = 0.5,
     deduplicate: bool = False,
+    method: DrawMethod = "independent",
     generator: np.random.Generator | None = None,
     out: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float64]:
@@ -510,6 +520,7 @@ def loss_weights(
             an expert keeps learning the easy tokens after a sharp update. Without effect on the baselines.
         draw_fraction: the share of the units that `"without_replacement"` draws, in (0, 1].
         deduplicate: count a unit that was drawn several times once [choice: False].
+        method: how to draw, see `draw_counts`.
         generator: source of the draws; not needed for `"reweight"` and `"all"`.
         out: float64 `[N]`, where to put the result; None makes a new array.
 
@@ -522,6 +533,7 @@ def loss_weights(
             another length.
     """
     _check_choice("sampling", sampling, Sampling)
+    _check_choice("method", method, DrawMethod)
     distribution = _distribution(unit_weights)
     require_numbers(uniform_mix=uniform_mix)
     if not 0.0 <= uniform_mix < 1.0:
@@ -550,7 +562,7 @@ def loss_weights(
         result[drawn] = 1.0
         return result
     result[:] = 0.0
-    _count_draws(distribution, uniform_mix if sampling == "draw" else 1.0, size, generator, result)
+    _count_draws(method, distribution, uniform_mix if sampling == "draw" else 1.0, size, generator, result)
     if deduplicate:
         np.minimum(result, 1.0, out=result)
     return result
@@ -606,6 +618,7 @@ def _prefix_sums(distribution: NDArray[np.float64], uniform_mix: float) -> Itera
 
 
 def _count_draws(
+    method: DrawMethod,
     distribution: NDArray[np.float64],
     uniform_mix: float,
     draws: int,
@@ -616,6 +629,15 @@ def _count_draws(
     total = 0.0
     for _, cumulative in _prefix_sums(distribution, uniform_mix):
         total = cumulative[-1]
+    if method == "systematic":
+        offset, before = generator.uniform(SYSTEMATIC_MARGIN, 1.0 - SYSTEMATIC_MARGIN), 0
+        for part, cumulative in _prefix_sums(distribution, uniform_mix):
+            # How many of the points offset, offset + 1, ... lie below a unit's upper border (scale: 1 per draw). The
+            # last border is the number of draws up to rounding, which must not lose or add one.
+            below = np.clip(np.ceil(cumulative * (draws / total) - offset).astype(np.int64), 0, draws)
+            counts[part] += np.diff(below, prepend=before)
+            before = below[-1]
+        return
     for start in range(0, draws, DRAWS_PER_CHUNK):
         points = generator.random(min(DRAWS_PER_CHUNK, draws - start))
         # Sorted, the points that fall into one block of units stand together.

@@ -355,16 +355,18 @@ def tokenize_prompts(
 
 
 def dataset_of(rows: list[dict[str, Any]]) -> Dataset:
-    """Return rows with the same keys as a dataset, without disturbing other threads.
+    """Return rows with the same keys, one at least, as a dataset, without disturbing other threads.
 
     `Dataset.from_list` computes a fingerprint of the content, for which dill takes `sys.stdout` from all threads for a
     moment; where two threads do so at once, it may never come back.
     """
     from datasets import Dataset
+    from datasets.arrow_writer import OptimizedTypedSequence
     from datasets.fingerprint import generate_random_fingerprint
     from datasets.table import InMemoryTable
 
-    return Dataset(InMemoryTable.from_pylist(rows), fingerprint=generate_random_fingerprint())
+    columns = {name: OptimizedTypedSequence([row[name] for row in rows], col=name) for name in rows[0]}
+    return Dataset(InMemoryTable.from_pydict(columns), fingerprint=generate_random_fingerprint())
 
 
 def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -164,9 +164,9 @@ def test_a_large_expert_weight_does_not_overflow():
     np.testing.assert_array_equal(updated, [1.0, 0.0])
 
 
-@given(seeds, st.floats(0, 0.9))
+@given(seeds, st.sampled_from(["independent", "systematic"]), st.floats(0, 0.9))
 @settings(max_examples=20)
-def test_blocks_change_no_bit(seed, mix):
+def test_blocks_change_no_bit(seed, method, mix):
     # More units than two blocks of 64, the last one cut short; the whole fits one block of the ordinary size.
     size = 2 * 64 + 17
     generator = np.random.default_rng(seed)
@@ -175,11 +175,13 @@ def test_blocks_change_no_bit(seed, mix):
 
     def everything():
         drawn = [
-            algorithm.loss_weights(weights, sampling=name, uniform_mix=mix, generator=np.random.default_rng(seed))
+            algorithm.loss_weights(
+                weights, sampling=name, uniform_mix=mix, method=method, generator=np.random.default_rng(seed)
+            )
             for name in ("draw", "reweight", "bagging")
         ]
         updated = algorithm.update_weights(weights, wrong, 1.3, 0.7)
-        counts = algorithm.draw_counts(weights, 3 * size, np.random.default_rng(seed))
+        counts = algorithm.draw_counts(weights, 3 * size, np.random.default_rng(seed), method)
         return [*drawn, updated, counts, algorithm.unit_losses(np.repeat(wrong, 2), units)]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -294,6 +296,13 @@ def test_a_hundred_million_units():
     assert share == pytest.approx(weights[heavy].sum(), abs=5 * math.sqrt(0.25 / 20_000_000))
 
 
+def test_systematic_draws_take_each_of_many_uniform_units_once():
+    counts = algorithm.draw_counts(
+        algorithm.initial_weights(3_000_001), 3_000_001, np.random.default_rng(1), "systematic"
+    )
+    assert counts.min() == counts.max() == 1
+
+
 # Draws
 
 
@@ -357,14 +366,23 @@ def test_the_largest_uniform_takes_the_last_unit_with_weight(seed, size):
     assert counts[cumulative.searchsorted(cumulative[-1])] == counts.sum() == 1
 
 
-@given(seeds, sizes, st.integers(0, 1000))
-def test_draws_add_up_and_never_take_a_unit_without_weight(seed, size, draws):
+@given(seeds, sizes, st.integers(0, 1000), st.sampled_from(["independent", "systematic"]))
+def test_draws_add_up_and_never_take_a_unit_without_weight(seed, size, draws, method):
     generator = np.random.default_rng(seed)
     weights = random_weights(generator, size)
-    counts = algorithm.draw_counts(weights, draws, generator)
+    counts = algorithm.draw_counts(weights, draws, generator, method)
     assert counts.sum() == draws
     assert counts.min() >= 0
     assert not counts[weights == 0].any()
+    if method == "systematic":
+        assert np.abs(counts - draws * weights).max() < 1 + 1e-9
+
+
+def test_systematic_draws_are_unbiased():
+    weights = np.array([0.05, 0.15, 0.45, 0.35])
+    generator = np.random.default_rng(9)
+    mean = np.mean([algorithm.draw_counts(weights, 3, generator, "systematic") for _ in range(20_000)], axis=0)
+    np.testing.assert_allclose(mean, 3 * weights, atol=0.015)
 
 
 # Weights in the loss
@@ -383,6 +401,13 @@ def test_draws_for_the_loss_come_from_the_mixed_weights():
     expected = algorithm.draw_counts(0.5 * weights + 0.5 / 1000, 1000, np.random.default_rng(2))
     np.testing.assert_array_equal(in_loss, expected)
     assert in_loss[500:].sum() == pytest.approx(250, abs=60)
+
+
+def test_draws_for_the_loss_use_the_named_method():
+    in_loss = algorithm.loss_weights(
+        algorithm.initial_weights(50), sampling="draw", method="systematic", generator=np.random.default_rng(2)
+    )
+    assert in_loss.tolist() == [1.0] * 50
 
 
 def test_bagging_ignores_the_weights_and_draws_uniformly():
@@ -650,6 +675,7 @@ GENERATOR = np.random.default_rng(0)
         (lambda: algorithm.update_weights(HALVES, [True, False], 1.0, 1.5), "shrinkage must be in"),
         (lambda: algorithm.update_weights(HALVES, [False, False], 900.0), "leaves no weight on any unit"),
         (lambda: algorithm.draw_counts(HALVES, -1, GENERATOR), "at least 0, got -1"),
+        (lambda: algorithm.draw_counts(HALVES, 1, GENERATOR, "sobol"), "choose one of 'independent', 'systematic'"),
         (lambda: algorithm.loss_weights(HALVES, sampling="boost"), "choose one of 'draw', 'without_replacement', 'rew"),
         (lambda: algorithm.loss_weights(HALVES, sampling="draw"), "sampling='draw' needs a generator"),
         (lambda: algorithm.loss_weights(HALVES, sampling="reweight", deduplicate=True), "only applies to draws"),
