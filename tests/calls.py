@@ -191,12 +191,14 @@ def mixed(calls: Mapping[str, Callable[[], Any]], *, threads: int, each: int, se
             except Exception:
                 wrong.append(f"{name}: {traceback.format_exc()}")
 
+    output = sys.stdout
     workers = [threading.Thread(target=work, args=(seed * 1000 + i,)) for i in range(threads)]
     with many_switches():
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
+    assert sys.stdout is output, "a call took sys.stdout and did not give it back"
     if wrong:
         raise AssertionError(f"{len(wrong)} of {threads * each} calls from {threads} threads went wrong; {wrong[0]}")
     return threads * each

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from collections.abc import Callable
@@ -75,6 +76,20 @@ def test_a_call_in_the_middle_of_another_changes_neither(kind: str, tmp_path: Pa
 def test_calls_from_many_threads_give_what_they_give_alone(tmp_path: Path) -> None:
     ensemble, fourth = build("stacked", tmp_path)
     assert mixed(calls(ensemble, fourth), threads=4, each=6, seed=1) == 24
+
+
+def test_no_call_takes_standard_output_from_other_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that take it at once may never give it back."""
+    named = calls(*build("stacked", tmp_path))
+
+    def taken(*_: Any) -> None:
+        raise AssertionError("sys.stdout was taken")
+
+    # What datasets' fingerprints do, by way of dill.
+    monkeypatch.setattr("dill.temp.capture", taken)
+    monkeypatch.setattr(contextlib.redirect_stdout, "__enter__", taken)
+    for call in named.values():
+        call()
 
 
 @pytest.mark.parametrize("kind", KINDS)
