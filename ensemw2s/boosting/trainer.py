@@ -17,7 +17,7 @@ from ensemw2s.boosting.config import BoostingConfig
 from ensemw2s.boosting.factory import ExpertFactory
 from ensemw2s.boosting.units import AnswerUnits, informative_tokens
 from ensemw2s.data.questions import check_disjoint, check_questions
-from ensemw2s.data.tokens import QuestionFormat, tokenize_questions
+from ensemw2s.data.tokens import QuestionFormat, check_examples, tokenize_questions
 from ensemw2s.ensemble.model import TokenEnsemble
 from ensemw2s.inference.scoring import AnswerScores
 from ensemw2s.models.adapters import check_peft_config
@@ -61,7 +61,8 @@ class BoostingTrainer:
     Args:
         model: folder, hub id or other source of `loading.load_model`, or a model; or a list with one for each round.
         args: see `BoostingConfig`.
-        train_dataset: easy questions with columns `prompt` and `answer`.
+        train_dataset: easy questions with columns `prompt` and `answer`. Columns `input_ids` and `prompt_length`, if it
+            has them, are what `tokenize_questions` made of them with this tokenizer and format; nothing is tokenised.
         eval_dataset: validation questions, measured after each round; None measures nothing.
         processing_class: the tokenizer; None loads the one of `model`.
         peft_config: train adapters with this configuration; None trains all weights. With a list of models the
@@ -115,11 +116,8 @@ class BoostingTrainer:
         self.eval_questions = None if eval_dataset is None else check_questions(eval_dataset, "eval_dataset")
         if self.eval_questions is not None:
             check_disjoint({"train_dataset": self.train_questions, "eval_dataset": self.eval_questions})
-        form = self.processing_class, self.question_format
-        self._train = tokenize_questions(self.train_questions, *form, "train_dataset")
-        self._eval = self.eval_questions
-        if self._eval is not None:
-            self._eval = tokenize_questions(self._eval, *form, "eval_dataset")
+        self._train = self._tokenized(self.train_questions, "train_dataset")
+        self._eval = None if self.eval_questions is None else self._tokenized(self.eval_questions, "eval_dataset")
         informative = args.boosted_tokens == "informative"
         boosted = informative_tokens(self._train, self.processing_class) if informative else None
         self._units = AnswerUnits(self._train, boosted, args.unit, args.window)
@@ -438,6 +436,13 @@ class BoostingTrainer:
         if not first.exists():
             with new_array(first, self.num_units) as out:
                 algorithm.initial_weights(self.num_units, out=out)
+
+    def _tokenized(self, questions: Dataset, name: str) -> Dataset:
+        columns = ["id", "input_ids", "prompt_length"]
+        if not set(columns) <= set(questions.column_names):
+            return tokenize_questions(questions, self.processing_class, self.question_format, name)
+        check_examples(questions, name)
+        return questions.select_columns(columns)
 
     def _fingerprint(self) -> dict[str, Any]:
         args = {name: value for name, value in self.args.to_dict().items() if name not in _PRESENTATION | {"overwrite"}}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import set_seed
 
 from ensemw2s.boosting.trainer import BoostingTrainer, closing_identity
@@ -206,6 +206,11 @@ class Experiment:
         write_report([self.folder], self.folder / REPORT_FILE)
         self.say(f"report: {self.folder / REPORT_FILE}")
 
+    def _tokenized(self, split: str) -> Dataset:
+        """Return the questions of a split with their tokens for the experts, which all arms share."""
+        examples = self.files.examples(split, self.config.weak).select_columns(["input_ids", "prompt_length"])
+        return concatenate_datasets([self.files.questions(split), examples], axis=1)
+
     def _boosting_trainer(self, arm: str) -> BoostingTrainer:
         settings = {"num_train_epochs": self._equal_epochs()} if arm == "equal_cost" else {}
         args = self.config.ensemble_config(arm, self.files.boosting(arm), **settings)
@@ -213,8 +218,8 @@ class Experiment:
         return BoostingTrainer(
             self.config.weak.source,
             args=args,
-            train_dataset=self.files.questions("train"),
-            eval_dataset=self.files.questions("validation") if described or args.needs_validation else None,
+            train_dataset=self._tokenized("train"),
+            eval_dataset=self._tokenized("validation") if described or args.needs_validation else None,
             processing_class=self.files.tokenizer(self.config.weak),
             peft_config=self.config.peft_config(),
             question_format=self.config.data.format,

@@ -22,7 +22,7 @@ from ensemw2s.inference.decoding import MixtureDecoder, Sampling, require_plain,
 from ensemw2s.inference.label_files import TOP_COLUMNS, LabelFile
 from ensemw2s.models.identity import describe_experts, digest_tokenizer
 from ensemw2s.runtime import processes
-from ensemw2s.runtime.claims import one_at_a_time
+from ensemw2s.runtime.claims import held_file
 from ensemw2s.runtime.fingerprint import digest_columns, digest_json
 from ensemw2s.runtime.meter import Work
 from ensemw2s.runtime.values import check_number
@@ -86,7 +86,6 @@ class _Task:
     ends: list[int] | None
 
 
-@one_at_a_time("output_file")
 def label_questions(
     ensemble: ExpertMixture,
     questions: Dataset,
@@ -123,8 +122,9 @@ def label_questions(
         ends = end_tokens(processing_class, ensemble.generation_config)
     task = _Task(ensemble, questions, processing_class, settings, prompts, choices, ends)
     check_unique(prompts["id"], "questions")
-    file = None if output_file is None else LabelFile(Path(output_file), partial(_description, task), questions)
-    rows = _answered(task, file, description)
+    with held_file(output_file):
+        file = None if output_file is None else LabelFile(Path(output_file), partial(_description, task), questions)
+        rows = _answered(task, file, description)
     return dataset_of([rows[row_id] for row_id in prompts["id"]])
 
 

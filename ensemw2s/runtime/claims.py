@@ -6,7 +6,6 @@ A folder is ours by a marker whose content says that this package made it, and a
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import platform
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -26,7 +25,6 @@ from ensemw2s.runtime.fingerprint import plain
 from ensemw2s.runtime.values import shown_names
 
 _MADE_BY = "ensemw2s"
-Returned = TypeVar("Returned")
 
 
 class InUseError(RuntimeError):
@@ -195,20 +193,6 @@ def held_file(file: str | os.PathLike[str] | None) -> Iterator[None]:
     processes.on_main(make_folder, path.parent)
     with held(path.with_name(f".{path.name}.lock"), str(path)):
         yield
-
-
-def one_at_a_time(argument: str) -> Callable[[Callable[..., Returned]], Callable[..., Returned]]:
-    """Let a function hold the lock of the file that is given to it by this keyword, if one is; see `held`."""
-
-    def decorated(function: Callable[..., Returned]) -> Callable[..., Returned]:
-        @functools.wraps(function)
-        def alone(*args: Any, **kwargs: Any) -> Returned:
-            with held_file(kwargs.get(argument)):
-                return function(*args, **kwargs)
-
-        return alone
-
-    return decorated
 
 
 def _take(lock: FileLock, what: str) -> None:

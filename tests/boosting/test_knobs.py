@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from safetensors.torch import load_file
 from scipy.optimize import minimize
@@ -603,3 +603,14 @@ def test_a_setting_that_does_not_fit_the_rest_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         boost(tmp_path, given=given, **settings)
+
+
+def test_questions_that_are_in_tokens_already_are_not_tokenised_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boost(tmp_path / "text").train()
+    tokens = tokenize_questions(TRAIN, tokenizer(), FORMAT).select_columns(["input_ids", "prompt_length"])
+    monkeypatch.setattr("ensemw2s.boosting.trainer.tokenize_questions", None)
+    both = concatenate_datasets([TRAIN, tokens], axis=1)
+    boost(tmp_path / "tokens", given={"train_dataset": both}).train()
+    assert kept(tmp_path / "tokens") == kept(tmp_path / "text")

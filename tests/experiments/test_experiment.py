@@ -140,6 +140,20 @@ def test_all_arms_of_a_comparison_are_measured_on_the_same_questions(compared: P
     }  # fmt: skip
 
 
+def test_all_arms_share_the_tokens_of_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        splits.append(args[3])
+        return tokenize_questions(*args, **options)
+
+    monkeypatch.setattr("ensemw2s.experiments.folder.tokenize_questions", counted)
+    monkeypatch.setattr("ensemw2s.boosting.trainer.tokenize_questions", None)
+    config = build_config(settings(tmp_path, ensembles={"paper": {"recipe": "paper"}}))
+    Experiment(config).run(("data", "boost"))
+    assert sorted(splits) == ["train", "validation"]
+
+
 def test_an_expert_that_arms_share_is_trained_once(compared: Path) -> None:
     experts = {
         arm: [(compared / path).resolve() / "adapter_model.safetensors" for path in record["experts"]]
