@@ -80,7 +80,7 @@ def main() -> int:
             # A caching allocator would hide what is read past the end of a tensor.
             steps.run(tool, command, 90, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         files = [f"--{kind}={RESULTS / f'gpu-{card_name()}.{end}'}" for kind, end in (("csv", "csv"), ("plot", "png"))]
-        steps.run("benchmarks", [python, "-m", "benchmarks.gpu", *files], 240)
+        steps.run("benchmarks", [python, "-m", "benchmarks.ops.gpu", *files], 240)
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}\n{steps.table()}")
     return int(steps.failed())
 

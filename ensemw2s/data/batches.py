@@ -35,7 +35,7 @@ class LengthBucketSampler(Sampler[int]):
     It is a biased order: the rows of a batch are alike, and as each step's loss is a mean over its own answer tokens,
     those of short answers weigh more than those of long ones. Eight short trainings (76 steps) on reversing 2-6 letters
     got 2.9 +- 0.9 points fewer questions right than in random order, and 4.8 +- 0.9 fewer of 4-6 letters
-    (`benchmarks/train.py`, part "order").
+    (`benchmarks/training/train.py`, part "order").
 
     Unlike transformers' `LengthGroupedSampler`, it groups each micro-batch by itself, mixes long and short
     batches within an accumulated step, and its order depends on seed and epoch alone, so that a run can be resumed.

@@ -1,6 +1,6 @@
 """One training step of a LoRA student on a real model: from live teachers, from a cache of them, from answers alone.
 
-    python -m benchmarks.distill --csv benchmarks/results/distill_cpu_2_threads.csv
+    python -m benchmarks.student.distill --csv benchmarks/results/distill_cpu_2_threads.csv
 
 The ways take turns within each round, so that a busy machine slows all of them alike; times are medians of whole steps
 (forward, backward, optimiser). It also prints what a cache takes, in memory and on file, beside the full logits, and
@@ -24,7 +24,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from benchmarks.decode import save_adapters
+from benchmarks.ensemble.decode import save_adapters
 from benchmarks.measure import environment, write_csv
 from ensemw2s.data.batches import AnswerCollator
 from ensemw2s.ensemble.model import TokenEnsemble

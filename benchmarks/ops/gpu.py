@@ -1,6 +1,6 @@
 """The ops on a GPU against eager torch, torch.compile and other kernels, with the time of one read as the floor.
 
-    python -m benchmarks.gpu --csv benchmarks/results/gpu-h100.csv --plot benchmarks/results/gpu-h100.png
+    python -m benchmarks.ops.gpu --csv benchmarks/results/gpu-h100.csv --plot benchmarks/results/gpu-h100.png
 
 Medians of `triton.testing.do_bench`, which empties the L2 cache before each call; inputs rotate through several buffers
 beside that. The floor is the bytes that must be read, over the measured bandwidth of a copy on the same card.
@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.measure import environment
-from benchmarks.test_mixture import GREEDY, TOP_K_TOP_P, eager_log_probs, eager_sample, flat
+from benchmarks.ops.test_mixture import GREEDY, TOP_K_TOP_P, eager_log_probs, eager_sample, flat
 from ensemw2s.ops import (
     available_backends,
     draw_seeds,

@@ -1,6 +1,6 @@
 """Requests to one ensemble from several threads, against a loop over the same requests in one thread.
 
-    python -m benchmarks.threads --csv benchmarks/results/threads_cpu.csv
+    python -m benchmarks.ensemble.threads --csv benchmarks/results/threads_cpu.csv
 
 Each request is a `generate` of its own. The two ways take turns within each round, with the same number of compute
 threads per call, so that a busy machine slows both alike. `ratio_to_loop` is the median over rounds of the time that
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.decode import load_ensemble, random_ids, save_adapters
+from benchmarks.ensemble.decode import load_ensemble, random_ids, save_adapters
 from benchmarks.measure import environment, write_csv
 from ensemw2s.ensemble.model import TokenEnsemble
 from ensemw2s.models.loading import load_model

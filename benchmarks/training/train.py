@@ -1,6 +1,6 @@
 """Fine-tuning and scoring a real model on answers: this package beside transformers' Trainer and beside no head at all.
 
-    python -m benchmarks.train --csv benchmarks/results/train_cpu_2_threads.csv
+    python -m benchmarks.training.train --csv benchmarks/results/train_cpu_2_threads.csv
 
 The ways take turns step by step, so that a busy machine slows all of them alike; only ratios within one part mean
 something. One LoRA adapter is trained, r = 8, on every linear layer where nothing else is said. Parts:
@@ -46,7 +46,7 @@ from ensemw2s.training.fine_tune import fine_tune
 from ensemw2s.training.packing import pack_rows
 from ensemw2s.training.trainer import AnswerTrainer, AnswerTrainingArguments
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FIELDS = [
     "part", "way", "batch", "threads", "median_s", "p20_s", "p80_s", "tokens_per_s", "speed_to_transformers", "value",
     "unit", "cpu", "torch", "commit",

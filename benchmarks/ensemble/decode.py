@@ -1,7 +1,7 @@
 """Decoding with T experts, LoRA adapters on one real base model or whole models: this package, what a user would
 write, and one expert alone.
 
-    python -m benchmarks.decode --csv benchmarks/results/decode_cpu_2_threads.csv --plot docs/decode.png
+    python -m benchmarks.ensemble.decode --csv benchmarks/results/decode_cpu_2_threads.csv --plot docs/decode.png
 
 The ways take turns within each round, so that a busy machine slows all of them alike. Every step ends in a draw with
 top-k 50 and top-p 0.9. Times are medians over steps after the prompt. `peak_mb` is what decoding adds to the memory in
@@ -267,7 +267,16 @@ def cache_megabytes(cache: DynamicCache) -> float:
 
 def footprint(options: argparse.Namespace, way: str, paths: Sequence[Path]) -> float:
     """`footprint_here` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.decode", "--model", options.model, "--footprint", way, "--adapters"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.ensemble.decode",
+        "--model",
+        options.model,
+        "--footprint",
+        way,
+        "--adapters",
+    ]
     done = subprocess.run([*command, *map(str, paths)], stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])
 

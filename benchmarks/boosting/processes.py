@@ -1,6 +1,6 @@
 """One boosting round on a real base model by one process and by two, one thread each, with the same global batch.
 
-    python -m benchmarks.processes --csv benchmarks/results/processes_cpu.csv
+    python -m benchmarks.boosting.processes --csv benchmarks/results/processes_cpu.csv
 
 The two take turns, so that a busy machine slows both alike; each turn is a launch of its own, and times start when the
 processes have met and the model is loaded once. Wants an idle core for each process.
@@ -68,7 +68,7 @@ def launch(count: int, options: argparse.Namespace) -> dict[str, float]:
         words += ["--questions", str(options.questions), "--batch", str(options.batch)]
         subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "-m",
-             "benchmarks.processes", *words],
+             "benchmarks.boosting.processes", *words],
             check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         times: dict[str, float] = json.loads((Path(folder) / "times.json").read_text())
