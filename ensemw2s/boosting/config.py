@@ -148,7 +148,8 @@ class BoostingConfig(AnswerTrainingArguments):
     @property
     def loss_settings(self) -> dict[str, Any]:
         """Return how token weights enter the loss, as arguments of `algorithm.loss_weights`."""
-        return {name: getattr(self, name) for name in ("sampling", "uniform_mix", "draw_fraction", "deduplicate")}
+        drawn = {"draw_fraction": self.draw_fraction, "deduplicate": self.deduplicate}
+        return {"sampling": self.sampling, "uniform_mix": self.uniform_mix, **drawn}
 
     def _check_combinations(self) -> None:
         if self.mixture_weights == "validation" and self.choose_num_experts:
