@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 # Little is imported here: an interrupt while Python loads a large library, before `main`, would end in a traceback.
 from ensemw2s import __version__
 from ensemw2s.runtime.console import quiet_libraries
+from ensemw2s.runtime.parsing import require_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -252,7 +253,14 @@ def _add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _require_configuration(path: str) -> None:
+    """Refuse a name with no file behind it now: loading the libraries takes seconds."""
+    if path and not Path(path).is_dir():
+        require_file(path, "give a YAML or JSON file, or the folder of an earlier run")
+
+
 def _run(options: argparse.Namespace) -> None:
+    _require_configuration(options.config)
     from ensemw2s.experiments.config import load_config
     from ensemw2s.experiments.experiment import Experiment
     from ensemw2s.experiments.folder import PHASES
@@ -276,6 +284,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    _require_configuration(options.config)
     from ensemw2s.experiments.config import load_config
     from ensemw2s.experiments.plan import plan, plan_table
 
