@@ -355,8 +355,9 @@ def nucleus(log_probs: Array, sure: Array, maybe: Array, either: Array, setting:
     nearly = (near & (log_probs != least) & (log_probs <= least + either)).any(-1, keepdims=True)
     wide |= near & (nearly | (log_probs != least))
     edge = np.where(narrow, log_probs, np.inf).min(-1, keepdims=True)
-    at_edge = (np.abs(log_probs - edge) <= either) & maybe & ~narrow & (log_probs != edge)
-    narrow = np.where(at_edge.any(-1, keepdims=True), narrow & (log_probs > edge + either), narrow)
+    at_edge = (np.abs(log_probs - edge) <= either) & maybe
+    mixed = (at_edge & ~narrow).any(-1, keepdims=True) & (at_edge & (log_probs != edge)).any(-1, keepdims=True)
+    narrow = np.where(mixed, narrow & (log_probs > edge + either), narrow)
     return np.where(open_rows, False, narrow), wide
 
 
