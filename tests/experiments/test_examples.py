@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from ensemw2s.experiments.config import load_config, read_settings
 from ensemw2s.experiments.experiment import Experiment
 from ensemw2s.experiments.study import load_study
 from ensemw2s.models.loading import load_tokenizer
+from tests.running import fork, wait
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -47,13 +47,11 @@ def test_the_example_with_choices_has_one_token_answers_and_enough_questions(tmp
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
-def test_every_script_runs(path: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(path), str(tmp_path / "out")],
-        capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "student: " in done.stdout
+def test_every_script_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(path), str(tmp_path / "out")])
+    said = tmp_path / "said.txt"
+    status = wait(fork(lambda: runpy.run_path(str(path), run_name="__main__") and None, said))
+    assert status == 0 and "student: " in said.read_text(), said.read_text()
 
 
 def test_the_quick_demo_runs_from_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,10 +113,10 @@ class TestRows:
 
 
 @pytest.mark.parametrize("combine", COMBINES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_log_probs_are_as_good_as_plain_torch(generator, dtype, combine):
+def test_log_probs_are_as_good_as_plain_torch(generator, combine):
+    dtypes = itertools.cycle(DTYPES)
     for size in SIZES:
-        for experts in EXPERTS if size < 4099 else (2,):
+        for experts, dtype in zip(EXPERTS, dtypes, strict=False):
             logits, weights, _ = inputs(generator, experts, 2, size, dtype)
             exact = mixture_log_probs([x.double() for x in logits], weights.double(), combine)
             plain = mixture_log_probs([x.float() for x in logits], weights, combine, impl="reference")
@@ -311,7 +311,7 @@ class TestSampleEdges:
         logits, _, keys = inputs(generator, 2, 2, 40)
         weights = torch.tensor(weights)
         for combine in COMBINES:
-            for setting in SETTINGS:
+            for setting in SETTINGS[::2]:
                 got = sample(logits, weights, combine=combine, **keys, **setting)
                 assert not bool(got.valid.any()) and got.tokens.tolist() == [-1, -1]
             assert bool(mixture_log_probs(logits, weights, combine, impl="triton").isnan().all())
@@ -380,10 +380,11 @@ def test_token_scores_are_as_good_as_plain_torch(generator, dtype):
 
 
 @pytest.mark.parametrize("combine", COMBINES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_mixture_scores_are_as_good_as_plain_torch(generator, dtype, combine):
+def test_mixture_scores_are_as_good_as_plain_torch(generator, combine):
+    # The interpreter is slow: the dtypes take turns.
+    dtypes = itertools.cycle(DTYPES)
     for size in SIZES:
-        for experts in (1, 3):
+        for experts, dtype in zip((1, 3, 2), dtypes, strict=False):
             logits, weights, _ = inputs(generator, experts, 6, size, dtype)
             labels = labels_for(generator, logits[0], 6)
             double = [x.double() for x in logits]
