@@ -61,8 +61,9 @@ class BoostingTrainer:
     Args:
         model: folder, hub id or other source of `loading.load_model`, or a model; or a list with one for each round.
         args: see `BoostingConfig`.
-        train_dataset: easy questions with columns `prompt` and `answer`. Columns `input_ids` and `prompt_length`, if it
-            has them, are what `tokenize_questions` made of them with this tokenizer and format; nothing is tokenised.
+        train_dataset: easy questions with answers, in any shape that `shapes.as_dataset` takes. Columns `input_ids` and
+            `prompt_length`, if it has them, are what `tokenize_questions` made of them with this tokenizer and format;
+            nothing is tokenised.
         eval_dataset: validation questions, measured after each round; None measures nothing.
         processing_class: the tokenizer; None loads the one of `model`.
         peft_config: train adapters with this configuration; None trains all weights. With a list of models the
@@ -82,8 +83,8 @@ class BoostingTrainer:
         self,
         model: str | PreTrainedModel | Sequence[str | PreTrainedModel],
         args: BoostingConfig,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None = None,
+        train_dataset: Any,
+        eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         question_format: QuestionFormat | None = None,
@@ -441,8 +442,7 @@ class BoostingTrainer:
         columns = ["id", "input_ids", "prompt_length"]
         if not set(columns) <= set(questions.column_names):
             return tokenize_questions(questions, self.processing_class, self.question_format, name)
-        check_examples(questions, name)
-        return questions.select_columns(columns)
+        return check_examples(questions, name).select_columns(columns)
 
     def _fingerprint(self) -> dict[str, Any]:
         args = {name: value for name, value in self.args.to_dict().items() if name not in _PRESENTATION | {"overwrite"}}

@@ -112,8 +112,8 @@ class StudentTrainer:
     Args:
         model: source of `loading.load_model`, or a model (which is trained in place).
         args: see `StudentConfig`.
-        train_dataset: columns `prompt` and `answer`, as `TokenEnsemble.label` returns them; see `usable_answers` for
-            the rows that are left out.
+        train_dataset: questions with answers, as `TokenEnsemble.label` returns them or in any other shape that
+            `shapes.as_dataset` takes; see `usable_answers` for the rows that are left out.
         processing_class: the student's tokenizer; None loads the one that `model` was loaded with.
         peft_config: train an adapter with this configuration; None trains all weights.
         question_format: how a question becomes tokens.
@@ -133,7 +133,7 @@ class StudentTrainer:
         self,
         model: str | PreTrainedModel,
         args: StudentConfig,
-        train_dataset: Dataset,
+        train_dataset: Any,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         question_format: QuestionFormat | None = None,
