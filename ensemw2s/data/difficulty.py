@@ -77,8 +77,7 @@ def split_by_difficulty(
     the wanted ones, and is refused if they are too far off.
 
     Args:
-        questions: columns `prompt`, `answer` and `difficulty` (numbers, also as text, as CSV files have them), in any
-            shape that `shapes.as_dataset` takes.
+        questions: columns `prompt`, `answer` and `difficulty` (numbers, also as text, as CSV files have them).
         easy: the share of the easiest questions that count as easy, above 0.
         hard: the share of the hardest ones that count as hard, above 0; what is between belongs to neither.
         tolerance: how far off a share may be, in [0, 1], besides half a question [choice].

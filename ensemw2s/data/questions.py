@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ensemw2s.data.characters import character_questions
 from ensemw2s.data.known_datasets import binary_question, from_schema
-from ensemw2s.data.shapes import Prompt, as_dataset, dataset_of, text_of
+from ensemw2s.data.shapes import Prompt, as_dataset, dataset_of
 from ensemw2s.runtime.fingerprint import digest_json
 from ensemw2s.runtime.parsing import parse_json, read_text, require_file
 from ensemw2s.runtime.values import LARGEST, shown, shown_names
@@ -96,7 +96,10 @@ def load_questions(source: Mapping[str, Any] | str | os.PathLike[str]) -> Datase
         if columns is not None:
             raise ValueError(f"{name}: the schema {shown(schema)} names all columns, leave `columns` out")
         loaded = from_schema(loaded, schema, context, name)
-    rows = [_cut_prompt(row, regex) for row in check_questions(loaded, name, columns=columns)]
+    checked = check_questions(loaded, name, columns=columns)
+    if (regex is not None or binary) and not isinstance(checked[0]["prompt"], str):
+        raise ValueError(f"{name}: prompt_regex and binary are for texts, not for conversations: leave them out")
+    rows = [_cut_prompt(row, regex) for row in checked]
     return _answered_by_choice(check_questions(Dataset.from_list(_distinct(rows)), name), choices, binary, name)
 
 
@@ -114,7 +117,6 @@ def _answered_by_choice(dataset: Dataset, choices: Sequence[str] | None, binary:
         raise ValueError(f"{name}: binary questions are made of questions with choices, and there is no such column")
     if not binary:
         return dataset
-    _require_text(dataset[0], "binary")
     return check_questions(type(dataset).from_list([binary_question(row) for row in dataset]), name)
 
 
@@ -253,7 +255,6 @@ def _no_more_settings(source: Mapping[str, Any], known: Sequence[str]) -> None:
 def _cut_prompt(row: dict[str, Any], regex: str | None) -> dict[str, Any]:
     if regex is None:
         return row
-    _require_text(row, "prompt_regex")
     try:
         found = re.search(regex, row["prompt"].strip())
     except (re.error, TypeError, RecursionError, OverflowError) as error:
@@ -261,11 +262,6 @@ def _cut_prompt(row: dict[str, Any], regex: str | None) -> dict[str, Any]:
     if found is None or not any(found.groups()[:1]):
         raise ValueError(f"prompt_regex {shown(regex)} finds no group in the prompt {shown(row['prompt'])}")
     return row | {"prompt": found.group(1)}
-
-
-def _require_text(row: Mapping[str, Any], option: str) -> None:
-    if not isinstance(row["prompt"], str):
-        raise ValueError(f"{option} is for prompts that are texts, and one is a conversation: leave it out")
 
 
 def _distinct(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -277,22 +273,17 @@ def _distinct(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def question_key(prompt: Prompt) -> str:
     """Return what makes two prompts the same question: their words, whatever the case, the spacing and the roles."""
-    return " ".join(text_of(prompt).split()).casefold()
+    text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+    return " ".join(text.split()).casefold()
 
 
 def check_questions(
     data: Any, name: str = "the data", *, columns: Mapping[str, str] | None = None, answered: bool = True
 ) -> Dataset:
-    """Return questions as a dataset with a column `id`, after checking them.
+    """Return questions, in any shape and with any `columns` that `shapes.as_dataset` takes, as a checked dataset.
 
-    Args:
-        data: in any shape that `shapes.as_dataset` takes.
-        name: begins every error.
-        columns: what our columns are called in `data`, e.g. `{"prompt": "question"}`.
-        answered: questions need answers; False takes what is only to be answered.
-
-    Returns:
-        Columns `prompt`, `id` (text; where there is none, a hash of prompt and answer), and all others.
+    It has a column `id` (text): where there was none, a hash of prompt and answer. With `answered=False` questions need
+    no answers. `name` begins every error.
 
     Raises:
         TypeError, ValueError: see `as_dataset`; no rows, a missing column, a prompt or answer that is no text or empty,
@@ -314,23 +305,16 @@ def check_questions(
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"{name}, row {index}: {column} is {shown(value)}, expected text that is not empty")
     if "id" not in dataset.column_names:
-        content = [column for column in ("prompt", "answer") if column in dataset.column_names]
-        made = _numbered(_content_id(*row.values()) for row in dataset.select_columns(content))
-        dataset = dataset.add_column("id", made)
+        dataset = dataset.add_column("id", _numbered(_content_ids(dataset)))
     ids = [_checked_id(value, f"{name}, row {index}") for index, value in enumerate(dataset["id"])]
-    check_unique(ids, name)
+    twice = [value for value, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise ValueError(f"{name} has the id {shown(twice[0])} more than once: ids must be unique")
     if not isinstance(dataset[0]["id"], str):
         dataset = dataset.remove_columns("id").add_column("id", ids)
     if "choices" in dataset.column_names:
         check_choices(dataset, name)
     return dataset
-
-
-def check_unique(ids: Iterable[Any], name: str) -> None:
-    """Raise ValueError, naming it, if an id is there twice: one of its questions would get the other's answer."""
-    twice = [value for value, count in Counter(ids).items() if count > 1]
-    if twice:
-        raise ValueError(f"{name} has the id {shown(twice[0])} more than once: ids must be unique")
 
 
 def _checked_id(value: Any, place: str) -> str:
@@ -374,6 +358,11 @@ def _content_id(*parts: Any) -> str:
     return digest_json(parts, 8)
 
 
+def _content_ids(dataset: Dataset) -> list[str]:
+    content = [column for column in ("prompt", "answer") if column in dataset.column_names]
+    return [_content_id(*row.values()) for row in dataset.select_columns(content)]
+
+
 def _numbered(ids: Iterable[str]) -> list[str]:
     seen: Counter[str] = Counter()
     numbered = []
@@ -397,9 +386,7 @@ def check_disjoint(splits: Mapping[str, Dataset]) -> None:
 
 
 def exclude_questions(dataset: Any, others: Sequence[Any]) -> Dataset:
-    """Return the rows of `dataset` whose question is in none of `others`.
-
-    All are questions with or without answers, in any shape that `shapes.as_dataset` takes.
+    """Return the rows of `dataset` whose question is in none of `others`, all of them as `split_questions` takes them.
 
     Raises:
         TypeError, ValueError: see `check_questions`; or no row is left.
@@ -435,10 +422,8 @@ def split_questions(dataset: Any, sizes: Mapping[str, int], seed: int = 0) -> Da
     dataset = check_questions(dataset, "dataset", answered=False)
     first: dict[str, int] = {}
     prompts = list(dataset["prompt"])
-    answers = dataset["answer"] if "answer" in dataset.column_names else [None] * len(dataset)
     # Of rows that repeat a prompt the one whose content sorts first is used, so that their order plays no part.
-    contents = enumerate(zip(prompts, answers, strict=True))
-    for _, index in sorted((_content_id(prompt, answer), index) for index, (prompt, answer) in contents):
+    for _, index in sorted(zip(_content_ids(dataset), range(len(dataset)), strict=True)):
         first.setdefault(_content_id(str(seed), question_key(prompts[index])), index)
     wanted = sum(sizes.values())
     if len(first) < wanted:

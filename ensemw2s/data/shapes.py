@@ -17,47 +17,38 @@ if TYPE_CHECKING:
 
 Prompt = str | list[dict[str, str]]
 COLUMNS = ("prompt", "answer", "choices", "difficulty", "id")
-_SHAPES = "a datasets.Dataset, an IterableDataset, a pandas DataFrame or a list of dicts"
+_SHAPES = "a datasets.Dataset (of a DatasetDict, one split), an IterableDataset, a pandas DataFrame or a list of dicts"
 
 
 def as_dataset(data: Any, name: str, columns: Mapping[str, str] | None = None) -> Dataset:
-    """Return questions in any of the known shapes as a dataset without a format, with our columns.
+    """Return questions as a dataset without a format, with our columns.
 
-    TRL's shapes become ours where our columns are not there: `completion` is the answer, and `messages` are a prompt
-    and, the last of them, the assistant's answer. An answer may be given as one message of the assistant.
+    TRL's columns become ours where ours are not there: `completion` is the answer, and `messages` are a prompt and, the
+    last of them, the answer. An answer may be given as one message of the assistant.
 
     Args:
         data: a `datasets.Dataset` in any format, an `IterableDataset` (which is read whole, into memory), a pandas
-            DataFrame, or a list of dicts; lists may be NumPy arrays.
+            DataFrame, or a list of dicts; lists in them may be NumPy arrays.
         name: begins every error.
         columns: what our columns are called in `data`, e.g. `{"prompt": "question"}`.
 
     Raises:
         TypeError: data of another shape.
-        ValueError: no rows in a list, a column whose values are of several types, `columns` that do not fit, or
-            messages that are not `role` and `content`, both text; names the row.
+        ValueError: a list of no rows, values of several types in a column, `columns` that do not fit, or messages of
+            anything but `role` and `content`, both text.
     """
     import pandas as pd
     from datasets import Dataset, IterableDataset
 
-    if isinstance(data, IterableDataset):
-        data = list(data.with_format(None))
-    elif isinstance(data, Dataset) and data.format["type"] != "custom":
-        return _with_texts(_renamed(data.with_format(None), columns or {}, name), name)
-    elif isinstance(data, pd.DataFrame):
+    if isinstance(data, pd.DataFrame):
         # What is missing is None, as elsewhere, in every kind of column.
         data = data.astype(object).where(data.notna(), None).to_dict("records")
-    elif isinstance(data, Mapping):
-        raise TypeError(
-            f"{name} is a {type(data).__name__} of {shown_names(data)}: pass one of its splits, or {_SHAPES}"
-        )
-    elif not isinstance(data, Dataset | list | tuple):
+    computed = isinstance(data, Dataset) and data.format["type"] == "custom"
+    if computed or isinstance(data, IterableDataset | list | tuple):
+        data = dataset_of(list(data), name)
+    if not isinstance(data, Dataset):
         raise TypeError(f"{name} is a {type(data).__name__}, expected {_SHAPES}")
-    rows = list(data)
-    wrong = next((index for index, row in enumerate(rows) if not isinstance(row, Mapping)), None)
-    if wrong is not None:
-        raise TypeError(f"{name}, row {wrong} is {shown(rows[wrong])}, expected a dict with prompt and answer")
-    return _with_texts(_renamed(dataset_of(rows, name), columns or {}, name), name)
+    return _with_texts(_renamed(data.with_format(None), columns or {}, name), name)
 
 
 def dataset_of(rows: Sequence[Mapping[str, Any]], name: str) -> Dataset:
@@ -65,9 +56,7 @@ def dataset_of(rows: Sequence[Mapping[str, Any]], name: str) -> Dataset:
 
     `Dataset.from_list` computes a fingerprint of the content, for which dill takes `sys.stdout` from all threads for a
     moment; where two threads do so at once, it may never come back.
-
-    Raises:
-        ValueError: no rows, or a column whose values are of several types; the error begins with `name`.
+    Raises ValueError for no rows or values of several types, TypeError for rows that are no dicts, naming `name`.
     """
     import pyarrow as pa
     from datasets import Dataset
@@ -77,6 +66,9 @@ def dataset_of(rows: Sequence[Mapping[str, Any]], name: str) -> Dataset:
 
     if not rows:
         raise ValueError(f"{name} is empty: expected questions with columns prompt and answer")
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise TypeError(f"{name}, row {index} is {shown(row)}, expected a dict")
     made: dict[str, Any] = {}
     for column in dict.fromkeys(column for row in rows for column in row):
         values = [row.get(column) for row in rows]
@@ -121,8 +113,8 @@ def _with_texts(dataset: Dataset, name: str) -> Dataset:
     names = dataset.column_names
     if "messages" in names and not {"prompt", "answer"} & set(names):
         turns = [_messages(row, f"{name}, row {i}: messages") for i, row in enumerate(dataset["messages"])]
-        dataset = dataset.remove_columns("messages").add_column("prompt", [row[:-1] for row in turns])
-        dataset = dataset.add_column("answer", [row[-1:] for row in turns])
+        dataset = dataset.add_column("prompt", [row[:-1] for row in turns])
+        dataset = dataset.add_column("answer", [row[-1:] for row in turns]).remove_columns("messages")
     elif "completion" in names and "answer" not in names:
         dataset = dataset.rename_column("completion", "answer")
     for column, read in (("prompt", _messages), ("answer", _spoken)):
@@ -130,7 +122,9 @@ def _with_texts(dataset: Dataset, name: str) -> Dataset:
         if any(isinstance(value, list) for value in values):
             made = [read(value, f"{name}, row {i}: {column}") for i, value in enumerate(values)]
             if made != values:
-                dataset = dataset.remove_columns(column).add_column(column, made)
+                # Without any column a dataset would have no rows.
+                given = dataset.rename_column(column, f"{column} as given")
+                dataset = given.add_column(column, made).remove_columns(f"{column} as given")
     return dataset
 
 
@@ -147,15 +141,7 @@ def _messages(value: Any, place: str) -> list[dict[str, str]]:
 
 
 def _spoken(value: Any, place: str) -> str:
-    """Return the text of an answer that is given as messages: one, of the assistant."""
     messages = _messages(value, place)
     if [message["role"] for message in messages] != ["assistant"]:
-        raise ValueError(
-            f"{place} is {shown(value)}, expected one message, the assistant's, behind those of the prompt"
-        )
+        raise ValueError(f"{place} is {shown(value)}, expected one message, the assistant's, behind its prompt")
     return messages[0]["content"]
-
-
-def text_of(prompt: Prompt) -> str:
-    """Return what is said in a prompt: a text, or all messages of a conversation, one a line."""
-    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)

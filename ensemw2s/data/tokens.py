@@ -13,7 +13,7 @@ import numpy as np
 
 from ensemw2s.data.questions import check_questions, warn_of_unknown
 from ensemw2s.data.shapes import Prompt, as_dataset, dataset_of
-from ensemw2s.runtime.values import Uses, check_fields, check_in_use, shown, shown_names
+from ensemw2s.runtime.values import check_fields, shown, shown_names
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -191,13 +191,6 @@ def _around(text: str, other: str) -> str:
     return f"{'... ' if start else ''}{text[start:end]!r}{' ...' if end < len(text) else ''}"
 
 
-_OF_CHATS: Uses = dict.fromkeys(
-    ("system_message", "chat_template_kwargs"), (lambda settings: settings.use_chat_template, "use_chat_template=True")
-)
-# What rendering a prompt sets itself.
-_OURS = ("messages", "tokenize", "add_generation_prompt")
-
-
 @dataclass(frozen=True)
 class QuestionFormat:
     """How a question becomes tokens; the same object serves training, labelling and measuring.
@@ -230,7 +223,8 @@ class QuestionFormat:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_in_use(self, _OF_CHATS)
+        if not self.use_chat_template and (self.system_message, self.chat_template_kwargs) != (None, None):
+            raise ValueError("system_message and chat_template_kwargs do nothing without use_chat_template=True")
         if "{prompt}" not in self.prompt_template:
             raise ValueError(f"prompt_template must contain {{prompt}}, got {shown(self.prompt_template)}")
 
@@ -238,32 +232,26 @@ class QuestionFormat:
         """Return a prompt in tokens, with what reads and writes behind it; see `ensemw2s.data.tokens`.
 
         Raises:
-            ValueError: see `input`; no chat template, one that does not read a name in `chat_template_kwargs`, or one
-                that refuses the messages.
+            ValueError: see `input`; a chat template that is missing, refuses the messages, or reads no such kwargs.
         """
         asked = self.input(prompt)
         if isinstance(asked, str):
             return PromptTokens.of(asked, processing_class)
         template, settings = processing_class.get_chat_template(), self.chat_template_kwargs or {}
-        unread = [name for name in settings if name not in template or name in _OURS]
-        if unread:
-            raise ValueError(
-                f"chat_template_kwargs: this tokenizer's chat template does not read {unread[0]:.60}, or it is set "
-                "already: leave it out"
-            )
-        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **settings}
+        for name in settings:
+            if name not in template:
+                raise ValueError(f"this tokenizer's chat template does not read {name:.60} of chat_template_kwargs")
         try:
-            rendered = processing_class.apply_chat_template(asked, **options)
+            text = processing_class.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **settings)
         except jinja2.TemplateError as error:
             raise ValueError(f"the tokenizer's chat template refuses {shown(asked)}: {error}") from error
-        return PromptTokens.of(str(rendered), processing_class, add_special_tokens=False)
+        return PromptTokens.of(str(text), processing_class, add_special_tokens=False)
 
     def input(self, prompt: Prompt) -> Prompt:
         """Return the text that is asked, or with `use_chat_template` the messages, the system's included.
 
         Raises:
-            ValueError: a conversation without `use_chat_template`, or one that begins with a system message while
-                `system_message` is given.
+            ValueError: a conversation without `use_chat_template`, or with a system message beside `system_message`.
         """
         if not self.use_chat_template:
             if isinstance(prompt, str):
@@ -289,15 +277,10 @@ class QuestionFormat:
 
 
 def to_prompt_completion(answers: Any, question_format: QuestionFormat) -> Dataset:
-    """Return answered questions as TRL's trainers read them: a prompt-completion dataset.
+    """Return questions with answers (`shapes.as_dataset`) as TRL's trainers read them: `prompt` and `completion`.
 
-    Args:
-        answers: what `TokenEnsemble.label` returned, or other questions with answers (`shapes.as_dataset`).
-        question_format: how a question becomes tokens. With `use_chat_template` prompt and completion are lists of
-            messages, else texts in which the template is filled and the prefix stands.
-
-    Returns:
-        `prompt` and `completion`, and `chat_template_kwargs` if the format has any.
+    With `use_chat_template` both are lists of messages, and there is a column `chat_template_kwargs` if the format has
+    any; else they are texts, in which the template is filled and the prefix stands.
 
     Raises:
         TypeError, ValueError: see `check_questions` and `QuestionFormat.input`.

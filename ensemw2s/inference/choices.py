@@ -66,19 +66,17 @@ class _Question:
 
 
 def tokenize_choices(
-    questions: Any,
+    questions: Dataset,
     processing_class: PreTrainedTokenizerBase,
     question_format: QuestionFormat,
     name: str = "questions",
 ) -> list[_Question]:
-    """Turn questions with `prompt` and `choices` into tokens.
+    """Turn checked questions with `choices` into tokens.
 
     Raises:
-        TypeError, ValueError: see `check_questions`; no column `choices`, choices that the tokenizer changes, more
-            tokens than allowed, or a choice whose tokens begin another one's (it could never be the less likely of the
-            two); names the row.
+        ValueError: no such column, choices that the tokenizer changes, more tokens than allowed, or a choice whose
+            tokens begin another one's (it could never be the less likely of the two); names the row.
     """
-    questions = check_questions(questions, name, answered=False)
     if "choices" not in questions.column_names:
         raise ValueError(
             f"{name} has no column 'choices', which answering by likelihood needs; it has "
@@ -141,7 +139,7 @@ def score_choices(
 
     Raises:
         FloatingPointError: the model, or an expert, gives NaN, +inf or no finite logit; names which and the question.
-        TypeError, ValueError: see `tokenize_choices`.
+        TypeError, ValueError: see `check_questions` and `tokenize_choices`.
     """
     experts: Mixture = model.snapshot() if is_mixture(model) else OneModel(model)
     mixtures = {"model": list(experts.config.expert_weights)}

@@ -114,9 +114,8 @@ def usable_answers(
 ) -> Dataset:
     """Return the rows whose answer is not empty, not cut off, and, if asked for, confident enough.
 
-    The settings are those of `StudentConfig`; answers come in any shape that `shapes.as_dataset` takes. Rows count as
-    finished where there is no column `finished`. Of equally confident rows the earlier ones are kept, and fewer than
-    `keep_fraction` says if fewer are usable.
+    The settings are those of `StudentConfig`. Rows count as finished where there is no column `finished`. Of equally
+    confident rows the earlier ones are kept, and fewer than `keep_fraction` says if fewer are usable.
 
     Raises:
         ValueError: nothing is left, an answer is no text, or there is no `answer` column, or no `confidence` column to
@@ -139,8 +138,7 @@ def usable_answers(
                 )
     columns = answers.select_columns([name for name in ("answer", "finished", "confidence") if name in names])
     rows = dict(enumerate(columns))
-    # One that is missing is unknown, as NaN is.
-    confidence = {i: math.nan if row.get("confidence") is None else row["confidence"] for i, row in rows.items()}
+    confidence = np.array(answers["confidence"] if "confidence" in names else [], dtype=float)
     kept = [i for i, row in rows.items() if str(row["answer"] or "").strip()]
     empty = len(rows) - len(kept)
     if not keep_unfinished:
