@@ -151,7 +151,7 @@ def _difficulties(questions: Dataset) -> np.ndarray:
     if "difficulty" not in questions.column_names:
         raise ValueError(
             f"the questions have no column 'difficulty', only {shown_names(questions.column_names)}: rate them with "
-            "rate_difficulty (in an experiment: data.difficulty.folds=5), or name its column (`columns` of check_questions)"
+            "rate_difficulty (in an experiment: data.difficulty.folds=5), or map yours with check_questions"
         )
     for row in questions.select_columns(["id", "difficulty"]):
         if not is_finite_number(row["difficulty"]):
