@@ -20,9 +20,11 @@ _HOME = {
     "rate_difficulty": "experiments.rating",
     "split_by_difficulty": "data.difficulty",
     "QuestionFormat": "data.tokens",
+    "check_questions": "data.questions",
     "exclude_questions": "data.questions",
     "load_questions": "data.questions",
     "split_questions": "data.questions",
+    "to_prompt_completion": "data.tokens",
     "tokenize_questions": "data.tokens",
     "load_model": "models.loading",
     "load_tokenizer": "models.loading",
@@ -35,10 +37,12 @@ if TYPE_CHECKING:
     from ensemw2s.boosting.config import BoostingConfig as BoostingConfig
     from ensemw2s.boosting.trainer import BoostingTrainer as BoostingTrainer
     from ensemw2s.data.difficulty import split_by_difficulty as split_by_difficulty
+    from ensemw2s.data.questions import check_questions as check_questions
     from ensemw2s.data.questions import exclude_questions as exclude_questions
     from ensemw2s.data.questions import load_questions as load_questions
     from ensemw2s.data.questions import split_questions as split_questions
     from ensemw2s.data.tokens import QuestionFormat as QuestionFormat
+    from ensemw2s.data.tokens import to_prompt_completion as to_prompt_completion
     from ensemw2s.data.tokens import tokenize_questions as tokenize_questions
     from ensemw2s.ensemble.config import EnsembleConfig as EnsembleConfig
     from ensemw2s.ensemble.model import TokenEnsemble as TokenEnsemble

@@ -39,7 +39,6 @@ trainer = BoostingTrainer(
     on_round=lambda record: print(f"round {record['round']}: error {record['error']:.3f}, {record['validation']}"),
 )
 ensemble = trainer.train()
-ensemble.save_pretrained(f"{folder}/ensemble", processing_class=tokenizer, record=trainer.record())
 
 answers = ensemble.label(hard["unlabelled"], tokenizer, question_format=questions, max_new_tokens=10)
 student = StudentTrainer(
@@ -49,7 +48,6 @@ student = StudentTrainer(
     question_format=questions,
 )
 model = student.train()
-student.save_model(f"{folder}/student")
 
 test = tokenize_questions(hard["test"], tokenizer, questions)
 for name, answerer in (("ensemble", ensemble), ("student", model)):

@@ -23,6 +23,7 @@ from ensemw2s.inference.scoring import AnswerScores
 from ensemw2s.models.adapters import check_peft_config
 from ensemw2s.models.identity import describe_model
 from ensemw2s.models.loading import load_tokenizer, source_of
+from ensemw2s.models.own_files import refuse_others
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.claims import Kind, claimed, description_of
 from ensemw2s.runtime.files import map_array, new_array, read_array, read_json, write_array, write_json
@@ -61,7 +62,7 @@ class BoostingTrainer:
     Args:
         model: folder, hub id or other source of `loading.load_model`, or a model; or a list with one for each round.
         args: see `BoostingConfig`.
-        train_dataset: easy questions with columns `prompt` and `answer`. Columns `input_ids` and `prompt_length`, if it
+        train_dataset: easy questions with answers (`shapes.as_dataset`). Columns `input_ids` and `prompt_length`, if it
             has them, are what `tokenize_questions` made of them with this tokenizer and format; nothing is tokenised.
         eval_dataset: validation questions, measured after each round; None measures nothing.
         processing_class: the tokenizer; None loads the one of `model`.
@@ -82,8 +83,8 @@ class BoostingTrainer:
         self,
         model: str | PreTrainedModel | Sequence[str | PreTrainedModel],
         args: BoostingConfig,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None = None,
+        train_dataset: Any,
+        eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         question_format: QuestionFormat | None = None,
@@ -155,10 +156,13 @@ class BoostingTrainer:
             )
         return None
 
-    def train(self) -> TokenEnsemble:
-        """Run or continue the rounds and return the ensemble of the accepted experts.
+    def train(self, save_to: str | os.PathLike[str] | None = None) -> TokenEnsemble:
+        """Run or continue the rounds, save the ensemble of the accepted experts, and return it.
+
+        It is saved with tokenizer and `record()` in the folder `save_to`; None is `ensemble` in `args.output_dir`.
 
         Raises:
+            FileExistsError: another model is where the ensemble would be saved; nothing is trained.
             InUseError: another process trains in `args.output_dir`.
             RuntimeError: no expert beat the prior, not even in round 1.
             ValueError: `args.output_dir` belongs to another configuration, holds files that are not ours where ours
@@ -166,6 +170,8 @@ class BoostingTrainer:
         """
         remedy = "pass overwrite=True to delete that run"
         with claimed(self.folder, BOOSTING, self._fingerprint(), overwrite=self.args.overwrite, remedy=remedy):
+            place = save_to or self.folder / "ensemble"
+            processes.on_main(refuse_others, place, "ensemble")
             processes.on_main(self._start)
             for number in range(1, self.args.num_rounds + 1):
                 if not self._round(number):
@@ -177,7 +183,10 @@ class BoostingTrainer:
                     f"no expert beats the pre-trained model: {self.stop_reason}. Train longer or with another learning "
                     f"rate (now {self.args.num_train_epochs:g} epochs at {self.args.learning_rate:g})"
                 )
-            return self._factory.ensemble(self.expert_folders(), self.mixture()["expert_weights"])
+            ensemble = self._factory.ensemble(self.expert_folders(), self.mixture()["expert_weights"])
+            saved_with = {"processing_class": self.processing_class, "record": self.record()}
+            processes.on_main(ensemble.save_pretrained, place, **saved_with)
+            return ensemble
 
     def expert_folders(self) -> list[Path]:
         """Return where the experts of the ensemble are saved, in their order."""
@@ -441,8 +450,7 @@ class BoostingTrainer:
         columns = ["id", "input_ids", "prompt_length"]
         if not set(columns) <= set(questions.column_names):
             return tokenize_questions(questions, self.processing_class, self.question_format, name)
-        check_examples(questions, name)
-        return questions.select_columns(columns)
+        return check_examples(questions, name).select_columns(columns)
 
     def _fingerprint(self) -> dict[str, Any]:
         args = {name: value for name, value in self.args.to_dict().items() if name not in _PRESENTATION | {"overwrite"}}

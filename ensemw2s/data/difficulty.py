@@ -62,7 +62,7 @@ class DifficultySplit:
 
 
 def split_by_difficulty(
-    questions: Dataset,
+    questions: Any,
     easy: float = 0.5,
     hard: float = 0.5,
     *,
@@ -151,7 +151,7 @@ def _difficulties(questions: Dataset) -> np.ndarray:
     if "difficulty" not in questions.column_names:
         raise ValueError(
             f"the questions have no column 'difficulty', only {shown_names(questions.column_names)}: rate them with "
-            "rate_difficulty (in an experiment: data.difficulty.folds=5), or name the column that holds it (`columns`)"
+            "rate_difficulty (in an experiment: data.difficulty.folds=5), or map yours with check_questions"
         )
     for row in questions.select_columns(["id", "difficulty"]):
         if not is_finite_number(row["difficulty"]):

@@ -1,7 +1,7 @@
-"""Questions and answers: loading, checking, splitting, and turning them into tokens with the answer marked.
+"""Questions and answers: loading, checking, splitting.
 
-A dataset is a `datasets.Dataset` with string columns `prompt` and `answer`, and optionally `choices`, `difficulty` and
-`id`. Anything else is mapped to that at the door, by `load_questions`.
+A dataset is a `datasets.Dataset` with columns `prompt` and `answer`, and optionally `choices`, `difficulty` and `id`.
+Anything else is brought to that at the door (`shapes`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ensemw2s.data.characters import character_questions
 from ensemw2s.data.known_datasets import binary_question, from_schema
+from ensemw2s.data.shapes import Prompt, as_dataset, dataset_of
 from ensemw2s.runtime.fingerprint import digest_json
 from ensemw2s.runtime.parsing import parse_json, read_text, require_file
 from ensemw2s.runtime.values import LARGEST, shown, shown_names
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 
 SOURCE_KINDS = ("file", "hub", "reasoning_gym", "characters")
-_COLUMNS = ("prompt", "answer", "choices", "difficulty", "id")
 _OPTIONS = ("columns", "schema", "context", "choices", "binary", "prompt_regex")
 # A generator is asked for this many batches of questions before its distinct prompts count as exhausted.
 _MAX_TRIES = 8
@@ -96,8 +96,10 @@ def load_questions(source: Mapping[str, Any] | str | os.PathLike[str]) -> Datase
         if columns is not None:
             raise ValueError(f"{name}: the schema {shown(schema)} names all columns, leave `columns` out")
         loaded = from_schema(loaded, schema, context, name)
-    loaded = _renamed(loaded, columns or {}, name)
-    rows = [_cut_prompt(row, regex) for row in check_questions(loaded, name)]
+    checked = check_questions(loaded, name, columns=columns)
+    if (regex is not None or binary) and not isinstance(checked[0]["prompt"], str):
+        raise ValueError(f"{name}: prompt_regex and binary are for texts, not for conversations: leave them out")
+    rows = [_cut_prompt(row, regex) for row in checked]
     return _answered_by_choice(check_questions(Dataset.from_list(_distinct(rows)), name), choices, binary, name)
 
 
@@ -116,26 +118,6 @@ def _answered_by_choice(dataset: Dataset, choices: Sequence[str] | None, binary:
     if not binary:
         return dataset
     return check_questions(type(dataset).from_list([binary_question(row) for row in dataset]), name)
-
-
-def _renamed(dataset: Dataset, columns: Mapping[str, str], name: str) -> Dataset:
-    """Give the columns our names; what held one of our names before, and is not asked for, is left out."""
-    if not isinstance(columns, Mapping):
-        raise ValueError(
-            f'columns must map our names to those of {name}, e.g. {{"prompt": "question"}}; got {shown(columns)}'
-        )
-    for ours, theirs in columns.items():
-        if ours not in _COLUMNS:
-            raise ValueError(f"columns: {shown(ours)} is none of our columns {', '.join(_COLUMNS)}")
-        if theirs not in dataset.column_names:
-            raise ValueError(
-                f"{name} has no column {shown(theirs)} (for {ours}); its columns are "
-                f"{shown_names(dataset.column_names)}"
-            )
-    if len(set(columns.values())) < len(columns):
-        raise ValueError(f"columns maps two of our names to one column of {name}: {shown(columns)}; give each its own")
-    dropped = [ours for ours in columns if ours in dataset.column_names and ours not in columns.values()]
-    return dataset.remove_columns(dropped).rename_columns({theirs: ours for ours, theirs in columns.items()})
 
 
 def _from_file(source: Mapping[str, Any]) -> Dataset:
@@ -157,7 +139,7 @@ def _read_json(path: Path) -> Dataset:
         rows = [parse_json(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected a list of objects with prompt and answer")
-    return _table(rows, path)
+    return dataset_of(rows, str(path))
 
 
 def _read_csv(path: Path) -> Dataset:
@@ -179,7 +161,7 @@ def _read_csv(path: Path) -> Dataset:
     for index, row in enumerate(rows):
         if None in row:
             raise ValueError(f"{path}, row {index} has more fields than the header: quote fields that contain a comma")
-    return _table(rows, path)
+    return dataset_of(rows, str(path))
 
 
 def _read_parquet(path: Path) -> Dataset:
@@ -195,34 +177,6 @@ def _read_parquet(path: Path) -> Dataset:
         return Dataset(InMemoryTable(table))
     except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
         raise ValueError(f"{path} is not a Parquet file that can be read: {error}") from error
-
-
-def _table(rows: Sequence[Mapping[str, Any]], path: Path) -> Dataset:
-    """Return rows as a dataset with every column that any row has."""
-    import pyarrow as pa
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
-
-    if not rows:
-        raise ValueError(f"{path} is empty: expected questions with columns prompt and answer")
-    columns = dict.fromkeys(column for row in rows for column in row)
-    made: dict[str, Any] = {}
-    for column in columns:
-        values = [row.get(column) for row in rows]
-        if column == "id":
-            # Whole numbers as long as any, and text.
-            values = [str(value) if type(value) is int else value for value in values]
-        try:
-            made[column] = pa.array(values)
-        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(
-                f"{path}: the values of column {shown(column)} must be of one type, text that is whole, or numbers of "
-                f"up to 64 bits ({error})"
-            ) from error
-    try:
-        return Dataset(InMemoryTable.from_pydict(made))
-    except ValueError as error:
-        raise ValueError(f"{path}: a column has a name that is no text, {shown_names(map(shown, made))}") from error
 
 
 _READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
@@ -317,46 +271,50 @@ def _distinct(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(first.values())
 
 
-def question_key(prompt: str) -> str:
-    """Return what makes two prompts the same question: their words, whatever the case and spacing."""
-    return " ".join(prompt.split()).casefold()
+def question_key(prompt: Prompt) -> str:
+    """Return what makes two prompts the same question: their words, whatever the case, the spacing and the roles."""
+    text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+    return " ".join(text.split()).casefold()
 
 
-def check_questions(dataset: Dataset, name: str) -> Dataset:
-    """Return `dataset` with a column `id`, after checking that it holds questions.
+def check_questions(
+    data: Any, name: str = "the data", *, columns: Mapping[str, str] | None = None, answered: bool = True
+) -> Dataset:
+    """Return questions, in any shape and with any `columns` that `shapes.as_dataset` takes, as a checked dataset.
+
+    It has a column `id` (text): where there was none, a hash of prompt and answer. With `answered=False` questions need
+    no answers. `name` begins every error.
 
     Raises:
-        ValueError: no rows, a missing column, a prompt or answer that is no text or empty, an `id` used twice, or
-            choices that `check_choices` refuses.
+        TypeError, ValueError: see `as_dataset`; no rows, a missing column, a prompt or answer that is no text or empty,
+            an `id` used twice, or choices that `check_choices` refuses.
     """
-    for column in ("prompt", "answer"):
+    dataset = as_dataset(data, name, columns)
+    needed = ["prompt", "answer"] if answered else ["prompt"]
+    for column in needed:
         if column not in dataset.column_names:
             raise ValueError(
-                f"{name} has no column {column!r}; its columns are {shown_names(dataset.column_names)}. "
-                "Rename yours, or map them with `columns`"
+                f"{name} has no column {column!r}; its columns are {shown_names(dataset.column_names)}. Rename yours, "
+                f'or map them with `columns`, e.g. check_questions(data, columns={{"{column}": "yours"}})'
             )
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: expected at least one question")
-    for index, row in enumerate(dataset.select_columns(["prompt", "answer"])):
+    for index, row in enumerate(dataset.select_columns(needed)):
         for column, value in row.items():
-            if not isinstance(value, str) or not value.strip():
+            text = value[-1]["content"] if column == "prompt" and isinstance(value, list) else value
+            if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"{name}, row {index}: {column} is {shown(value)}, expected text that is not empty")
     if "id" not in dataset.column_names:
-        dataset = dataset.add_column("id", _numbered(_content_id(row["prompt"], row["answer"]) for row in dataset))
+        dataset = dataset.add_column("id", _numbered(_content_ids(dataset)))
     ids = [_checked_id(value, f"{name}, row {index}") for index, value in enumerate(dataset["id"])]
-    check_unique(ids, name)
+    twice = [value for value, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise ValueError(f"{name} has the id {shown(twice[0])} more than once: ids must be unique")
     if not isinstance(dataset[0]["id"], str):
         dataset = dataset.remove_columns("id").add_column("id", ids)
     if "choices" in dataset.column_names:
         check_choices(dataset, name)
     return dataset
-
-
-def check_unique(ids: Iterable[Any], name: str) -> None:
-    """Raise ValueError, naming it, if an id is there twice: one of its questions would get the other's answer."""
-    twice = [value for value, count in Counter(ids).items() if count > 1]
-    if twice:
-        raise ValueError(f"{name} has the id {shown(twice[0])} more than once: ids must be unique")
 
 
 def _checked_id(value: Any, place: str) -> str:
@@ -396,8 +354,13 @@ def check_choices(dataset: Dataset, name: str) -> None:
             )
 
 
-def _content_id(*parts: str) -> str:
+def _content_id(*parts: Any) -> str:
     return digest_json(parts, 8)
+
+
+def _content_ids(dataset: Dataset) -> list[str]:
+    content = [column for column in ("prompt", "answer") if column in dataset.column_names]
+    return [_content_id(*row.values()) for row in dataset.select_columns(content)]
 
 
 def _numbered(ids: Iterable[str]) -> list[str]:
@@ -422,38 +385,46 @@ def check_disjoint(splits: Mapping[str, Dataset]) -> None:
                 )
 
 
-def exclude_questions(dataset: Dataset, others: Sequence[Dataset]) -> Dataset:
-    """Return the rows of `dataset` whose question is in none of `others`; raises ValueError if there are none."""
-    taken = {question_key(prompt) for other in others for prompt in other["prompt"]}
+def exclude_questions(dataset: Any, others: Sequence[Any]) -> Dataset:
+    """Return the rows of `dataset` whose question is in none of `others`, all of them as `split_questions` takes them.
+
+    Raises:
+        TypeError, ValueError: see `check_questions`; or no row is left.
+    """
+    dataset = check_questions(dataset, "dataset", answered=False)
+    checked = [check_questions(other, f"others, dataset {i}", answered=False) for i, other in enumerate(others)]
+    taken = {question_key(prompt) for other in checked for prompt in other["prompt"]}
     kept = [i for i, prompt in enumerate(dataset["prompt"]) if question_key(prompt) not in taken]
     if not kept:
         raise ValueError(f"all {len(dataset)} questions are among those to be excluded: load other questions")
     return dataset.select(kept)
 
 
-def split_questions(dataset: Dataset, sizes: Mapping[str, int], seed: int = 0) -> DatasetDict:
+def split_questions(dataset: Any, sizes: Mapping[str, int], seed: int = 0) -> DatasetDict:
     """Cut a dataset into named splits, deterministically and whatever order its rows come in.
 
     Questions are ranked by a hash of seed and prompt; repeated prompts are used once.
 
     Args:
-        dataset: columns `prompt` and `answer`.
+        dataset: questions with or without answers, in any shape that `shapes.as_dataset` takes.
         sizes: split name -> number of questions, at least 1 each.
         seed: another seed gives other splits.
 
     Raises:
-        ValueError: a size below 1, or fewer distinct questions than the sizes ask for.
+        TypeError, ValueError: see `check_questions`; a size below 1, or fewer distinct questions than the sizes ask
+            for.
     """
     from datasets import DatasetDict
 
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
             raise ValueError(f"split {name} must have at least 1 question, got {shown(size)}")
+    dataset = check_questions(dataset, "dataset", answered=False)
     first: dict[str, int] = {}
+    prompts = list(dataset["prompt"])
     # Of rows that repeat a prompt the one whose content sorts first is used, so that their order plays no part.
-    contents = zip(dataset["prompt"], dataset["answer"], strict=True)
-    for _, prompt, index in sorted((_content_id(p, a), p, i) for i, (p, a) in enumerate(contents)):
-        first.setdefault(_content_id(str(seed), question_key(prompt)), index)
+    for _, index in sorted(zip(_content_ids(dataset), range(len(dataset)), strict=True)):
+        first.setdefault(_content_id(str(seed), question_key(prompts[index])), index)
     wanted = sum(sizes.values())
     if len(first) < wanted:
         raise ValueError(

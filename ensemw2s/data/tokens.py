@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import numpy as np
 
 from ensemw2s.data.questions import check_questions, warn_of_unknown
+from ensemw2s.data.shapes import Prompt, as_dataset, dataset_of
 from ensemw2s.runtime.values import check_fields, shown, shown_names
 
 if TYPE_CHECKING:
@@ -200,7 +202,10 @@ class QuestionFormat:
         end_token: the end token follows the answer and is one of its tokens [choice]. Without it, answers cannot be
             decoded, since nothing ends them, but answers that are choices can be compared; one-token answers then give
             boosting exactly one unit each, as in AdaBoost.
-        use_chat_template: pass the filled template through the tokenizer's chat template as the user's message.
+        use_chat_template: pass the filled template through the tokenizer's chat template as the user's message. Of a
+            prompt that is a conversation, and so needs this, the last message fills the template.
+        system_message: stands in front of the messages.
+        chat_template_kwargs: what the chat template reads besides, e.g. `{"enable_thinking": False}`.
         max_length: tokens that prompt and answer may have together; None leaves it to the tokenizer's
             `model_max_length`, which `loading.load_tokenizer` sets to the model's context.
         truncate_prompt: shorten a prompt that leaves too little room for the answer, instead of refusing it [choice].
@@ -211,24 +216,58 @@ class QuestionFormat:
     answer_prefix: str = " "
     end_token: bool = True
     use_chat_template: bool = False
+    system_message: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     max_length: int | None = None
     truncate_prompt: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not self.use_chat_template and (self.system_message, self.chat_template_kwargs) != (None, None):
+            raise ValueError("system_message and chat_template_kwargs do nothing without use_chat_template=True")
         if "{prompt}" not in self.prompt_template:
             raise ValueError(f"prompt_template must contain {{prompt}}, got {shown(self.prompt_template)}")
 
-    def prompt(self, prompt: str, processing_class: PreTrainedTokenizerBase) -> PromptTokens:
-        """Return a prompt in tokens, with what reads and writes behind it; see `ensemw2s.data.tokens`."""
-        text = self.prompt_template.replace("{prompt}", prompt)
-        if not self.use_chat_template:
-            return PromptTokens.of(text, processing_class)
-        chat = [{"role": "user", "content": text}]
-        rendered = processing_class.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        return PromptTokens.of(str(rendered), processing_class, add_special_tokens=False)
+    def prompt(self, prompt: Prompt, processing_class: PreTrainedTokenizerBase) -> PromptTokens:
+        """Return a prompt in tokens, with what reads and writes behind it; see `ensemw2s.data.tokens`.
 
-    def answer_ids(self, answer: str, processing_class: PreTrainedTokenizerBase, prompt: str = "") -> list[int]:
+        Raises:
+            ValueError: see `input`; a chat template that is missing, refuses the messages, or reads no such kwargs.
+        """
+        asked = self.input(prompt)
+        if isinstance(asked, str):
+            return PromptTokens.of(asked, processing_class)
+        template, settings = processing_class.get_chat_template(), self.chat_template_kwargs or {}
+        for name in settings:
+            if name not in template:
+                raise ValueError(f"this tokenizer's chat template does not read {name:.60} of chat_template_kwargs")
+        try:
+            text = processing_class.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **settings)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the tokenizer's chat template refuses {shown(asked)}: {error}") from error
+        return PromptTokens.of(str(text), processing_class, add_special_tokens=False)
+
+    def input(self, prompt: Prompt) -> Prompt:
+        """Return the text that is asked, or with `use_chat_template` the messages, the system's included.
+
+        Raises:
+            ValueError: a conversation without `use_chat_template`, or with a system message beside `system_message`.
+        """
+        if not self.use_chat_template:
+            if isinstance(prompt, str):
+                return self.prompt_template.replace("{prompt}", prompt)
+            raise ValueError(
+                f"the prompt {shown(prompt)} is a conversation, which the tokenizer's chat template renders: pass "
+                'question_format=QuestionFormat(prompt_template="{prompt}", answer_prefix="", use_chat_template=True)'
+            )
+        *before, last = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if self.system_message is not None:
+            if before and before[0]["role"] == "system":
+                raise ValueError(f"the prompt has the message {shown(before[0])} already: leave system_message out")
+            before.insert(0, {"role": "system", "content": self.system_message})
+        return [*before, {**last, "content": self.prompt_template.replace("{prompt}", last["content"])}]
+
+    def answer_ids(self, answer: str, processing_class: PreTrainedTokenizerBase, prompt: Prompt = "") -> list[int]:
         """Return the token ids of an answer behind its prompt, without the end token."""
         return self.prompt(prompt, processing_class).followed_by(self.answer_prefix, answer)
 
@@ -237,8 +276,28 @@ class QuestionFormat:
         return prompt.read(list(ids)).removeprefix(self.answer_prefix)
 
 
+def to_prompt_completion(answers: Any, question_format: QuestionFormat) -> Dataset:
+    """Return questions with answers (`shapes.as_dataset`) as TRL's trainers read them: `prompt` and `completion`.
+
+    With `use_chat_template` both are lists of messages, and there is a column `chat_template_kwargs` if the format has
+    any; else they are texts, in which the template is filled and the prefix stands.
+
+    Raises:
+        TypeError, ValueError: see `check_questions` and `QuestionFormat.input`.
+    """
+    rows = []
+    for row in check_questions(answers, "answers"):
+        completion: Any = question_format.answer_prefix + row["answer"]
+        if question_format.use_chat_template:
+            completion = [{"role": "assistant", "content": completion}]
+        rows.append({"prompt": question_format.input(row["prompt"]), "completion": completion})
+        if question_format.chat_template_kwargs:
+            rows[-1]["chat_template_kwargs"] = question_format.chat_template_kwargs
+    return dataset_of(rows, "answers")
+
+
 def tokenize_questions(
-    dataset: Dataset,
+    dataset: Any,
     processing_class: PreTrainedTokenizerBase,
     question_format: QuestionFormat,
     name: str = "dataset",
@@ -251,7 +310,7 @@ def tokenize_questions(
     is followed by the end token, which is one of its tokens [choice] unless `question_format.end_token` is False.
 
     Args:
-        dataset: columns `prompt` and `answer`.
+        dataset: questions with answers, in any shape that `shapes.as_dataset` takes.
         processing_class: must have an end token.
         question_format: how a question becomes tokens.
         name: what errors call the dataset.
@@ -262,9 +321,9 @@ def tokenize_questions(
         `id`, `input_ids` (list of int: prompt, answer, end token) and `prompt_length` (int: where the answer starts).
 
     Raises:
-        ValueError: a tokenizer without an end token, an answer of no tokens or one that the tokenizer changes, a prompt
-            of no tokens, or more tokens than `question_format.max_length` (or the tokenizer's `model_max_length`);
-            names the row.
+        TypeError, ValueError: see `check_questions`; a tokenizer without an end token, an answer of no tokens or one
+            that the tokenizer changes, a prompt of no tokens, or more tokens than `question_format.max_length` (or the
+            tokenizer's `model_max_length`); names the row.
     """
     from datasets import Dataset
 
@@ -322,7 +381,7 @@ def fitted_prompt(
 
 
 def tokenize_prompts(
-    dataset: Dataset,
+    dataset: Any,
     processing_class: PreTrainedTokenizerBase,
     question_format: QuestionFormat,
     name: str = "dataset",
@@ -331,42 +390,23 @@ def tokenize_prompts(
     """Turn questions into the token ids of their prompts: columns `id` and `input_ids`.
 
     Args:
-        dataset: columns `id` and `prompt`.
+        dataset: questions with or without answers, in any shape that `shapes.as_dataset` takes.
         processing_class: the model's.
         question_format: how a question becomes tokens.
         name: of the dataset, for errors.
         answer_length: tokens to leave room for where prompts are cut (`question_format.truncate_prompt`).
 
     Raises:
-        ValueError: a tokenizer without an end token, no column `id` or `prompt`, a prompt of no tokens, or one that
-            leaves no room for an answer (see `tokenize_questions`); names the row.
+        TypeError, ValueError: see `check_questions`; a tokenizer without an end token, a prompt of no tokens, or one
+            that leaves no room for an answer (see `tokenize_questions`); names the row.
     """
     _end_token(processing_class)
-    if "id" not in dataset.column_names or "prompt" not in dataset.column_names:
-        raise ValueError(f"{name} needs columns id and prompt; it has {', '.join(dataset.column_names) or 'none'}")
     rows = []
-    for row in dataset.select_columns(["id", "prompt"]):
-        if not isinstance(row["prompt"], str):
-            raise ValueError(f"{name}, id {row['id']}: prompt is {row['prompt']!r}, expected text")
+    for row in check_questions(dataset, name, answered=False):
         prompt = question_format.prompt(row["prompt"], processing_class)
         ids, _ = _cut_prompt(prompt, answer_length, question_format, f"{name}, id {row['id']}")
         rows.append({"id": row["id"], "input_ids": ids})
-    return dataset_of(rows)
-
-
-def dataset_of(rows: list[dict[str, Any]]) -> Dataset:
-    """Return rows with the same keys, one at least, as a dataset, without disturbing other threads.
-
-    `Dataset.from_list` computes a fingerprint of the content, for which dill takes `sys.stdout` from all threads for a
-    moment; where two threads do so at once, it may never come back.
-    """
-    from datasets import Dataset
-    from datasets.arrow_writer import OptimizedTypedSequence
-    from datasets.fingerprint import generate_random_fingerprint
-    from datasets.table import InMemoryTable
-
-    columns = {name: OptimizedTypedSequence([row[name] for row in rows], col=name) for name in rows[0]}
-    return Dataset(InMemoryTable.from_pydict(columns), fingerprint=generate_random_fingerprint())
+    return dataset_of(rows, name)
 
 
 def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -401,12 +441,13 @@ def answer_lengths(examples: Dataset) -> np.ndarray:
     return np.array([len(ids) - start for ids, start in rows], dtype=np.int64)
 
 
-def check_examples(examples: Dataset, name: str) -> None:
-    """Refuse what is not tokenised questions with answers to train on or to score.
+def check_examples(examples: Any, name: str) -> Dataset:
+    """Return tokenised questions with answers, in any shape that `shapes.as_dataset` takes, after checking them.
 
     Raises:
         ValueError: no rows, a column is missing, or an answer or a prompt has no tokens; names the row.
     """
+    examples = as_dataset(examples, name)
     for column in ("input_ids", "prompt_length"):
         if column not in examples.column_names:
             raise ValueError(
@@ -424,3 +465,4 @@ def check_examples(examples: Dataset, name: str) -> None:
                 f"{name}, {label}: the {what} has no tokens (prompt_length {starts[row]} of "
                 f"{len(examples[row]['input_ids'])} tokens): leave the row out"
             )
+    return examples

@@ -443,7 +443,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
 
     def label(
         self,
-        questions: Dataset,
+        questions: Any,
         processing_class: PreTrainedTokenizerBase,
         *,
         question_format: QuestionFormat | None = None,
@@ -474,7 +474,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         where two tokens tie to the last bits **[choice]**.
 
         Args:
-            questions: columns `prompt`, `id` and optionally `choices`; any `answer` is ignored.
+            questions: columns `prompt` and optionally `choices` and `id`, in any shape that `shapes.as_dataset` takes;
+                an `answer` decides nothing but the `id` that is made where there is none.
             processing_class: the experts' tokenizer.
             question_format: how a question becomes tokens; None is the default format.
             max_new_tokens: the longest pseudo-answer, its end token included.
@@ -506,9 +507,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 line); a generation config that changes the distribution; `top_logprobs` is out of range, or the
                 ensemble votes; the tokenizer is not the experts', or cannot turn tokens into text; a prompt and its
                 answer do not fit the experts' context; `sampling` or `top_logprobs` for questions with choices; or
-                answers that would have no end, because the format has no end token and there are no choices; ids that
-                are there twice; or a number outside its range.
-            TypeError: a number that is none, or not a whole one.
+                answers that would have no end, because the format has no end token and there are no choices;
+                questions that `check_questions` refuses; or a number outside its range.
+            TypeError: questions in another shape; a number that is none, or not a whole one.
         """
         question_format, sampling = question_format or QuestionFormat(), sampling or Sampling()
         settings = LabelSettings(question_format, max_new_tokens, batch_size, sampling, top_logprobs, top_temperature)

@@ -143,15 +143,9 @@ class Experiment:
         records = []
         for arm in self.config.expert_arms():
             trainer = self._boosting_trainer(arm)
-            ensemble = trainer.train()
+            trainer.train(save_to=self.files.ensemble(arm))
             if trainer.stop_reason:
                 self.say(f"{arm}: {trainer.stop_reason}")
-            processes.on_main(
-                ensemble.save_pretrained,
-                self.files.ensemble(arm),
-                processing_class=trainer.processing_class,
-                record=trainer.record(),
-            )
             processes.on_main(settle, self.files.ensemble(arm))
             experts = [str(folder.relative_to(self.folder)) for folder in trainer.expert_folders()]
             found = [*trainer.records, {**trainer.mixture(), "experts": experts, "combine": trainer.args.combine}]
@@ -253,8 +247,7 @@ class Experiment:
             description=f"training {arm}",
             teacher=self.files.teacher(teacher) if live else None,
         )
-        trainer.train()
-        trainer.save_model(folder)
+        trainer.train(save_to=folder)
         seconds = self.files.student_cost(arm)["seconds"]
         self.say(f"{arm}: trained on {len(trainer.train_dataset)} answers in {seconds:.0f} s")
 

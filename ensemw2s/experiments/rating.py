@@ -36,7 +36,7 @@ RATING = Kind("difficulty", "a rating of difficulty", ("fold-*.json",))
 
 def rate_difficulty(
     model: str | PreTrainedModel,
-    questions: Dataset,
+    questions: Any,
     args: AnswerTrainingArguments,
     *,
     folds: int = 5,
@@ -56,7 +56,7 @@ def rate_difficulty(
 
     Args:
         model: a source of `loading.load_model`, or a model (which is left as it is).
-        questions: columns `prompt` and `answer`.
+        questions: columns `prompt` and `answer`, in any shape that `shapes.as_dataset` takes.
         args: how the raters are trained, their seed, and the folder.
         folds: k, at least 2 and at most the number of distinct questions.
         processing_class: the tokenizer; None loads the one of `model`.

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ensemw2s import ops
 from ensemw2s.data.batches import by_length, pad_prompts
-from ensemw2s.data.questions import check_choices, warn_of_unknown
+from ensemw2s.data.questions import check_questions, warn_of_unknown
 from ensemw2s.data.tokens import QuestionFormat, answer_with_end, fitted_prompt
 from ensemw2s.inference.decoding import run_experts
 from ensemw2s.models.mixture import Mixture, OneModel, damaged, expert_names, is_mixture, refuse_damaged
@@ -71,20 +71,17 @@ def tokenize_choices(
     question_format: QuestionFormat,
     name: str = "questions",
 ) -> list[_Question]:
-    """Turn questions with `id`, `prompt` and `choices` into tokens.
+    """Turn checked questions with `choices` into tokens.
 
     Raises:
-        ValueError: no such column, choices that `questions.check_choices` refuses or that the tokenizer changes, more
-            tokens than allowed, or a choice whose tokens begin another one's (it could never be the less likely of the
-            two); names the row.
+        ValueError: no such column, choices that the tokenizer changes, more tokens than allowed, or a choice whose
+            tokens begin another one's (it could never be the less likely of the two); names the row.
     """
-    missing = [column for column in ("id", "prompt", "choices") if column not in questions.column_names]
-    if missing:
+    if "choices" not in questions.column_names:
         raise ValueError(
-            f"{name} has no column {missing[0]!r}, which answering by likelihood needs; it has "
-            f"{', '.join(questions.column_names) or 'none'}"
+            f"{name} has no column 'choices', which answering by likelihood needs; it has "
+            f"{', '.join(questions.column_names)}"
         )
-    check_choices(questions, name)
     found = []
     for row in questions.select_columns(["id", "prompt", "choices"]):
         place = f"{name}, id {row['id']}"
@@ -128,7 +125,7 @@ class ChoiceSettings:
 
 def score_choices(
     model: Any,
-    questions: Dataset,
+    questions: Any,
     processing_class: PreTrainedTokenizerBase,
     settings: ChoiceSettings | None = None,
 ) -> ChoiceScores:
@@ -136,13 +133,13 @@ def score_choices(
 
     Args:
         model: the model or ensemble, in evaluation mode.
-        questions: columns `id`, `prompt`, `choices` and, for `correct`, `answer`.
+        questions: columns `prompt`, `choices` and, for `correct`, `answer`; any shape that `shapes.as_dataset` takes.
         processing_class: the model's.
         settings: see `ChoiceSettings`; None takes its defaults.
 
     Raises:
         FloatingPointError: the model, or an expert, gives NaN, +inf or no finite logit; names which and the question.
-        ValueError: see `tokenize_choices`; or no questions.
+        TypeError, ValueError: see `check_questions` and `tokenize_choices`.
     """
     experts: Mixture = model.snapshot() if is_mixture(model) else OneModel(model)
     mixtures = {"model": list(experts.config.expert_weights)}
@@ -151,7 +148,7 @@ def score_choices(
 
 def score_choice_mixtures(
     ensemble: Mixture,
-    questions: Dataset,
+    questions: Any,
     processing_class: PreTrainedTokenizerBase,
     mixtures: Mapping[str, Sequence[float]],
     settings: ChoiceSettings | None = None,
@@ -171,9 +168,8 @@ def score_choice_mixtures(
             the experts' chosen choices.
     """
     ensemble, settings = ensemble.snapshot(), settings or ChoiceSettings()
+    questions = check_questions(questions, "questions", answered=False)
     rows = tokenize_choices(questions, processing_class, settings.question_format)
-    if not rows:
-        raise ValueError("there are no questions to answer: expected at least one")
     end, description = processing_class.eos_token_id, settings.description
     batches = processes.share(list(batches_of_choices(rows, settings.batch_size)))
     mine: dict[int, dict[str, np.ndarray]] = {}

@@ -266,7 +266,7 @@ def _are(check: Callable[[Any], bool], least: int) -> Callable[[Any], bool]:
 _Columns = dict[str, tuple[Callable[[Any], bool], str]]
 _COLUMNS: _Columns = {
     "id": (_is_id, "text or a whole number"),
-    "prompt": (_is_text, "text"),
+    "prompt": (lambda value: bool(value) and isinstance(value, str | list), "text or messages"),
     "answer": (_is_text, "text"),
     "answer_ids": (_are(_is_token, 1), "a list of token ids, at least one"),
     "num_tokens": (_is_token, "a number of tokens"),

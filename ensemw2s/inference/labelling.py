@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from ensemw2s import ops
 from ensemw2s.data.batches import batches_by_length, pad_prompts
-from ensemw2s.data.questions import check_unique
-from ensemw2s.data.tokens import QuestionFormat, dataset_of, end_tokens, require_readable, tokenize_prompts
+from ensemw2s.data.questions import check_questions
+from ensemw2s.data.shapes import dataset_of
+from ensemw2s.data.tokens import QuestionFormat, end_tokens, require_readable, tokenize_prompts
 from ensemw2s.inference.choices import choose_answers, tokenize_choices
 from ensemw2s.inference.decoding import MixtureDecoder, Sampling, require_plain, require_tokenizer, require_valid
 from ensemw2s.inference.label_files import TOP_COLUMNS, LabelFile
@@ -88,7 +89,7 @@ class _Task:
 
 def label_questions(
     ensemble: ExpertMixture,
-    questions: Dataset,
+    questions: Any,
     processing_class: PreTrainedTokenizerBase,
     settings: LabelSettings,
     *,
@@ -97,8 +98,7 @@ def label_questions(
 ) -> Dataset:
     """Let a mixture answer questions; see `TokenEnsemble.label`."""
     require_tokenizer(ensemble, processing_class)
-    if len(questions) == 0:
-        raise ValueError("there are no questions to label: expected at least one")
+    questions = check_questions(questions, "questions", answered=False)
     prompts = tokenize_prompts(
         questions, processing_class, settings.question_format, "questions", settings.max_new_tokens
     )
@@ -121,11 +121,10 @@ def label_questions(
         require_readable(settings.question_format.prompt(questions[0]["prompt"], processing_class))
         ends = end_tokens(processing_class, ensemble.generation_config)
     task = _Task(ensemble, questions, processing_class, settings, prompts, choices, ends)
-    check_unique(prompts["id"], "questions")
     with held_file(output_file):
         file = None if output_file is None else LabelFile(Path(output_file), partial(_description, task), questions)
         rows = _answered(task, file, description)
-    return dataset_of([rows[row_id] for row_id in prompts["id"]])
+    return dataset_of([rows[row_id] for row_id in prompts["id"]], "labels")
 
 
 def decoding_work(

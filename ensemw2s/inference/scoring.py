@@ -223,7 +223,7 @@ def _score(
     `owners` are what messages call those whose logits the runs give, in their order.
     """
     check_number("batch_size", batch_size, whole=True)
-    check_examples(examples, description or "the answers to score")
+    examples = check_examples(examples, description or "the answers to score")
     lengths = answer_lengths(examples)
     batches = batches_by_length([len(ids) for ids in examples["input_ids"]], batch_size)
     own = [row for batch in processes.share(batches) for row in batch]

@@ -181,15 +181,22 @@ def _digest(file: Path) -> str | None:
     return digest_of(file) if file.is_file() else None
 
 
-def _leave_out_theirs(folder: Path, aside: Path, kind: str) -> None:
-    """Take from `aside` what others have in `folder` with the same content; FileExistsError for what is in the way."""
-    old, new = _listed(folder), _files_in(aside)
+def refuse_others(path: str | os.PathLike[str], kind: str) -> None:
+    """Raise FileExistsError if the folder `path` holds another model, or another thing of ours than a `kind`."""
+    folder = Path(path).expanduser().resolve()
+    old = _listed(folder)
     theirs = _manifest(folder).get("kind")
     if theirs not in (None, kind):
         raise FileExistsError(f"{folder} holds another thing of ours, a {shown(theirs)}: name another folder")
     for name in _MODELS:
         if os.path.lexists(folder / name) and name not in old:
             _refuse(folder / name, kind)
+
+
+def _leave_out_theirs(folder: Path, aside: Path, kind: str) -> None:
+    """Take from `aside` what others have in `folder` with the same content; FileExistsError for what is in the way."""
+    refuse_others(folder, kind)
+    old, new = _listed(folder), _files_in(aside)
     for name in new:
         place = folder / name
         changed = name == _CARD and _digest(place) not in (None, old.get(name))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ensemw2s.data.questions import check_questions
+from ensemw2s.data.shapes import as_dataset
 from ensemw2s.data.tokens import QuestionFormat
 from ensemw2s.inference.label_files import TOP_COLUMNS
 from ensemw2s.runtime.values import check_number
@@ -105,7 +106,7 @@ def check_cache(answers: Dataset, temperature: float, top_logprobs: int | None) 
 
 
 def usable_answers(
-    answers: Dataset,
+    answers: Any,
     *,
     min_confidence: float | None = None,
     keep_fraction: float | None = None,
@@ -120,6 +121,7 @@ def usable_answers(
         ValueError: nothing is left, an answer is no text, or there is no `answer` column, or no `confidence` column to
             filter by.
     """
+    answers = as_dataset(answers, "train_dataset")
     names = answers.column_names
     if "answer" not in names:
         raise ValueError(
@@ -136,16 +138,17 @@ def usable_answers(
                 )
     columns = answers.select_columns([name for name in ("answer", "finished", "confidence") if name in names])
     rows = dict(enumerate(columns))
+    confidence = np.array(answers["confidence"] if "confidence" in names else [], dtype=float)
     kept = [i for i, row in rows.items() if str(row["answer"] or "").strip()]
     empty = len(rows) - len(kept)
     if not keep_unfinished:
         kept = [i for i in kept if rows[i].get("finished", True)]
     cut = len(rows) - empty - len(kept)
     if min_confidence is not None:
-        kept = [i for i in kept if rows[i]["confidence"] >= min_confidence]
+        kept = [i for i in kept if confidence[i] >= min_confidence]
     if keep_fraction is not None:
         # An unknown confidence, NaN, is never among the most confident.
-        ranked = sorted((i for i in kept if rows[i]["confidence"] <= 0), key=lambda i: -rows[i]["confidence"])
+        ranked = sorted((i for i in kept if confidence[i] <= 0), key=lambda i: -confidence[i])
         kept = sorted(ranked[: math.ceil(keep_fraction * len(rows))])
     if not kept:
         raise ValueError(

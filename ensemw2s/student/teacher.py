@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ensemw2s import ops
 from ensemw2s.data.batches import AnswerCollator, next_token_mask
+from ensemw2s.data.questions import check_questions
 from ensemw2s.data.tokens import QuestionFormat, end_tokens, tokenize_questions
 from ensemw2s.inference.label_files import TOP_COLUMNS
 from ensemw2s.inference.labelling import require_probabilities, top_tokens
@@ -153,7 +154,7 @@ class LiveTeacher:
 
 def cache_teacher(
     ensemble: ExpertMixture,
-    answers: Dataset,
+    answers: Any,
     processing_class: PreTrainedTokenizerBase,
     *,
     top_logprobs: int,
@@ -168,8 +169,8 @@ def cache_teacher(
 
     Args:
         ensemble: T experts, combined by "prob" or "logprob".
-        answers: columns `prompt` and `answer`; answers with `answer_ids` are read by these tokens, others are tokenised
-            and end with the end token.
+        answers: questions with answers, in any shape that `shapes.as_dataset` takes; answers with `answer_ids` are read
+            by these tokens, others are tokenised and end with the end token.
         processing_class: the experts' tokenizer.
         top_logprobs: tokens kept per answer token.
         temperature: divides each expert's logits.
@@ -187,6 +188,7 @@ def cache_teacher(
     """
     question_format = question_format or QuestionFormat()
     check_number("batch_size", batch_size, whole=True)
+    answers = check_questions(answers, "answers")
     known = answers["answer_ids"] if "answer_ids" in answers.column_names else None
     if known is not None:
         ends = end_tokens(processing_class, ensemble.generation_config)

@@ -15,7 +15,7 @@ from ensemw2s.inference.label_files import TOP_COLUMNS
 from ensemw2s.inference.labelling import require_probabilities
 from ensemw2s.models.adapters import ADAPTER_WEIGHTS, attach_adapter, check_peft_config
 from ensemw2s.models.loading import load_model, load_saved_model, load_tokenizer, require_model, source_of
-from ensemw2s.models.own_files import own_files, whole
+from ensemw2s.models.own_files import own_files, refuse_others, whole
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.files import write_json
 from ensemw2s.runtime.values import Uses, check_in_use
@@ -112,8 +112,8 @@ class StudentTrainer:
     Args:
         model: source of `loading.load_model`, or a model (which is trained in place).
         args: see `StudentConfig`.
-        train_dataset: columns `prompt` and `answer`, as `TokenEnsemble.label` returns them; see `usable_answers` for
-            the rows that are left out.
+        train_dataset: questions with answers, as `TokenEnsemble.label` returns them or in any other shape that
+            `shapes.as_dataset` takes; see `usable_answers` for the rows that are left out.
         processing_class: the student's tokenizer; None loads the one that `model` was loaded with.
         peft_config: train an adapter with this configuration; None trains all weights.
         question_format: how a question becomes tokens.
@@ -133,7 +133,7 @@ class StudentTrainer:
         self,
         model: str | PreTrainedModel,
         args: StudentConfig,
-        train_dataset: Dataset,
+        train_dataset: Any,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         question_format: QuestionFormat | None = None,
@@ -219,17 +219,19 @@ class StudentTrainer:
             return examples.add_column("token_weights", weights)
         return examples
 
-    def train(self) -> Any:
-        """Train and return the student, in evaluation mode; `cost` then says what it took.
+    def train(self, save_to: str | Path | None = None) -> Any:
+        """Train the student, save it as `save_model(save_to)` does, and return it, in evaluation mode.
 
-        `cost` counts the student's own tokens; a live teacher's work is in the seconds and FLOPs.
+        `cost` then counts the student's own tokens; a live teacher's work is in the seconds and FLOPs.
 
         Raises:
+            FileExistsError: another model is where the student would be saved; nothing is trained.
             FloatingPointError: the loss or a weight became NaN or infinite, or the teacher gives NaN.
             RuntimeError: it is trained already.
         """
         if self.cost is not None:
             raise RuntimeError("this student is trained already: make a new StudentTrainer to train from the start")
+        processes.on_main(refuse_others, save_to or str(self.args.output_dir), "student")
         options = self._loss_options()
         self.model, self.cost = fine_tune(
             self.model,
@@ -241,6 +243,7 @@ class StudentTrainer:
             peft_config=self.peft_config,
             **options,
         )
+        self.save_model(save_to)
         return self.model
 
     def _loss_options(self) -> dict[str, Any]:
@@ -274,9 +277,10 @@ class StudentTrainer:
             "top_logprobs": args.top_logprobs,
         }
 
-    def save_model(self, folder: str | Path) -> None:
+    def save_model(self, folder: str | Path | None = None) -> None:
         """Write the student (its adapter alone, if one was trained), tokenizer and cost, whole or not at all.
 
+        None is `args.output_dir`, where `train` has saved it already unless it was told otherwise.
         Of several processes, all must call this and the main one writes. What a student that was saved there before
         consists of is replaced; everything else in the folder stays.
 
@@ -288,7 +292,7 @@ class StudentTrainer:
         """
         if self.cost is None:
             raise RuntimeError("this student is not trained yet: call train() before save_model()")
-        processes.on_main(self._write, folder)
+        processes.on_main(self._write, folder or str(self.args.output_dir))
 
     def _write(self, folder: str | Path) -> None:
         assert self.cost is not None

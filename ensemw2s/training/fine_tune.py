@@ -103,7 +103,7 @@ def fine_tune(
         ValueError: `examples` miss a column or hold an answer without tokens; `token_weights` do not fit the examples,
             or are negative, not finite, or all 0; settings with which no step is made.
     """
-    check_examples(examples, description)
+    examples = check_examples(examples, description)
     if token_weights is not None:
         examples = _with_token_weights(examples, token_weights)
     set_seed(seed)

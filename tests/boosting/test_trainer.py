@@ -50,7 +50,8 @@ def kept(folder: Path) -> dict[str, bytes]:
     """Every file of a run that should be the same in another run, by relative name."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_dir() or path.name in ("cost.json", "costs.jsonl") or path.name.startswith("ensemw2s."):
+        timed = path.name in ("cost.json", "costs.jsonl", "boosting.json", "README.md")
+        if path.is_dir() or timed or path.name.startswith("ensemw2s."):
             continue
         content = path.read_bytes()
         if path.name == "record.json":
@@ -236,6 +237,7 @@ def test_more_rounds_continue_a_finished_run(model: Path, tmp_path: Path) -> Non
     assert two.config.expert_weights[0] == one.config.expert_weights[0]
     assert two.num_experts == 2
     after = kept(tmp_path)
+    before = {name: content for name, content in before.items() if not name.startswith("ensemble/")}
     assert {name: after[name] for name in before} == before
 
 
@@ -322,3 +324,39 @@ def test_the_ensemble_of_a_run_refers_to_its_base(model: Path, tmp_path: Path) -
     ensemble.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved" / "base").exists()
     assert TokenEnsemble.from_pretrained(tmp_path / "saved").config.base == {"source": str(model)}
+
+
+# What train() leaves
+
+
+def test_the_ensemble_lies_in_the_output_folder(model: Path, tmp_path: Path) -> None:
+    runner = trainer(model, tmp_path / "run", num_rounds=1, validate=False)
+    for _ in range(2):
+        ensemble = runner.train()
+        saved = TokenEnsemble.from_pretrained(tmp_path / "run/ensemble")
+        assert saved.config.expert_weights == ensemble.config.expert_weights
+        assert read_json(tmp_path / "run/ensemble/boosting.json")["rounds"] == runner.records
+        assert (tmp_path / "run/ensemble/tokenizer.json").exists()
+    runner.train(save_to=tmp_path / "named")
+    assert TokenEnsemble.from_pretrained(tmp_path / "named").config.expert_weights == ensemble.config.expert_weights
+    trainer(model, tmp_path / "run", num_rounds=1, validate=False, seed=1, overwrite=True).train()
+    assert TokenEnsemble.from_pretrained(tmp_path / "run/ensemble")
+
+
+def test_another_model_where_the_ensemble_would_lie_is_found_before_training(tmp_path: Path) -> None:
+    saved_model(tmp_path / "run/ensemble")
+    runner = trainer(llama(), tmp_path / "run", num_rounds=1, validate=False)
+    with pytest.raises(FileExistsError, match=r"config.json is in the way of the ensemble"):
+        runner.train()
+    assert runner.records == []
+
+
+def test_questions_come_in_any_shape(model: Path, tmp_path: Path) -> None:
+    rows, others = questions(12).remove_columns("id"), questions(8, seed=9, start=100)
+    for name, train, validation in (
+        ("a", rows.to_pandas(), others.to_list()),
+        ("b", rows.with_format("numpy"), others),
+    ):
+        args = BoostingConfig(output_dir=str(tmp_path / name), **(FAST | {"num_rounds": 1}))
+        BoostingTrainer(str(model), args, train, validation, tokenizer(), lora(), FORMAT).train()
+    assert kept(tmp_path / "a") == kept(tmp_path / "b")

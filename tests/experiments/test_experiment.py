@@ -226,6 +226,16 @@ def test_the_measured_ensemble_is_the_saved_one(finished: Path) -> None:
     assert answers["questions"] == questions_digest(row["id"] for row in rows)
 
 
+def test_what_was_trained_is_saved_once(finished: Path) -> None:
+    assert len(list(finished.rglob("boosting.json"))) == len(list(finished.rglob("boosting/rounds")))
+    assert not list(finished.rglob("boosting/ensemble"))
+    assert {path.name for path in (finished / "students").iterdir()} == {
+        "student_single",
+        "student_ensemble",
+        "ceiling",
+    }
+
+
 def test_students_saw_their_teachers_answers_and_no_truth(finished: Path) -> None:
     labels = [json.loads(line) for line in (finished / "labels" / "ensemble.jsonl").read_text().splitlines()]
     truth = {json.loads(line)["id"] for line in (finished / "data" / "unlabelled.jsonl").read_text().splitlines()}

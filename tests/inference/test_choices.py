@@ -268,7 +268,7 @@ def test_missing_columns_and_rows_are_said() -> None:
     rows = several_choices(2, seed=0)
     with pytest.raises(ValueError, match="questions has no column 'choices', which answering by likelihood needs"):
         score_choices(llama(), rows.remove_columns("choices"), tokenizer())
-    with pytest.raises(ValueError, match="no questions to answer"):
+    with pytest.raises(ValueError, match="questions is empty"):
         score_choices(llama(), rows.select([]), tokenizer())
     with pytest.raises(ValueError, match=r"questions, id q0: prompt and answer have \d+ tokens"):
         score_choices(llama(), rows, tokenizer(), ChoiceSettings(replace(FORMAT, max_length=7)))

@@ -199,7 +199,7 @@ def test_a_tokenizer_that_cannot_write_is_refused(of_models: TokenEnsemble) -> N
     ensemble = TokenEnsemble.from_models([llama(0, vocab_size=len(spaced))], [1.0])
     with pytest.raises(ValueError, match="this tokenizer cannot turn tokens into text"):
         ensemble.label(questions(2), spaced, question_format=FORMAT, description=None)
-    with pytest.raises(ValueError, match="there are no questions to label"):
+    with pytest.raises(ValueError, match="questions is empty"):
         labelled(of_models, questions(2).select([]))
 
 
@@ -550,7 +550,7 @@ def test_ids_may_be_numbers_and_are_there_once(of_models: TokenEnsemble, tmp_pat
     assert labelled(of_models, rows, output_file=tmp_path / "labels.jsonl", batch_size=4).to_list() == first.to_list()
     with pytest.raises(ValueError, match="questions has the id 'q1' more than once"):
         labelled(of_models, edited(ROWS, "id", 0, "q1"))
-    with pytest.raises(ValueError, match="questions, id q2: prompt is None, expected text"):
+    with pytest.raises(ValueError, match="questions, row 2: prompt is None, expected text"):
         labelled(of_models, edited(ROWS, "prompt", 2, None))
 
 
@@ -628,3 +628,36 @@ def test_a_long_setting_is_shown_in_short(of_models: TokenEnsemble) -> None:
 def test_a_folder_is_no_file(of_models: TokenEnsemble, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a folder: name a file in it"):
         labelled(of_models, output_file=tmp_path)
+
+
+# Questions as people have them
+
+
+def test_questions_without_ids_are_labelled_and_gone_on_with(of_models: TokenEnsemble, tmp_path: Path) -> None:
+    bare = questions(4).select_columns(["prompt"])
+    found = labelled(of_models, bare, output_file=tmp_path / "labels.jsonl")
+    assert len(set(found["id"])) == 4
+    lines = (tmp_path / "labels.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "labels.jsonl").write_text("".join(lines[:2]))
+    for again in (bare.to_list(), bare.with_format("numpy"), bare.to_pandas()):
+        assert labelled(of_models, again, output_file=tmp_path / "labels.jsonl").to_list() == found.to_list()
+    assert len((tmp_path / "labels.jsonl").read_text().splitlines()) == 4
+
+
+def test_conversations_are_labelled_kept_and_learned_from(of_models: TokenEnsemble, tmp_path: Path) -> None:
+    chatty = tokenizer()
+    chatty.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }} {% endfor %}a:"
+    form = QuestionFormat("{prompt}", "", use_chat_template=True)
+    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in questions(4)]
+    options = OPTIONS | {"question_format": form, "output_file": tmp_path / "labels.jsonl"}
+    found = of_models.label(rows, chatty, **options)
+    assert found["prompt"] == [row["prompt"] for row in rows]
+    assert of_models.label(rows, chatty, **options).to_list() == found.to_list()
+    texts = of_models.label([{"prompt": f"u:{row['prompt']} a:"} for row in questions(4)], tokenizer(),
+                            **(OPTIONS | {"question_format": QuestionFormat("{prompt}", "")}))  # fmt: skip
+    assert texts["answer_ids"] == found["answer_ids"]
+    args = StudentConfig(output_dir=str(tmp_path / "student"), max_steps=1, disable_tqdm=True, keep_unfinished=True)
+    for answers in (found, read_labels(tmp_path / "labels.jsonl"), found.to_pandas()):
+        trainer = StudentTrainer(llama(3), args, answers, chatty, question_format=form)
+        trainer.train()
+        assert set(trainer.train_dataset["id"]) == set(found["id"])

@@ -620,3 +620,34 @@ def test_a_student_is_trained_once_and_saved_after_that(tmp_path: Path) -> None:
     trainer.train()
     with pytest.raises(RuntimeError, match="trained already"):
         trainer.train()
+
+
+# What train() leaves
+
+
+def test_a_trained_student_lies_in_the_output_folder(tmp_path: Path) -> None:
+    trainer = student(tmp_path / "run", args=config(tmp_path / "run", save_strategy="steps", save_steps=1))
+    trained = trainer.train()
+    assert torch.equal(logits(load_trained(tmp_path / "run")), logits(trained))
+    assert (tmp_path / "run/tokenizer.json").exists() and not (tmp_path / "run/checkpoints").exists()
+    other = student(tmp_path / "run", args=config(tmp_path / "run", learning_rate=1e-3))
+    assert torch.equal(logits(other.train()), logits(load_trained(tmp_path / "run")))
+    elsewhere = student(tmp_path, args=config(tmp_path / "unused"))
+    elsewhere.train(save_to=tmp_path / "named")
+    assert load_trained(tmp_path / "named") and not (tmp_path / "unused/config.json").exists()
+    elsewhere.save_model()
+    assert (tmp_path / "unused/config.json").exists()
+
+
+def test_another_model_in_the_output_folder_is_found_before_training(tmp_path: Path) -> None:
+    saved_model(tmp_path / "mine")
+    trainer = student(tmp_path, args=config(tmp_path / "mine"))
+    with pytest.raises(FileExistsError, match=r"mine/config.json is in the way of the student"):
+        trainer.train()
+    assert trainer.cost is None
+
+
+def test_an_unknown_confidence_is_not_confident(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}", "answer": "ab", "confidence": value} for i, value in enumerate([-1.0, None, -2.0])]
+    assert usable_answers(rows, min_confidence=-1.5)["prompt"] == ["q0"]
+    assert usable_answers(Dataset.from_list(rows).to_pandas(), keep_fraction=1.0)["prompt"] == ["q0", "q2"]
