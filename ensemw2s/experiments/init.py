@@ -1,0 +1,70 @@
+"""A first configuration: a file of questions and two models become a commented YAML file that runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from ensemw2s.data.questions import exclude_questions, load_questions
+from ensemw2s.experiments.config import load_config
+from ensemw2s.runtime.files import new_file
+
+# Of the easy and of the hard questions, the share of each split.
+_EASY = {"train": 0.6, "validation": 0.15, "test_id": 0.25}
+_HARD = {"unlabelled": 0.6, "test_ood": 0.4}
+_FEWEST = 20
+# One source is cut in two halves, and the cut may miss them by a tenth of all questions.
+_SURE_SHARE = 0.4
+_FOLDS = 5
+
+
+def write_configuration(path: Path, questions: str, weak: str, strong: str, hard: str | None = None) -> None:
+    """Write a configuration for one's own questions and models.
+
+    Args:
+        path: the new YAML file.
+        questions: a file for `load_questions` with columns `prompt` and `answer`; the easy ones, if `hard` is given.
+            Otherwise its questions are split by their column `difficulty`, or by how hard the weak model finds them.
+        weak: the experts' model, a source of `loading.load_model`.
+        strong: the student's.
+        hard: a file of hard questions with their answers, which only measuring reads.
+
+    Raises:
+        FileExistsError: `path` is there already.
+        FileNotFoundError: a file of questions is not there.
+        ValueError: bad questions, or too few of them.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} is there already and stays as it is: name another file, or move it away")
+    easy = load_questions(questions)
+    answers = list(easy["answer"])
+    if hard is None:
+        counts = dict.fromkeys(("easy", "hard"), int(_SURE_SHARE * len(easy)))
+    else:
+        others = exclude_questions(load_questions(hard), [easy])
+        counts = {"easy": len(easy), "hard": len(others)}
+        answers += others["answer"]
+    for kind, count in counts.items():
+        if count < _FEWEST:
+            raise ValueError(
+                f"{hard if kind == 'hard' and hard else questions} leaves {count} {kind} questions, expected at least "
+                f"{_FEWEST}, to learn from and to measure with: add some"
+            )
+    sizes = {split: int(share * counts["easy"]) for split, share in _EASY.items()}
+    sizes |= {split: int(share * counts["hard"]) for split, share in _HARD.items()}
+    template = Environment(
+        loader=PackageLoader("ensemw2s.experiments"), undefined=StrictUndefined, keep_trailing_newline=True
+    ).get_template("config.yaml")  # fmt: skip
+    longest = max(map(len, answers))
+    text = template.render(
+        file=path, name=re.sub(r"\W", "_", path.stem.lower(), flags=re.ASCII), weak=weak, strong=strong,
+        lora=not weak.startswith("scratch:"), questions=questions, hard=hard, sizes=sizes, longest=longest,
+        folds=_FOLDS if "difficulty" not in easy.column_names else None,
+        # A token has one character at least, nearly always, and the end is a token.
+        max_new_tokens=min(longest + 1, 256),
+    )  # fmt: skip
+    with new_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+    load_config(path)

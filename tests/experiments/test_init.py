@@ -1,0 +1,93 @@
+"""`ensemw2s init`: a configuration for one's own questions and models, which runs."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from ensemw2s.cli import main
+from ensemw2s.experiments.config import load_config
+from tests.tiny import questions, saved_model
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    """What `init` needs, on the command line."""
+    questions(60).to_json(tmp_path / "easy.jsonl")
+    questions(60, seed=8, start=60).to_json(tmp_path / "hard.jsonl")
+    for seed, name in enumerate(("weak", "strong")):
+        saved_model(tmp_path / name, seed=seed)
+    models = [f"--weak={tmp_path / 'weak'}", f"--strong={tmp_path / 'strong'}"]
+    return ["init", str(tmp_path / "mine.yaml"), f"--questions={tmp_path / 'easy.jsonl'}", *models]
+
+
+def test_what_it_writes_runs(tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, f"--hard={tmp_path / 'hard.jsonl'}"]) == 0
+    assert f"ensemw2s run {tmp_path / 'mine.yaml'}" in capsys.readouterr().out
+    fast = ["boosting.num_rounds=1", "boosting.num_train_epochs=1", "student.num_train_epochs=1"]
+    fast.append("student.keep_unfinished=true")
+    assert main(["run", words[1], f"output_dir={tmp_path / 'run'}", "lora.r=2", *fast]) == 0
+    assert (tmp_path / "run" / "mine" / "report.html").exists()
+
+
+def test_one_file_is_split_by_difficulty_and_rated_where_it_says_nothing_of_it(
+    tmp_path: Path, words: list[str]
+) -> None:
+    assert main(words) == 0
+    assert load_config(words[1]).data.difficulty.folds == 5
+    known = questions(60)
+    known.add_column("difficulty", [float(i) for i in range(60)]).to_json(tmp_path / "easy.jsonl")
+    words[1] = str(tmp_path / "other.yaml")
+    assert main(words) == 0
+    config = load_config(words[1])
+    assert config.data.difficulty.folds is None
+    assert sum(config.data.sizes.values()) <= 60
+
+
+def test_it_asks_for_what_is_missing(tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal(f"{tmp_path / 'weak'}\nscratch:char-strong\n"))
+    assert main(words[:3]) == 0
+    config = load_config(words[1])
+    assert (config.weak.source, config.strong.source) == (str(tmp_path / "weak"), "scratch:char-strong")
+
+
+def test_a_name_is_text_whatever_is_in_it(tmp_path: Path, words: list[str]) -> None:
+    odd = tmp_path / 'it\'s: "odd" #1 ü.jsonl'
+    questions(60).to_json(odd)
+    words[2] = f"--questions={odd}"
+    assert main(words) == 0
+    config = load_config(words[1])
+    assert config.data.questions == {"file": str(odd)}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({3: ""}, "init needs the experts' model"),
+        ({2: "--questions=gone.jsonl"}, "gone.jsonl does not exist: name a file of questions"),
+        ({2: "--questions={folder}/few.jsonl"}, "few.jsonl leaves 4 easy questions, expected at least 20"),
+        ({5: "--hard={folder}/few.jsonl"}, "few.jsonl leaves 10 hard questions, expected at least 20"),
+        ({1: "{folder}/easy.jsonl"}, "easy.jsonl is there already and stays as it is"),
+    ],
+)
+def test_what_it_cannot_work_with_is_named(
+    tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str], change: dict[int, str], said: str
+) -> None:
+    Dataset.from_list(questions(10, seed=9, start=900).to_list()).to_json(tmp_path / "few.jsonl")
+    given = dict(enumerate(words)) | {place: word.format(folder=tmp_path) for place, word in change.items()}
+    assert main([word for word in given.values() if word]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_run_without_a_configuration_says_how_to_get_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run"]) == 2
+    assert "`ensemw2s init` writes one" in capsys.readouterr().err
