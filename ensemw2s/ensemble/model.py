@@ -384,7 +384,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         """
         losses = {name: kwargs.pop(name) for name in _LOSS_KWARGS if kwargs.get(name) is not None}
         wants_loss = labels is not None or "shift_labels" in losses
-        self._check_asked(input_ids, kwargs)
+        input_ids = self._asked_for(input_ids, kwargs)
         last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
         kept: Any = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if wants_loss:
@@ -410,8 +410,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=log_probs, labels=labels, vocab_size=log_probs.shape[-1], **losses)
         return CausalLMOutputWithPast(loss=loss, logits=log_probs, **{CACHE: seen})
 
-    def _check_asked(self, input_ids: torch.Tensor | None, kwargs: Mapping[str, Any]) -> None:
-        """Raise TypeError for what `forward` is asked for, by these keywords or by the config, and cannot give."""
+    def _asked_for(self, input_ids: torch.Tensor | None, kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """Return the token ids; raise TypeError for what keywords or config ask of `forward` and it cannot give."""
         said = {name: kwargs.get(name) for name in _INNER_OUTPUTS}
         inner = [name for name, on in said.items() if (getattr(self.config, name, False) if on is None else on)]
         if inner:
@@ -426,6 +426,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             raise TypeError(f"an ensemble's forward does not know {', '.join(unknown)}: leave them out")
         if input_ids is None:
             raise TypeError("input_ids is missing: an ensemble reads token ids, as its experts share no embedding")
+        return input_ids
 
     def _check_loss(self, kept: slice | torch.Tensor) -> None:
         """Raise ValueError where there is no loss, or nobody to learn from it."""
@@ -682,9 +683,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             subfolder: where in it the ensemble lies.
             output_loading_info: return the ensemble and transformers' account of what did not fit, which is empty:
                 weights that are missing, too many or of other shapes are errors here.
-            model_init_kwargs: passed on to each model's `from_pretrained` (`dtype`, `attn_implementation`, ...), but for
-                `revision` and `force_download`, which concern the ensemble alone. `trust_remote_code` is off unless it
-                is passed. `source` names the base model of adapters, if it is not where the ensemble says.
+            model_init_kwargs: passed on to each model's `from_pretrained` (`dtype`, `attn_implementation`, ...), but
+                for `revision` and `force_download`, which concern the ensemble alone. `trust_remote_code` is off unless
+                it is passed. `source` names the base model of adapters, if it is not where the ensemble says.
 
         Raises:
             FileNotFoundError: the folder, its base model, an expert's weights or a part of them are missing; names

@@ -97,18 +97,6 @@ def gradients(model: Any) -> bool:
     return all(weight.grad is not None and bool(weight.grad.any()) for weight in model.parameters())
 
 
-def compiled(model: Any, **options: Any) -> list[torch.Tensor]:
-    torch.compiler.reset()
-    own = torch.compile(model, dynamic=True, backend="eager", **options)
-    return [forward(own), forward(own, IDS[:2, :5], attention_mask=torch.ones(2, 5, dtype=torch.int64))]
-
-
-def compiled_generation(model: Any) -> torch.Tensor:
-    torch.compiler.reset()
-    model.compile(dynamic=True, backend="eager")
-    return generate(model)
-
-
 def with_cache(model: Any) -> torch.Tensor:
     with torch.no_grad():
         first = model(IDS[:, :4], use_cache=True)
@@ -138,7 +126,7 @@ def causal_mask() -> torch.Tensor:
 
 def attention_set_later(model: Any) -> Any:
     model.set_attn_implementation("eager")
-    return described(model), forward(model)
+    return described(model)[2:], forward(model)
 
 
 def in_a_device_context(model: Any, folder: Path) -> torch.Tensor:
@@ -200,9 +188,6 @@ SHARED: dict[str, Callable[[Any, Path], Any]] = {
     ),
     "set_attention_dynamically": lambda model, _: attention_set_later(model),
     "load_with_device_context_manager": in_a_device_context,
-    # Compiled.
-    "torch_compile_dynamic": lambda model, _: compiled(model),
-    "generate_compile_model_forward": lambda model, _: compiled_generation(model),
     # Generation. What is drawn at random has the same shape only.
     "greedy_generate": lambda model, _: generate(model, PADDED, attention_mask=MASK),
     "greedy_generate_dict_outputs": lambda model, _: dict_outputs(model),
@@ -223,7 +208,9 @@ SHARED: dict[str, Callable[[Any, Path], Any]] = {
     "logits_processors": lambda model, _: generate(
         model, logits_processor=LogitsProcessorList([MinLengthLogitsProcessor(12, 1)]), no_repeat_ngram_size=2
     ),
-    "stopping_criteria": lambda model, _: generate(model, stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(11)])),
+    "stopping_criteria": lambda model, _: generate(
+        model, stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(11)])
+    ),
     "stop_strings": lambda model, _: generate(model, stop_strings=["a", "e"], tokenizer=tokenizer()),
     "classifier_free_guidance": lambda model, _: generate(model, guidance_scale=1.5),
     "watermarking": lambda model, _: generate(model, watermarking_config=WatermarkingConfig()),
@@ -305,18 +292,18 @@ REFUSED: dict[str, tuple[Callable[[Any, Path], Any], type[Exception], str]] = {
     "num_logits_to_keep": (lambda model, _: model(IDS, num_logits_to_keep=1), TypeError, "not know num_logits_to_keep"),
     "token_type_ids": (lambda model, _: model(IDS, token_type_ids=IDS), TypeError, "not know token_type_ids"),
     "loss_of_kept_logits": (
-        lambda model, _: model(IDS, labels=IDS, logits_to_keep=torch.tensor([1])), ValueError, "leave logits_to_keep out"
+        lambda model, _: model(IDS, labels=IDS, logits_to_keep=IDS[0]), ValueError, "leave logits_to_keep out"
     ),
     "model_get_embeddings": (lambda model, _: model.get_input_embeddings(), NotImplementedError, EMBEDDING),
     "model_set_embeddings": (
         lambda model, _: model.set_input_embeddings(torch.nn.Embedding(3, 3)), NotImplementedError, EMBEDDING
     ),
     "resize_tokens_embeddings": (lambda model, _: model.resize_token_embeddings(99), NotImplementedError, EMBEDDING),
-    "base_model_forward": (lambda model, _: model.base_model(IDS), TypeError, "no common body to run: call the ensemble"),
+    "base_model_forward": (lambda model, _: model.base_model(IDS), TypeError, "no common body to run: call"),
     "gradient_checkpointing": (
         lambda model, _: model.gradient_checkpointing_enable(), ValueError, "does not support activation checkpointing"
     ),
-    "initialization": (lambda model, _: type(model)(model.config), TypeError, "a configuration alone makes no ensemble"),
+    "initialization": (lambda model, _: type(model)(model.config), TypeError, "configuration alone makes no ensemble"),
     "from_config": (
         lambda model, _: AutoModelForCausalLM.from_config(model.config, attn_implementation="eager"),
         TypeError,
@@ -354,14 +341,14 @@ REFUSED: dict[str, tuple[Callable[[Any, Path], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_an_ensemble_does_not_share_is_refused(name: str, ensemble: TokenEnsemble, tmp_path: Path) -> None:
+def test_what_an_ensemble_does_not_share_is_refused(name: str, of_models: TokenEnsemble, tmp_path: Path) -> None:
     call, error, sentence = REFUSED[name]
-    before = forward(ensemble)
+    before = forward(of_models)
     with pytest.raises(error, match=sentence):
-        call(ensemble, tmp_path / "folder")
+        call(of_models, tmp_path / "folder")
     assert not (tmp_path / "folder").exists() or not name.startswith("save_")
-    ensemble.config.output_hidden_states = False
-    assert torch.equal(forward(ensemble), before)
+    of_models.config.output_hidden_states = False
+    assert torch.equal(forward(of_models), before)
 
 
 def test_a_configuration_may_ask_for_tuples(ensemble: TokenEnsemble) -> None:
@@ -371,8 +358,14 @@ def test_a_configuration_may_ask_for_tuples(ensemble: TokenEnsemble) -> None:
     assert generate(ensemble, num_beams=2).shape[0] == len(IDS)
 
 
-def test_models_compile_as_one_graph(of_models: TokenEnsemble) -> None:
-    assert_same(compiled(of_models, fullgraph=True), [forward(of_models), forward(of_models, IDS[:2, :5])])
+@pytest.mark.parametrize("kind", ["of_models", "of_adapters"])
+def test_it_compiles_for_texts_of_any_length(kind: str, request: pytest.FixtureRequest) -> None:
+    ensemble = request.getfixturevalue(kind)[: 2 if kind == "of_models" else 1]
+    torch.compiler.reset()
+    # Adapters are made the active ones between two graphs.
+    compiled = torch.compile(ensemble, dynamic=True, backend="eager", fullgraph=kind == "of_models")
+    for inputs in ({"ids": IDS}, {"ids": IDS[:2, :5], "attention_mask": torch.ones(2, 5, dtype=torch.int64)}):
+        assert_same(forward(compiled, **inputs), forward(ensemble, **inputs))
 
 
 def test_only_the_main_process_saves(ensemble: TokenEnsemble, tmp_path: Path) -> None:
