@@ -243,10 +243,13 @@ class ModelExperts(Experts):
 
     def map(self, run: Callable[[nn.Module, int], Result], indices: Sequence[int]) -> list[Result]:
         """Return `run(model, index)` for some models; on a CPU they run side by side and share out its threads."""
+        on_cpu = all(next(self.models[index].parameters()).device.type == "cpu" for index in indices)
+        # A compiled pass is one graph, which knows no threads.
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not on_cpu:
+            return super().map(run, indices)
         threads = torch.get_num_threads()
         count = min(len(indices), threads)
-        on_cpu = all(next(self.models[index].parameters()).device.type == "cpu" for index in indices)
-        if count < 2 or not on_cpu or torch.is_grad_enabled():
+        if count < 2:
             return super().map(run, indices)
         # Other threads compute in the modes of this one, which has no gradients.
         inference = torch.is_inference_mode_enabled()

@@ -17,13 +17,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from ensemw2s import ops
 from ensemw2s.data.tokens import QuestionFormat
 from ensemw2s.ensemble.cache import EnsembleCache
 from ensemw2s.ensemble.config import EnsembleConfig
 from ensemw2s.ensemble.experts import AdapterExperts, ModelExperts, context_lengths
-from ensemw2s.ensemble.saving import load_parts, save_ensemble
+from ensemw2s.ensemble.saving import check_saving_options, load_parts, save_ensemble
 from ensemw2s.inference.decoding import Sampling, fused_sample, require_valid
 from ensemw2s.inference.labelling import LabelSettings, label_questions
 from ensemw2s.models.base_reference import check_base, settled
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
     from transformers.generation.streamers import BaseStreamer
+
+# What transformers' `loss_function` takes beside logits and labels.
+_LOSS_KWARGS = ("num_items_in_batch", "ignore_index", "shift_labels")
+# Outputs that each expert has by itself.
+_INNER_OUTPUTS = ("output_hidden_states", "output_attentions")
 
 
 class TokenEnsemble(PreTrainedModel, GenerationMixin):
@@ -55,6 +61,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         experts: the T experts.
 
     Raises:
+        TypeError: no experts beside the config.
         ValueError: no expert, a number of weights other than T, a weight that is not positive and finite, or an
             unknown `combine`.
     """
@@ -65,18 +72,68 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+    accepts_loss_kwargs = True
     # Of the ensemble as one call of `generate` sees it: whether the fused loop may be taken, and the prompts' number.
     _fused = True
     _prompts: int | None = None
 
-    def __init__(self, config: EnsembleConfig, experts: Experts) -> None:
+    def __init__(self, config: EnsembleConfig, experts: Experts | None = None) -> None:
+        if experts is None:
+            raise TypeError(
+                "a configuration alone makes no ensemble, whose experts are models that exist: use "
+                "TokenEnsemble.from_pretrained, from_adapters or from_models"
+            )
         _check(config.expert_weights, config.combine, len(experts))
         super().__init__(config)
         self.experts = experts
+        self.config._attn_implementation = experts.expert_config(0)._attn_implementation
+        self.config.dtype = self.dtype
+        self.loss_type = "ForCausalLM"
         settings: Any = experts.carrier(0).generation_config
         self.generation_config = GenerationConfig.from_dict(settings.to_dict())
         # As the experts are: others may be running them, so that nothing is set there.
         self.training = False
+        self.post_init()
+
+    def init_weights(self) -> None:
+        """Leave the experts' weights as they are; `post_init` would have them drawn anew."""
+
+    def train(self, mode: bool = True) -> TokenEnsemble:
+        """Set the mode of the ensemble, and of its experts too unless all are frozen and `mode` is true.
+
+        Others may be running frozen experts, whose dropout would change what they give and teach nobody.
+        """
+        if mode and not any(weight.requires_grad for weight in self.parameters()):
+            self.training = True
+            return self
+        return super().train(mode)
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """Raise NotImplementedError, as all that reads, replaces or resizes embeddings does: there are several."""
+        raise NotImplementedError(
+            "the experts of an ensemble share no embedding: ask one of them, as in "
+            "ensemble.experts.carrier(0).get_input_embeddings(); or resize the models before they become an ensemble"
+        )
+
+    def set_input_embeddings(self, value: torch.nn.Module) -> None:
+        """Raise NotImplementedError; see `get_input_embeddings`."""
+        self.get_input_embeddings()
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raise NotImplementedError, as `load_adapter` does: it would change every expert."""
+        raise NotImplementedError(
+            "an adapter on a whole ensemble would change every expert: append it as one more with add_expert(folder, "
+            "expert_weight), or train a student"
+        )
+
+    load_adapter = add_adapter
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise NotImplementedError, as `generate_batch` does: its paged cache is of one model."""
+        raise NotImplementedError(
+            "continuous batching (generate_batch, transformers serve --continuous-batching) has a paged cache for one "
+            "model, and an ensemble has several: call generate with a batch that is padded on the left, or label"
+        )
 
     @classmethod
     def from_adapters(
@@ -286,19 +343,20 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
 
         return experts.map(run, indices)
 
+    @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return the mixture's log-probabilities as float32 `.logits` [B, L, V] (or the last `logits_to_keep`).
+        """Return the mixture's log-probabilities as float32 `.logits` [B, L, V] (or those that are kept).
 
         Args:
             input_ids: int64 [B, L].
@@ -307,45 +365,81 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             cache: an `EnsembleCache`; None or another empty cache starts one if `use_cache` is true.
             labels: int64 [B, L], -100 where ignored; the loss is the mean negative log-probability of the next label.
             use_cache: return a cache (the default is not to).
-            logits_to_keep: 0 for all positions.
+            logits_to_keep: 0 for all positions, k for the last k, or an int64 [n] of positions.
             past_key_values: what transformers before 5.24 calls `cache`.
-            kwargs: `return_dict` and `cache_position`, which transformers passes along and no ensemble needs.
+            kwargs: `return_dict` (False, here or in the config, gives a tuple); `num_items_in_batch`, `ignore_index`
+                and `shift_labels` for the loss, as `loss_function` takes them; `cache_position`, which transformers
+                passes along and no ensemble needs.
 
         Raises:
             FloatingPointError: an expert gives NaN, +inf or no finite logit at a position that is no padding; names
-                row and expert. On the CPU alone, or within `generate`: elsewhere looking would make the program wait
-                for the device, and all log-probabilities of such a position are NaN **[choice]**.
-            TypeError: any other keyword with a value, such as `inputs_embeds`: experts share no embedding; or both
-                `cache` and `past_key_values`.
-            ValueError: `labels` with `combine="vote"`, whose log-probabilities are -inf off the vote; a filled
-                cache that is not an `EnsembleCache`, or one of other experts or rows.
+                row and expert. On the CPU alone and not where it is compiled, or within `generate`: elsewhere looking
+                would make the program wait for the device, and all log-probabilities of such a position are NaN
+                **[choice]**.
+            TypeError: any other keyword with a value, such as `inputs_embeds`: experts share no embedding; hidden
+                states or attentions, here or in the config; or both `cache` and `past_key_values`.
+            ValueError: `labels` with `combine="vote"`, whose log-probabilities are -inf off the vote, with
+                `logits_to_keep`, or in training with experts that are all frozen; a filled cache that is not an
+                `EnsembleCache`, or one of other experts or rows.
         """
-        if labels is not None and self.config.combine == "vote":
-            raise ValueError('combine="vote" has no loss: its distribution is 0 off the vote; use "prob" or "logprob"')
-        # A switch that is off asks for nothing.
-        asked = {name for name, value in kwargs.items() if value is not None and value is not False}
-        unknown = sorted(asked - {"return_dict", "cache_position"})
-        if unknown:
-            raise TypeError(f"an ensemble's forward does not know {', '.join(unknown)}: leave them out")
+        losses = {name: kwargs.pop(name) for name in _LOSS_KWARGS if kwargs.get(name) is not None}
+        wants_loss = labels is not None or "shift_labels" in losses
+        input_ids = self._asked_for(input_ids, kwargs)
+        last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
+        kept: Any = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if wants_loss:
+            self._check_loss(kept)
         experts, weights = self._now()
         seen = _own_cache(cache=cache, past_key_values=past_key_values)
         if seen is None and use_cache:
             seen = _new_cache(experts)
         texts = input_ids, attention_mask, position_ids
-        logits = self._run(experts, list(range(len(weights))), *texts, None, seen, logits_to_keep == 1)
-        if logits_to_keep > 1:
-            logits = [row[:, -logits_to_keep:] for row in logits]
+        logits = self._run(experts, list(range(len(weights))), *texts, None, seen, last_only)
+        if not last_only:
+            logits = [row[:, kept] for row in logits]
         device = logits[0].device
         log_probs = ops.mixture_log_probs(
             logits, torch.tensor(weights, dtype=torch.float32, device=device), combine=self.config.combine
         )
-        if device.type == "cpu" or self._prompts is not None:
+        if self._prompts is not None or (device.type == "cpu" and not torch.compiler.is_compiling()):
+            if attention_mask is not None and attention_mask.dim() == 2:
+                attention_mask = attention_mask[:, -input_ids.shape[1] :][:, kept]
             _require_numbers(log_probs, logits, attention_mask, self.row_names(len(input_ids)))
         loss = None
-        if labels is not None:
-            following = labels[:, 1:].flatten().to(log_probs.device)
-            loss = torch.nn.functional.nll_loss(log_probs[:, :-1].flatten(0, 1), following)
+        if wants_loss:
+            loss = self.loss_function(logits=log_probs, labels=labels, vocab_size=log_probs.shape[-1], **losses)
         return CausalLMOutputWithPast(loss=loss, logits=log_probs, **{CACHE: seen})
+
+    def _asked_for(self, input_ids: torch.Tensor | None, kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """Return the token ids; raise TypeError for what keywords or config ask of `forward` and it cannot give."""
+        said = {name: kwargs.get(name) for name in _INNER_OUTPUTS}
+        inner = [name for name, on in said.items() if (getattr(self.config, name, False) if on is None else on)]
+        if inner:
+            raise TypeError(
+                f"{' and '.join(inner)}: each expert has its own, and an ensemble none; run one expert, as in "
+                "`with ensemble.experts.expert(0) as model: model(...)`"
+            )
+        # A switch that is off asks for nothing.
+        asked = {name for name, value in kwargs.items() if value is not None and value is not False}
+        unknown = sorted(asked - {"cache_position"})
+        if unknown:
+            raise TypeError(f"an ensemble's forward does not know {', '.join(unknown)}: leave them out")
+        if input_ids is None:
+            raise TypeError("input_ids is missing: an ensemble reads token ids, as its experts share no embedding")
+        return input_ids
+
+    def _check_loss(self, kept: slice | torch.Tensor) -> None:
+        """Raise ValueError where there is no loss, or nobody to learn from it."""
+        if self.config.combine == "vote":
+            raise ValueError('combine="vote" has no loss: its distribution is 0 off the vote; use "prob" or "logprob"')
+        if kept != slice(0, None):
+            raise ValueError("labels need the logits of every position: leave logits_to_keep out")
+        if self.training and torch.is_grad_enabled() and not any(weight.requires_grad for weight in self.parameters()):
+            raise ValueError(
+                "the ensemble is in training mode but its experts are frozen, so that this loss teaches nobody: train "
+                "experts with BoostingTrainer and students with StudentTrainer; call eval() to measure; or unfreeze "
+                "with requires_grad_()"
+            )
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *, fused: bool = True, **kwargs: Any) -> Any:
@@ -369,11 +463,13 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         Raises:
             FloatingPointError: an expert gives NaN, +inf or no finite logit for a text that has not ended, on any
                 path; names row (from 0, of the prompts) and expert.
-            TypeError: both `cache` and `past_key_values`, or something else than a cache.
+            TypeError: `inputs_embeds`; both `cache` and `past_key_values`, or something else than a cache.
             ValueError: beam search with `combine="vote"`; a prompt that fills an expert's context; ids outside the
                 vocabulary; a `cache_implementation`; a cache of another model, other experts or rows, or one that
                 leaves no token of the prompt to read.
         """
+        if kwargs.get("inputs_embeds") is not None:
+            raise TypeError("inputs_embeds: the experts of an ensemble share no embedding; give input_ids")
         call = self.snapshot()
         cache = _own_cache(**{name: kwargs.pop(name, None) for name in ("cache", "past_key_values")})
         settings = call._settings(kwargs)
@@ -520,10 +616,12 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
         *,
         processing_class: PreTrainedTokenizerBase | None = None,
         record: Mapping[str, Any] | None = None,
         max_shard_size: int | str | None = None,
+        **kwargs: Any,
     ) -> None:
         """Write the ensemble to one folder, whole or not at all; `push_to_hub` does so first.
 
@@ -532,16 +630,24 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
 
         Args:
             save_directory: a new folder, that of an ensemble, or one without a model.
+            is_main_process: False writes nothing, as the main process does it.
             processing_class: the experts' tokenizer, saved along.
             record: a JSON-able account of the boosting run, saved as `boosting.json`.
             max_shard_size: the largest file of a whole model's weights, e.g. "2GB"; None leaves it to transformers.
+            kwargs: other arguments of transformers' `save_pretrained`, at values that mean what is done anyway
+                (`safe_serialization=True`, `state_dict=None`, ...).
 
         Raises:
             DiskFullError: the disk is full; what was at `save_directory` before is untouched.
             FileExistsError: another model, or a file that no ensemble of ours wrote, is in the way.
             PermissionError: the folder cannot be written.
-            ValueError: `processing_class` knows tokens that the experts do not.
+            TypeError: a keyword that transformers' `save_pretrained` does not have.
+            ValueError: `processing_class` knows tokens that the experts do not; a value of one of `kwargs` that an
+                ensemble cannot honour.
         """
+        check_saving_options(kwargs)
+        if not is_main_process:
+            return
         save_ensemble(self, save_directory, processing_class, record, max_shard_size)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
@@ -564,8 +670,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         *,
         config: EnsembleConfig | None = None,
         subfolder: str = "",
+        output_loading_info: bool = False,
         **model_init_kwargs: Any,
-    ) -> TokenEnsemble:
+    ) -> Any:
         """Load a saved ensemble from a folder or the hub.
 
         A stranger's folder is safe to load: no code of its is run, nothing is unpickled, and what its files may ask for
@@ -575,9 +682,11 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             pretrained_model_name_or_path: a folder written by `save_pretrained`, or a hub id.
             config: used in place of the saved one.
             subfolder: where in it the ensemble lies.
-            model_init_kwargs: passed on to each model's `from_pretrained` (`dtype`, `device_map`, ...), but for
-                `revision` and `force_download`, which concern the ensemble alone. `trust_remote_code` is off unless it
-                is passed. `source` names the base model of adapters, if it is not where the ensemble says.
+            output_loading_info: return the ensemble and transformers' account of what did not fit, which is empty:
+                weights that are missing, too many or of other shapes are errors here.
+            model_init_kwargs: passed on to each model's `from_pretrained` (`dtype`, `attn_implementation`, ...), but
+                for `revision` and `force_download`, which concern the ensemble alone. `trust_remote_code` is off unless
+                it is passed. `source` names the base model of adapters, if it is not where the ensemble says.
 
         Raises:
             FileNotFoundError: the folder, its base model, an expert's weights or a part of them are missing; names
@@ -592,6 +701,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         ensemble = cls(config, experts)
         if generation_config is not None:
             ensemble.generation_config = generation_config
+        if output_loading_info:
+            kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+            return ensemble, {kind: [] if kind == "error_msgs" else set() for kind in kinds}
         return ensemble
 
     def _length_arguments(
@@ -635,7 +747,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
     def _check_input(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: EnsembleCache | None
     ) -> None:
-        if input_ids.device.type == "cpu":
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_ids(input_ids)
         window = self.config.max_position_embeddings
         length = input_ids.shape[1] + (cache.get_seq_length() if cache is not None else 0)
@@ -701,7 +813,7 @@ def _require_numbers(
     # All of a distribution is NaN or none of it.
     valid = ~log_probs[..., 0].isnan()
     if mask is not None and mask.dim() == 2:
-        valid |= (mask[:, -valid.shape[1] :] == 0).to(valid.device)
+        valid |= (mask == 0).to(valid.device)
     require_valid(valid, names, logits)
 
 

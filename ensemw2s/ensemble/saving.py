@@ -16,7 +16,7 @@ from ensemw2s.ensemble.experts import AdapterExperts, ModelExperts
 from ensemw2s.ensemble.model_card import model_card
 from ensemw2s.inference.decoding import require_tokenizer
 from ensemw2s.models.base_reference import arguments, check_base, found, settled, stored
-from ensemw2s.models.loading import load_model, load_saved_model
+from ensemw2s.models.loading import load_model, load_saved_model, with_dtype
 from ensemw2s.models.mixture import ExpertMixture, Experts
 from ensemw2s.models.own_files import own_files, whole
 from ensemw2s.models.saved import (
@@ -31,8 +31,26 @@ from ensemw2s.models.saved import (
     require_whole,
 )
 from ensemw2s.runtime.files import write_json
+from ensemw2s.runtime.values import shown
 
 RECORD_FILE = "boosting.json"
+# Arguments of transformers' `save_pretrained` that name what is done anyway, and the values with which they do.
+_DONE_ANYWAY = {
+    "state_dict": None, "push_to_hub": False, "variant": None, "token": None, "safe_serialization": True,
+    "save_peft_format": True, "save_original_format": True, "distributed_checkpoint": False,
+}  # fmt: skip
+
+
+def check_saving_options(options: Mapping[str, Any]) -> None:
+    """Raise TypeError for options that transformers does not have, ValueError for values that change the folder."""
+    for name, value in options.items():
+        if name not in _DONE_ANYWAY:
+            raise TypeError(f"an ensemble's save_pretrained does not know {name}: leave it out")
+        if value is not _DONE_ANYWAY[name]:
+            raise ValueError(
+                f"{name}={shown(value)} cannot be honoured: an ensemble writes the weights that its experts hold, as "
+                "plain safetensors, into a folder; leave it out, and upload with ensemble.push_to_hub"
+            )
 
 
 def save_ensemble(
@@ -47,6 +65,7 @@ def save_ensemble(
         require_tokenizer(ensemble, processing_class)
     experts: Any = ensemble.experts
     config = copy.deepcopy(ensemble.config)
+    config.architectures = [type(ensemble).__name__]
     config.base = stored(config.base, Path(save_directory).expanduser())
     check_settings(json.loads(config.to_json_string()), "the ensemble's config")
     options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
@@ -77,6 +96,10 @@ def load_parts(
     """
     if (model_init_kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path"):
         raise ValueError(f"{pretrained_model_name_or_path} holds an adapter_config.json beside an ensemble: delete it")
+    model_init_kwargs = with_dtype(model_init_kwargs)
+    if config is not None and config._attn_implementation is not None:
+        # Where transformers' own classes put what they were given.
+        model_init_kwargs = {"attn_implementation": config._attn_implementation, **model_init_kwargs}
     hub = {name: model_init_kwargs.pop(name) for name in HUB_VERSION if name in model_init_kwargs}
     hub |= {name: model_init_kwargs[name] for name in HUB_ACCESS if name in model_init_kwargs}
     folder = local_folder(pretrained_model_name_or_path, subfolder, hub)

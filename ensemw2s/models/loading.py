@@ -87,7 +87,7 @@ def load_saved_model(folder: str | os.PathLike[str], owner: str, **model_init_kw
 
 def _load(named: str, model_init_kwargs: Mapping[str, Any], owner: str) -> tuple[PreTrainedModel, Any]:
     """Load the model in a folder, or on the hub, and return it with transformers' account of that."""
-    kwargs = {"dtype": torch.float32, "use_safetensors": True, **model_init_kwargs}
+    kwargs = {"dtype": torch.float32, "use_safetensors": True, **with_dtype(model_init_kwargs)}
     check_dtype(kwargs["dtype"])
     trusted = kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
     place = Path(named)
@@ -107,9 +107,9 @@ def _load(named: str, model_init_kwargs: Mapping[str, Any], owner: str) -> tuple
     model, loading = loaded
     # Where the tokenizer and the license are found, also from another working directory.
     model.config._name_or_path = str(Path(named).resolve()) if Path(named).is_dir() else named
-    if loading["missing_keys"]:
-        # transformers fills these with random numbers and only warns.
-        missing = sorted(loading["missing_keys"])
+    # transformers fills these with random numbers and only warns.
+    missing = sorted({*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])})
+    if missing:
         raise ValueError(
             f"{owner} has no weights for {shown_names(missing, 3)} ({len(missing)} tensors): save it whole"
         )
@@ -148,6 +148,13 @@ def _download(source: str, names: Sequence[str], hub: Mapping[str, Any]) -> Path
             f"{source} is neither a folder here nor a model that the hub gives out ({first_line(error)}): give a model "
             "folder, a hub id, package:NAME or scratch:NAME"
         ) from error
+
+
+def with_dtype(model_init_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of `from_pretrained` in which `torch_dtype`, an older name that loses, is called `dtype`."""
+    kwargs = dict(model_init_kwargs)
+    older = kwargs.pop("torch_dtype", None)
+    return kwargs if older is None else {"dtype": older, **kwargs}
 
 
 def check_dtype(dtype: str | torch.dtype) -> None:

@@ -123,6 +123,13 @@ class Experts(nn.Module, ABC):
     def save_expert(self, index: int, folder: Path, **options: Any) -> None:
         """Write expert `index` to `folder` as safetensors; `options` are those of transformers' `save_pretrained`."""
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise TypeError: experts have no body in common, which is what `base_model` is of other models."""
+        raise TypeError(
+            "the experts of an ensemble have no common body to run: call the ensemble for its distribution, or one "
+            "expert, as in `with ensemble.experts.expert(0) as model: model(...)`"
+        )
+
     def expert_config(self, index: int) -> PreTrainedConfig:
         """Return the model configuration of expert `index`."""
         config: Any = self.carrier(index).config
