@@ -215,8 +215,7 @@ def _account(owner: Path) -> _Account:
     if known is not None and known[0] == signature:
         return known[1]
     found = _Account({}, {})
-    text = file.read_bytes()
-    for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), start=1):
+    for number, line in enumerate(_rows(file), start=1):
         try:
             row = json.loads(line)
             if "promised" in row:
@@ -235,6 +234,12 @@ def _account(owner: Path) -> _Account:
             ) from error
     _READ[file.absolute()] = signature, found
     return found
+
+
+def _rows(file: Path) -> list[bytes]:
+    """Return the lines of an account without the last one, if a kill cut it off."""
+    text = file.read_bytes()
+    return text[: text.rfind(b"\n") + 1].splitlines()
 
 
 def entered(folder: Path_, pattern: str) -> list[Path]:
@@ -271,9 +276,8 @@ def delete(folder: Path, patterns: Iterable[str]) -> None:
             shutil.rmtree(match)
         else:
             match.unlink()
-    rows = (folder / ACCOUNT).read_text(encoding="utf-8").splitlines()
-    tops = {row: Path(Path(json.loads(row)["file"]).parts[0]) for row in rows}
-    kept = [row for row in rows if not any(tops[row].match(pattern) for pattern in patterns)]
+    rows = [(row.decode(), Path(Path(json.loads(row)["file"]).parts[0])) for row in _rows(folder / ACCOUNT)]
+    kept = [row for row, top in rows if not any(top.match(pattern) for pattern in patterns)]
     aside = folder / f".{ACCOUNT}{PARTIAL}"
     aside.unlink(missing_ok=True)
     append_whole(aside, kept)

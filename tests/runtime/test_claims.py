@@ -263,6 +263,14 @@ def test_a_torn_entry_is_dropped_and_written_over(ours: Path) -> None:
     assert (ours / ACCOUNT).read_text().count("three.js") == 1
 
 
+def test_what_a_claim_left_is_deleted_beside_a_torn_entry(ours: Path) -> None:
+    with (ours / ACCOUNT).open("a") as file:
+        file.write('{"file": "parts/three.js')
+    claims.discard(ours, KIND)
+    assert not (ours / "parts").exists()
+    assert "parts/" not in (ours / ACCOUNT).read_text()
+
+
 def test_a_folder_that_was_replaced_is_checked_for_what_is_in_it_now(ours: Path) -> None:
     model = ours / "parts" / "model"
     (model / "weights").rename(model / "other")
