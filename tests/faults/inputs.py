@@ -465,7 +465,7 @@ _QUESTIONS: dict[str, tuple[str, bytes, str]] = {
     "a null prompt": ("a.jsonl", _lines(_ROW | {"prompt": None}), "row 0: prompt is None, expected text"),
     "a prompt of no length": ("a.jsonl", _lines(_ROW | {"prompt": ""}), "row 0: prompt is '', expected text"),
     "a prompt of white space": ("a.jsonl", _lines(_ROW | {"prompt": "\u2003\n\t"}), "expected text that is not empty"),
-    "a prompt that is a list": ("a.jsonl", _lines(_ROW | {"prompt": ["x" * 99] * 999}), "row 0: prompt is ['xxx"),
+    "a prompt that is a list": ("a.jsonl", _lines(_ROW | {"prompt": ["x" * 99] * 999}), "row 0: prompt has 'xxx"),
     "no prompt": (
         "a.jsonl",
         _lines({"question": "a", "answer": "b"}),
@@ -789,7 +789,7 @@ def _escape_names(folder: Path) -> int:
 _COMMANDS: list[tuple[list[str], str]] = [
     ([], "the following arguments are required: COMMAND"),
     (["walk"], "invalid choice: 'walk'"),
-    (["run"], "the following arguments are required: config"),
+    (["run"], "no configuration was named"),
     (["run", ""], "argument config: must not be empty"),
     (["run", "gone.yaml"], "gone.yaml does not exist"),
     (["run", "{config}", "stray"], "cannot read the override 'stray'"),
