@@ -843,6 +843,10 @@ def main() -> int:
     parser.add_argument("--impl", default="cpp", choices=("cpp", "reference", "triton"))
     parser.add_argument("--small", action="store_true", help="no vocabulary above 257 tokens")
     options = parser.parse_args()
+    if INTERPRETED:
+        from tests.kernels.interpreting import patch_language_once
+
+        patch_language_once()
     torch.set_num_threads(1)
     impl = Backend(options.impl)
     refused = refuse_bad_arguments(impl)

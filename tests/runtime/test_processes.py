@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -371,4 +372,6 @@ def test_a_lost_process_is_told_from_other_errors(monkeypatch: pytest.MonkeyPatc
 
 
 if __name__ == "__main__":
+    # As in `tests.conftest`.
+    gc.freeze()
     raise SystemExit(worker(Path(sys.argv[1])))
