@@ -287,8 +287,8 @@ def _init(options: argparse.Namespace) -> None:
 
     quiet_libraries()
     write_configuration(Path(options.config), **given, hard=options.hard)
-    print(f"{options.config} is written: look through it, then\n  ensemw2s plan {options.config}", end="")
-    print(f"\n  ensemw2s run {options.config}")
+    commands = "".join(f"\n  ensemw2s {command} {options.config}" for command in ("plan", "run"))
+    print(f"{options.config} is written: look through it, then{commands}")
 
 
 def _require_configuration(path: str | None) -> None:
@@ -298,7 +298,7 @@ def _require_configuration(path: str | None) -> None:
             "no configuration was named: give a YAML or JSON file, or the folder of an earlier run; `ensemw2s init` "
             "writes one for your questions and models"
         )
-    if path and not Path(path).is_dir():
+    if not Path(path).is_dir():
         require_file(path, "give a YAML or JSON file, or the folder of an earlier run")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -51,3 +52,21 @@ def fork(work: Callable[[], int | None], said: Path) -> int:
 def wait(pid: int) -> int:
     """Wait for a process to end and return its exit status, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def die_before(number: int) -> Callable[[], int]:
+    """Kill this process right before a path takes another's place for the time with this number.
+
+    Returns how to ask for the number of times until then, which number 0 lets one count.
+    """
+    replace, done = Path.replace, 0
+
+    def counted(self: Path, target: Path) -> Path:
+        nonlocal done
+        done += 1
+        if done == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(self, target)
+
+    Path.replace = counted  # type: ignore[method-assign,assignment]
+    return lambda: done

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -461,7 +460,7 @@ class BoostingTrainer:
             "model": [describe_model(model) for model in self.models],
             "model_init_kwargs": self.model_init_kwargs,
             "peft_config": None if self.peft_config is None else self.peft_config.to_dict(),
-            "question_format": asdict(self.question_format),
+            "question_format": self.question_format.describe(),
             "train_dataset": digest_questions(self.train_questions),
             "eval_dataset": None if deciding is None else digest_questions(deciding),
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -246,6 +246,11 @@ class QuestionFormat:
         except jinja2.TemplateError as error:
             raise ValueError(f"the tokenizer's chat template refuses {shown(asked)}: {error}") from error
         return PromptTokens.of(str(text), processing_class, add_special_tokens=False)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings as plain values; those of the chat template decide nothing where they are not set."""
+        unset = {name for name in ("system_message", "chat_template_kwargs") if getattr(self, name) is None}
+        return {name: value for name, value in asdict(self).items() if name not in unset}
 
     def input(self, prompt: Prompt) -> Prompt:
         """Return the text that is asked, or with `use_chat_template` the messages, the system's included.

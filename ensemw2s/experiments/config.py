@@ -271,10 +271,7 @@ class ExperimentConfig:
         `resolved` holds what recipes and defaults stand for, so that results of another version's are not mistaken.
         """
         plain = json.loads(json.dumps(dataclasses.asdict(self)))
-        # What these add to a format changes no result where they are left out.
-        for name in ("system_message", "chat_template_kwargs"):
-            if plain["data"]["format"][name] is None:
-                del plain["data"]["format"][name]
+        plain["data"]["format"] = self.data.format.describe()
         training = {field.name for field in dataclasses.fields(AnswerTrainingArguments)}
         names = [field.name for field in dataclasses.fields(BoostingConfig)]
         boosting = [name for name in names if name not in training | {"overwrite"}]

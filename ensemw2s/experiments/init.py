@@ -8,8 +8,9 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ensemw2s.data.questions import exclude_questions, load_questions
-from ensemw2s.experiments.config import load_config
+from ensemw2s.experiments.config import build_config
 from ensemw2s.runtime.files import new_file
+from ensemw2s.runtime.parsing import parse_yaml
 
 # Of the easy and of the hard questions, the share of each split.
 _EASY = {"train": 0.6, "validation": 0.15, "test_id": 0.25}
@@ -65,6 +66,6 @@ def write_configuration(path: Path, questions: str, weak: str, strong: str, hard
         # A token has one character at least, nearly always, and the end is a token.
         max_new_tokens=min(longest + 1, 256),
     )  # fmt: skip
+    build_config(parse_yaml(text, str(path)))
     with new_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
-    load_config(path)

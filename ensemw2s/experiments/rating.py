@@ -140,7 +140,7 @@ class _Raters:
             "model": describe_model(self.model),
             "model_init_kwargs": dict(self.model_init_kwargs),
             "peft_config": None if self.peft_config is None else self.peft_config.to_dict(),
-            "question_format": asdict(self.question_format),
+            "question_format": self.question_format.describe(),
             "questions": digest_questions(questions),
             "tokenizer": digest_tokenizer(self.processing_class),
         }

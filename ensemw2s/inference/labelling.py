@@ -162,7 +162,7 @@ def _description(task: _Task) -> dict[str, Any]:
         "expert_weights": list(task.ensemble.config.expert_weights),
         "combine": task.ensemble.config.combine,
         "questions": digest_columns(task.questions, columns),
-        "format": asdict(settings.question_format),
+        "format": settings.question_format.describe(),
         "tokenizer": digest_tokenizer(task.processing_class),
         "prompt_tokens": digest_json([tokens]),
     }

@@ -191,7 +191,8 @@ def _check_file(file: Path, written: list[Entry], remedy: str) -> None:
         raise FileNotFoundError(f"{file} is gone. {remedy}")
     if written[-1:] == [_GROWS]:
         return
-    signature, key, size = _signature(file), file.absolute(), file.stat().st_size
+    signature, key = _signature(file), file.absolute()
+    _, size, *_ = signature
     if (known := _FOUND_WHOLE.get(key)) is not None and known[0] == signature and known[1] in written:
         return
     if size not in [entry.size for entry in written]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ensemw2s.data.tokens import tokenize_questions
 from ensemw2s.inference.scoring import score_answers
 from ensemw2s.runtime.files import read_array, read_json, write_array, write_json
 from ensemw2s.training.trainer import AnswerTrainer
-from tests.running import fork, wait
+from tests.running import die_before, fork, wait
 from tests.tiny import END, FORMAT, llama, lora, questions, saved_model, tokenizer
 
 FAST: dict[str, Any] = {
@@ -159,18 +158,9 @@ def run_until(model: Path, folder: Path, stop_at: int) -> int:
     """Run in a process that dies right before the change of the disk with this number; return its exit status."""
 
     def work() -> None:
-        replace, done = Path.replace, 0
-
-        def counted(self: Path, target: Path) -> Path:
-            nonlocal done
-            done += 1
-            if done == stop_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return replace(self, target)
-
-        Path.replace = counted  # type: ignore[method-assign,assignment]
+        changes = die_before(stop_at)
         trainer(model, folder, num_rounds=2).train()
-        print(done)
+        print(changes())
 
     return wait(fork(work, folder.with_suffix(".txt")))
 

@@ -223,3 +223,12 @@ def test_conversations_in_a_file(tmp_path: Any) -> None:
     Dataset.from_list([{"messages": ANSWERED, "choices": ["two", "six"]}]).to_json(tmp_path / "choices.jsonl")
     with pytest.raises(ValueError, match="prompt_regex and binary are for texts"):
         load_questions({"file": tmp_path / "choices.jsonl", "binary": True})
+
+
+def test_settings_of_chats_are_described_where_they_are_set() -> None:
+    plain = QuestionFormat(use_chat_template=True)
+    asked = QuestionFormat(use_chat_template=True, system_message="Be brief.")
+    assert asked.describe() == {**plain.describe(), "system_message": "Be brief."}
+    assert not {"system_message", "chat_template_kwargs"} & plain.describe().keys()
+    # Settings that were always there are described also where they are None.
+    assert plain.describe()["max_length"] is None

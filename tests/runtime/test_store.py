@@ -20,7 +20,7 @@ from ensemw2s.runtime.files import new_folder
 from ensemw2s.runtime.store import Store
 from tests.boosting.test_trainer import kept
 from tests.boosting_runs import TRAIN, Trainings, base, boost
-from tests.running import fork, wait
+from tests.running import die_before, fork, wait
 from tests.tiny import questions
 
 Make = Callable[[], None]
@@ -105,16 +105,7 @@ def test_a_killed_process_leaves_nothing_under_the_key(tmp_path: Path, stop_at: 
     store, one, two = Store(tmp_path / "store"), tmp_path / "one", tmp_path / "two"
 
     def work() -> None:
-        replace, done = Path.replace, 0
-
-        def mortal(self: Path, target: Path) -> Path:
-            nonlocal done
-            done += 1
-            if done == stop_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return replace(self, target)
-
-        Path.replace = mortal  # type: ignore[method-assign,assignment]
+        die_before(stop_at)
         store.obtain(one, "key", writes(one))
 
     assert wait(fork(work, tmp_path / "said.txt")) == -signal.SIGKILL
