@@ -42,9 +42,10 @@ from ensemw2s.data.tokens import QuestionFormat, tokenize_questions
 from ensemw2s.ensemble.model import TokenEnsemble
 from ensemw2s.inference.scoring import score_answers
 from ensemw2s.models.loading import load_model, load_tokenizer
+from ensemw2s.training.arguments import AnswerTrainingArguments
 from ensemw2s.training.fine_tune import fine_tune
 from ensemw2s.training.packing import pack_rows
-from ensemw2s.training.trainer import AnswerTrainer, AnswerTrainingArguments
+from ensemw2s.training.trainer import AnswerTrainer
 
 ROOT = Path(__file__).parents[2]
 FIELDS = [

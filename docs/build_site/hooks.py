@@ -24,7 +24,7 @@ from ensemw2s import BoostingConfig, QuestionFormat, StudentConfig
 from ensemw2s.cli import _parser
 from ensemw2s.experiments.config import ExperimentConfig, settable
 from ensemw2s.experiments.study import StudyConfig
-from ensemw2s.training.trainer import AnswerTrainingArguments
+from ensemw2s.training.arguments import AnswerTrainingArguments
 
 ROOT = Path(__file__).parent.parent.parent
 SHOWN = ("examples/*.yaml", "examples/*.py", "benchmarks/results/*.csv", "CHANGELOG.md", "CITATION.cff")

@@ -9,7 +9,7 @@ import numpy as np
 
 from ensemw2s.boosting import algorithm
 from ensemw2s.runtime.values import Uses, check_in_use, shown
-from ensemw2s.training.trainer import AnswerTrainingArguments
+from ensemw2s.training.arguments import AnswerTrainingArguments
 
 # What a recipe decides where it is not given. The defaults are "tempered", ours: the paper's collapses on real models,
 # because one full update leaves a small effective sample size.

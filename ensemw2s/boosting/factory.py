@@ -25,7 +25,7 @@ from ensemw2s.runtime.files import digest_of_files, new_folder, write_array, wri
 from ensemw2s.runtime.fingerprint import digest_examples
 from ensemw2s.runtime.store import Store
 from ensemw2s.training.checkpoints import discard_checkpoints
-from ensemw2s.training.fine_tune import TrainingCost, fine_tune, training_settings
+from ensemw2s.training.fine_tune import TrainingCost, fine_tune, optimizer_described, training_settings
 from ensemw2s.training.trainer import on_device
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class ExpertFactory:
         peft_config: train adapters with it; with several models they are merged into them. None trains all weights.
         model_init_kwargs: passed on to `loading.load_model`.
         store: where results are kept for other runs; None keeps none.
+        trainer_options: passed on to `fine_tune`.
     """
 
     models: Sequence[Any]
@@ -54,6 +55,7 @@ class ExpertFactory:
     peft_config: PeftConfig | None
     model_init_kwargs: Mapping[str, Any]
     store: Store | None
+    trainer_options: Mapping[str, Any]
 
     @property
     def makes_adapters(self) -> bool:
@@ -98,6 +100,7 @@ class ExpertFactory:
         """
         peft_config = self._peft_config(number)
         model = self._load(number) if start is None else self._load_expert(start)
+        evaluated = self.trainer_options.get("eval_dataset")
         new_adapter = None if hasattr(model, "peft_config") else peft_config
 
         def make() -> None:
@@ -110,6 +113,7 @@ class ExpertFactory:
                 description=description,
                 token_weights=token_weights,
                 peft_config=new_adapter,
+                **self.trainer_options,
             )
             if peft_config is not None and not self.makes_adapters:
                 trained = trained.merge_and_unload()
@@ -123,6 +127,8 @@ class ExpertFactory:
                 "peft_config": None if peft_config is None else peft_config.to_dict(),
                 "saved_as": "adapter" if self.makes_adapters else "model",
                 "examples": digest_examples(examples),
+                "eval_dataset": None if evaluated is None else digest_examples(evaluated),
+                "optimizer": optimizer_described(self.trainer_options),
                 "token_weights": hashlib.blake2b(np.concatenate(token_weights).tobytes()).hexdigest(),
             }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ensemw2s.boosting import algorithm
@@ -30,8 +31,9 @@ from ensemw2s.runtime.fingerprint import digest_questions
 from ensemw2s.runtime.meter import Ledger, total
 from ensemw2s.runtime.records import QUANTILE_LEVELS, IdentityRecord, RoundRecord
 from ensemw2s.runtime.store import Store
+from ensemw2s.training.arguments import check_trainer_options, require_eval_dataset
 from ensemw2s.training.checkpoints import discard_checkpoints
-from ensemw2s.training.fine_tune import PRESENTATION
+from ensemw2s.training.fine_tune import PRESENTATION, optimizer_described
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -69,10 +71,14 @@ class BoostingTrainer:
             adapters are merged into them.
         question_format: how a question becomes tokens.
         model_init_kwargs: passed on to `loading.load_model` (`dtype`, `keep_layers`, `quantization_config`, ...).
-        on_round: called with each round's record as soon as it is known, on the main process.
+        on_round: called with each round's record as soon as it is known, on the main process. None prints
+            `round_line`, unless `args.disable_tqdm`.
         store: where experts and their scores are kept for other trainers, and found if another has left them there.
+        trainer_options: passed on to the `transformers.Trainer` of each expert: `callbacks` (which another run in the
+            same folder must be given as well) and `optimizer_cls_and_kwargs`.
 
     Raises:
+        TypeError: a `trainer_options` that is not passed on; says why.
         ValueError: bad data or settings; a `peft_config` whose adapters cannot be experts; settings that need
             validation questions without `eval_dataset`; a question in both datasets; too few models; an `output_dir`
             that belongs to another configuration.
@@ -90,6 +96,7 @@ class BoostingTrainer:
         model_init_kwargs: Mapping[str, Any] | None = None,
         on_round: Callable[[dict[str, Any]], None] | None = None,
         store: Store | None = None,
+        **trainer_options: Any,
     ) -> None:
         self.models: list[Any] = list(model) if isinstance(model, list | tuple) else [model]
         if len(self.models) not in (1, args.num_rounds):
@@ -97,27 +104,42 @@ class BoostingTrainer:
                 f"model lists {len(self.models)} models for {args.num_rounds} rounds: give one, or one each"
             )
         _check_settings(args, len(self.models), peft_config, eval_dataset)
-        self.args = args
+        self._options = check_trainer_options("BoostingTrainer", trainer_options, args)
+        if "optimizers" in self._options:
+            raise ValueError(
+                "optimizers holds one optimizer of one model's weights, and every expert has weights of its own: give "
+                "optimizer_cls_and_kwargs=(class, settings)"
+            )
+        if "callbacks" in self._options and store is not None:
+            raise ValueError(
+                "callbacks may change what an expert becomes, and a store keeps experts for trainers that do not have "
+                "them: leave out callbacks or store"
+            )
+        require_eval_dataset(args, eval_dataset)
+        self.args = args.for_training(adapters=peft_config is not None)
         self.peft_config = peft_config
         self.question_format = question_format or QuestionFormat()
         self.model_init_kwargs = dict(model_init_kwargs or {})
-        self.on_round = on_round or (lambda record: None)
+        self.on_round = on_round or self._print_round
         self.processing_class = processing_class or load_tokenizer(source_of(self.models[0]))
         self.folder = Path(str(args.output_dir))
-        self._factory = ExpertFactory(
-            self.models,
-            args,
-            pad_token_id=self.processing_class.eos_token_id,
-            peft_config=peft_config,
-            model_init_kwargs=self.model_init_kwargs,
-            store=store,
-        )
         self.train_questions = check_questions(train_dataset, "train_dataset")
         self.eval_questions = None if eval_dataset is None else check_questions(eval_dataset, "eval_dataset")
         if self.eval_questions is not None:
             check_disjoint({"train_dataset": self.train_questions, "eval_dataset": self.eval_questions})
         self._train = self._tokenized(self.train_questions, "train_dataset")
         self._eval = None if self.eval_questions is None else self._tokenized(self.eval_questions, "eval_dataset")
+        if args.eval_strategy != "no":
+            self._options["eval_dataset"] = self._eval
+        self._factory = ExpertFactory(
+            self.models,
+            self.args,
+            pad_token_id=self.processing_class.eos_token_id,
+            peft_config=peft_config,
+            model_init_kwargs=self.model_init_kwargs,
+            store=store,
+            trainer_options=self._options,
+        )
         informative = args.boosted_tokens == "informative"
         boosted = informative_tokens(self._train, self.processing_class) if informative else None
         self._units = AnswerUnits(self._train, boosted, args.unit, args.window)
@@ -454,7 +476,7 @@ class BoostingTrainer:
     def _fingerprint(self) -> dict[str, Any]:
         args = {name: value for name, value in self.args.to_dict().items() if name not in _PRESENTATION | {"overwrite"}}
         # Where validation questions only measure, a run may go on with others.
-        deciding = self.eval_questions if self.args.needs_validation else None
+        deciding = self.eval_questions if self.args.needs_validation or "eval_dataset" in self._options else None
         return {
             **args,
             "model": [describe_model(model) for model in self.models],
@@ -463,7 +485,29 @@ class BoostingTrainer:
             "question_format": self.question_format.describe(),
             "train_dataset": digest_questions(self.train_questions),
             "eval_dataset": None if deciding is None else digest_questions(deciding),
+            "optimizer": optimizer_described(self._options),
         }
+
+    def _print_round(self, record: Mapping[str, Any]) -> None:
+        if not self.args.disable_tqdm:
+            # Above a progress bar that may be on the screen.
+            tqdm.write(round_line(record, self.args.num_rounds))
+
+
+def round_line(record: Mapping[str, Any], num_rounds: int) -> str:
+    """Return one line on a round's record, for a reader: error, expert weight, effective sample size, accuracies."""
+    share = record["effective_sample_size"] / record["num_units"]
+    prior = "" if record["prior_error"] is None else f" (before training {record['prior_error']:.3f})"
+    line = (
+        f"round {record['round']}/{num_rounds}: ε {record['error']:.3f}{prior}, α {record['expert_weight']:.2f}, "
+        f"effective sample size {record['effective_sample_size']:.0f} of {record['num_units']} ({share:.0%})"
+    )
+    if record["validation"]:
+        values = record["validation"]
+        line += f"; validation: expert {values['expert']:.1%}, ensemble {values['ensemble']:.1%}"
+    if not record["accepted"]:
+        line += f"; not added (attempt {record['attempt']}): no better than before training"
+    return line
 
 
 def closing_identity(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ from ensemw2s.runtime.values import (
     shown_names,
 )
 from ensemw2s.student.trainer import USES_OF_SETTINGS, StudentConfig
-from ensemw2s.training.trainer import AnswerTrainingArguments
+from ensemw2s.training.arguments import AnswerTrainingArguments
 
 _ARM = re.compile(r"[a-z][a-z0-9_]{0,99}")
 # What a run measures unless it says otherwise.

@@ -6,7 +6,7 @@ Each phase reads what the phases before it left in the folder and is skipped if 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import set_seed
 
-from ensemw2s.boosting.trainer import BoostingTrainer, closing_identity
+from ensemw2s.boosting.trainer import BoostingTrainer, closing_identity, round_line
 from ensemw2s.data.difficulty import split_by_difficulty
 from ensemw2s.data.questions import check_disjoint, exclude_questions, load_questions, split_questions
 from ensemw2s.experiments.config import SPLITS, ExperimentConfig
@@ -256,19 +256,3 @@ class Experiment:
         arms = [arm for arm, student in self.config.students.items() if student["teacher"] != TRUTH]
         if any(self.config.student_arm_config(arm, self.folder).variant == "soft" for arm in arms):
             check_same_tokenizer(self.files.tokenizer(self.config.weak), self.files.tokenizer(self.config.strong))
-
-
-def round_line(record: Mapping[str, Any], num_rounds: int) -> str:
-    """Return one line on a boosting round, for a reader."""
-    share = record["effective_sample_size"] / record["num_units"]
-    prior = "" if record["prior_error"] is None else f" (before training {record['prior_error']:.3f})"
-    line = (
-        f"round {record['round']}/{num_rounds}: ε {record['error']:.3f}{prior}, α {record['expert_weight']:.2f}, "
-        f"effective sample size {record['effective_sample_size']:.0f} of {record['num_units']} ({share:.0%})"
-    )
-    if record["validation"]:
-        values = record["validation"]
-        line += f"; validation: expert {values['expert']:.1%}, ensemble {values['ensemble']:.1%}"
-    if not record["accepted"]:
-        line += f"; not added (attempt {record['attempt']}): no better than before training"
-    return line

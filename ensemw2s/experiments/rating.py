@@ -22,9 +22,10 @@ from ensemw2s.runtime import processes
 from ensemw2s.runtime.claims import Kind, claimed
 from ensemw2s.runtime.files import read_json, write_json
 from ensemw2s.runtime.fingerprint import digest_questions
+from ensemw2s.training.arguments import AnswerTrainingArguments
 from ensemw2s.training.checkpoints import discard_checkpoints
 from ensemw2s.training.fine_tune import PRESENTATION, fine_tune
-from ensemw2s.training.trainer import AnswerTrainingArguments, on_device
+from ensemw2s.training.trainer import on_device
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -36,9 +36,11 @@ class CacheCollator:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return the batch with `top_token_ids` int64 and `top_log_probs` float32 [n, k].
 
-        They belong to the n tokens with a label, row after row.
+        They belong to the n tokens with a label, row after row. Questions for an evaluation have no cache.
         """
         batch: dict[str, Tensor] = self.collate(features)
+        if not set(TOP_COLUMNS) <= set(features[0]):
+            return batch
         for name, dtype in (("top_token_ids", torch.int64), ("top_log_probs", torch.float32)):
             rows = []
             for feature, labels in zip(features, batch["labels"], strict=True):
@@ -89,7 +91,7 @@ class SoftTrainer(AnswerTrainer):
             soft = self.teacher.kl(predictions, answers, self.temperature)
         loss = self.soft_weight * self.temperature**2 * soft
         if self.soft_weight < 1:
-            loss = loss + (1 - self.soft_weight) * predictions.cross_entropy(answers.labels, answers.token_weights)
+            loss = loss + (1 - self.soft_weight) * self.label_loss(predictions, answers)
         return loss
 
 

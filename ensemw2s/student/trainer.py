@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from transformers import PreTrainedModel
 
+from ensemw2s.data.questions import check_questions
 from ensemw2s.data.tokens import QuestionFormat, answer_lengths, end_tokens, tokenize_questions
 from ensemw2s.inference.label_files import TOP_COLUMNS
 from ensemw2s.inference.labelling import require_probabilities
@@ -22,9 +23,10 @@ from ensemw2s.runtime.values import Uses, check_in_use
 from ensemw2s.student.answers import check_answer_ids, check_cache, usable_answers
 from ensemw2s.student.losses import ConfidenceTrainer, SoftTrainer
 from ensemw2s.student.teacher import LiveTeacher, top_columns, with_columns
+from ensemw2s.training.arguments import AnswerTrainingArguments, check_trainer_options, require_eval_dataset
 from ensemw2s.training.checkpoints import discard_checkpoints
 from ensemw2s.training.fine_tune import TrainingCost, fine_tune
-from ensemw2s.training.trainer import AnswerTrainingArguments, on_device
+from ensemw2s.training.trainer import on_device
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,6 +45,10 @@ USES_OF_SETTINGS: Uses = {
     **dict.fromkeys(
         ("confidence_alpha", "confidence_warmup"),
         (lambda args: args.variant == "confidence", 'variant="confidence"'),
+    ),
+    "label_smoothing_factor": (
+        lambda args: args.variant == "sft" or (args.variant == "soft" and args.soft_weight < 1),
+        'cross entropy on labels alone (variant="sft", or variant="soft" with soft_weight below 1)',
     ),
 }
 
@@ -120,8 +126,13 @@ class StudentTrainer:
         model_init_kwargs: passed on to `loading.load_model`.
         description: shown beside the progress bar.
         teacher: for "soft", the ensemble whose distributions are learned.
+        eval_dataset: questions with answers on which `args.eval_strategy` measures the loss (cross entropy, nats per
+            answer token) during training.
+        trainer_options: passed on to `transformers.Trainer`: `callbacks`, `optimizer_cls_and_kwargs`, and `optimizers`
+            where all weights of a given model are trained.
 
     Raises:
+        TypeError: a `trainer_options` that is not passed on; says why.
         ValueError: a `peft_config` that changes the base model; no row is left to train on; a filter by confidence
             without a `confidence` column; no `processing_class` for a model that was not loaded from anywhere; for
             "soft", neither teacher nor cache, a teacher that votes or has another vocabulary, a cache of another
@@ -140,8 +151,17 @@ class StudentTrainer:
         model_init_kwargs: Mapping[str, Any] | None = None,
         description: str = "training student",
         teacher: ExpertMixture | None = None,
+        eval_dataset: Any = None,
+        **trainer_options: Any,
     ) -> None:
-        self.args = args
+        self._options = check_trainer_options("StudentTrainer", trainer_options, args)
+        if "optimizers" in self._options and (peft_config is not None or not isinstance(model, PreTrainedModel)):
+            raise ValueError(
+                "optimizers holds an optimizer of weights that are there already, and these are only loaded or made "
+                "here: give optimizer_cls_and_kwargs=(class, settings), or a model and no peft_config"
+            )
+        require_eval_dataset(args, eval_dataset)
+        self.args = args.for_training(adapters=peft_config is not None)
         if peft_config is not None:
             check_peft_config(peft_config, "peft_config")
         self.peft_config = peft_config
@@ -164,7 +184,13 @@ class StudentTrainer:
                 f'{len(self.model.get_output_embeddings().weight)}: variant="soft" compares them token by token and '
                 'needs the same; use variant="sft" with this teacher'
             )
-        self._examples = self._tokenized(question_format or QuestionFormat())
+        question_format = question_format or QuestionFormat()
+        self._examples = self._tokenized(question_format)
+        if eval_dataset is not None:
+            questions = check_questions(eval_dataset, "eval_dataset")
+            self._options["eval_dataset"] = tokenize_questions(
+                questions, self.processing_class, question_format, "eval_dataset"
+            )
         self.cost: TrainingCost | None = None
 
     @property
@@ -241,6 +267,7 @@ class StudentTrainer:
             seed=self.args.seed,
             description=self.description,
             peft_config=self.peft_config,
+            **self._options,
             **options,
         )
         self.save_model(save_to)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
@@ -19,10 +20,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ensemw2s.data.batches import AnswerCollator
 from ensemw2s.data.tokens import answer_lengths, check_examples
+from ensemw2s.runtime import processes
 from ensemw2s.runtime.meter import Work
+from ensemw2s.training.arguments import AnswerTrainingArguments
 from ensemw2s.training.checkpoints import FOLDER, claimed_checkpoints, digest
 from ensemw2s.training.packing import pack_rows
-from ensemw2s.training.trainer import AnswerTokens, AnswerTrainer, AnswerTrainingArguments, NoStepsError, check_weights
+from ensemw2s.training.trainer import AnswerTokens, AnswerTrainer, NoStepsError, check_weights
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,7 +69,7 @@ class PhaseProgress(TrainerCallback):
 def fine_tune(
     model: Any,
     examples: Dataset,
-    args: TrainingArguments,
+    args: AnswerTrainingArguments,
     *,
     pad_token_id: int,
     seed: int,
@@ -85,14 +88,15 @@ def fine_tune(
     Args:
         model: the pre-trained model (a transformers `PreTrainedModel`).
         examples: columns `input_ids` and `prompt_length` (`tokens.tokenize_questions`).
-        args: transformers' training arguments; its seed is replaced by `seed`.
+        args: how it is trained; its seed is replaced by `seed`.
         pad_token_id: fills short rows; may equal the end token, nothing is masked by token id.
         seed: fixes the adapter's initial values, the order of examples and dropout.
         description: shown beside the progress bar.
         token_weights: for each example one non-negative float per answer token; None means 1 everywhere.
         peft_config: train an adapter with this configuration; None trains all weights.
         trainer_class: a subclass of `AnswerTrainer` with another loss.
-        trainer_options: passed on to `trainer_class`.
+        trainer_options: passed on to `trainer_class`, such as `callbacks`, or `eval_dataset` (of the same columns as
+            `examples`) for `args.eval_strategy`.
 
     Returns:
         The trained model in evaluation mode (a `PeftModel` if `peft_config` is given), and its cost.
@@ -112,21 +116,25 @@ def fine_tune(
 
         # peft writes the base model's name into the configuration it is given.
         model = get_peft_model(model, copy.deepcopy(peft_config))
-    args = copy.copy(args)
+    args = args.for_training(adapters=hasattr(model, "peft_config"))
     args.seed, args.data_seed = seed, seed
+    if "optimizer_cls_and_kwargs" in trainer_options:
+        kind, settings = trainer_options["optimizer_cls_and_kwargs"]
+        trainer_options["optimizer_cls_and_kwargs"] = kind, {"lr": args.learning_rate} | settings
     args.include_num_input_tokens_seen = "non_padding"
     checkpoints: AbstractContextManager[Path | None] = nullcontext()
     if args.save_strategy != "no":
         owner = _run_description(model, examples, args, trainer_class, trainer_options)
         checkpoints = claimed_checkpoints(args.output_dir, owner)
         args.output_dir = str(Path(str(args.output_dir)) / FOLDER)
+    callbacks = [*trainer_options.pop("callbacks", ()), *([] if args.disable_tqdm else [PhaseProgress(description)])]
     trainer = trainer_class(
         model=model,
         args=args,
         # An example's place in the dataset, so that an error can name it.
         train_dataset=examples.add_column("row", np.arange(len(examples))),
         data_collator=AnswerCollator(pad_token_id),
-        callbacks=[] if args.disable_tqdm else [PhaseProgress(description)],
+        callbacks=callbacks,
         **trainer_options,
     )
     for callback in (ProgressCallback, PrinterCallback):
@@ -140,9 +148,29 @@ def fine_tune(
         check_weights(model, args)
     except (FloatingPointError, NoStepsError) as error:
         raise type(error)(f"{description}: {error}") from error
+    _warn_if_idle(trainer.step_losses, args, description)
     flops = None if math.isnan(trainer.flops) else trainer.flops
     cost = TrainingCost(trainer.seconds, trainer.state.num_input_tokens_seen, flops)
     return model.eval(), cost
+
+
+# Below this loss (nats per answer token) a model has little left to learn.
+_LEARNED = 0.1
+
+
+def _warn_if_idle(step_losses: Mapping[int, float], args: TrainingArguments, description: str) -> None:
+    """Warn where the loss at the end of training is about that of its beginning, and not small."""
+    losses = list(step_losses.values())
+    if len(losses) < 2:
+        return
+    tenth = max(1, len(losses) // 10)
+    first, last = float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))
+    if last > max(0.95 * first, _LEARNED) and processes.is_main():
+        warnings.warn(
+            f"{description}: next to nothing was learned. The loss went from {first:.3g} to {last:.3g} in "
+            f"{len(losses)} steps at learning_rate={args.learning_rate:g}: train for longer, or with another one",
+            stacklevel=3,
+        )
 
 
 def training_work(lengths: Sequence[int], answers: Sequence[int], args: AnswerTrainingArguments) -> Work:
@@ -204,7 +232,6 @@ def _run_description(
     trainer_options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return what a training run's result depends on; its model is the untrained one."""
-    columns = [name for name in examples.column_names if name != "id"]
     teachers = [option for option in trainer_options.values() if hasattr(option, "parameters")]
     settings = {name: value for name, value in args.to_dict().items() if name not in PRESENTATION}
     return {
@@ -212,8 +239,22 @@ def _run_description(
         "trainer": trainer_class.__qualname__,
         "teachers": [digest(teacher.parameters()) for teacher in teachers],
         "model": digest(weight for _, weight in sorted(model.named_parameters(), key=lambda item: item[0])),
-        "examples": digest(np.asarray(row[name]) for row in examples.select_columns(columns) for name in columns),
+        "examples": _digest_of(examples),
+        "eval_dataset": _digest_of(trainer_options["eval_dataset"]) if "eval_dataset" in trainer_options else None,
+        "optimizer": optimizer_described(trainer_options),
     }
+
+
+def optimizer_described(trainer_options: Mapping[str, Any]) -> str | None:
+    """Return what tells the optimizer among a trainer's options from another; None if they hold none."""
+    made = trainer_options.get("optimizers", (None, None))[0]
+    kind, settings = trainer_options.get("optimizer_cls_and_kwargs", (type(made), getattr(made, "defaults", None)))
+    return None if settings is None else f"{kind.__module__}.{kind.__qualname__} {settings}"
+
+
+def _digest_of(examples: Dataset) -> str:
+    columns = [name for name in examples.column_names if name != "id"]
+    return digest(np.asarray(row[name]) for row in examples.select_columns(columns) for name in columns)
 
 
 def _with_token_weights(examples: Dataset, token_weights: Sequence[np.ndarray]) -> Dataset:

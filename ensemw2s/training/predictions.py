@@ -29,8 +29,10 @@ class HiddenPredictions:
         """Return [n, V]."""
         return self.states @ self.head.T
 
-    def cross_entropy(self, labels: Tensor, token_weights: Tensor) -> Tensor:
-        """Return `sum_i w_i CE_i` for int64 labels [n]."""
+    def cross_entropy(self, labels: Tensor, token_weights: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Return `sum_i w_i CE_i` for int64 labels [n]; see `smoothed_cross_entropy`, which holds all logits."""
+        if smoothing:
+            return smoothed_cross_entropy(self.logits, labels, token_weights, smoothing)
         return ops.linear_weighted_cross_entropy(self.states, self.head, labels, token_weights)
 
     @torch.no_grad()
@@ -50,8 +52,10 @@ class LogitPredictions:
 
     logits: Tensor
 
-    def cross_entropy(self, labels: Tensor, token_weights: Tensor) -> Tensor:
-        """Return `sum_i w_i CE_i` for int64 labels [n]."""
+    def cross_entropy(self, labels: Tensor, token_weights: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Return `sum_i w_i CE_i` for int64 labels [n]; see `smoothed_cross_entropy`."""
+        if smoothing:
+            return smoothed_cross_entropy(self.logits, labels, token_weights, smoothing)
         return ops.weighted_cross_entropy(self.logits, labels, token_weights)
 
     @torch.no_grad()
@@ -62,6 +66,15 @@ class LogitPredictions:
     def topk_kl(self, token_ids: Tensor, log_probs: Tensor, token_weights: Tensor, temperature: float) -> Tensor:
         """Return `sum_i w_i KL_i` from a cached top-k; see `ops.topk_kl`."""
         return topk_kl_reference(self.logits / temperature, token_ids, log_probs, token_weights).sum()
+
+
+def smoothed_cross_entropy(logits: Tensor, labels: Tensor, token_weights: Tensor, smoothing: float) -> Tensor:
+    """Return `sum_i w_i ((1-s) CE(label_i) + s mean_v CE(v))`, float32: label smoothing (Szegedy et al. 2016).
+
+    `logits` are [n, V], `labels` int64 [n], `token_weights` [n], and s is `smoothing`, in [0, 1].
+    """
+    losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
+    return (token_weights * losses).sum()
 
 
 Predictions = HiddenPredictions | LogitPredictions

@@ -6,13 +6,15 @@ change: the loss is a weighted sum over answer tokens, and the vocabulary-wide h
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -20,12 +22,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ensemw2s.data.batches import LengthBucketSampler, next_token_mask
+from ensemw2s.data.tokens import answer_lengths
 from ensemw2s.models.heads import for_product, linear_of, obstacle, only_positions, output_head, replaced_head
-from ensemw2s.runtime import processes
 from ensemw2s.runtime.accounts import enter_growing, is_ours
 from ensemw2s.runtime.files import DiskFullError, is_disk_full
 from ensemw2s.runtime.meter import count, count_before, metered
-from ensemw2s.runtime.values import check_fields, shown_names
+from ensemw2s.runtime.values import shown_names
 from ensemw2s.training.checkpoints import seal_checkpoint, spent_until
 from ensemw2s.training.packing import keeps_rows_apart, pack_rows, wants_one_line
 from ensemw2s.training.predictions import HiddenPredictions, LogitPredictions, Predictions
@@ -35,42 +37,6 @@ if TYPE_CHECKING:
 
 
 _NOT_KNOWN = "not known before the first step"
-
-
-@dataclass
-class AnswerTrainingArguments(TrainingArguments):
-    """transformers' `TrainingArguments` with the defaults that training on short answers wants.
-
-    `train_sampling_strategy="group_by_length"` puts rows of similar length into a batch, by
-    `batches.LengthBucketSampler`. It saves the time that padding takes and costs accuracy where training is short, so
-    transformers' default, "random", is ours too [choice]. `padding_free` (True) lays the rows of a batch behind one
-    another instead of padding them (`ensemw2s.training.packing`), which changes neither batches nor loss; a model that
-    cannot read them so is trained on padded batches, with one warning.
-    """
-
-    per_device_train_batch_size: int = 16
-    per_device_eval_batch_size: int = 32
-    logging_steps: float = 10
-    report_to: str | list[str] | None = "none"
-    # Whole phases are kept by their own atomic saves; "steps" keeps checkpoints within one as well. Two, so that one is
-    # there while the next is written.
-    save_strategy: str = "no"
-    save_total_limit: int | None = 2
-    train_sampling_strategy: Literal["random", "sequential", "group_by_length", "batch_rebalance"] = "random"
-    padding_free: bool = True
-    # The columns go to our own collator.
-    remove_unused_columns: bool = False
-    # With several processes: every weight that is trained has a part in the loss, so none need be searched for.
-    ddp_find_unused_parameters: bool | None = False
-    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
-    # transformers would turn the bars off together with its log messages.
-    disable_tqdm: bool | None = False
-
-    def __post_init__(self) -> None:
-        check_fields(self, inherited=TrainingArguments)
-        # Before transformers asks for a device: it would overlook several processes without a GPU.
-        processes.start()
-        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -128,6 +94,11 @@ class AnswerTrainer(Trainer):
     # Whether the model reads packed rows; None before it was tried.
     _packs: bool | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The loss of each step that this process has made, by the number of steps before it.
+        self.step_losses: dict[int, float] = defaultdict(float)
+
     def get_train_dataloader(self) -> Any:
         """Return the batches of an epoch.
 
@@ -175,30 +146,54 @@ class AnswerTrainer(Trainer):
             FloatingPointError: the loss is NaN or infinite; the weights are still those of the step before.
         """
         answers = AnswerTokens.of(inputs)
-        read, mask, positions = self._read(model, inputs, answers)
-        outputs = None
-        if not return_outputs and self._takes_hidden_states(model, read):
-            loss = self._loss_in_place_of_logits(model, read, positions, answers)
-        else:
-            with only_positions(self.accelerator.unwrap_model(model), positions):
-                outputs = model(**read)
-            loss = self.prediction_loss(LogitPredictions(outputs.logits), answers.to(outputs.logits.device))
-        if model.training:
-            unwrapped, rows = self.accelerator.unwrap_model(model), len(answers.labels)
-            count(unwrapped, read["input_ids"], mask, rows, training=True)
+        loss, outputs = self._summed_loss(model, inputs, answers, with_outputs=return_outputs)
         total = answers.token_weights.sum() if num_items_in_batch is None else num_items_in_batch
         total = torch.as_tensor(total, device=loss.device)
         # A step in which no answer token was drawn has weight 0 and no gradient; dividing by 1 keeps it so.
         loss = loss / torch.where(total > 0, total, torch.ones_like(total))
         # Gradients are averaged over processes while `total` is the sum over them.
         loss = loss * self.accelerator.num_processes
+        value = loss.item()
         # Checked here because the Trainer keeps such losses out of its running mean and trains on.
-        if not torch.isfinite(loss):
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"the training loss is {loss.item()} at step {self.state.global_step + 1}{self._batch_names(inputs)}. "
+                f"the training loss is {value} at step {self.state.global_step + 1}{self._batch_names(inputs)}. "
                 f"{_remedy(self.args)}"
             )
+        self.step_losses[self.state.global_step] += value
         return (loss, outputs) if return_outputs else loss
+
+    def _summed_loss(
+        self, model: torch.nn.Module, inputs: Mapping[str, Any], answers: AnswerTokens, *, with_outputs: bool = False
+    ) -> tuple[torch.Tensor, Any]:
+        """Return the sum of the answer tokens' weighted losses, and the model's outputs if they are wanted."""
+        read, mask, positions = self._read(model, inputs, answers)
+        outputs = None
+        if not with_outputs and self._takes_hidden_states(model, read):
+            loss = self._loss_in_place_of_logits(model, read, positions, answers)
+        else:
+            with only_positions(self.accelerator.unwrap_model(model), positions):
+                outputs = model(**read)
+            loss = self._loss_of(model, LogitPredictions(outputs.logits), answers.to(outputs.logits.device))
+        if model.training:
+            unwrapped, rows = self.accelerator.unwrap_model(model), len(answers.labels)
+            count(unwrapped, read["input_ids"], mask, rows, training=True)
+        return loss, outputs
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """Measure `eval_loss`, the mean cross entropy of the answer tokens of `eval_dataset` (nats)."""
+        self._eval_weight = float(answer_lengths(dataloader.dataset).mean())
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None, None]:
+        """Return a batch's loss, so that the mean of the losses over rows is the mean over answer tokens."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss, _ = self._summed_loss(model, inputs, AnswerTokens.of(inputs))
+        return loss.float() / (len(inputs["input_ids"]) * self._eval_weight), None, None
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -311,6 +306,16 @@ class AnswerTrainer(Trainer):
 
     def prediction_loss(self, predictions: Predictions, answers: AnswerTokens) -> torch.Tensor:
         """Return `sum_i w_i loss_i` of the model's predictions for the n answer tokens; here the loss is CE."""
+        return self.label_loss(predictions, answers)
+
+    def label_loss(self, predictions: Predictions, answers: AnswerTokens) -> torch.Tensor:
+        """Return `sum_i w_i CE_i`, with label smoothing as `args.label_smoothing_factor` says."""
+        return predictions.cross_entropy(answers.labels, answers.token_weights, self.args.label_smoothing_factor)
+
+    def _loss_of(self, model: torch.nn.Module, predictions: Predictions, answers: AnswerTokens) -> torch.Tensor:
+        """Return the loss that is trained; or, in an evaluation, cross entropy, whatever is trained."""
+        if model.training:
+            return self.prediction_loss(predictions, answers)
         return predictions.cross_entropy(answers.labels, answers.token_weights)
 
     def _loss_in_place_of_logits(
@@ -322,7 +327,7 @@ class AnswerTrainer(Trainer):
         def summed(hidden: torch.Tensor) -> torch.Tensor:
             here = answers.to(hidden.device)
             rows = hidden.flatten(0, 1)[positions.to(hidden.device)]
-            return self.prediction_loss(HiddenPredictions(*for_product(rows, linear)), here).view(1, 1, 1)
+            return self._loss_of(model, HiddenPredictions(*for_product(rows, linear)), here).view(1, 1, 1)
 
         with replaced_head(head, summed):
             return model(**read).logits.squeeze()

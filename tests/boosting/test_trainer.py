@@ -77,7 +77,7 @@ def test_records_can_be_recomputed_from_the_saved_experts(
     units = algorithm.unit_index(lengths, *unit)
 
     def losses(model: Any) -> np.ndarray:
-        scores = score_answers(model, examples, pad_token_id=END)
+        scores = score_answers(model, examples, pad_token_id=END, batch_size=8)
         token_losses = 1 - np.exp(scores.token_log_probs) if recipe == "tempered" else scores.token_wrong
         return algorithm.unit_losses(token_losses, units)
 

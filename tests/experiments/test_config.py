@@ -101,7 +101,7 @@ def test_the_quick_section_overrides_and_replaces_sources_whole(tmp_path: Path) 
         ("boosting.num_rounds=two", r"boosting\.num_rounds must be int, got 'two'"),
         ("boosting.num_rounds=", r"boosting\.num_rounds must be int, got None"),
         ("boosting.num_rounds=true", r"boosting\.num_rounds must be int, got True"),
-        ("boosting.learning_rate=fast", r"boosting\.learning_rate must be float, got 'fast'"),
+        ("boosting.learning_rate=fast", r"boosting\.learning_rate must be float \| None, got 'fast'"),
         ("boosting.prior=0", r"prior must be .* number in \(0, 1\), got 0"),
         ("boosting=null", r"boosting must be dict.*, got None"),
         ("student.num_train_epochs=[1]", r"student\.num_train_epochs must be float, got \[1\]"),

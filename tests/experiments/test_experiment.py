@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 from ensemw2s import TokenEnsemble
 from ensemw2s.boosting.config import RECIPES
+from ensemw2s.boosting.trainer import round_line
 from ensemw2s.data.tokens import tokenize_questions
 from ensemw2s.experiments.config import build_config, load_config
-from ensemw2s.experiments.experiment import Experiment, round_line
+from ensemw2s.experiments.experiment import Experiment
 from ensemw2s.experiments.folder import PHASES
 from ensemw2s.inference.label_files import read_labels
 from ensemw2s.inference.scoring import score_answers

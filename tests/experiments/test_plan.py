@@ -14,7 +14,7 @@ from ensemw2s.cli import main
 from ensemw2s.experiments.config import ExperimentConfig, build_config
 from ensemw2s.experiments.experiment import Experiment
 from ensemw2s.experiments.plan import PhaseEstimate, decoding_work, plan, plan_table, training_work
-from ensemw2s.training.trainer import AnswerTrainingArguments
+from ensemw2s.training.arguments import AnswerTrainingArguments
 from tests.experiments.test_experiment import settings
 from tests.tiny import questions, random_word
 

@@ -26,8 +26,8 @@ from ensemw2s.experiments.experiment import Experiment
 from ensemw2s.experiments.rating import answer_difficulty, rate_difficulty
 from ensemw2s.inference.scoring import AnswerScores, score_answers
 from ensemw2s.runtime.files import read_complete_lines, read_json
+from ensemw2s.training.arguments import AnswerTrainingArguments
 from ensemw2s.training.fine_tune import fine_tune
-from ensemw2s.training.trainer import AnswerTrainingArguments
 from tests.experiments import test_experiment
 from tests.runtime.test_processes import launch
 from tests.tiny import END, FORMAT, llama, lora, questions, random_word, saved_model, tokenizer

@@ -153,7 +153,7 @@ _OUTSIDE = {
 _TRAINING = (
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "warmup_steps", "data_seed", "logging_steps", "save_steps", "save_total_limit",
+    "adam_epsilon", "warmup_steps", "logging_steps", "save_steps", "save_total_limit",
 )  # fmt: skip
 _SECTIONS = {
     "boosting.": (

@@ -30,8 +30,10 @@ def settings(models: Path, output_dir: Path, variant: str = "adapters", **change
     """Return the settings of a run called "small" that trains for a step or three at a time."""
     training = {
         "num_train_epochs": 1, "learning_rate": 2e-2, "per_device_train_batch_size": 4, "disable_tqdm": True,
-        "lr_scheduler_type": "constant", "save_strategy": "steps" if variant != "whole" else "no", "save_steps": 1,
+        "lr_scheduler_type": "constant",
     }  # fmt: skip
+    if variant != "whole":
+        training |= {"save_strategy": "steps", "save_steps": 1}
     data: dict[str, Any] = {
         "format": {"prompt_template": FORMAT.prompt_template, "answer_prefix": FORMAT.answer_prefix},
         "easy": {"file": str(models / "easy.jsonl")}, "hard": {"file": str(models / "hard.jsonl")},

@@ -21,8 +21,8 @@ from ensemw2s.data.tokens import tokenize_questions
 from ensemw2s.inference.scoring import score_answers
 from ensemw2s.models.heads import only_positions
 from ensemw2s.runtime import meter
+from ensemw2s.training.arguments import AnswerTrainingArguments
 from ensemw2s.training.fine_tune import fine_tune
-from ensemw2s.training.trainer import AnswerTrainingArguments
 from tests.tiny import END, FORMAT, gpt2, llama, lora, questions, saved_adapters, tokenizer
 
 

@@ -29,8 +29,9 @@ from ensemw2s.inference.label_files import read_labels
 from ensemw2s.inference.scoring import score_mixtures
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.files import map_array, read_array, read_complete_lines, read_json
+from ensemw2s.training.arguments import AnswerTrainingArguments
 from ensemw2s.training.fine_tune import fine_tune
-from ensemw2s.training.trainer import AnswerTrainer, AnswerTrainingArguments
+from ensemw2s.training.trainer import AnswerTrainer
 from tests.experiments.test_experiment import settings
 from tests.tiny import END, FORMAT, llama, questions, saved_adapters, tokenizer
 

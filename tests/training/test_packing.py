@@ -24,9 +24,10 @@ from transformers import (
 )
 
 from ensemw2s.data.tokens import tokenize_questions
+from ensemw2s.training.arguments import AnswerTrainingArguments
 from ensemw2s.training.fine_tune import fine_tune
 from ensemw2s.training.packing import keeps_rows_apart, lines_of, pack_rows, wants_one_line, width_of
-from ensemw2s.training.trainer import AnswerTrainer, AnswerTrainingArguments
+from ensemw2s.training.trainer import AnswerTrainer
 from tests.tiny import END, FORMAT, VOCAB, gpt2, llama, lora, questions, tokenizer
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)

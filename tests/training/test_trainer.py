@@ -20,8 +20,9 @@ from ensemw2s.data.batches import AnswerCollator, LengthBucketSampler, next_toke
 from ensemw2s.data.tokens import tokenize_questions
 from ensemw2s.models.heads import only_positions
 from ensemw2s.models.loading import load_model
+from ensemw2s.training.arguments import AnswerTrainingArguments
 from ensemw2s.training.fine_tune import fine_tune
-from ensemw2s.training.trainer import AnswerTrainer, AnswerTrainingArguments
+from ensemw2s.training.trainer import AnswerTrainer
 from tests.tiny import END, FORMAT, PAD, VOCAB, gpt2, llama, lora, questions, saved_model, tokenizer
 
 
