@@ -155,11 +155,8 @@ class StudentTrainer:
         **trainer_options: Any,
     ) -> None:
         self._options = check_trainer_options("StudentTrainer", trainer_options, args)
-        if "optimizers" in self._options and (peft_config is not None or not isinstance(model, PreTrainedModel)):
-            raise ValueError(
-                "optimizers holds an optimizer of weights that are there already, and these are only loaded or made "
-                "here: give optimizer_cls_and_kwargs=(class, settings), or a model and no peft_config"
-            )
+        if "optimizers" in self._options:
+            _check_optimizer(self._options["optimizers"][0], model if peft_config is None else None)
         require_eval_dataset(args, eval_dataset)
         self.args = args.for_training(adapters=peft_config is not None)
         if peft_config is not None:
@@ -328,6 +325,21 @@ class StudentTrainer:
             self.processing_class.save_pretrained(aside)
             write_json(aside / "cost.json", asdict(self.cost))
         discard_checkpoints(self.args.output_dir)
+
+
+def _check_optimizer(optimizer: Any, model: Any) -> None:
+    """Raise ValueError unless `optimizer` is one of weights of `model` (None has none yet)."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            "optimizers holds an optimizer of weights that are there already, and these are only loaded or made "
+            "here: give optimizer_cls_and_kwargs=(class, settings), or a model and no peft_config"
+        )
+    groups = [] if optimizer is None else optimizer.param_groups
+    if not {id(weight) for group in groups for weight in group["params"]} <= {id(own) for own in model.parameters()}:
+        raise ValueError(
+            "optimizers holds weights that are not the model's, which would stay as they are: make the optimizer of "
+            "model.parameters()"
+        )
 
 
 def load_trained(folder: str | Path, source: str | None = None, **model_init_kwargs: Any) -> Any:

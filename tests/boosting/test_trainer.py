@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from ensemw2s import BoostingConfig, BoostingTrainer, TokenEnsemble
 from ensemw2s.boosting import algorithm
@@ -16,6 +17,7 @@ from ensemw2s.boosting.trainer import closing_identity
 from ensemw2s.data.tokens import tokenize_questions
 from ensemw2s.inference.scoring import score_answers
 from ensemw2s.runtime.files import read_array, read_json, write_array, write_json
+from ensemw2s.runtime.store import Store
 from ensemw2s.training.trainer import AnswerTrainer
 from tests.running import die_before, fork, wait
 from tests.tiny import END, FORMAT, llama, lora, questions, saved_model, tokenizer
@@ -350,3 +352,78 @@ def test_questions_come_in_any_shape(model: Path, tmp_path: Path) -> None:
         args = BoostingConfig(output_dir=str(tmp_path / name), **(FAST | {"num_rounds": 1}))
         BoostingTrainer(str(model), args, train, validation, tokenizer(), lora(), FORMAT).train()
     assert kept(tmp_path / "a") == kept(tmp_path / "b")
+
+
+# What reaches the training of each expert
+
+
+class Seen(TrainerCallback):
+    def __init__(self) -> None:
+        self.trainings = 0
+        self.eval_losses: list[float] = []
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainings += 1
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.eval_losses += [logs["eval_loss"]] if "eval_loss" in logs else []
+
+
+def with_options(model: Path, folder: Path, options: dict[str, Any], **settings: Any) -> BoostingTrainer:
+    return BoostingTrainer(
+        str(model), BoostingConfig(output_dir=str(folder), **(FAST | {"num_rounds": 2} | settings)), questions(12),
+        eval_dataset=questions(8, seed=9, start=100), processing_class=tokenizer(), peft_config=lora(),
+        question_format=FORMAT, **options,
+    )  # fmt: skip
+
+
+def test_callbacks_and_evaluations_belong_to_every_expert(model: Path, tmp_path: Path) -> None:
+    seen = Seen()
+    with_options(model, tmp_path, {"callbacks": [seen]}, eval_strategy="epoch", num_train_epochs=2).train()
+    assert seen.trainings == 2
+    assert len(seen.eval_losses) == 4
+    assert all(np.isfinite(seen.eval_losses))
+
+
+def test_an_optimizer_class_makes_other_experts_and_another_run(model: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"momentum": 0.5})}
+    one = with_options(model, tmp_path / "sgd", options, recipe="deep_ensemble").train()
+    other = with_options(model, tmp_path / "adam", {}, recipe="deep_ensemble").train()
+    ids = torch.arange(5)[None]
+    assert (one(ids).logits - other(ids).logits).abs().max() > 1e-6
+    with pytest.raises(ValueError, match="optimizer"):
+        with_options(model, tmp_path / "sgd", {}, recipe="deep_ensemble").train()
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "error", "message"),
+    [
+        ({"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}, {}, ValueError, "every expert has weights of its"),
+        ({"callbacks": [Seen()], "store": True}, {}, ValueError, "leave out callbacks or store"),
+        ({"compute_metrics": len}, {}, TypeError, "BoostingTrainer takes no argument 'compute_metrics'"),
+        ({"eval_dataset": None}, {"eval_strategy": "steps"}, ValueError, 'eval_strategy="steps" needs questions'),
+    ],
+)
+def test_what_no_expert_could_be_given_is_refused(
+    model: Path, tmp_path: Path, options: dict[str, Any], settings: dict[str, Any], error: Any, message: str
+) -> None:
+    if "store" in options:
+        options = options | {"store": Store(tmp_path / "store")}
+    given: dict[str, Any] = {"eval_dataset": questions(8, seed=9, start=100)} | options
+    with pytest.raises(error, match=message):
+        BoostingTrainer(
+            str(model), BoostingConfig(output_dir=str(tmp_path), **settings), questions(12),
+            processing_class=tokenizer(), peft_config=lora(), **given,
+        )  # fmt: skip
+
+
+def test_a_script_is_told_what_the_command_line_tells(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_options(model, tmp_path / "shown", {}, disable_tqdm=False).train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("round")]
+    assert [line.split(":")[0] for line in lines] == ["round 1/2", "round 2/2"]
+    assert all("ε" in line and "α" in line and "effective sample size" in line for line in lines)
+    assert all("validation: expert" in line for line in lines)
+    with_options(model, tmp_path / "hidden", {}, disable_tqdm=True).train()
+    assert "round" not in capsys.readouterr().out

@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from ensemw2s import TokenEnsemble
 from ensemw2s.data.batches import AnswerCollator, next_token_mask
@@ -651,3 +651,43 @@ def test_an_unknown_confidence_is_not_confident(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{i}", "answer": "ab", "confidence": value} for i, value in enumerate([-1.0, None, -2.0])]
     assert usable_answers(rows, min_confidence=-1.5)["prompt"] == ["q0"]
     assert usable_answers(Dataset.from_list(rows).to_pandas(), keep_fraction=1.0)["prompt"] == ["q0", "q2"]
+
+
+# What reaches transformers' trainer
+
+
+class EvalLosses(TrainerCallback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.losses += [logs["eval_loss"]] if "eval_loss" in logs else []
+
+
+VARIANTS = [{}, {"variant": "confidence"}, {"variant": "soft"}, {"variant": "soft", "top_logprobs": 3}]
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_every_variant_is_evaluated_by_the_same_loss(tmp_path: Path, settings: dict[str, Any]) -> None:
+    seen = EvalLosses()
+    args = config(tmp_path, eval_strategy="epoch", per_device_eval_batch_size=3, **settings)
+    teacher = TokenEnsemble.from_models([llama(2), llama(3)], [1.0, 1.0]) if settings.get("variant") == "soft" else None
+    asked = questions(7, seed=8, start=50)
+    model = student(tmp_path, args=args, teacher=teacher, eval_dataset=asked, callbacks=[seen]).train()
+    examples = tokenize_questions(asked, tokenizer(), FORMAT)
+    scores = score_answers(model, examples, pad_token_id=tokenizer().eos_token_id)
+    assert seen.losses == [pytest.approx(-float(scores.token_log_probs.mean()), rel=1e-4)]
+
+
+def test_an_optimizer_trains_the_model_that_it_was_made_for(tmp_path: Path) -> None:
+    model = llama(1)
+    before = [p.detach().clone() for p in model.parameters()]
+    student(tmp_path, model, optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None)).train()
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    optimizer = torch.optim.SGD(llama(1).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="optimizers holds an optimizer of weights that are there already"):
+        student(tmp_path, peft_config=lora(), optimizers=(optimizer, None))
+    with pytest.raises(ValueError, match="optimizers holds weights that are not the model's"):
+        student(tmp_path, llama(2), optimizers=(optimizer, None))
+    with pytest.raises(ValueError, match="eval_dataset"):
+        student(tmp_path, args=config(tmp_path, eval_strategy="epoch"))
