@@ -1,4 +1,4 @@
-"""What the site holds beside its pages: the examples, notebooks as pages, every key of a configuration, the help of the command line.
+"""What the site holds beside its pages: the examples, every key of a configuration, the help of the command line.
 
 A page asks for text with a line such as `<!-- generated: boosting -->`; the names are the keys of `GENERATED`.
 """
