@@ -9,7 +9,7 @@ BIN   := .venv/bin
 READY := .venv/.ready
 CPP_FILES := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulation/*'
 
-.PHONY: help setup demo quick study results docs picture test test-slow lint format benchmarks check-wheel check-sanitizers check-faults gpu-check clean
+.PHONY: help setup demo quick study results docs picture notebook test test-slow lint format benchmarks check-wheel check-sanitizers check-faults gpu-check clean
 
 help:
 	@echo "make demo        boost, label, teach and measure on a real 135M model (CONFIG=$(CONFIG))"
@@ -72,6 +72,11 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 docs: $(READY)
 	$(MKDOCS)
 	@echo site/index.html
+
+# Runs the notebook and keeps what it shows.
+notebook: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False examples/tour.ipynb
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -8,9 +8,12 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 import yaml
+from nbclient import NotebookClient
 
+import ensemw2s
 from ensemw2s import TokenEnsemble, __version__, load_model
 from tests.boosting_runs import base
 from tests.documents import PAGES, ROOT, require_alike, run_page
@@ -44,6 +47,9 @@ doc_to_choice: [a, b]
 doc_to_target: 0
 metric_list: [{{metric: acc}}]
 """
+NOTEBOOK = ROOT / "examples" / "tour.ipynb"
+# Tiny models in place of those of a hub.
+HUB_IDS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "path-or-hub-id", "HuggingFaceTB/SmolLM2-360M-Instruct": "bigger"}
 LONG_RUNS = ("reverse_words.yaml", "syllogisms.yaml")
 
 
@@ -141,6 +147,49 @@ def test_a_block_that_does_not_work_fails(block: str, complaint: str, desk: Path
     page.write_text(f"# A page\n\n{block}\n")
     with pytest.raises(Exception, match=complaint):
         run_page(page, {})
+
+
+def outputs(notebook: nbformat.NotebookNode) -> list[tuple[int, set[str], str]]:
+    """Return cell, kinds and text of all that a notebook shows, but for what libraries say on stderr."""
+    shown = []
+    for number, cell in enumerate(notebook.cells):
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream" and output.name == "stdout":
+                shown.append((number, {"text/plain"}, output.text))
+            elif output.output_type != "stream":
+                shown.append((number, set(output.data), output.data["text/plain"]))
+    return shown
+
+
+def test_the_notebook_runs_and_shows_what_it_showed(tmp_path: Path) -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    shown = outputs(notebook)
+    NotebookClient(notebook, kernel_name="python3", timeout=300).execute(cwd=str(tmp_path))
+    found = outputs(notebook)
+    assert [place for *place, _ in shown] == [place for *place, _ in found]
+    for (*_, expected), (*_, printed) in zip(shown, found, strict=True):
+        require_alike(expected, printed)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_notebook_was_run_from_top_to_bottom_and_is_small() -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    said = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in said if output.output_type == "error" or output.get("name") == "stderr"]
+    assert sum("image/png" in output.get("data", {}) for output in said) == 4
+    assert NOTEBOOK.stat().st_size < 300_000
+
+
+def test_what_the_notebook_says_of_real_models_runs(desk: Path) -> None:
+    last = next(cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if "real models\n" in cell.source)
+    for hub_id, stand_in in HUB_IDS.items():
+        assert hub_id in last
+        last = last.replace(hub_id, stand_in)
+    (desk / "page.md").write_text(last)
+    assert run_page(desk / "page.md", {name: getattr(ensemw2s, name) for name in ensemw2s.__all__}) == 1
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:

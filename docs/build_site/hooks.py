@@ -18,6 +18,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from nbconvert import MarkdownExporter
 from transformers import TrainingArguments
 
 from ensemw2s import BoostingConfig, QuestionFormat, StudentConfig
@@ -30,6 +31,7 @@ ROOT = Path(__file__).parent.parent.parent
 SHOWN = ("examples/*.yaml", "examples/*.py", "benchmarks/results/*.csv", "CHANGELOG.md", "CITATION.cff")
 _REQUEST = re.compile(r"^<!-- generated: ([a-z ]+) -->$", re.MULTILINE)
 # Links out of docs/ to files that the site shows; the site has them beside its pages, one folder further in.
+_NOTEBOOK = re.compile(r"\]\((examples/\w+)\.ipynb\)")
 _LINK_OUT = re.compile(r"\]\(\.\./((?:\.\./)*(?:examples|benchmarks/results)/|CHANGELOG\.md|CITATION\.cff)")
 
 
@@ -37,13 +39,25 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the files outside of docs/ that pages link to."""
     for path in sorted(path for pattern in SHOWN for path in ROOT.glob(pattern)):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    for path in sorted((ROOT / "examples").glob("*.ipynb")):
+        _show_notebook(path, files, config)
     return files
+
+
+def _show_notebook(path: Path, files: Files, config: MkDocsConfig) -> None:
+    """Add a notebook as a page, with its pictures in a folder of its own, and the notebook itself beside it."""
+    content, resources = MarkdownExporter().from_filename(str(path), {"output_files_dir": path.stem})
+    page = f"{path.parent.name}/{path.stem}.md"
+    files.append(File.generated(config, page, content=content.replace("](../docs/", "](../")))
+    for name, picture in resources["outputs"].items():
+        files.append(File.generated(config, f"{path.parent.name}/{name}", content=picture))
+    files.append(File.generated(config, f"{path.parent.name}/{path.name}", abs_src_path=str(path)))
 
 
 def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
     """Put in what a page asks for, and point its links at the site's own copies."""
     filled = _REQUEST.sub(lambda found: _generated(found[1], page), markdown)
-    return _LINK_OUT.sub(r"](\1", filled)
+    return _NOTEBOOK.sub(r"](\1.md)", _LINK_OUT.sub(r"](\1", filled))
 
 
 def _generated(name: str, page: Page) -> str:

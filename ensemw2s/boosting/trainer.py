@@ -209,6 +209,28 @@ class BoostingTrainer:
             processes.on_main(ensemble.save_pretrained, place, **saved_with)
             return ensemble
 
+    def token_weights(self, number: int) -> list[np.ndarray]:
+        """Return the weights that round `number` begins with, of the tokens of each training answer.
+
+        Args:
+            number: 1 gives the equal weights of the first round; one more than the number of a finished round gives the
+                weights that it left.
+
+        Returns:
+            For each row of `train_dataset` the float32 weights of its answer tokens, in order, the end token included:
+            `N * D`, whose mean over the N units is 1. Recipes that draw their tokens draw them by these. Tokens without
+            a weight of their own (`boosted_tokens`) have 1.
+
+        Raises:
+            ValueError: no round has left such weights yet.
+        """
+        file = self._round_folder(number) / "weights.npy"
+        if not file.exists():
+            count = len(list(self.folder.glob("rounds/*/weights.npy")))
+            remedy = f"give a number from 1 to {count}" if count else "call train() first"
+            raise ValueError(f"number={number}: {self.folder} has no weights of that round, {remedy}")
+        return self._units.token_weights(map_array(file) * self.num_units, map_array(self.folder / "units.npy"))
+
     def expert_folders(self) -> list[Path]:
         """Return where the experts of the ensemble are saved, in their order."""
         return [folder for folder, _ in self._accepted()][: self.mixture()["num_experts"]]

@@ -67,6 +67,36 @@ def kept(folder: Path) -> dict[str, bytes]:
 # What the rounds compute
 
 
+@pytest.mark.parametrize("boosted", ["all", "informative"])
+def test_token_weights_are_those_that_each_round_begins_with(model: Path, tmp_path: Path, boosted: str) -> None:
+    runner = trainer(model, tmp_path, num_rounds=2, validate=False, boosted_tokens=boosted)
+    with pytest.raises(ValueError, match=r"number=1: .* has no weights of that round, call train\(\) first"):
+        runner.token_weights(1)
+    ensemble = runner.train()
+    examples, words = tokenize_questions(questions(24), tokenizer(), FORMAT), tokenizer()
+    answers = [row["input_ids"][row["prompt_length"] :] for row in examples]
+    first, second, third = (runner.token_weights(number) for number in (1, 2, 3))
+    assert [len(row) for row in first] == [len(row) for row in second] == [len(row) for row in answers]
+    assert (np.concatenate(first) == 1).all()
+    has_weight = np.array(
+        [
+            boosted == "all" or words.decode([token], skip_special_tokens=True).strip() != ""
+            for row in answers
+            for token in row
+        ]
+    )
+    assert runner.num_units == has_weight.sum()
+    for left in (np.concatenate(second), np.concatenate(third)):
+        assert left[has_weight].mean() == pytest.approx(1, abs=1e-5) and left[has_weight].std() > 0.01
+        assert (left[~has_weight] == 1).all()
+    # A soft error moves a weight by how unlikely the expert finds the token.
+    scores = score_answers(ensemble[:1], examples, pad_token_id=END)
+    by_likelihood = np.argsort(scores.token_log_probs[has_weight])
+    assert (np.diff(np.concatenate(second)[has_weight][by_likelihood]) <= 1e-5).all()
+    with pytest.raises(ValueError, match=r"number=4: .* has no weights of that round, give a number from 1 to 3"):
+        runner.token_weights(4)
+
+
 @pytest.mark.parametrize("recipe", ["tempered", "paper", "bagging"])
 @pytest.mark.parametrize("unit", [("token", None), ("window", 2), ("sequence", None)])
 def test_records_can_be_recomputed_from_the_saved_experts(
