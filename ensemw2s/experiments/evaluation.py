@@ -16,6 +16,7 @@ import torch
 from ensemw2s import ops
 from ensemw2s.experiments.config import ModelConfig
 from ensemw2s.experiments.folder import RunFolder
+from ensemw2s.experiments.samples import question_samples, sample_record
 from ensemw2s.inference.choices import ChoiceScores, ChoiceSettings, score_choice_mixtures, score_choices
 from ensemw2s.inference.scoring import AnswerScores, score_answers, score_mixtures
 from ensemw2s.report.arms import BASELINE, CEILING
@@ -30,6 +31,7 @@ from ensemw2s.runtime.records import (
     BestExpertRecord,
     CostRecord,
     EnvironmentRecord,
+    MixtureRecord,
     PgrRecord,
     answers_text,
     questions_digest,
@@ -53,6 +55,7 @@ def evaluate(files: RunFolder) -> list[dict[str, Any]]:
     kept.append(_kept(files, "mixtures", partial(_score_mixtures, files)))
     scores = {arm: outcomes for part in kept for arm, outcomes in part["outcomes"].items()}
     inference = {arm: cost for part in kept for arm, cost in part["inference"].items()}
+    samples = _kept(files, "samples", partial(_sample_answers, files, scores))["samples"]
     experts = sorted((arm for arm in scores if arm.startswith("expert_")), key=lambda arm: int(arm.split("_")[1]))
     # On the validation questions, the first of equals.
     best = max(experts, key=lambda arm: float(np.mean(scores[arm]["validation"]["correct"])))
@@ -65,7 +68,7 @@ def evaluate(files: RunFolder) -> list[dict[str, Any]]:
     records.append(BestExpertRecord(arm=best).to_json())
     records += _recovered(files, scores)
     records += [_cost(files, arm, inference[arm]) for arm in arms]
-    return [*records, environment()]
+    return [*records, *samples, environment()]
 
 
 def environment() -> dict[str, Any]:
@@ -85,7 +88,10 @@ def environment() -> dict[str, Any]:
 
 
 def _kept(files: RunFolder, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Per arm, `outcomes` (per split what `_outcome` returns) and the cost of `inference`; kept once computed."""
+    """Return what `compute` does, which is kept once computed.
+
+    Of arms that is, per arm, `outcomes` (per split what `_outcome` returns) and the cost of `inference`.
+    """
     file = files.path / "scores" / f"{name}.json"
     if not processes.on_main(file.exists):
         scores = compute()
@@ -118,6 +124,19 @@ def _score_mixtures(files: RunFolder) -> dict[str, Any]:
         for arm, share in used.items()
     }
     return {"outcomes": outcomes, "inference": inference}
+
+
+def _sample_answers(files: RunFolder, scores: Mapping[str, _Outcomes]) -> dict[str, Any]:
+    """Return the records of the test questions that a report shows token by token."""
+    ensemble, weak = files.teacher("ensemble"), files.config.weak
+    tokenizer = files.tokenizer(weak)
+    records = []
+    for split in TEST_SPLITS:
+        name = MEASURED_SPLITS[split]
+        questions, examples = files.questions(name), files.examples(name, weak)
+        for fields in question_samples(scores, split):
+            records.append(sample_record(ensemble, tokenizer, questions, examples, **fields).to_json())
+    return {"samples": records}
 
 
 def _measured(
@@ -159,7 +178,7 @@ def _outcome(answers: AnswerScores, choices: ChoiceScores | None) -> dict[str, A
 
 def _mixtures(files: RunFolder) -> tuple[list[Path], dict[str, list[float]], dict[str, str]]:
     """Return all experts, the arms that are mixtures of them (a weight for each expert), and how they combine."""
-    found = [record for record in files.records("boost") if record["kind"] == "mixture"]
+    found = [record for record in files.records("boost") if record["kind"] == MixtureRecord.kind]
     # Arms share experts; each is scored once.
     experts: dict[str, Path] = {}
     own: dict[str, list[int]] = {}

@@ -32,6 +32,7 @@ from ensemw2s.runtime.records import (
     CostRecord,
     EnvironmentRecord,
     LabelsRecord,
+    MixtureRecord,
     PgrRecord,
     PhaseRecord,
     RoundRecord,
@@ -43,7 +44,7 @@ from ensemw2s.runtime.values import check_number, shown, shown_names
 # own: tables of rounds are for the report of one run.
 KEPT: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys((kind.kind for kind in (ArmRecord, AnswersRecord, PgrRecord, CostRecord, LabelsRecord)), None),
-    "mixture": ("arm", "num_experts", "expert_weights"),
+    MixtureRecord.kind: ("arm", "num_experts", "expert_weights"),
     RoundRecord.kind: (
         "arm", "round", "attempt", "error", "prior_error", "expert_weight", "accepted", "effective_sample_size",
         "num_units", "shrinkage", "train_tokens",

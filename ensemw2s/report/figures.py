@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +40,14 @@ CSS_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"} | {
 FILE_COLOURS = {INK: "#000000", MUTED: "#5a5a5a", RULE: "#d4d4d4"}
 FILE_FORMATS = ("svg", "png")
 FILE_DPI = 200
-FIGURE_WIDTH = 8.4  # inches; the page scales figures to its own width
+FIGURE_WIDTH = 8.4  # inches
+# A page sets panels of this width side by side, or below one another where it is narrow.
+PANEL_WIDTH = 4.2
 STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
     **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED),
-    "svg.fonttype": "none", "font.family": "sans-serif", "font.sans-serif": "DejaVu Sans", "font.size": 8.5,
+    # A dollar in a name begins no formula.
+    "text.parse_math": False, "svg.fonttype": "none", "font.family": "sans-serif", "font.sans-serif": "DejaVu Sans", "font.size": 8.5,
     "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": RULE, "grid.linewidth": 0.6,
     "legend.frameon": False, "lines.linewidth": 1.6, "lines.markersize": 5,
@@ -53,8 +57,8 @@ DOTTED: dict[str, Any] = {"color": MUTED, "linestyle": (0, (2, 2)), "linewidth":
 _styled = matplotlib.rc_context(STYLE)
 
 
-def _svg(figure: Figure, name: str, description: str) -> str:
-    """Return the figure as SVG for inlining: accessible, with CSS colours and no outside reference."""
+def _svg(figure: Figure, name: str, title: str, values: Sequence[str]) -> str:
+    """Return the figure as SVG for inlining: its title and values as a label, CSS colours, no outside reference."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True)
@@ -66,39 +70,59 @@ def _svg(figure: Figure, name: str, description: str) -> str:
         text = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", text, count=1)
     for colour, variable in CSS_VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
-    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)
+    label = html.escape(f"{title}: {'; '.join(values)}")
+    start = text.index(">") + 1
+    opened = text[: start - 1].replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    return f"{opened}><title>{html.escape(title)}</title>{text[start:]}"
+
+
+def _panel(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(PANEL_WIDTH, height), layout="constrained")
+    return figure, figure.subplots()
 
 
 @_styled
-def arms_figure(runs: Sequence[Run]) -> str:
-    """Accuracies of all arms, ID and OOD side by side, with 95% intervals; one colour and marker per run."""
+def arms_figure(runs: Sequence[Run]) -> list[str]:
+    """Accuracies of all arms, a panel for each split, with 95% intervals; one colour and marker per run."""
     arms = measured_arms(record for run in runs for record in run.records)
-    height = max(1.6, 0.75 + (0.17 + 0.13 * len(runs)) * len(arms))
-    figure = Figure(figsize=(FIGURE_WIDTH, height), layout="constrained")
-    panels = _panels_by_split(figure, "right answers, %", sharex=False)
-    for split, axes in panels.items():
-        for i, run in enumerate(runs):
-            _draw_arms(axes, run, arms, split, i, len(runs))
-        axes.set_xlim(0, 100)
-    panels["id"].set_yticks(range(len(arms)), [arm_name(arm) for arm in arms])
-    panels["id"].set_ylim(len(arms) - 0.4, -0.6)
-    if len(runs) > 1:
-        handles, labels = panels["id"].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(runs)))
-    return _svg(figure, "arms", "Accuracy of every arm on easy and hard test questions, with 95% intervals")
+    height = max(1.6, 0.75 + (0.17 + 0.13 * len(runs)) * len(arms) + (0.2 * len(runs) if len(runs) > 1 else 0))
+    panels = []
+    for split in TEST_SPLITS:
+        figure, axes = _panel(height)
+        _dress(axes, split, "right answers, %")
+        values = [value for i, run in enumerate(runs) for value in _draw_arms(axes, run, arms, split, i, len(runs))]
+        axes.set(xlim=(0, 100), ylim=(len(arms) - 0.4, -0.6))
+        axes.set_yticks(range(len(arms)), [_short(arm_name(arm)) for arm in arms])
+        if len(runs) > 1:
+            figure.legend(loc="outside upper left")
+        panels.append(_svg(figure, f"arms-{split}", f"Accuracy of every arm, {_split_title(split)}", values))
+    return panels
+
+
+def _split_title(split: str) -> str:
+    return f"{TEST_SPLITS[split]}: {'easy' if split == 'id' else 'hard'} test questions"
+
+
+def _short(name: str) -> str:
+    """Return a name of any length as a label of at most two lines."""
+    return "\n".join(textwrap.wrap(name, 30, max_lines=2, placeholder="…"))
 
 
 def _panels_by_split(figure: Figure, label: str, sharex: bool) -> dict[str, Axes]:
     panels = dict(zip(TEST_SPLITS, figure.subplots(1, 2, sharex=sharex, sharey=True), strict=True))
     for split, axes in panels.items():
-        title = f"{TEST_SPLITS[split]}: {'easy' if split == 'id' else 'hard'} test questions"
-        axes.set(title=title, xlabel=label)
-        axes.grid(visible=False, axis="y")
-        axes.tick_params(axis="y", length=0, pad=8)
+        _dress(axes, split, label)
     return panels
 
 
-def _draw_arms(axes: Axes, run: Run, arms: Sequence[str], split: str, index: int, count: int) -> None:
+def _dress(axes: Axes, split: str, label: str) -> None:
+    axes.set(title=_split_title(split), xlabel=label)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0, pad=8)
+
+
+def _draw_arms(axes: Axes, run: Run, arms: Sequence[str], split: str, index: int, count: int) -> list[str]:
+    """Draw one run's arms and return their values in words."""
     measured = {record.arm: record for record in of_kind(run.records, ArmRecord, split=split, metric="accuracy")}
     heights = {arm: height + 0.22 * (index - (count - 1) / 2) for height, arm in enumerate(arms) if arm in measured}
     values = [100 * measured[arm].value for arm in heights]
@@ -111,6 +135,11 @@ def _draw_arms(axes: Axes, run: Run, arms: Sequence[str], split: str, index: int
         axes.axvline(100 * measured[BASELINE].value, **DOTTED | {"linewidth": 0.9}, zorder=0)
         for height, value in zip(heights.values(), values, strict=True):
             _beside(axes, height, f"{value:.0f}", fontsize=8)
+    own = "" if count == 1 else f"{run.name}, "
+    return [
+        f"{own}{arm_name(arm)} {value:.0f}% ({start:.0f} to {end:.0f})"
+        for arm, value, start, end in zip(heights, values, low, high, strict=True)
+    ]
 
 
 def _wilson_interval(record: ArmRecord) -> tuple[float, float]:
@@ -129,32 +158,39 @@ def _beside(axes: Axes, height: float, text: str, **style: Any) -> None:
 
 
 @_styled
-def rounds_figure(rounds: Sequence[RoundRecord], baseline: float | None) -> str:
+def rounds_figure(rounds: Sequence[RoundRecord], baseline: float | None) -> list[str]:
     """Validation accuracy (beside that of the single expert), and weighted training error beside the prior error."""
-    figure, numbers = Figure(figsize=(FIGURE_WIDTH, 2.7), layout="constrained"), [record.round for record in rounds]
-    left, right = figure.subplots(1, 2)
+    numbers = [record.round for record in rounds]
+    reached, left = _panel(2.9)
+    said = []
     for index, (name, label) in enumerate((("expert", "this round's expert"), ("ensemble", "ensemble so far"))):
-        reached = [(record.validation or {}).get(name, math.nan) for record in rounds]
-        _line(left, numbers, [100 * share for share in reached], label, index)
+        values = [100 * (record.validation or {}).get(name, math.nan) for record in rounds]
+        _line(left, numbers, values, label, index)
+        said.append(_by_round(label, numbers, values))
     if baseline is not None:
         left.axhline(100 * baseline, **DOTTED, label="single weak expert")
-    left.set(title="Accuracy on validation questions", ylabel="right answers, %")
-    _line(right, numbers, [100 * record.error for record in rounds], "expert's weighted error ε", 0)
+        said.append(f"single weak expert {100 * baseline:.0f}%")
+    titles = ("Accuracy on validation questions", "Weighted error on the training answers")
+    left.set(title=titles[0], ylabel="right answers, %")
+    failed, right = _panel(2.9)
+    errors = [100 * record.error for record in rounds]
+    _line(right, numbers, errors, "expert's weighted error ε", 0)
     if rounds[0].prior_error is not None:
         right.axhline(100 * rounds[0].prior_error, **DOTTED, label="prior error ε₀ to beat")
-    right.set(title="Weighted error on the training answers", ylabel="weight of the wrong units, %")
+    right.set(title=titles[1], ylabel="weight of the wrong units, %")
     for axes in (left, right):
         axes.set_ylim(0, 100)
         _round_axis(axes, numbers, "round")
         _legend_below(axes, handlelength=1.8)
-    return _svg(figure, "rounds", "Validation accuracy and weighted training error in each boosting round")
+    return [_svg(reached, "rounds-left", titles[0], said),
+            _svg(failed, "rounds-right", titles[1], [_by_round("error", numbers, errors)])]  # fmt: skip
 
 
 @_styled
-def weights_figure(rounds: Sequence[RoundRecord]) -> str:
+def weights_figure(rounds: Sequence[RoundRecord]) -> list[str]:
     """Quantiles of the weights after each round (log scale), and the effective sample size."""
-    figure, numbers = Figure(figsize=(FIGURE_WIDTH, 2.7), layout="constrained"), [0, *(r.round for r in rounds)]
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    numbers = [0, *(r.round for r in rounds)]
+    spread, left = _panel(2.9)
 
     def curve(quantile: float) -> list[float]:
         # Before round 1 every unit has weight 1/N.
@@ -164,17 +200,25 @@ def weights_figure(rounds: Sequence[RoundRecord]) -> str:
     left.fill_between(numbers, curve(0.25), curve(0.75), color=SERIES[0], alpha=0.4, linewidth=0, label="middle half")
     _line(left, numbers, curve(0.5), "median", 0)
     left.plot(numbers, curve(1.0), color=SERIES[1], marker="s", markersize=4, linewidth=1.1, label="largest")
-    left.set(title="Weight of a unit after each round", ylabel="N · D (1 = uniform)", yscale="log")
+    titles = ("Weight of a unit after each round", "Effective sample size")
+    left.set(title=titles[0], ylabel="N · D (1 = uniform)", yscale="log")
     left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     left.yaxis.set_minor_formatter(NullFormatter())
     _legend_below(left, handlelength=1.6)
+    size, right = _panel(2.9)
     shares = [100.0, *(100 * record.effective_sample_size / record.num_units for record in rounds)]
     _line(right, numbers, shares, "effective sample size", 2)
-    right.set(title="Effective sample size", ylabel="% of N units", ylim=(0, 105))
+    right.set(title=titles[1], ylabel="% of N units", ylim=(0, 105))
     for axes in (left, right):
         _round_axis(axes, numbers, "after round (0: at the start)")
-    return _svg(figure, "weights", "Distribution of the units' weights and effective sample size after each round")
+    said = [_by_round(name, numbers, curve(level), "") for name, level in (("median", 0.5), ("largest", 1.0))]
+    return [_svg(spread, "weights-left", titles[0], said),
+            _svg(size, "weights-right", titles[1], [_by_round("share of N", numbers, shares)])]  # fmt: skip
+
+
+def _by_round(name: str, numbers: Sequence[int], values: Sequence[float], unit: str = "%") -> str:
+    return f"{name} {', '.join(f'{value:.3g}{unit} (round {n})' for n, value in zip(numbers, values, strict=True))}"
 
 
 def _line(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, index: int) -> None:
@@ -182,7 +226,7 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, index:
 
 
 def _legend_below(axes: Axes, handlelength: float) -> None:
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4, fontsize=7.5, handlelength=handlelength,
+    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2, fontsize=7.5, handlelength=handlelength,
                 columnspacing=1.2)  # fmt: skip
 
 
@@ -202,9 +246,27 @@ class ForestRow:
 
 
 @_styled
-def forest_figure(rows: Sequence[ForestRow]) -> str:
-    """Differences with 95% intervals, ID and OOD side by side: pooled ones large, those of tasks small below them."""
-    return _svg(_forest(rows, INK, MUTED), "forest", "Differences between arms with 95% intervals, pooled and by task")
+def forest_figure(rows: Sequence[ForestRow]) -> list[str]:
+    """Differences with 95% intervals, a panel for each split: pooled ones large, those of tasks small below them."""
+    steps = [2.6 if row.pooled else 1.2 for row in rows[1:]]
+    heights = list(itertools.accumulate(steps, initial=0.0))
+    panels = []
+    for split in TEST_SPLITS:
+        figure, axes = _panel(1.0 + 0.2 * (heights[-1] + 2))
+        _dress(axes, split, "difference in right answers, points")
+        _draw_differences(axes, rows, split, heights, INK, MUTED)
+        axes.set_yticks([])
+        axes.set_ylim(heights[-1] + 0.8, heights[0] - 1.8)
+        for row, height in zip(rows, heights, strict=True):
+            # Above the line: beside it, a name would leave a narrow panel no room.
+            name = " ".join(row.label.split("\n")) if row.pooled else row.label
+            axes.annotate(textwrap.shorten(name, 70, placeholder="…"), (0.0, height), ha="left", va="bottom",
+                          xycoords=("axes fraction", "data"), xytext=(0, 6 if row.pooled else 3),
+                          textcoords="offset points", fontsize=7.5, color=INK if row.pooled else MUTED)  # fmt: skip
+        said = [f"{' '.join(row.label.split())} {difference_interval(row.by_split[split])}"
+                for row in rows if split in row.by_split]  # fmt: skip
+        panels.append(_svg(figure, f"forest-{split}", f"Differences between arms, {_split_title(split)}", said))
+    return panels
 
 
 def save_forest_figure(rows: Sequence[ForestRow], path: str | os.PathLike[str]) -> None:
@@ -231,17 +293,23 @@ def _forest(rows: Sequence[ForestRow], ink: str, muted: str) -> Figure:
     figure = Figure(figsize=(FIGURE_WIDTH, 0.8 + 0.2 * (heights[-1] + 1)), layout="constrained")
     panels = _panels_by_split(figure, "difference in right answers, points", sharex=True)
     for split, axes in panels.items():
-        axes.axvline(0, color=muted, linewidth=0.9, zorder=0)
-        for row, height in zip(rows, heights, strict=True):
-            if split in row.by_split:
-                _draw_difference(axes, row.by_split[split], height, ink if row.pooled else muted, row.pooled)
-        axes.spines["left"].set_visible(False)
+        _draw_differences(axes, rows, split, heights, ink, muted)
     labels = panels["id"]
     labels.set_yticks(heights, [row.label for row in rows])
     labels.set_ylim(heights[-1] + 0.8, heights[0] - 0.8)
     for row, label in zip(rows, labels.get_yticklabels(), strict=True):
         label.set(fontweight="bold" if row.pooled else "normal", fontsize=8.5 if row.pooled else 7.5)
     return figure
+
+
+def _draw_differences(
+    axes: Axes, rows: Sequence[ForestRow], split: str, heights: Sequence[float], ink: str, muted: str
+) -> None:
+    axes.axvline(0, color=muted, linewidth=0.9, zorder=0)
+    for row, height in zip(rows, heights, strict=True):
+        if split in row.by_split:
+            _draw_difference(axes, row.by_split[split], height, ink if row.pooled else muted, row.pooled)
+    axes.spines["left"].set_visible(False)
 
 
 def _draw_difference(axes: Axes, difference: Interval, height: float, colour: str, pooled: bool) -> None:

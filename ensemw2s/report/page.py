@@ -16,11 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from ensemw2s.report import figures, tables
 from ensemw2s.report.arms import BASELINE, arm_name, arm_order, lower_first, measured_arms
 from ensemw2s.report.figures import ForestRow
+from ensemw2s.report.findings import (
+    QUESTIONS,
+    boosting_weights,
+    headline,
+    mixture_sentences,
+    mixtures_of_runs,
+    opposite_moves,
+    other_comparisons,
+    share_text,
+    shares_of,
+)
 from ensemw2s.report.pool import Pool, pool_runs
 from ensemw2s.runtime.files import SIGNATURE, new_page, read_json
 from ensemw2s.runtime.records import (
@@ -30,12 +42,14 @@ from ensemw2s.runtime.records import (
     ArmRecord,
     BestExpertRecord,
     IdentityRecord,
+    MixtureRecord,
     PhaseRecord,
     QuestionsRecord,
     Record,
     RoundRecord,
     Run,
     RunRecord,
+    SampleRecord,
     StudyRecord,
     of_kind,
     read_records,
@@ -70,15 +84,16 @@ def write_report(paths: Sequence[str | os.PathLike[str]], path: str | os.PathLik
     else:
         parts = [Part(run.records, run, f"Run {run.name}" if len(runs) > 1 else "") for run in runs]
     measured = [run for run in runs if measured_arms(run.records)]
-    text = _template().render(
-        title=(parts[0].pool.name if pooled and parts[0].pool else "") or ", ".join(run.name for run in runs),
+    title = (parts[0].pool.name if pooled and parts[0].pool else "") or ", ".join(run.name for run in runs)
+    text = render(
+        "page.html",
+        title=title,
         side_by_side=measured if len(measured) > 1 and not pooled else [],
         pooled=pooled,
-        signature=SIGNATURE,
         parts=parts,
     )
     with new_page(path) as aside:
-        aside.write_text(_with_unique_ids(text), encoding="utf-8")
+        aside.write_text(text, encoding="utf-8")
 
 
 def write_forest_plot(paths: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str]) -> None:
@@ -182,6 +197,48 @@ class Part:
         return pool_runs(self.records) if any(record.split in TEST_SPLITS for record in answers) else None
 
     @property
+    def level(self) -> int:
+        """Return the level of the headings within the part."""
+        return 3 if self.heading else 2
+
+    @property
+    def findings(self) -> list[str]:
+        """Return sentences: what was found first, then what else a reader has to know."""
+        said = [headline(self.pool)]
+        if self.pool is not None:
+            said += [other_comparisons(self.pool), *opposite_moves(self.pool)]
+        # What one run's ensemble is made of is said beside its experts.
+        said += [] if self.run else [mixtures_of_runs(self.records)]
+        return [sentence for sentence in said if sentence]
+
+    @property
+    def ensembles(self) -> list[dict[str, Any]]:
+        """Return sentences and a table for each ensemble of one run that has several experts."""
+        if self.run is None:
+            return []
+        rounds, found = of_kind(self.run.records, RoundRecord), of_kind(self.run.records, MixtureRecord)
+        several = [mixture for mixture in found if len(mixture.expert_weights) > 1]
+        return [
+            {
+                "sentences": mixture_sentences(mixture, rounds),
+                "rows": tables.experts(
+                    shares_of(mixture.expert_weights),
+                    boosting_weights(mixture, rounds),
+                    self.run.records,
+                    mixture.arm,
+                ),
+            }
+            for mixture in sorted(several, key=lambda mixture: arm_order(mixture.arm))
+        ]
+
+    @property
+    def samples(self) -> list[tuple[str, list[SampleRecord]]]:
+        """Return the answers of one run that are shown token by token, by the kind of their questions."""
+        found = of_kind(self.run.records, SampleRecord) if self.run else []
+        by_split = [(split, [record for record in found if record.split == split]) for split in TEST_SPLITS]
+        return [(QUESTIONS[split].capitalize(), records) for split, records in by_split if records]
+
+    @property
     def facts(self) -> list[tuple[str, str]]:
         """Return names and values; a value may be empty."""
         facts = _run_facts(self.run) if self.run else []
@@ -243,16 +300,17 @@ def _model_text(model: Mapping[str, Any] | None) -> str:
     return f"{model.get('source', '')}{layers}" if model else ""
 
 
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield the dotted names and values of an environment."""
     for key, item in value.items():
         if isinstance(item, Mapping):
-            yield from _flatten(item, f"{prefix}{key}.")
+            yield from flatten(item, f"{prefix}{key}.")
         elif item is not None:
             yield f"{prefix}{key}", str(item)
 
 
-def _template() -> Template:
+def render(template: str, **values: Any) -> str:
+    """Return the page that one of the `templates` gives."""
     pages = Environment(
         loader=PackageLoader(__package__),
         autoescape=True,
@@ -260,11 +318,28 @@ def _template() -> Template:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    known = (tables, figures, forest_rows, arm_name, lower_first, measured_arms, vars)
+    known = (tables, figures, forest_rows, arm_name, lower_first, measured_arms, share_text, vars)
     pages.globals |= {thing.__name__.rpartition(".")[2]: thing for thing in known}
-    pages.globals |= {"flatten": _flatten, "tolerances": (IDENTITY_TOLERANCE, SUM_TOLERANCE)}
+    pages.globals |= {"flatten": flatten, "tolerances": (IDENTITY_TOLERANCE, SUM_TOLERANCE), "signature": SIGNATURE}
     pages.filters["yaml"] = lambda config: yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-    return pages.get_template("page.html")
+    pages.filters |= {"unbroken": _unbroken, "visible": _visible}
+    return _with_unique_ids(pages.get_template(template).render(**values))
+
+
+def _unbroken(cell: str) -> Markup:
+    """Return a cell that breaks, where it is narrow, between a figure, its interval and a verdict only."""
+    found = re.fullmatch(r"(\S+) (\([^()]*\):?)(?: (.*))?", cell)
+    if found is None:
+        return escape(cell)
+    value, interval, verdict = (escape(part or "") for part in found.groups())
+    said = Markup(' <span class="verdict">{}</span>').format(verdict) if verdict else ""
+    return Markup("<span>{}</span> <span>{}</span>{}").format(value, interval, said)
+
+
+def _visible(text: str, spaces: bool = True) -> str:
+    """Return a text with what cannot be seen spelt out: spaces (if wanted), new lines, and control characters."""
+    signs = {" ": "␣" if spaces else " ", "\n": "⏎" if spaces else "\n", "\t": "⇥" if spaces else "\t"}
+    return "".join(signs.get(c, c if c.isprintable() else ascii(c)[1:-1]) for c in text)
 
 
 def _with_unique_ids(page: str) -> str:

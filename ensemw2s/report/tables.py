@@ -254,7 +254,7 @@ def rounds(records: Iterable[RoundRecord]) -> Rows:
         "Round": lambda record: str(record.round),
         "Weighted error ε": lambda record: f"{record.error:.4f}",
         "Prior error ε₀": lambda record: number(record.prior_error, ".4f"),
-        "Expert weight α": lambda record: number(record.expert_weight, ".3f"),
+        "Boosting weight α": lambda record: number(record.expert_weight, ".3f"),
         "Effective sample size": _effective_sample_size,
         "Validation: expert": lambda record: number((record.validation or {}).get("expert"), ".1%"),
         "Validation: ensemble": lambda record: number((record.validation or {}).get("ensemble"), ".1%"),
@@ -279,6 +279,32 @@ def _round_note(record: RoundRecord) -> str:
         f"attempt {record.attempt}": record.attempt > 1,
     }
     return ", ".join(note for note, holds in notes.items() if holds)
+
+
+def experts(shares: Sequence[float], alphas: Sequence[float], records: Sequence[Record], arm: str) -> Rows:
+    """Return what each expert of an ensemble is: its share of the mixture, its α, and what it reaches alone."""
+
+    def alone(number: int, split: str) -> str:
+        name = f"expert_{number}" if arm in ("", "ensemble") else f"{arm}.expert_{number}"
+        found = of_kind(records, ArmRecord, arm=name, split=split, metric="accuracy")
+        return _percents(found[0].value) if found else ""
+
+    rows = [
+        [f"Expert {n}", f"{share:.3%}" if share >= 1e-5 else f"{100 * share:.1g}%",
+         f"{alphas[n - 1]:.3f}" if alphas else "", *(alone(n, split) for split in TEST_SPLITS)]
+        for n, share in enumerate(shares, start=1)
+    ]  # fmt: skip
+    return without_empty_columns(
+        ["Expert", "Share of the mixture", "Boosting weight α", *_by_split("Alone {}, %")], rows
+    )
+
+
+def without_constant_columns(table: Rows) -> Rows:
+    """Return a table without its columns of tasks, seeds and questions where they say the same in all rows."""
+    headers, rows = table
+    shown = [i for i, header in enumerate(headers)
+             if header not in ("Tasks", "Seeds", "Questions") or len({row[i] for row in rows}) > 1]  # fmt: skip
+    return [headers[i] for i in shown], [[row[i] for i in shown] for row in rows]
 
 
 def phases(records: Iterable[Record]) -> Rows:
@@ -329,12 +355,12 @@ def difference_text(difference: Interval | None) -> str:
 
 def difference_interval(difference: Interval) -> str:
     """Return a difference of shares and its interval in percentage points."""
-    value, low, high = (_signed_points(x) for x in difference)
+    value, low, high = (difference_points(x) for x in difference)
     return f"{value} ({low} to {high})"
 
 
-def _signed_points(share: float) -> str:
-    """Return a difference of shares in percentage points, with its sign."""
+def difference_points(share: float) -> str:
+    """Return a difference of shares in percentage points, with its sign: "+1.5"."""
     # Adding 0 turns a -0 that rounding left into 0, which has no sign to show.
     points = round(100 * share, 1) + 0.0
     return number(points, "+.1f") if points else "0.0"

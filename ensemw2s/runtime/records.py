@@ -27,6 +27,9 @@ from ensemw2s.runtime.values import has_surrogates, shown
 CONFIG_FILE, RESULTS_FILE, REPORT_FILE = "config.json", "results.jsonl", "report.html"
 TEST_SPLITS = {"id": "ID", "ood": "OOD"}
 QUANTILE_LEVELS = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
+# Why a question is shown token by token, see `experiments.samples`; of a longer answer the beginning is.
+SAMPLE_REASONS = ("right", "wrong", "disagree")
+MOST_SAMPLE_TOKENS = 40
 
 
 class Form(NamedTuple):
@@ -70,6 +73,31 @@ def _is_pairs(value: Any) -> bool:
     )
 
 
+def _is_passage(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 2000 and not has_surrogates(value)
+
+
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_number(weight, 0) for weight in value) and any(value)
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= MOST_SAMPLE_TOKENS and all(map(_is_text, value))
+
+
+def _is_choices(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(choice, list) and len(choice) == 3 and _is_text(choice[0])
+        and all(_is_number(share, 0, 1) for share in choice[1:])
+        for choice in value
+    )  # fmt: skip
+
+
+def _is_lists_of_choices(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_choices, value))
+
+
+_CHOICE = "a token, its probability and that of the answer's token"
 Text = Annotated[str, Form("text of at most 200 characters", _is_text)]
 Boolean = Annotated[bool, Form("true or false", lambda value: isinstance(value, bool))]
 Number = Annotated[float, Form("a number", _is_number)]
@@ -79,6 +107,14 @@ Index = Annotated[int, Form("a whole number, 0 or above", functools.partial(_is_
 Outcomes = Annotated[str, Form('text of "0" and "1", one for each question', _matches("[01]+"))]
 Digest = Annotated[str, Form("16 hex digits", _matches("[0-9a-f]{16}"))]
 TestSplit = Annotated[str, Form(f"one of {', '.join(TEST_SPLITS)}", _matches("|".join(TEST_SPLITS)))]
+Passage = Annotated[str, Form("text of at most 2000 characters", _is_passage)]
+Reason = Annotated[str, Form(f"one of {', '.join(SAMPLE_REASONS)}", _matches("|".join(SAMPLE_REASONS)))]
+Weights = Annotated[list[float], Form("a list of numbers, 0 or above and not all 0", _is_weights)]
+Tokens = Annotated[list[str], Form(f"a list of 1 to {MOST_SAMPLE_TOKENS} texts", _is_tokens)]
+Choices = Annotated[list[list[Any]], Form(f"a list with {_CHOICE} in each place", _is_choices)]
+ChoicesOfExperts = Annotated[
+    list[list[list[Any]]], Form(f"for each expert a list with {_CHOICE} in each place", _is_lists_of_choices)
+]
 Pairs = Annotated[list[list[str]], Form("a list of pairs of arms", _is_pairs)]
 Quantiles = Annotated[
     dict[str, float],
@@ -173,6 +209,14 @@ class IdentityRecord(Record):
     arm: Text = ""
 
 
+class MixtureRecord(Record):
+    """With which weights an arm mixes its experts; they are not normalised."""
+
+    kind = "mixture"
+    expert_weights: Weights
+    arm: Text = ""
+
+
 class LabelsRecord(RunRecord):
     """A teacher's answers to the unlabelled questions, `n` of them: what they are worth and what they took."""
 
@@ -233,6 +277,36 @@ class BestExpertRecord(Record):
 
     kind = "best_expert"
     arm: Text
+
+
+class SampleRecord(RunRecord):
+    """What the experts of the arm `ensemble` and their mixture make of the answer to one test question.
+
+    Each of the `num_tokens` tokens, of which `tokens` are the first, is judged given the answer's own tokens before it.
+    `number` counts the split's questions from 1; `weights` are shares of the mixture, one for each expert; `right` is
+    what the ensemble was counted as, by its likeliest choice if `by_likelihood`.
+    """
+
+    kind, figure = "sample", ("task", "seed", "split", "reason")
+    split: TestSplit
+    reason: Reason
+    number: Count
+    prompt: Passage
+    answer: Passage
+    right: Boolean
+    by_likelihood: Boolean
+    num_tokens: Count
+    tokens: Tokens
+    weights: Weights
+    experts: ChoicesOfExperts
+    mixture: Choices
+
+    def __post_init__(self) -> None:
+        if len(self.experts) != len(self.weights) or {len(c) for c in (*self.experts, self.mixture)} != {len(self.tokens)}:
+            raise ValueError(
+                "a record of kind 'sample' needs, for each of its tokens, a choice of the mixture and one of each expert "
+                "that it gives a weight"
+            )
 
 
 class CostRecord(RunRecord):
