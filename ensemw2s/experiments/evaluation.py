@@ -134,8 +134,8 @@ def _sample_answers(files: RunFolder, scores: Mapping[str, _Outcomes]) -> dict[s
     for split in TEST_SPLITS:
         name = MEASURED_SPLITS[split]
         questions, examples = files.questions(name), files.examples(name, weak)
-        for fields in question_samples(scores, split):
-            records.append(sample_record(ensemble, tokenizer, questions, examples, **fields).to_json())
+        chosen = question_samples(scores, split)
+        records += [sample_record(ensemble, tokenizer, questions, examples, **fields).to_json() for fields in chosen]
     return {"samples": records}
 
 

@@ -47,7 +47,8 @@ STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
     **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED),
     # A dollar in a name begins no formula.
-    "text.parse_math": False, "svg.fonttype": "none", "font.family": "sans-serif", "font.sans-serif": "DejaVu Sans", "font.size": 8.5,
+    "text.parse_math": False, "svg.fonttype": "none", "font.family": "sans-serif", "font.sans-serif": "DejaVu Sans",
+    "font.size": 8.5,
     "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": RULE, "grid.linewidth": 0.6,
     "legend.frameon": False, "lines.linewidth": 1.6, "lines.markersize": 5,

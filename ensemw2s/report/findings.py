@@ -93,8 +93,8 @@ def opposite_moves(pool: Pool) -> list[str]:
         text = f"{comparison_name(pair)} moves in opposite directions: {' and '.join(points)}."
         if _is_student(first) and not _is_student(second) and hard.value > 0:
             text += (
-                " Students learn from hard questions alone, and can lose on easy ones what they gain on hard ones: they "
-                "are better at other questions, not at all of them."
+                " Students learn from hard questions alone, and can lose on easy ones what they gain on hard ones: "
+                "they are better at other questions, not at all of them."
             )
         else:
             text += " A mean over both kinds of questions would hide it."

@@ -302,10 +302,11 @@ class SampleRecord(RunRecord):
     mixture: Choices
 
     def __post_init__(self) -> None:
-        if len(self.experts) != len(self.weights) or {len(c) for c in (*self.experts, self.mixture)} != {len(self.tokens)}:
+        places = {len(choices) for choices in (*self.experts, self.mixture)}
+        if len(self.experts) != len(self.weights) or places != {len(self.tokens)}:
             raise ValueError(
-                "a record of kind 'sample' needs, for each of its tokens, a choice of the mixture and one of each expert "
-                "that it gives a weight"
+                "a record of kind 'sample' needs, for each of its tokens, a choice of the mixture and one of each "
+                "expert that it gives a weight"
             )
 
 
