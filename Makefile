@@ -9,7 +9,7 @@ BIN   := .venv/bin
 READY := .venv/.ready
 CPP_FILES := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulation/*'
 
-.PHONY: help setup demo quick study results docs picture notebook test test-slow lint format benchmarks check-wheel check-sanitizers check-faults gpu-check clean
+.PHONY: help setup demo quick study results docs picture notebook test test-slow lint format benchmarks check-wheel check-sanitizers check-faults check-page gpu-check clean
 
 help:
 	@echo "make demo        boost, label, teach and measure on a real 135M model (CONFIG=$(CONFIG))"
@@ -22,6 +22,7 @@ help:
 	@echo "make benchmarks  kernel benchmarks         make check-wheel  build and try wheel and sdist"
 	@echo "make gpu-check   build, test and measure on the GPU of this machine, if it has one"
 	@echo "make check-sanitizers  the op tests under AddressSanitizer and UBSan (slow)"
+	@echo "make check-page  a run's and a study's page in Chromium: axe-core, phone width, dark, print (needs npm)"
 	@echo "make check-faults      tries to break it: kills, threads, full disks, hostile files, random calls (an hour)"
 
 setup: $(READY)
@@ -103,6 +104,13 @@ check-sanitizers: $(READY)
 # SHORT=1 is the pass that `make test` holds; ARGS="--only kills disks" runs some batteries alone.
 check-faults: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(if $(SHORT),--short) $(ARGS)
+
+# Looks at pages in headless Chromium (CHROMIUM, or /usr/bin/chromium); npm fetches two packages to build/page.
+check-page: quick
+	mkdir -p build/page
+	npm install --silent --prefix build/page puppeteer-core@24 axe-core@4
+	$(BIN)/ensemw2s report docs/results/real_confirm.jsonl --output build/page/study.html
+	cd build/page && node $(CURDIR)/tests/check_page.mjs $(CURDIR)/run/reverse_letters/report.html study.html
 
 # With this machine's own Python and packages: it needs no .venv and no network.
 gpu-check:

@@ -45,15 +45,17 @@ def mixture_kl(
 
     Args:
         student_logits: ``[..., V]``, float32, bfloat16, float16 or float64.
-        expert_logits: T tensors like it or one stacked ``[T, ..., V]``, of the student's dtype.
+        expert_logits: T tensors ``[..., V]`` or one stacked ``[T, ..., V]``, of one of these dtypes. Where it is not
+            the student's, as with float32 teachers under autocast to bfloat16, the narrower side is copied to the
+            dtype that holds both.
         weights: ``[T]``, non-negative, not all zero; normalised inside.
         token_weights: floating point ``[...]``.
         temperature: Divides all logits; positive.
         impl: Backend, see ``ensemw2s.ops``.
 
     Returns:
-        A float32 scalar (float64 for float64 logits), differentiable in ``student_logits`` and ``token_weights``; the
-        teachers get no gradient.
+        A float32 scalar (float64 if any logits are float64), differentiable in ``student_logits`` and
+        ``token_weights``; the teachers get no gradient.
 
     Raises:
         ValueError: Shapes, devices, ``temperature`` or the values of ``weights`` are wrong.
@@ -63,6 +65,8 @@ def mixture_kl(
     experts = [expert.detach() for expert in expert_list(expert_logits, "expert_logits")]
     check_teachers(student, experts)
     temperature = check_temperature(temperature)
+    wide = torch.promote_types(student.dtype, experts[0].dtype)
+    student, *experts = (logits.to(wide) for logits in (student, *experts))
     weights = expert_weights(weights, len(experts), student).detach()
     per_row = row_weights(token_weights, tuple(student.shape[:-1]), student)
     student, *experts = (tempered(logits, temperature) for logits in (student, *experts))
@@ -82,8 +86,6 @@ def check_teachers(student: Tensor, experts: Sequence[Tensor]) -> None:
             f"expert_logits have shape {tuple(experts[0].shape)}, student_logits {tuple(student.shape)}; student and "
             "teachers need the same tokens and vocabulary"
         )
-    if experts[0].dtype != student.dtype:
-        raise TypeError(f"expert_logits are {experts[0].dtype}, student_logits are {student.dtype}")
     check_same_device(experts[0], student, "expert_logits")
 
 

@@ -23,6 +23,8 @@ from ensemw2s.ops.row_losses import fake_row_losses, save_gradient, scaled_gradi
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, token_weights: Tensor, *, impl: str | None = None) -> Tensor:
     """``sum_i w_i * CE_i``, the loss of boosting's count-weighted or re-weighted training (EnsemW2S, Phase 1).
 
+    It is a sum over tokens, not a mean: divide it by ``token_weights.sum()`` for the weighted mean.
+
     Equivalent to::
 
         losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none")  # -100 gives 0

@@ -114,8 +114,11 @@ def fine_tune(
     if peft_config is not None:
         from peft import get_peft_model
 
-        # peft writes the base model's name into the configuration it is given.
-        model = get_peft_model(model, copy.deepcopy(peft_config))
+        with warnings.catch_warnings():
+            # peft asks for a property that newer releases of transformers have renamed.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            # It writes the base model's name into the configuration it is given.
+            model = get_peft_model(model, copy.deepcopy(peft_config))
     args = args.for_training(adapters=hasattr(model, "peft_config"))
     args.seed, args.data_seed = seed, seed
     if "optimizer_cls_and_kwargs" in trainer_options:

