@@ -844,7 +844,9 @@ def _bad_arguments() -> Iterator[Case]:
         "num_rounds must be int": lambda: BoostingConfig("x", num_rounds="3"),  # type: ignore[arg-type]
         "num_rounds must be from 1": lambda: BoostingConfig("x", num_rounds=0),
         "num_train_epochs must be above 0": lambda: BoostingConfig("x", num_train_epochs=-1),
-        "learning_rate must be float": lambda: StudentConfig("x", learning_rate=None),  # type: ignore[arg-type]
+        "learning_rate must be float": lambda: StudentConfig("x", learning_rate="fast"),  # type: ignore[arg-type]
+        "data_seed=3 cannot be honoured": lambda: StudentConfig("x", data_seed=3),
+        "save_steps=7 does nothing": lambda: StudentConfig("x", save_steps=7),
         "learning_rate must be at least 0": lambda: StudentConfig("x", learning_rate=float("nan")),
         "seed must be from 0": lambda: StudentConfig("x", seed=-1),
         "warm_start must be bool": lambda: BoostingConfig("x", warm_start="yes"),  # type: ignore[arg-type]
