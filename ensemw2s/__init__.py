@@ -28,6 +28,7 @@ _HOME = {
     "tokenize_questions": "data.tokens",
     "load_model": "models.loading",
     "load_tokenizer": "models.loading",
+    "Sampling": "inference.decoding",
     "score_answers": "inference.scoring",
 }
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from ensemw2s.ensemble.config import EnsembleConfig as EnsembleConfig
     from ensemw2s.ensemble.model import TokenEnsemble as TokenEnsemble
     from ensemw2s.experiments.rating import rate_difficulty as rate_difficulty
+    from ensemw2s.inference.decoding import Sampling as Sampling
     from ensemw2s.inference.scoring import score_answers as score_answers
     from ensemw2s.models.loading import load_model as load_model
     from ensemw2s.models.loading import load_tokenizer as load_tokenizer

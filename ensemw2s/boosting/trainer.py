@@ -23,7 +23,7 @@ from ensemw2s.inference.scoring import AnswerScores
 from ensemw2s.models.adapters import check_peft_config
 from ensemw2s.models.identity import describe_model
 from ensemw2s.models.loading import load_tokenizer, source_of
-from ensemw2s.models.own_files import refuse_others
+from ensemw2s.models.own_files import refuse_others, withdraw
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.claims import Kind, claimed, description_of
 from ensemw2s.runtime.files import map_array, new_array, read_array, read_json, write_array, write_json
@@ -193,6 +193,9 @@ class BoostingTrainer:
         with claimed(self.folder, BOOSTING, self._fingerprint(), overwrite=self.args.overwrite, remedy=remedy):
             place = save_to or self.folder / "ensemble"
             processes.on_main(refuse_others, place, "ensemble")
+            if not processes.on_main((self.folder / "rounds").exists):
+                # That of a run that was overwritten would be taken for this one's.
+                processes.on_main(withdraw, self.folder / "ensemble", "ensemble")
             processes.on_main(self._start)
             for number in range(1, self.args.num_rounds + 1):
                 if not self._round(number):

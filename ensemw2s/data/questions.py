@@ -11,6 +11,7 @@ import difflib
 import io
 import itertools
 import json
+import numbers
 import os
 import re
 import warnings
@@ -303,7 +304,10 @@ def check_questions(
         for column, value in row.items():
             text = value[-1]["content"] if column == "prompt" and isinstance(value, list) else value
             if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"{name}, row {index}: {column} is {shown(value)}, expected text that is not empty")
+                raise ValueError(
+                    f"{name}, row {index}: {column} is {shown(value)}, expected text that is not empty"
+                    + (": make numbers text, with str()" if isinstance(value, numbers.Number) else "")
+                )
     if "id" not in dataset.column_names:
         dataset = dataset.add_column("id", _numbered(_content_ids(dataset)))
     ids = [_checked_id(value, f"{name}, row {index}") for index, value in enumerate(dataset["id"])]

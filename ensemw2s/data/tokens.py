@@ -304,7 +304,7 @@ def to_prompt_completion(answers: Any, question_format: QuestionFormat) -> Datas
 def tokenize_questions(
     dataset: Any,
     processing_class: PreTrainedTokenizerBase,
-    question_format: QuestionFormat,
+    question_format: QuestionFormat | None = None,
     name: str = "dataset",
     *,
     answer_ids: Sequence[Sequence[int]] | None = None,
@@ -317,7 +317,7 @@ def tokenize_questions(
     Args:
         dataset: questions with answers, in any shape that `shapes.as_dataset` takes.
         processing_class: must have an end token.
-        question_format: how a question becomes tokens.
+        question_format: how a question becomes tokens; None is `QuestionFormat()`.
         name: what errors call the dataset.
         answer_ids: the answers' tokens where they are known already, prefix and end token included, one row each;
             None tokenises the answers.
@@ -332,6 +332,7 @@ def tokenize_questions(
     """
     from datasets import Dataset
 
+    question_format = question_format or QuestionFormat()
     rows = []
     for index, row in enumerate(check_questions(dataset, name)):
         place = f"{name}, id {row['id']}"
@@ -457,7 +458,7 @@ def check_examples(examples: Any, name: str) -> Dataset:
         if column not in examples.column_names:
             raise ValueError(
                 f"{name}: the examples have no column {column!r}, only {shown_names(examples.column_names)}: "
-                "make them with data.tokenize_questions"
+                "make them with ensemw2s.tokenize_questions"
             )
     if len(examples) == 0:
         raise ValueError(f"{name}: 0 examples, expected at least one")

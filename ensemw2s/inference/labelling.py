@@ -26,7 +26,7 @@ from ensemw2s.runtime import processes
 from ensemw2s.runtime.claims import held_file
 from ensemw2s.runtime.fingerprint import digest_columns, digest_json
 from ensemw2s.runtime.meter import Work
-from ensemw2s.runtime.values import check_number
+from ensemw2s.runtime.values import check_number, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,6 +68,11 @@ class LabelSettings:
         if self.top_logprobs is not None:
             check_number("top_logprobs", self.top_logprobs, whole=True)
         check_number("top_temperature", self.top_temperature)
+        if not isinstance(self.sampling, Sampling):
+            raise TypeError(
+                f"sampling must be an ensemw2s.Sampling, got {shown(self.sampling)}: give Sampling(temperature=0.7), "
+                "for example"
+            )
         if self.top_logprobs is None and self.top_temperature != 1:
             raise ValueError(
                 f"top_temperature={self.top_temperature} does nothing without top_logprobs: set it, or leave both out"

@@ -79,6 +79,13 @@ def own_files(path: str | os.PathLike[str], kind: str) -> Iterator[Path]:
     settle(folder)
 
 
+def withdraw(path: str | os.PathLike[str], kind: str) -> None:
+    """Delete what we wrote to `path` before, and nothing else there; the same errors as `own_files`."""
+    if (Path(path).expanduser() / MANIFEST).is_file():
+        with own_files(path, kind):
+            pass
+
+
 def whole(folder: Path) -> Path:
     """Return where the files lie that count: in `folder`, or ready to be put there when the writer was killed."""
     return folder / _READY if _is_scratch(folder / _READY) else folder

@@ -175,10 +175,11 @@ def check_same_device(tensor: Tensor, like: Tensor, name: str) -> None:
         raise ValueError(f"{name} is on {tensor.device}, the logits are on {like.device}")
 
 
-def check_integers(tensor: Tensor, shape: tuple[int, ...], like: Tensor, name: str) -> None:
-    """Refuse anything but a dense int64 tensor of ``shape`` on the device of ``like``."""
+def check_integers(tensor: Tensor, shape: tuple[int, ...], like: Tensor, name: str, hint: str = "") -> None:
+    """Refuse anything but a dense int64 tensor of ``shape`` on the device of ``like``; ``hint`` says who makes one."""
     if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64:
-        raise TypeError(f"{name} must be an int64 tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+        found = getattr(tensor, "dtype", type(tensor).__name__)
+        raise TypeError(f"{name} must be an int64 tensor, got {found}" + (f"; {hint}" if hint else ""))
     check_tensor(tensor, name)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")

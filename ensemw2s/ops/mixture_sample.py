@@ -93,7 +93,7 @@ def mixture_sample(
         raise ValueError(f"logits must be T tensors [B, V] or one [T, B, V], got experts of shape {tuple(first.shape)}")
     weights = expert_weights(weights, len(experts), first).detach()
     settings = check_filters(temperature, top_k, top_p, min_p)
-    check_integers(seeds, (first.shape[0],), first, "seeds")
+    check_integers(seeds, (first.shape[0],), first, "seeds", "ops.draw_seeds(B) makes them")
     check_integers(positions, (first.shape[0],), first, "positions")
     code = combine_code(combine)
     chosen = backend._choose("mixture_sample", impl, first.device.type, first.dtype)

@@ -457,3 +457,19 @@ def test_a_script_is_told_what_the_command_line_tells(
     assert all("validation: expert" in line for line in lines)
     with_options(model, tmp_path / "hidden", {}, disable_tqdm=True).train()
     assert "round" not in capsys.readouterr().out
+
+
+def test_an_overwritten_run_leaves_no_ensemble_behind(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_options(model, tmp_path, {}).train()
+    (tmp_path / "ensemble/notes.txt").write_text("mine")
+    other = with_options(model, tmp_path, {}, learning_rate=1e-2, overwrite=True)
+    monkeypatch.setattr(other, "_round", lambda number: False)
+    with pytest.raises(RuntimeError, match="no expert beats"):
+        other.train()
+    with pytest.raises((FileNotFoundError, ValueError)):
+        TokenEnsemble.from_pretrained(tmp_path / "ensemble")
+    assert (tmp_path / "ensemble/notes.txt").read_text() == "mine"
+    with_options(model, tmp_path, {}, learning_rate=1e-2).train()
+    assert TokenEnsemble.from_pretrained(tmp_path / "ensemble").num_experts == 2

@@ -232,3 +232,10 @@ def test_settings_of_chats_are_described_where_they_are_set() -> None:
     assert not {"system_message", "chat_template_kwargs"} & plain.describe().keys()
     # Settings that were always there are described also where they are None.
     assert plain.describe()["max_length"] is None
+
+
+def test_a_number_as_answer_is_refused_with_the_way_out() -> None:
+    with pytest.raises(
+        ValueError, match=r"mine, row 0: answer is 3, expected text .*: make numbers text, with str\(\)"
+    ):
+        check_questions([{"prompt": "1+2", "answer": 3}], "mine")

@@ -661,3 +661,8 @@ def test_conversations_are_labelled_kept_and_learned_from(of_models: TokenEnsemb
         trainer = StudentTrainer(llama(3), args, answers, chatty, question_format=form)
         trainer.train()
         assert set(trainer.train_dataset["id"]) == set(found["id"])
+
+
+def test_sampling_that_is_no_sampling_is_refused(of_models: TokenEnsemble) -> None:
+    with pytest.raises(TypeError, match=r"sampling must be an ensemw2s.Sampling, got \{'temperature': 0.7\}"):
+        of_models.label(questions(2), tokenizer(), sampling={"temperature": 0.7})

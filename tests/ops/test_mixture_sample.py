@@ -231,6 +231,7 @@ class TestEveryBackend:
             ({"min_p": 1.1}, ValueError, "min_p=1.1"),
             ({"seeds": torch.zeros(3, dtype=torch.int64)}, ValueError, r"seeds must have shape \(2,\)"),
             ({"positions": torch.zeros(2)}, TypeError, "positions must be an int64 tensor"),
+            ({"seeds": 3}, TypeError, r"seeds must be an int64 tensor, got int; ops.draw_seeds\(B\) makes them"),
             ({"weights": [-1.0, 2.0]}, ValueError, "-1"),
             ({"combine": "max"}, ValueError, "combine='max'"),
         ],
