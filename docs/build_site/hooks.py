@@ -25,7 +25,7 @@ from ensemw2s import BoostingConfig, QuestionFormat, StudentConfig
 from ensemw2s.cli import _parser
 from ensemw2s.experiments.config import ExperimentConfig, settable
 from ensemw2s.experiments.study import StudyConfig
-from ensemw2s.training.arguments import AnswerTrainingArguments
+from ensemw2s.training.arguments import REFUSED, AnswerTrainingArguments
 
 ROOT = Path(__file__).parent.parent.parent
 SHOWN = ("examples/*.yaml", "examples/*.py", "benchmarks/results/*.csv", "CHANGELOG.md", "CITATION.cff")
@@ -119,6 +119,13 @@ def training_defaults() -> Iterator[str]:
             yield f"| `{field.name}` | {_value(field)} | {_value(other)} |"
 
 
+def refused_settings() -> Iterator[str]:
+    """Yield the settings of transformers that are refused, and why."""
+    yield "| key | why it is refused |"
+    yield "|---|---|"
+    yield from (f"| `{name}` | {reason} |" for name, reason in sorted(REFUSED.items()))
+
+
 def _value(field: dataclasses.Field[Any]) -> str:
     return "as the machine has it" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
 
@@ -152,5 +159,6 @@ GENERATED: dict[str, Callable[[], Iterator[str]]] = {
     "labelling": lambda: keys_of(_nested("labelling"), "labelling."),
     "study": lambda: keys_of(StudyConfig, only=("tasks", "seeds", "comparisons", "primary_split")),
     "training defaults": training_defaults,
+    "refused settings": refused_settings,
     "help": help_texts,
 }
