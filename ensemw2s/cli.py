@@ -36,6 +36,7 @@ EXAMPLES = """examples:
   ensemw2s run examples/reverse_words.yaml boosting.recipe=paper name=as_published
   ensemw2s boost examples/reverse_words.yaml && ensemw2s label run/reverse_words
   ensemw2s report run/reverse_words run/as_published --output both.html
+  ensemw2s compare run/reverse_words run/as_published
   ensemw2s report run/words_seed_0 run/words_seed_1 run/words_seed_2
   ensemw2s report docs/results/study.jsonl --plot docs/study.svg
   accelerate launch --num_processes 2 -m ensemw2s run examples/reverse_words.yaml
@@ -177,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ensemw2s {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_init, _add_run, _add_plan, _add_study, _add_report, _add_env):
+    for add in (_add_init, _add_run, _add_plan, _add_study, _add_report, _add_compare, _add_env):
         add(commands)
     return parser
 
@@ -252,6 +253,17 @@ def _add_report(commands: Any) -> None:
     )
     report.add_argument("--plot", type=_text, metavar="FILE", help="draw the comparisons to this .svg or .png file")
     report.set_defaults(command=_report)
+
+
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare", help="two runs side by side: settings that differ, and what every arm reached",
+        description="Print in which settings two runs differ, and the accuracy of every arm in both; where they asked "
+        "the same questions, the difference too, the second run minus the first.",
+    )  # fmt: skip
+    for which in ("first", "second"):
+        compare.add_argument(which, type=_text, metavar="RUN", help="the folder of a run")
+    compare.set_defaults(command=_compare)
 
 
 def _add_env(commands: Any) -> None:
@@ -366,6 +378,13 @@ def _report(options: argparse.Namespace) -> None:
         output = options.output or (first.with_suffix(".html") if first.suffix == ".jsonl" else first / REPORT_FILE)
         write_report(options.paths, output)
         print(output)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from ensemw2s.report.comparison import comparison_tables
+
+    for table in comparison_tables(options.first, options.second):
+        _console().print(table)
 
 
 def _env(options: argparse.Namespace) -> None:

@@ -76,7 +76,7 @@ def write_report(paths: Sequence[str | os.PathLike[str]], path: str | os.PathLik
         ValueError: no path, a corrupt record (names file and line), runs that cannot be pooled, or a page at `path`
             that is not ours.
     """
-    runs = _load_runs(paths)
+    runs = load_runs(paths)
     if pooled := _are_pooled(runs):
         alone = [single for run in runs for single in _single_runs(run)]
         parts = [Part([record for run in runs for record in run.records])]
@@ -103,7 +103,7 @@ def write_forest_plot(paths: Sequence[str | os.PathLike[str]], path: str | os.Pa
         FileNotFoundError: a folder without results, or no such file.
         ValueError: another suffix, a corrupt record, runs that cannot be pooled, or no measured comparison.
     """
-    runs = _load_runs(paths)
+    runs = load_runs(paths)
     if len(runs) > 1 and not _are_pooled(runs):
         raise ValueError(
             f"{', '.join(run.name for run in runs)} cannot be drawn as one: runs that are pooled share arms and "
@@ -129,7 +129,7 @@ def forest_rows(pool: Pool) -> list[ForestRow]:
     return [row for row in rows if row.by_split]
 
 
-def _load_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
+def load_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
     """Load runs, each named by its folder, and by the folder's whole path where names repeat."""
     if not paths:
         raise ValueError("no path: give at least one folder of a run, or a study's .jsonl file")
