@@ -71,8 +71,7 @@ def _accuracies(runs: list[Run], names: list[str]) -> Rows:
     for split in TEST_SPLITS:
         headers += [*(f"{split.upper()}, {name}" for name in names), f"{split.upper()}, points"]
         alike = _asked(runs[0], split) == _asked(runs[1], split) != set()
-        for pool in pools:
-            columns.append([_percent(pool.accuracy(arm, split)) for arm in arms])
+        columns += [[_percent(pool.accuracy(arm, split)) for arm in arms] for pool in pools]
         columns.append([_difference(pools, arm, split) if alike else "" for arm in arms])
     return headers, [list(row) for row in zip(map(arm_name, arms), *columns, strict=True)]
 
