@@ -319,6 +319,8 @@ def _run(options: argparse.Namespace) -> None:
     from ensemw2s.experiments.config import load_config
     from ensemw2s.experiments.experiment import Experiment
     from ensemw2s.experiments.folder import PHASES
+    from ensemw2s.report.findings import headline
+    from ensemw2s.report.pool import pool_runs
     from ensemw2s.report.tables import results_table
     from ensemw2s.runtime import processes
     from ensemw2s.runtime.records import RESULTS_FILE, parse_records
@@ -333,7 +335,9 @@ def _run(options: argparse.Namespace) -> None:
     records = experiment.run(options.phases or PHASES)
     if processes.is_main():
         if options.phases is None or "evaluate" in options.phases:
-            console.print(results_table(parse_records(records)))
+            found = parse_records(records)
+            console.print(results_table(found))
+            console.print(headline(pool_runs(found)), markup=False, highlight=False)
         console.print(f"results: {experiment.folder / RESULTS_FILE}")
     processes.end()
 

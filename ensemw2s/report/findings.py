@@ -26,10 +26,16 @@ _WITHOUT_ARTICLE = ("bagging", "sequence")
 def headline(pool: Pool | None) -> str:
     """Return what the first comparison says about the primary split, or why nothing can be said.
 
-    One arm is ahead where the interval of the difference leaves out 0. Else no difference was found.
+    One arm is ahead where the interval of the difference leaves out 0. Else no difference was found. Where no arm has a
+    right answer, there is nothing to compare.
     """
     if pool is None:
         return "Nothing was measured on test questions yet: run `evaluate` first."
+    if pool.answers and not any(right.any() for by_task in pool.answers.values() for right in by_task.values()):
+        return (
+            "No arm answers a single test question right, so nothing can be compared: train for longer or with a "
+            "higher learning rate, or take easier questions."
+        )
     pairs = [pair for pair in pool.comparisons if pool.difference(pair, pool.primary_split)]
     if not pairs:
         return (

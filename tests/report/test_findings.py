@@ -63,6 +63,13 @@ def test_without_figures_the_first_sentence_says_so() -> None:
     assert "No comparison can be made on hard questions" in headline(pool(ensemble=(1, 2)))
 
 
+def test_a_table_of_zeros_comes_with_a_hint() -> None:
+    assert headline(pool(ensemble=(0, 0), single_expert=(0, 0))).startswith(
+        "No arm answers a single test question right"
+    )
+    assert "single test question" not in headline(pool(ensemble=(0, 0), single_expert=(1, 0)))
+
+
 def test_large_opposite_moves_are_commented() -> None:
     [said] = opposite_moves(pool(single_expert=(120, 40), ensemble=(80, 80)))
     assert "moves in opposite directions: −20.0 points on easy questions and +20.0 points on hard questions" in said
