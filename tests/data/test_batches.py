@@ -112,7 +112,10 @@ def test_the_order_follows_the_epoch_that_training_goes_on_in(tmp_path: Any) -> 
     ("rows", "message"),
     [
         ([{"prompt": "ab", "answer": "c"}], "easy: the examples have no column 'input_ids', only prompt, answer"),
-        ([{"input_ids": [3, 4]}], "no column 'prompt_length', only input_ids: make them with data.tokenize_questions"),
+        (
+            [{"input_ids": [3, 4]}],
+            "no column 'prompt_length', only input_ids: make them with ensemw2s.tokenize_questions",
+        ),
         (
             [{"id": "a", "input_ids": [3, 4], "prompt_length": 1}, {"id": "b", "input_ids": [3], "prompt_length": 1}],
             r"easy, id b: the answer has no tokens \(prompt_length 1 of 1 tokens\): leave the row out",

@@ -135,10 +135,12 @@ def test_kernel_gradients_match_float64(generator, combine, dtype):
     upstream = torch.randn(4, 130, generator=generator)
     upstream[:, 7] = 0
     exact = gradients([x.double() for x in logits], weights.double(), combine, upstream)
-    got = gradients(logits, weights, combine, upstream, impl="cpp")
+    got, plain = (gradients(logits, weights, combine, upstream, impl=impl) for impl in ("cpp", "reference"))
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
-    for ours, theirs in zip(got, exact, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, atol=tolerance * float(theirs.abs().max()), rtol=tolerance)
+    for ours, torchs, theirs in zip(got, plain, exact, strict=True):
+        # An idle expert's weight has a sum of large terms of both signs, where plain torch is off as far.
+        allowed = tolerance * float(theirs.abs().max()) + 2 * float((torchs.double() - theirs).abs().max())
+        torch.testing.assert_close(ours.double(), theirs, atol=allowed, rtol=tolerance)
 
 
 @needs_cpp
