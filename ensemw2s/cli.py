@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 # Little is imported here: an interrupt while Python loads a large library, before `main`, would end in a traceback.
 from ensemw2s import __version__
-from ensemw2s.runtime.console import quiet_libraries
+from ensemw2s.runtime.console import quiet_libraries, say
 from ensemw2s.runtime.parsing import require_file
 
 if TYPE_CHECKING:
@@ -331,7 +331,7 @@ def _run(options: argparse.Namespace) -> None:
         # The launcher ends all processes when one is gone; an interrupt leaves time to say how to go on.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     config = processes.on_main(load_config, options.config, options.overrides, quick=options.quick)
-    experiment = Experiment(config, overwrite=options.overwrite, say=_say)
+    experiment = Experiment(config, overwrite=options.overwrite, say=say)
     records = experiment.run(options.phases or PHASES)
     if processes.is_main():
         if options.phases is None or "evaluate" in options.phases:
@@ -358,7 +358,7 @@ def _study(options: argparse.Namespace) -> None:
     config = load_study(options.config, options.overrides)
     if options.tasks:
         config = config.with_tasks(options.tasks.split(","))
-    study = Study(config, options.records, say=_say)
+    study = Study(config, options.records, say=say)
     study.run(options.jobs, options.minutes)
     print(study.file)
 
@@ -403,13 +403,6 @@ def _env(options: argparse.Namespace) -> None:
         rows: dict[str, Any] = value if isinstance(value, dict) else {"": value}
         for key, item in rows.items():
             print(f"{f'{name} {key}'.strip():<32} {item}")
-
-
-def _say(line: str) -> None:
-    from tqdm.auto import tqdm
-
-    # Written above a progress bar that may be on the screen.
-    tqdm.write(line)
 
 
 def _explain_interrupt(arguments: Sequence[str]) -> None:

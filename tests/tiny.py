@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 from ensemw2s.data.tokens import QuestionFormat
 
@@ -93,3 +100,19 @@ def questions(count: int, seed: int = 4, start: int = 0) -> Dataset:
     return Dataset.from_list(
         [{"id": f"q{start + i}", "prompt": f"{word}{start + i}", "answer": word[:2]} for i, word in enumerate(words)]
     )
+
+
+class Watch(TrainerCallback):
+    """Keeps what trainings told: how many there were, the loss of each evaluation by its step, the best checkpoint."""
+
+    def __init__(self) -> None:
+        self.trainings = 0
+        self.losses: list[tuple[int, float]] = []
+        self.best: str | None = None
+
+    def on_log(self, args: object, state: Any, control: object, logs: Any = None, **kwargs: object) -> None:
+        self.losses += [(state.global_step, logs["eval_loss"])] if "eval_loss" in logs else []
+
+    def on_train_end(self, args: object, state: Any, control: object, **kwargs: object) -> None:
+        self.trainings += 1
+        self.best = state.best_model_checkpoint

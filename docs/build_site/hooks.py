@@ -30,8 +30,9 @@ from ensemw2s.training.arguments import REFUSED, AnswerTrainingArguments
 ROOT = Path(__file__).parent.parent.parent
 SHOWN = ("examples/*.yaml", "examples/*.py", "benchmarks/results/*.csv", "CHANGELOG.md", "CITATION.cff")
 _REQUEST = re.compile(r"^<!-- generated: ([a-z ]+) -->$", re.MULTILINE)
-# Links out of docs/ to files that the site shows; the site has them beside its pages, one folder further in.
+# The site shows notebooks as pages.
 _NOTEBOOK = re.compile(r"\]\((examples/\w+)\.ipynb\)")
+# Links out of docs/ to files that the site shows; the site has them beside its pages, one folder further in.
 _LINK_OUT = re.compile(r"\]\(\.\./((?:\.\./)*(?:examples|benchmarks/results)/|CHANGELOG\.md|CITATION\.cff)")
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ensemw2s.boosting import algorithm
@@ -26,6 +25,7 @@ from ensemw2s.models.loading import load_tokenizer, source_of
 from ensemw2s.models.own_files import refuse_others, withdraw
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.claims import Kind, claimed, description_of
+from ensemw2s.runtime.console import say
 from ensemw2s.runtime.files import map_array, new_array, read_array, read_json, write_array, write_json
 from ensemw2s.runtime.fingerprint import digest_questions
 from ensemw2s.runtime.meter import Ledger, total
@@ -515,8 +515,7 @@ class BoostingTrainer:
 
     def _print_round(self, record: Mapping[str, Any]) -> None:
         if not self.args.disable_tqdm:
-            # Above a progress bar that may be on the screen.
-            tqdm.write(round_line(record, self.args.num_rounds))
+            say(round_line(record, self.args.num_rounds))
 
 
 def round_line(record: Mapping[str, Any], num_rounds: int) -> str:

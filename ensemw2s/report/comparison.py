@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ensemw2s.report.arms import arm_name, arm_order
-from ensemw2s.report.page import flatten, load_runs
 from ensemw2s.report.pool import Pool, pool_runs
+from ensemw2s.report.runs import flatten, load_runs
 from ensemw2s.report.statistics import Interval, pooled_difference
-from ensemw2s.report.tables import Rows, difference_text
+from ensemw2s.report.tables import Rows, difference_text, terminal_table
 from ensemw2s.runtime.records import TEST_SPLITS, AnswersRecord, Run, of_kind
 
 if TYPE_CHECKING:
@@ -36,20 +36,9 @@ def compare_runs(first: str | os.PathLike[str], second: str | os.PathLike[str]) 
 
 def comparison_tables(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> list[Table]:
     """Return `compare_runs` for a terminal."""
-    from rich import box
-    from rich.table import Table
-
-    tables = []
-    for title, (headers, rows) in zip(
-        ("Settings that differ", "Right answers"), compare_runs(first, second), strict=True
-    ):
-        table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        for i, header in enumerate(headers):
-            table.add_column(header, justify="right" if i else "left", overflow="fold")
-        for row in rows or [["none", *[""] * (len(headers) - 1)]]:
-            table.add_row(*row)
-        tables.append(table)
-    return tables
+    (headers, differing), right = compare_runs(first, second)
+    settings = headers, differing or [["none", "", ""]]
+    return [terminal_table("Settings that differ", settings), terminal_table("Right answers", right)]
 
 
 def _settings(runs: list[Run], names: list[str]) -> Rows:

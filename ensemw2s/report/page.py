@@ -10,9 +10,8 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -34,9 +33,9 @@ from ensemw2s.report.findings import (
     shares_of,
 )
 from ensemw2s.report.pool import Pool, pool_runs
-from ensemw2s.runtime.files import SIGNATURE, new_page, read_json
+from ensemw2s.report.runs import flatten, load_runs
+from ensemw2s.runtime.files import SIGNATURE, new_page
 from ensemw2s.runtime.records import (
-    CONFIG_FILE,
     TEST_SPLITS,
     AnswersRecord,
     ArmRecord,
@@ -52,7 +51,6 @@ from ensemw2s.runtime.records import (
     SampleRecord,
     StudyRecord,
     of_kind,
-    read_records,
     run_keys,
 )
 
@@ -85,8 +83,7 @@ def write_report(paths: Sequence[str | os.PathLike[str]], path: str | os.PathLik
         parts = [Part(run.records, run, f"Run {run.name}" if len(runs) > 1 else "") for run in runs]
     measured = [run for run in runs if measured_arms(run.records)]
     title = (parts[0].pool.name if pooled and parts[0].pool else "") or ", ".join(run.name for run in runs)
-    text = render(
-        "page.html",
+    text = _rendered(
         title=title,
         side_by_side=measured if len(measured) > 1 and not pooled else [],
         pooled=pooled,
@@ -127,32 +124,6 @@ def forest_rows(pool: Pool) -> list[ForestRow]:
             measured = {split: value for split, value in found.items() if value is not None}
             rows.append(ForestRow(label, task is None, measured))
     return [row for row in rows if row.by_split]
-
-
-def load_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
-    """Load runs, each named by its folder, and by the folder's whole path where names repeat."""
-    if not paths:
-        raise ValueError("no path: give at least one folder of a run, or a study's .jsonl file")
-    names = [Path(path).resolve().name.removesuffix(".jsonl") for path in paths]
-    return [
-        Run(name if names.count(name) == 1 else os.fspath(path), read_records(path), _read_config(path))
-        for path, name in zip(paths, names, strict=True)
-    ]
-
-
-def _read_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    file = Path(path) / CONFIG_FILE
-    if not file.exists():
-        return None
-    config = read_json(file)
-    mappings = (
-        (config, *(config.get(key, {}) for key in ("weak", "strong", "boosting"))) if isinstance(config, dict) else ()
-    )
-    if not mappings or not all(isinstance(part, dict) for part in mappings):
-        raise ValueError(
-            f"{file} is no configuration of a run: expected an object with the objects weak, strong, boosting"
-        )
-    return config
 
 
 def _are_pooled(runs: Sequence[Run]) -> bool:
@@ -300,17 +271,7 @@ def _model_text(model: Mapping[str, Any] | None) -> str:
     return f"{model.get('source', '')}{layers}" if model else ""
 
 
-def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the dotted names and values of an environment."""
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            yield from flatten(item, f"{prefix}{key}.")
-        elif item is not None:
-            yield f"{prefix}{key}", str(item)
-
-
-def render(template: str, **values: Any) -> str:
-    """Return the page that one of the `templates` gives."""
+def _rendered(**values: Any) -> str:
     pages = Environment(
         loader=PackageLoader(__package__),
         autoescape=True,
@@ -323,7 +284,7 @@ def render(template: str, **values: Any) -> str:
     pages.globals |= {"flatten": flatten, "tolerances": (IDENTITY_TOLERANCE, SUM_TOLERANCE), "signature": SIGNATURE}
     pages.filters["yaml"] = lambda config: yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
     pages.filters |= {"unbroken": _unbroken, "visible": _visible}
-    return _with_unique_ids(pages.get_template(template).render(**values))
+    return _with_unique_ids(pages.get_template("page.html").render(**values))
 
 
 def _unbroken(cell: str) -> Markup:

@@ -218,9 +218,6 @@ def _both_splits(pool: Pool, arm: str, task: str) -> str:
 
 def results_table(records: Sequence[Record]) -> Table:
     """Return every measured arm with its accuracies ± standard error, PGR with 95% interval, and training costs."""
-    from rich import box
-    from rich.table import Table
-
     pool = pool_runs(records)
     measured = {
         (record.arm, record.metric, record.split): f"{100 * record.value:.1f} ± {100 * record.standard_error:.1f}"
@@ -239,10 +236,19 @@ def results_table(records: Sequence[Record]) -> Table:
     ]
     headers = [*_by_split("{}, %"), *_by_split("Exact {}, %"), *_by_split("PGR {}"), "Train s", "Train TFLOP"]
     headers, rows = without_empty_columns(["Arm", *headers], rows)
-    table = Table(title="Results", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    return terminal_table("Results", (headers, rows), unbroken=3)
+
+
+def terminal_table(title: str, content: Rows, unbroken: int = 0) -> Table:
+    """Return headers and rows for a terminal. In a narrow one, columns after the first `unbroken` fold."""
+    from rich import box
+    from rich.table import Table
+
+    headers, rows = content
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for i, header in enumerate(headers):
-        # In a narrow terminal the later columns fold; nothing is cut off.
-        table.add_column(header, justify="right" if i else "left", no_wrap=i < 3, overflow="fold")
+        # Nothing is cut off.
+        table.add_column(header, justify="right" if i else "left", no_wrap=i < unbroken, overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

@@ -18,6 +18,13 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
+def say(line: str) -> None:
+    """Print a line for the reader, above a progress bar that may be on the screen."""
+    from tqdm.auto import tqdm
+
+    tqdm.write(line)
+
+
 @contextmanager
 def no_loading_bars() -> Iterator[None]:
     """Within the block, transformers shows no bar for each model that it loads; an ensemble loads many."""

@@ -29,10 +29,8 @@ class HiddenPredictions:
         """Return [n, V]."""
         return self.states @ self.head.T
 
-    def cross_entropy(self, labels: Tensor, token_weights: Tensor, smoothing: float = 0.0) -> Tensor:
-        """Return `sum_i w_i CE_i` for int64 labels [n]; see `smoothed_cross_entropy`, which holds all logits."""
-        if smoothing:
-            return smoothed_cross_entropy(self.logits, labels, token_weights, smoothing)
+    def cross_entropy(self, labels: Tensor, token_weights: Tensor) -> Tensor:
+        """Return `sum_i w_i CE_i` for int64 labels [n]."""
         return ops.linear_weighted_cross_entropy(self.states, self.head, labels, token_weights)
 
     @torch.no_grad()
@@ -52,10 +50,8 @@ class LogitPredictions:
 
     logits: Tensor
 
-    def cross_entropy(self, labels: Tensor, token_weights: Tensor, smoothing: float = 0.0) -> Tensor:
-        """Return `sum_i w_i CE_i` for int64 labels [n]; see `smoothed_cross_entropy`."""
-        if smoothing:
-            return smoothed_cross_entropy(self.logits, labels, token_weights, smoothing)
+    def cross_entropy(self, labels: Tensor, token_weights: Tensor) -> Tensor:
+        """Return `sum_i w_i CE_i` for int64 labels [n]."""
         return ops.weighted_cross_entropy(self.logits, labels, token_weights)
 
     @torch.no_grad()

@@ -30,7 +30,7 @@ from ensemw2s.runtime.meter import count, count_before, metered
 from ensemw2s.runtime.values import shown_names
 from ensemw2s.training.checkpoints import seal_checkpoint, spent_until
 from ensemw2s.training.packing import keeps_rows_apart, pack_rows, wants_one_line
-from ensemw2s.training.predictions import HiddenPredictions, LogitPredictions, Predictions
+from ensemw2s.training.predictions import HiddenPredictions, LogitPredictions, Predictions, smoothed_cross_entropy
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -200,9 +200,8 @@ class AnswerTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(ids) for ids in rows["input_ids"]]
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         # The batches of all processes together: with half the batch each, two see the rows that one would.
-        sampler = LengthBucketSampler(lengths, self._train_batch_size * self.args.world_size, seed)
+        sampler = LengthBucketSampler(lengths, self._train_batch_size * self.args.world_size, self.args.seed)
         self.add_callback(_EpochOrder(sampler))
         return sampler
 
@@ -310,7 +309,10 @@ class AnswerTrainer(Trainer):
 
     def label_loss(self, predictions: Predictions, answers: AnswerTokens) -> torch.Tensor:
         """Return `sum_i w_i CE_i`, with label smoothing as `args.label_smoothing_factor` says."""
-        return predictions.cross_entropy(answers.labels, answers.token_weights, self.args.label_smoothing_factor)
+        labels, weights, smoothing = answers.labels, answers.token_weights, self.args.label_smoothing_factor
+        if smoothing:
+            return smoothed_cross_entropy(predictions.logits, labels, weights, smoothing)
+        return predictions.cross_entropy(labels, weights)
 
     def _loss_of(self, model: torch.nn.Module, predictions: Predictions, answers: AnswerTokens) -> torch.Tensor:
         """Return the loss that is trained; or, in an evaluation, cross entropy, whatever is trained."""

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from ensemw2s import BoostingConfig, BoostingTrainer, TokenEnsemble
 from ensemw2s.boosting import algorithm
@@ -20,7 +19,7 @@ from ensemw2s.runtime.files import read_array, read_json, write_array, write_jso
 from ensemw2s.runtime.store import Store
 from ensemw2s.training.trainer import AnswerTrainer
 from tests.running import die_before, fork, wait
-from tests.tiny import END, FORMAT, llama, lora, questions, saved_model, tokenizer
+from tests.tiny import END, FORMAT, Watch, llama, lora, questions, saved_model, tokenizer
 
 FAST: dict[str, Any] = {
     "num_rounds": 3, "num_train_epochs": 2, "learning_rate": 2e-2, "per_device_train_batch_size": 8,
@@ -387,18 +386,6 @@ def test_questions_come_in_any_shape(model: Path, tmp_path: Path) -> None:
 # What reaches the training of each expert
 
 
-class Seen(TrainerCallback):
-    def __init__(self) -> None:
-        self.trainings = 0
-        self.eval_losses: list[float] = []
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.trainings += 1
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        self.eval_losses += [logs["eval_loss"]] if "eval_loss" in logs else []
-
-
 def with_options(model: Path, folder: Path, options: dict[str, Any], **settings: Any) -> BoostingTrainer:
     return BoostingTrainer(
         str(model), BoostingConfig(output_dir=str(folder), **(FAST | {"num_rounds": 2} | settings)), questions(12),
@@ -408,11 +395,11 @@ def with_options(model: Path, folder: Path, options: dict[str, Any], **settings:
 
 
 def test_callbacks_and_evaluations_belong_to_every_expert(model: Path, tmp_path: Path) -> None:
-    seen = Seen()
+    seen = Watch()
     with_options(model, tmp_path, {"callbacks": [seen]}, eval_strategy="epoch", num_train_epochs=2).train()
     assert seen.trainings == 2
-    assert len(seen.eval_losses) == 4
-    assert all(np.isfinite(seen.eval_losses))
+    assert len(seen.losses) == 4
+    assert all(np.isfinite(loss) for _, loss in seen.losses)
 
 
 def test_an_optimizer_class_makes_other_experts_and_another_run(model: Path, tmp_path: Path) -> None:
@@ -429,7 +416,7 @@ def test_an_optimizer_class_makes_other_experts_and_another_run(model: Path, tmp
     ("options", "settings", "error", "message"),
     [
         ({"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}, {}, ValueError, "every expert has weights of its"),
-        ({"callbacks": [Seen()], "store": True}, {}, ValueError, "leave out callbacks or store"),
+        ({"callbacks": [Watch()], "store": True}, {}, ValueError, "leave out callbacks or store"),
         ({"compute_metrics": len}, {}, TypeError, "BoostingTrainer takes no argument 'compute_metrics'"),
         ({"eval_dataset": None}, {"eval_strategy": "steps"}, ValueError, 'eval_strategy="steps" needs questions'),
     ],

@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast
 
 from ensemw2s import TokenEnsemble
 from ensemw2s.data.batches import AnswerCollator, next_token_mask
@@ -29,7 +29,19 @@ from ensemw2s.student.answers import usable_answers
 from ensemw2s.student.teacher import cache_teacher
 from ensemw2s.student.trainer import StudentConfig, StudentTrainer, load_trained
 from ensemw2s.training.fine_tune import fine_tune
-from tests.tiny import END, FORMAT, LETTERS, VOCAB, llama, lora, questions, saved_adapters, saved_model, tokenizer
+from tests.tiny import (
+    END,
+    FORMAT,
+    LETTERS,
+    VOCAB,
+    Watch,
+    llama,
+    lora,
+    questions,
+    saved_adapters,
+    saved_model,
+    tokenizer,
+)
 
 IDS = torch.randint(2, VOCAB, (3, 8), generator=torch.Generator().manual_seed(0))
 
@@ -656,27 +668,19 @@ def test_an_unknown_confidence_is_not_confident(tmp_path: Path) -> None:
 # What reaches transformers' trainer
 
 
-class EvalLosses(TrainerCallback):
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        self.losses += [logs["eval_loss"]] if "eval_loss" in logs else []
-
-
 VARIANTS = [{}, {"variant": "confidence"}, {"variant": "soft"}, {"variant": "soft", "top_logprobs": 3}]
 
 
 @pytest.mark.parametrize("settings", VARIANTS)
 def test_every_variant_is_evaluated_by_the_same_loss(tmp_path: Path, settings: dict[str, Any]) -> None:
-    seen = EvalLosses()
+    seen = Watch()
     args = config(tmp_path, eval_strategy="epoch", per_device_eval_batch_size=3, **settings)
     teacher = TokenEnsemble.from_models([llama(2), llama(3)], [1.0, 1.0]) if settings.get("variant") == "soft" else None
     asked = questions(7, seed=8, start=50)
     model = student(tmp_path, args=args, teacher=teacher, eval_dataset=asked, callbacks=[seen]).train()
     examples = tokenize_questions(asked, tokenizer(), FORMAT)
     scores = score_answers(model, examples, pad_token_id=tokenizer().eos_token_id)
-    assert seen.losses == [pytest.approx(-float(scores.token_log_probs.mean()), rel=1e-4)]
+    assert [loss for _, loss in seen.losses] == [pytest.approx(-float(scores.token_log_probs.mean()), rel=1e-4)]
 
 
 def test_an_optimizer_trains_the_model_that_it_was_made_for(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from ensemw2s import BoostingConfig, StudentConfig
 from ensemw2s.training.arguments import REFUSED, AnswerTrainingArguments, check_trainer_options, require_eval_dataset
 from ensemw2s.training.fine_tune import fine_tune
-from ensemw2s.training.predictions import HiddenPredictions, LogitPredictions
+from ensemw2s.training.predictions import HiddenPredictions, LogitPredictions, smoothed_cross_entropy
 from ensemw2s.training.trainer import AnswerTrainer
+from tests.tiny import Watch
 from tests.training.test_trainer import PAD, llama, ragged, slow_loss, trained_weights
 
 # Values that are not the default, and change what is computed.
@@ -181,48 +182,35 @@ def test_label_smoothing_mixes_in_the_mean_over_the_vocabulary(smoothing: float)
     log_probs = (states @ head.T).log_softmax(-1)
     expected = -(weights * ((1 - smoothing) * log_probs[range(7), labels] + smoothing * log_probs.mean(-1))).sum()
     for predictions in (HiddenPredictions(states.float(), head.float()), LogitPredictions((states @ head.T).float())):
-        found = predictions.cross_entropy(labels, weights.float(), smoothing)
+        found = smoothed_cross_entropy(predictions.logits, labels, weights.float(), smoothing)
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 # Evaluations during training
 
 
-class Logs(TrainerCallback):
-    def __init__(self) -> None:
-        self.losses: dict[int, float] = {}
-        self.best: str | None = None
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if "eval_loss" in logs:
-            self.losses[state.global_step] = logs["eval_loss"]
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.best = state.best_model_checkpoint
-
-
 @pytest.mark.parametrize("size", [1, 3, 8])
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_the_loss_of_an_evaluation_is_the_mean_over_answer_tokens(tmp_path: Path, size: int, smoothing: float) -> None:
-    logs = Logs()
+    watch = Watch()
     settings = {"eval_strategy": "epoch", "per_device_eval_batch_size": size, "label_smoothing_factor": smoothing}
-    model = train(tmp_path, evaluated=True, callbacks=[logs], **settings)
+    model = train(tmp_path, evaluated=True, callbacks=[watch], **settings)
     examples, weights = ragged(7, seed=5)
     with torch.no_grad():
         expected = slow_loss(model.double(), examples, [np.ones(len(row)) for row in weights])
-    assert logs.losses == {5: pytest.approx(expected.item(), rel=1e-5)}
+    assert dict(watch.losses) == {5: pytest.approx(expected.item(), rel=1e-5)}
 
 
 def test_evaluations_come_when_they_were_asked_for_and_leave_the_result(tmp_path: Path, plain: Any) -> None:
-    logs = Logs()
+    watch = Watch()
     settings = {"eval_strategy": "steps", "eval_steps": 2, "eval_delay": 2, "eval_on_start": True}
-    assert distance(train(tmp_path, evaluated=True, callbacks=[logs], **settings), plain) == 0
+    assert distance(train(tmp_path, evaluated=True, callbacks=[watch], **settings), plain) == 0
     # transformers adds one at the end.
-    assert set(logs.losses) == {0, 2, 4, 5}
+    assert {step for step, _ in watch.losses} == {0, 2, 4, 5}
 
 
 def test_the_best_checkpoint_comes_back_at_the_end(tmp_path: Path) -> None:
-    logs = Logs()
+    watch = Watch()
     # The answers are random: what is learned of some is wrong for others.
     steps = {
         "eval_strategy": "steps",
@@ -231,14 +219,15 @@ def test_the_best_checkpoint_comes_back_at_the_end(tmp_path: Path) -> None:
         "save_steps": 1,
         "learning_rate": 2e-2,
     }
-    model = train(tmp_path, evaluated=True, callbacks=[logs], load_best_model_at_end=True, **steps)
-    best = min(logs.losses, key=lambda step: logs.losses[step])
-    assert logs.best == str(tmp_path / f"checkpoints/checkpoint-{best}")
+    model = train(tmp_path, evaluated=True, callbacks=[watch], load_best_model_at_end=True, **steps)
+    losses = dict(watch.losses)
+    best = min(losses, key=lambda step: losses[step])
+    assert watch.best == str(tmp_path / f"checkpoints/checkpoint-{best}")
     assert best != 30
     examples, weights = ragged(7, seed=5)
     with torch.no_grad():
         found = slow_loss(model.double(), examples, [np.ones(len(row)) for row in weights])
-    assert found.item() == pytest.approx(logs.losses[best], rel=1e-5)
+    assert found.item() == pytest.approx(losses[best], rel=1e-5)
 
 
 def test_an_evaluation_without_questions_is_refused(tmp_path: Path) -> None:
