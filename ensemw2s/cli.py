@@ -194,7 +194,18 @@ def _add_init(commands: Any) -> None:
     for name, text in _ASKED.items():
         init.add_argument(f"--{name}", type=_text, help=text)
     init.add_argument("--hard", type=_text, metavar="FILE", help="hard questions, if --questions are the easy ones")
+    init.add_argument(
+        "--columns", type=_columns, metavar="prompt=NAME,answer=NAME",
+        help="what the columns prompt and answer are called in the files",
+    )  # fmt: skip
     init.set_defaults(command=_init)
+
+
+def _columns(text: str) -> dict[str, str]:
+    pairs = [pair.split("=", 1) for pair in text.split(",")]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form prompt=question,answer=solution")
+    return dict(pairs)
 
 
 def _add_run(commands: Any) -> None:
@@ -298,7 +309,7 @@ def _init(options: argparse.Namespace) -> None:
     from ensemw2s.experiments.init import write_configuration
 
     quiet_libraries()
-    write_configuration(Path(options.config), **given, hard=options.hard)
+    write_configuration(Path(options.config), **given, hard=options.hard, columns=options.columns)
     commands = "".join(f"\n  ensemw2s {command} {options.config}" for command in ("plan", "run"))
     print(f"{options.config} is written: look through it, then{commands}")
 

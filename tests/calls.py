@@ -24,24 +24,13 @@ from ensemw2s import TokenEnsemble
 from ensemw2s.inference.choices import ChoiceSettings, score_choices
 from ensemw2s.inference.decoding import Sampling
 from ensemw2s.inference.scoring import score_answers
-from tests.tiny import FORMAT, PAD, VOCAB, gpt2, llama, questions, saved_adapters, tokenizer
+from tests.tiny import FORMAT, PAD, VOCAB, dora_adapters, gpt2, llama, questions, saved_adapters, tokenizer
 
 Calls = dict[str, Callable[[], Any]]
-KINDS = ("stacked", "one-after-the-other", "models")
+KINDS = ("stacked", "one-after-the-other", "mixed", "models")
 IDS = torch.randint(2, VOCAB, (2, 7), generator=torch.Generator().manual_seed(5))
 # How long a call in the middle of another is waited for: it may need what the other one holds.
 _PATIENCE = 0.2
-
-
-def dora_adapters(folder: Path, count: int) -> list[Path]:
-    """Write adapters that cannot be stacked."""
-    paths = [folder / f"dora-{t}" for t in range(count)]
-    for seed, path in enumerate(paths):
-        base = llama(0)
-        torch.manual_seed(seed + 50)
-        config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=True, init_lora_weights=False)
-        get_peft_model(base, config).save_pretrained(path)
-    return paths
 
 
 def build(kind: str, folder: Path) -> tuple[TokenEnsemble, Any]:
@@ -52,7 +41,9 @@ def build(kind: str, folder: Path) -> tuple[TokenEnsemble, Any]:
     weights = [1.0, 2.0, 1.5]
     if kind == "models":
         return TokenEnsemble.from_models([llama(0), gpt2(1), llama(2)], weights), llama(3)
-    folders = saved_adapters(folder, 4) if kind == "stacked" else dora_adapters(folder, 4)
+    folders = saved_adapters(folder, 4) if kind != "one-after-the-other" else dora_adapters(folder, 4)
+    if kind == "mixed":
+        folders[1:2] = dora_adapters(folder, 1)
     torch.manual_seed(9)
     base = get_peft_model(llama(0), LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
     return TokenEnsemble.from_adapters(base, folders[:3], weights), folders[3]

@@ -75,7 +75,14 @@ def of_models() -> TokenEnsemble:
     return model_ensemble()
 
 
-@pytest.fixture(params=["of_adapters", "of_models"])
+@pytest.fixture
+def of_mixed_adapters(tmp_path: Path) -> TokenEnsemble:
+    from tests.reference import mixed_ensemble
+
+    return mixed_ensemble(tmp_path)
+
+
+@pytest.fixture(params=["of_adapters", "of_mixed_adapters", "of_models"])
 def ensemble(request: pytest.FixtureRequest) -> TokenEnsemble:
     return request.getfixturevalue(request.param)
 

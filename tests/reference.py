@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ensemw2s import TokenEnsemble
-from tests.tiny import END, PAD, VOCAB, gpt2, llama, saved_adapters
+from tests.tiny import END, PAD, VOCAB, dora_adapters, gpt2, llama, saved_adapters
 
 WEIGHTS = [2.5, 1.25, 0.5]
 
@@ -15,6 +15,12 @@ WEIGHTS = [2.5, 1.25, 0.5]
 def adapter_ensemble(folder: Path) -> TokenEnsemble:
     """Three LoRA adapters, saved in `folder`, on one base."""
     return TokenEnsemble.from_adapters(llama(0), saved_adapters(folder), WEIGHTS)
+
+
+def mixed_ensemble(folder: Path) -> TokenEnsemble:
+    """Adapters of which the first and the last run in one pass, and the second by itself."""
+    first, last = saved_adapters(folder, 2)
+    return TokenEnsemble.from_adapters(llama(0), [first, *dora_adapters(folder, 1), last], WEIGHTS)
 
 
 def model_ensemble() -> TokenEnsemble:

@@ -85,6 +85,17 @@ def saved_adapters(folder: Path, count: int = 3, **settings: object) -> list[Pat
     return paths
 
 
+def dora_adapters(folder: Path, count: int) -> list[Path]:
+    """Write adapters that cannot be stacked."""
+    paths = [folder / f"dora-{t}" for t in range(count)]
+    for seed, path in enumerate(paths):
+        base = llama(0)
+        torch.manual_seed(seed + 50)
+        config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=True, init_lora_weights=False)
+        get_peft_model(base, config).save_pretrained(path)
+    return paths
+
+
 def random_word(generator: torch.Generator, length: int) -> str:
     """Return `length` random letters."""
     return "".join(LETTERS[i] for i in torch.randint(0, 26, (length,), generator=generator))

@@ -30,6 +30,7 @@ from ensemw2s.data.batches import AnswerCollator
 from ensemw2s.ensemble.model import TokenEnsemble
 from ensemw2s.inference.label_files import packed_row
 from ensemw2s.models.loading import load_model
+from ensemw2s.models.mixture import Pass
 from ensemw2s.student.losses import ConfidenceTrainer, SoftTrainer
 from ensemw2s.student.teacher import LiveTeacher, top_columns, with_columns
 from ensemw2s.student.trainer import StudentConfig
@@ -45,7 +46,7 @@ class OneByOne(LiveTeacher):
 
     def __init__(self, ensemble: TokenEnsemble) -> None:
         super().__init__(ensemble)
-        self.stacked = None
+        self.passes = [Pass((index,)) for index in range(ensemble.num_experts)]
 
 
 def random_examples(rows: int, vocabulary: int) -> Dataset:

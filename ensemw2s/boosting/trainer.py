@@ -515,15 +515,16 @@ class BoostingTrainer:
 
     def _print_round(self, record: Mapping[str, Any]) -> None:
         if not self.args.disable_tqdm:
-            say(round_line(record, self.args.num_rounds))
+            say(round_line(record, self.args))
 
 
-def round_line(record: Mapping[str, Any], num_rounds: int) -> str:
+def round_line(record: Mapping[str, Any], args: BoostingConfig) -> str:
     """Return one line on a round's record, for a reader: error, expert weight, effective sample size, accuracies."""
     share = record["effective_sample_size"] / record["num_units"]
     prior = "" if record["prior_error"] is None else f" (before training {record['prior_error']:.3f})"
     line = (
-        f"round {record['round']}/{num_rounds}: ε {record['error']:.3f}{prior}, α {record['expert_weight']:.2f}, "
+        f"round {record['round']}/{args.num_rounds}: {args.errors} ε {record['error']:.3f}{prior}, "
+        f"α {record['expert_weight']:.2f}, "
         f"effective sample size {record['effective_sample_size']:.0f} of {record['num_units']} ({share:.0%})"
     )
     if record["validation"]:

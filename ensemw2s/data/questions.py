@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 
 
 SOURCE_KINDS = ("file", "hub", "reasoning_gym", "characters")
+# What to do without a column.
+_UNANSWERED = {
+    "prompt": "",
+    "answer": " Answers are needed to learn from questions and to measure with them; a TokenEnsemble answers questions "
+    "without any by its method label",
+}
 _OPTIONS = ("columns", "schema", "context", "choices", "binary", "prompt_regex")
 # A generator is asked for this many batches of questions before its distinct prompts count as exhausted.
 _MAX_TRIES = 8
@@ -296,7 +302,7 @@ def check_questions(
         if column not in dataset.column_names:
             raise ValueError(
                 f"{name} has no column {column!r}; its columns are {shown_names(dataset.column_names)}. Rename yours, "
-                f'or map them with `columns`, e.g. check_questions(data, columns={{"{column}": "yours"}})'
+                f'or map them with `columns`, e.g. columns={{"{column}": "yours"}}.{_UNANSWERED[column]}'
             )
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: expected at least one question")

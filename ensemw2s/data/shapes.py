@@ -5,6 +5,7 @@ A prompt is a text or a conversation, a list of messages `{"role": ..., "content
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,10 @@ def as_dataset(data: Any, name: str, columns: Mapping[str, str] | None = None) -
     computed = isinstance(data, Dataset) and data.format["type"] == "custom"
     if computed or isinstance(data, IterableDataset | list | tuple):
         data = dataset_of(list(data), name)
+    if isinstance(data, str | os.PathLike):
+        raise TypeError(
+            f'{name} is the path of a file, which is read by load_questions("{data!s:.200}"): pass its result'
+        )
     if not isinstance(data, Dataset):
         raise TypeError(f"{name} is a {type(data).__name__}, expected {_SHAPES}")
     return _with_texts(_renamed(data.with_format(None), columns or {}, name), name)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ensemw2s.models.mixture import Experts
+from ensemw2s.models.mixture import Experts, Pass
 
 # Positions kept free at least when a layer's room is made or grown.
 _SPARE = 32
@@ -75,17 +75,17 @@ class EnsembleCache(Cache):
     """The key/value caches of all experts as one object.
 
     Its `layers` are all experts' layers in a row, so what transformers does to a cache (reorder, repeat, select, crop,
-    reset) reaches every expert; `experts[t]` is the cache that expert t itself sees, holding the same layer objects.
-    Experts that run as one model have one cache, `experts[0]`, whose rows are stacked, expert after expert.
+    reset) reaches every expert; `caches[i]` is the cache that forward pass `passes[i]` sees, holding the same layer
+    objects. Experts that run as one model have one cache, whose rows are stacked, expert after expert.
 
     A cache belongs to the experts that it was made for (`members`), and keeps them in memory.
     """
 
     def __init__(self, experts: Experts) -> None:
-        self.stacked = experts.stacked()
+        self.passes = tuple(experts.passes())
         self.members = tuple(experts.members())
-        self.experts = [growing_cache(experts.expert_config(t)) for t in range(1 if self.stacked else len(experts))]
-        super().__init__(layers=[layer for cache in self.experts for layer in cache.layers])
+        self.caches = [growing_cache(experts.expert_config(each.experts[0])) for each in self.passes]
+        super().__init__(layers=[layer for cache in self.caches for layer in cache.layers])
 
     def require_fit(self, members: Sequence[object], rows: int) -> None:
         """Raise ValueError unless the cache was made for these experts and, if it holds anything, for `rows` rows."""
@@ -94,34 +94,42 @@ class EnsembleCache(Cache):
                 f"the cache was made for {len(self.members)} experts that are not the {len(members)} of this ensemble "
                 "now: one was added, or the cache is another ensemble's; start a new one with ensemble.new_cache()"
             )
-        all_keys = (getattr(layer, "keys", None) for layer in self.layers)
-        held = next((len(keys) for keys in all_keys if isinstance(keys, torch.Tensor) and keys.numel()), None)
-        copies = 1 if self.stacked is None else self.stacked.count
-        if held is not None and held // copies != rows:
+        held = next((_rows_of(cache) // len(each.experts) for each, cache in self._parts() if _rows_of(cache)), None)
+        if held is not None and held != rows:
             raise ValueError(
-                f"the cache holds {held // copies} rows and the input has {rows}: bring it to as many, as with "
+                f"the cache holds {held} rows and the input has {rows}: bring it to as many, as with "
                 "cache.batch_repeat_interleave(n), or start a new one with ensemble.new_cache()"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EnsembleCache:
         # What the experts have seen is copied, they themselves are not.
-        memo |= {id(kept): kept for kept in (self.stacked, *self.members)}
+        memo |= {id(kept): kept for kept in (self.passes, *self.members)}
         other: EnsembleCache = object.__new__(type(self))
         other.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return other
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make row i what row `beam_idx[i]` was, for every expert."""
-        super().reorder_cache(self._rows(beam_idx))
+        for each, cache in self._parts():
+            cache.reorder_cache(_stacked_rows(each, cache, beam_idx))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices` of every expert."""
-        super().batch_select_indices(self._rows(indices))
+        for each, cache in self._parts():
+            cache.batch_select_indices(_stacked_rows(each, cache, indices))
 
-    def _rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the stacked rows that belong to some rows of the batch."""
-        if self.stacked is None or not self.get_seq_length():
-            return rows
-        count = self.stacked.count
-        starts = torch.arange(count, device=rows.device) * (self.layers[0].keys.shape[0] // count)
-        return (starts[:, None] + rows).flatten()
+    def _parts(self) -> Iterable[tuple[Pass, DynamicCache]]:
+        return zip(self.passes, self.caches, strict=True)
+
+
+def _rows_of(cache: DynamicCache) -> int:
+    """Return how many rows a cache holds, 0 if it is empty."""
+    all_keys = (getattr(layer, "keys", None) for layer in cache.layers)
+    return next((len(keys) for keys in all_keys if isinstance(keys, torch.Tensor) and keys.numel()), 0)
+
+
+def _stacked_rows(each: Pass, cache: DynamicCache, rows: torch.Tensor) -> torch.Tensor:
+    """Return the rows of a pass that belong to some rows of the batch, expert after expert."""
+    count = len(each.experts)
+    starts = torch.arange(count, device=rows.device) * (_rows_of(cache) // count)
+    return (starts[:, None] + rows).flatten()

@@ -23,9 +23,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ensemw2s.ensemble.attached import Adapter, plain_model, wrapper_of, wrappers
-from ensemw2s.ensemble.stacked import StackedAdapters, can_stack
+from ensemw2s.ensemble.stacked import StackedAdapters, stackable
 from ensemw2s.models.adapters import attach_adapter
-from ensemw2s.models.mixture import Experts, Result
+from ensemw2s.models.mixture import Experts, Pass, Result
 from ensemw2s.models.sharing import NotShareable, searched, turn_if_wrapped, turn_of, view
 
 # Layers of peft whose forward pass changes nothing; others merge weights or set parametrisations for its time.
@@ -119,15 +119,17 @@ class AdapterExperts(Experts):
                 return None, turn
         return model, turn_if_wrapped(plain) if all(type(layer) in _QUIET_LAYERS for layer in layers) else turn
 
-    def stacked(self) -> StackedAdapters | None:
-        """Return the adapters as they are now for one forward pass, if all of them are plain LoRA on linear layers."""
+    def passes(self) -> list[Pass]:
+        """Return one pass for the adapters that are plain LoRA on linear layers, and one for each of the others."""
         with turn_of(plain_model(self.base)):
-            if not can_stack(self.base, self.names):
-                return None
+            plain = stackable(self.base, self.names)
+            together = tuple(t for t, name in enumerate(self.names) if name in plain)
             try:
-                return StackedAdapters(self.base, self.adapters)
+                stacked = StackedAdapters(self.base, [self.adapters[t] for t in together]) if together else None
             except NotShareable:
-                return None
+                return super().passes()
+        stack = [Pass(together, stacked)] if together else []
+        return stack + [one for one in super().passes() if one.experts[0] not in together]
 
     def carrier(self, index: int) -> nn.Module:
         """Return the base model, which all experts share."""

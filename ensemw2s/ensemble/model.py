@@ -30,7 +30,7 @@ from ensemw2s.inference.labelling import LabelSettings, label_questions
 from ensemw2s.models.base_reference import check_base, settled
 from ensemw2s.models.heads import only_positions, own_head
 from ensemw2s.models.loading import CACHE, load_model
-from ensemw2s.models.mixture import Experts, StackedExperts, repeat_rows
+from ensemw2s.models.mixture import Experts, Pass, StackedExperts, repeat_rows
 from ensemw2s.models.sharing import turn_of
 from ensemw2s.ops.checks import COMBINES
 from ensemw2s.runtime.meter import count
@@ -328,11 +328,12 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             inputs["position_ids"] = position_ids.expand(input_ids.shape[0], -1)
         if last_only:
             inputs["logits_to_keep"] = 1
-        if cache is not None and cache.stacked:
-            return _stacked_logits(cache.stacked, cache.experts[0], inputs, indices)
+        passes = [Pass((index,)) for index in indices] if cache is None else cache.passes
+        passes = [each for each in passes if not set(indices).isdisjoint(each.experts)]
+        caches = {} if cache is None else dict(zip(cache.passes, cache.caches, strict=True))
 
         def run(model: torch.nn.Module, index: int) -> torch.Tensor:
-            own = {} if cache is None else {CACHE: cache.experts[index]}
+            own = {} if cache is None else {CACHE: caches[Pass((index,))]}
             if positions is None:
                 logits = model(**inputs, **own).logits
             else:
@@ -341,7 +342,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             count(experts.carrier(index), input_ids, attention_mask, logits.shape[:-1].numel())
             return logits
 
-        return experts.map(run, indices)
+        logits = experts.run(passes, run, lambda each: _stacked_logits(each.stacked, caches[each], inputs))
+        return [logits[index] for index in indices]
 
     @can_return_tuple
     def forward(
@@ -819,16 +821,13 @@ def _require_numbers(
 
 # Every call has a stacked model of its own, which would be compiled anew.
 @torch.compiler.disable
-def _stacked_logits(
-    stacked: StackedExperts, cache: Cache, inputs: dict[str, Any], indices: list[int]
-) -> list[torch.Tensor]:
-    """Run all experts in one forward pass and return the logits of those in `indices`."""
+def _stacked_logits(stacked: StackedExperts, cache: Cache, inputs: dict[str, Any]) -> Sequence[torch.Tensor]:
+    """Run stacked experts in one forward pass and return the logits of each."""
     repeated = repeat_rows(inputs, stacked.count)
     with stacked.model() as model:
         logits = model(**repeated, **{CACHE: cache}).logits
     count(stacked.base, repeated["input_ids"], repeated["attention_mask"], logits.shape[:-1].numel())
-    each = logits.unflatten(0, (stacked.count, -1)).unbind(0)
-    return [each[index] for index in indices]
+    return logits.unflatten(0, (stacked.count, -1)).unbind(0)
 
 
 def _check(expert_weights: Sequence[float], combine: str, num_experts: int) -> None:

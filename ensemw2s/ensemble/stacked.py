@@ -23,29 +23,38 @@ from ensemw2s.models.sharing import turn_if_wrapped, view
 _FEW_ROWS = 64
 
 
-def can_stack(base: nn.Module, names: Sequence[str]) -> bool:
-    """Return whether the adapters differ from the base in nothing but LoRA products added to linear layers.
+def stackable(base: nn.Module, names: Sequence[str]) -> set[str]:
+    """Return the adapters among `names` that differ from the base in nothing but LoRA products added to linear layers.
 
-    Layers whose forward pass someone has wrapped, as accelerate does to move weights about, are left alone.
+    Where something merged adapters into a layer or wrapped its forward pass, as accelerate does to move weights about,
+    there are none.
     """
     if not isinstance(base, PeftModel):
-        return False
-    for name in names:
-        config: Any = base.peft_config[name]
-        if config.peft_type != PeftType.LORA or config.bias != "none" or config.layer_replication:
-            return False
+        return set()
+    plain = {name for name in names if _is_plain(base.peft_config[name])}
     for module in _outer_modules(base.get_base_model()):
-        if isinstance(module, AuxiliaryTrainingWrapper) and any(name in module._adapters for name in names):
-            return False
-        if not isinstance(module, BaseTunerLayer):
-            continue
-        if type(module) is not LoraLinear or module.merged or any(name in module.lora_variant for name in names):
-            return False
-        if "forward" in vars(module):
-            return False
-        if any(module.lora_B[name].bias is not None for name in names if name in module.lora_B):
-            return False
-    return True
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            plain -= module._adapters
+        elif type(module) is LoraLinear:
+            if module.merged or "forward" in vars(module):
+                return set()
+            plain -= {name for name in module.lora_variant if name in plain}
+            plain -= {name for name in module.lora_B if module.lora_B[name].bias is not None}
+        elif isinstance(module, BaseTunerLayer):
+            if module.merged:
+                return set()
+            plain -= _adapters_in(module)
+    return plain
+
+
+def _is_plain(config: Any) -> bool:
+    return bool(config.peft_type == PeftType.LORA and config.bias == "none" and not config.layer_replication)
+
+
+def _adapters_in(module: BaseTunerLayer) -> set[str]:
+    """Return the names of the adapters that have weights in a layer of peft's."""
+    held = (getattr(module, attribute, ()) for attribute in module.adapter_layer_names)
+    return {name for adapters in held for name in adapters}
 
 
 def _outer_modules(model: nn.Module) -> Iterator[nn.Module]:
@@ -85,6 +94,9 @@ class StackedAdapters:
                 inner: Any = module.base_layer
                 product = partial(_linear, inner) if _is_bare(inner) else inner
                 changes[module] = {"forward": partial(_stacked_forward, product, *_stack(module, names, ours))}
+            elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                # It holds other adapters alone, of which none is to act.
+                changes[module] = {"_disable_adapters": True}
             elif _is_bare(module):
                 changes[module] = {"forward": partial(_contiguous_linear, module)}
         self._model = view(base, changes)

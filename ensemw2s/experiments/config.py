@@ -47,6 +47,8 @@ STUDENTS: dict[str, dict[str, Any]] = {
 }
 SPLITS = ("train", "validation", "test_id", "unlabelled", "test_ood")
 _SOURCES = ("easy", "hard", "questions")
+# Of the keys that may have been meant.
+_MOST_NAMED = 4
 # What a file system and a page have room for, beside what is put around it.
 _LONGEST_NAME = 200
 _MOST_BASES = 20
@@ -561,9 +563,18 @@ def _source_kind(source: Mapping[str, Any]) -> str | None:
 def _check_keys(settings: Mapping[str, Any], allowed: Sequence[str], prefix: str) -> None:
     for key in settings:
         if key not in allowed:
-            near = difflib.get_close_matches(str(key), allowed, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"valid keys are {', '.join(sorted(allowed))}"
+            near = _nearest(str(key), allowed)
+            meant = " or ".join(f"{prefix}{name}" for name in near)
+            hint = f"did you mean {meant}?" if near else f"valid keys are {', '.join(sorted(allowed))}"
             raise ValueError(f"unknown key {prefix}{key!s:.100}: {hint}")
+
+
+def _nearest(key: str, allowed: Sequence[str]) -> list[str]:
+    """Return the names that a key may have been meant to be: alike, of these initials, or longer."""
+    alike = difflib.get_close_matches(key, allowed, n=1)
+    initials = [name for name in allowed if "".join(word[0] for word in name.split("_") if word) == key]
+    longer = [name for name in allowed if len(key) > 2 and f"_{key.strip('_')}_" in f"_{name}_"]
+    return list(dict.fromkeys(initials + alike + longer))[:_MOST_NAMED]
 
 
 def _check_settings(settings: Mapping[str, Any], kind: type, prefix: str, allowed: Sequence[str]) -> None:

@@ -218,7 +218,7 @@ class Experiment:
             peft_config=self.config.peft_config(),
             question_format=self.config.data.format,
             model_init_kwargs=self.config.weak.init_kwargs,
-            on_round=lambda record: self.say(f"{arm}: {round_line(record, args.num_rounds)}"),
+            on_round=lambda record: self.say(f"{arm}: {round_line(record, args)}"),
             store=Store(self.config.store or self.folder / "store"),
         )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ensemw2s.data.questions import exclude_questions, load_questions
 from ensemw2s.experiments.config import build_config
+from ensemw2s.models.loading import require_source
 from ensemw2s.runtime.files import new_file
 from ensemw2s.runtime.parsing import parse_yaml
 
@@ -21,7 +23,14 @@ _SURE_SHARE = 0.4
 _FOLDS = 5
 
 
-def write_configuration(path: Path, questions: str, weak: str, strong: str, hard: str | None = None) -> None:
+def write_configuration(
+    path: Path,
+    questions: str,
+    weak: str,
+    strong: str,
+    hard: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> None:
     """Write a configuration for one's own questions and models.
 
     Args:
@@ -31,20 +40,22 @@ def write_configuration(path: Path, questions: str, weak: str, strong: str, hard
         weak: the experts' model, a source of `loading.load_model`.
         strong: the student's.
         hard: a file of hard questions with their answers, which only measuring reads.
+        columns: what our columns are called in the files, where they have other names.
 
     Raises:
         FileExistsError: `path` is there already.
-        FileNotFoundError: a file of questions is not there.
+        FileNotFoundError: a file of questions or a model is not there.
         ValueError: bad questions, or too few of them.
     """
     if path.exists():
         raise FileExistsError(f"{path} is there already and stays as it is: name another file, or move it away")
-    easy = load_questions(questions)
+    renamed = {} if columns is None else {"columns": dict(columns)}
+    easy = load_questions({"file": questions, **renamed})
     answers = list(easy["answer"])
     if hard is None:
         counts = dict.fromkeys(("easy", "hard"), int(_SURE_SHARE * len(easy)))
     else:
-        others = exclude_questions(load_questions(hard), [easy])
+        others = exclude_questions(load_questions({"file": hard, **renamed}), [easy])
         counts = {"easy": len(easy), "hard": len(others)}
         answers += others["answer"]
     for kind, count in counts.items():
@@ -53,6 +64,8 @@ def write_configuration(path: Path, questions: str, weak: str, strong: str, hard
                 f"{hard if kind == 'hard' and hard else questions} leaves {count} {kind} questions, expected at least "
                 f"{_FEWEST}, to learn from and to measure with: add some"
             )
+    for source in (weak, strong):
+        require_source(source)
     sizes = {split: int(share * counts["easy"]) for split, share in _EASY.items()}
     sizes |= {split: int(share * counts["hard"]) for split, share in _HARD.items()}
     template = Environment(
@@ -61,7 +74,8 @@ def write_configuration(path: Path, questions: str, weak: str, strong: str, hard
     longest = max(map(len, answers))
     text = template.render(
         file=path, name=re.sub(r"\W", "_", path.stem.lower(), flags=re.ASCII), weak=weak, strong=strong,
-        lora=not weak.startswith("scratch:"), questions=questions, hard=hard, sizes=sizes, longest=longest,
+        lora=not weak.startswith("scratch:"), questions={"file": questions, **renamed},
+        hard=hard and {"file": hard, **renamed}, sizes=sizes, longest=longest,
         folds=_FOLDS if "difficulty" not in easy.column_names else None,
         # A token has one character at least, nearly always, and the end is a token.
         max_new_tokens=min(longest + 1, 256),

@@ -47,7 +47,8 @@ def require_room(ensemble: ExpertMixture, prompts: Dataset, max_new_tokens: int)
         if length + max_new_tokens > window:
             raise ValueError(
                 f"question {row['id']!r} has {length} tokens, which with max_new_tokens={max_new_tokens} is beyond the "
-                f"{window} that the experts read: leave it out, or lower max_new_tokens"
+                f"{window} that the experts read: leave it out, or lower max_new_tokens "
+                "(in a configuration, labelling.max_new_tokens)"
             )
 
 

@@ -133,8 +133,14 @@ def score_mixtures(
     _check_mixtures(mixtures, ensemble.num_experts)
     # An expert that no mixture uses is not run.
     used = [t for t in range(ensemble.num_experts) if any(weights[t] > 0 for weights in mixtures.values())]
+    selected = ensemble.experts.selected(used)
+    passes = selected.passes()
+    # In the order of the rows that the passes give.
+    used = [used[place] for each in passes for place in each.experts]
     parts = {name: [place for place, t in enumerate(used) if weights[t] > 0] for name, weights in mixtures.items()}
-    positive = {name: torch.tensor([float(w) for w in weights if w > 0]) for name, weights in mixtures.items()}
+    positive = {
+        name: torch.tensor([float(weights[t]) for t in used if weights[t] > 0]) for name, weights in mixtures.items()
+    }
     ways = dict.fromkeys(mixtures, ensemble.config.combine) | dict(combine or {})
 
     def judge(logits: list[Tensor], labels: Tensor) -> dict[str, TokenScores]:
@@ -143,12 +149,12 @@ def score_mixtures(
             for name, weights in positive.items()
         }
 
-    experts = ensemble.experts
-    stacked = experts.selected(used).stacked()
-    if stacked is not None:
-        runs = [_ModelRun(stacked.model, stacked.base, stacked.count)]
-    else:
-        runs = [_ModelRun(partial(experts.expert, index), experts.carrier(index)) for index in used]
+    runs = [
+        _ModelRun(partial(selected.expert, each.experts[0]), selected.carrier(each.experts[0]))
+        if each.stacked is None
+        else _ModelRun(each.stacked.model, each.stacked.base, each.stacked.count)
+        for each in passes
+    ]
     return _score(runs, expert_names(used), judge, examples, pad_token_id, batch_size, description)
 
 

@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ensemw2s.models.model_cache import cached_model
@@ -274,6 +281,22 @@ def _resolve(source: str | os.PathLike[str]) -> str:
     elif separator or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise FileNotFoundError(f"{source} does not exist: give a model folder, a hub id, package:NAME or scratch:NAME")
     return str(folder)
+
+
+def require_source(source: str) -> None:
+    """Raise FileNotFoundError unless `source` is one of `load_model`'s; of the hub's, the config is fetched."""
+    if ":" in source:
+        # Made when it is loaded, which may take a while.
+        return
+    place = _resolve(source)
+    if not Path(place).is_dir():
+        try:
+            AutoConfig.from_pretrained(place)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"{source} is neither a folder nor a model that can be found on the hub: give a model folder, a hub "
+                "id, package:NAME or scratch:NAME"
+            ) from error
 
 
 def require_model(folder: Path) -> None:

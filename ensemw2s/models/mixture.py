@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol, Self, TypeGuard, TypeVar
@@ -87,6 +88,19 @@ class StackedExperts(Protocol):
         """Within the block, the yielded module takes the stacked rows."""
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What one forward pass runs.
+
+    Attributes:
+        experts: the numbers of its experts, in the order of their rows.
+        stacked: they as one model for stacked rows; None for one expert that runs by itself.
+    """
+
+    experts: tuple[int, ...]
+    stacked: StackedExperts | None = None
+
+
 class Experts(nn.Module, ABC):
     """T causal language models over one vocabulary, each by itself. Experts are numbered from 0.
 
@@ -127,7 +141,9 @@ class Experts(nn.Module, ABC):
         """Raise TypeError: experts have no body in common, which is what `base_model` is of other models."""
         raise TypeError(
             "the experts of an ensemble have no common body to run: call the ensemble for its distribution, or one "
-            "expert, as in `with ensemble.experts.expert(0) as model: model(...)`"
+            "expert, as in `with ensemble.experts.expert(0) as model: model(...)`. As a teacher in TRL, an ensemble "
+            "works with GKDTrainer, which asks for its distribution, and not with DistillationTrainer, which needs one "
+            'body and one head; ours is StudentTrainer with variant="soft"'
         )
 
     def expert_config(self, index: int) -> PreTrainedConfig:
@@ -135,9 +151,23 @@ class Experts(nn.Module, ABC):
         config: Any = self.carrier(index).config
         return config
 
-    def stacked(self) -> StackedExperts | None:
-        """Return all experts as one model for stacked rows, or None where each has to run by itself."""
-        return None
+    def passes(self) -> list[Pass]:
+        """Return the forward passes that run all experts as they are now; each expert is in one of them."""
+        return [Pass((index,)) for index in range(len(self))]
+
+    def run(
+        self,
+        passes: Sequence[Pass],
+        alone: Callable[[nn.Module, int], Result],
+        together: Callable[[Pass], Sequence[Result]],
+    ) -> dict[int, Result]:
+        """Return what each expert of some passes gives: `alone(expert, index)`, or its part of `together(stacked)`."""
+        results: dict[int, Result] = {}
+        for stack in passes:
+            if stack.stacked is not None:
+                results |= zip(stack.experts, together(stack), strict=True)
+        singles = [one.experts[0] for one in passes if one.stacked is None]
+        return results | dict(zip(singles, self.map(alone, singles), strict=True))
 
     def map(self, run: Callable[[nn.Module, int], Result], indices: Sequence[int]) -> list[Result]:
         """Return `run(expert, index)` for some experts, one after the other."""

@@ -17,6 +17,8 @@ from ensemw2s.runtime.records import TEST_SPLITS, MixtureRecord, Record, RoundRe
 QUESTIONS = {"id": "easy questions", "ood": "hard questions"}
 # An expert whose share of the mixture is smaller is called useless [choice]: it moves no probability by more than that.
 LEAST_SHARE = 1e-3
+# Token weights whose effective sample size is a larger share of the tokens have hardly moved [choice].
+UNMOVED_SHARE = 0.95
 # A difference of as many points, as a share, is large enough to be set beside an opposite one [choice].
 LARGE_MOVE = 0.1
 # Names that no article stands before.
@@ -120,10 +122,11 @@ def shares_of(weights: Sequence[float]) -> list[float]:
     return [weight / sum(scaled) for weight in scaled]
 
 
-def mixture_sentences(mixture: MixtureRecord, rounds: Iterable[RoundRecord]) -> list[str]:
-    """Return of what shares an ensemble is made, which experts cost compute for nothing, and whether α was used.
+def mixture_sentences(mixture: MixtureRecord, rounds: Sequence[RoundRecord]) -> list[str]:
+    """Return of what shares an ensemble is made, what of it is of no use, and whether boosting did anything.
 
-    An expert is useless below `LEAST_SHARE`.
+    An expert is useless below `LEAST_SHARE`. Boosting did nothing if after each round but the last, which no expert
+    follows, the effective sample size of the token weights is above `UNMOVED_SHARE` of the tokens.
     """
     weights, alphas = mixture.expert_weights, boosting_weights(mixture, rounds)
     shares, count = shares_of(weights), len(mixture.expert_weights)
@@ -138,7 +141,23 @@ def mixture_sentences(mixture: MixtureRecord, rounds: Iterable[RoundRecord]) -> 
     if alphas and any(abs(a - b) > 1e-6 for a, b in zip(shares_of(alphas), shares, strict=True)):
         said.append("The boosting weights α are not used in the mixture: its weights were set in another way "
                     "(`boosting.mixture_weights`).")  # fmt: skip
+    spreads = [record.effective_sample_size / record.num_units for record in _rounds_of(mixture, rounds)[:-1]]
+    if spreads and min(spreads) > UNMOVED_SHARE:
+        said.append(
+            f"Boosting had nothing to work on: the effective sample size of the token weights stayed above "
+            f"{UNMOVED_SHARE:.0%} of the tokens, so that every expert was trained on nearly the same. The experts "
+            "hardly err on their own training questions, and the ensemble is in effect a deep ensemble, whose experts "
+            "differ by their seeds: give more or harder questions, or train for fewer epochs, to have errors that "
+            "weights can follow."
+        )
     return said
+
+
+def _rounds_of(mixture: MixtureRecord, rounds: Iterable[RoundRecord]) -> list[RoundRecord]:
+    """Return the accepted rounds of a mixture's experts, in their order; [] if not all are known."""
+    own = [record for record in rounds if record.accepted and record.arm == mixture.arm]
+    count = len(mixture.expert_weights)
+    return own[:count] if len(own) >= count else []
 
 
 def _useless(idle: Sequence[int], shares: Sequence[float]) -> str:
@@ -157,9 +176,7 @@ def _useless(idle: Sequence[int], shares: Sequence[float]) -> str:
 
 def boosting_weights(mixture: MixtureRecord, rounds: Iterable[RoundRecord]) -> list[float]:
     """Return α of each expert of a mixture, which are those of the first accepted rounds; [] if it is not known."""
-    own = [record for record in rounds if record.accepted and record.arm == mixture.arm]
-    count = len(mixture.expert_weights)
-    return [record.expert_weight for record in own[:count]] if len(own) >= count else []
+    return [record.expert_weight for record in _rounds_of(mixture, rounds)]
 
 
 def mixtures_of_runs(records: Iterable[Record]) -> str:

@@ -18,7 +18,7 @@ from ensemw2s.data.tokens import QuestionFormat, end_tokens, tokenize_questions
 from ensemw2s.inference.label_files import TOP_COLUMNS
 from ensemw2s.inference.labelling import require_probabilities, top_tokens
 from ensemw2s.models.heads import linear_of, obstacle, output_head, own_head, states_before
-from ensemw2s.models.mixture import repeat_rows
+from ensemw2s.models.mixture import Pass, repeat_rows
 from ensemw2s.ops.row_losses import CHUNK_ELEMENTS
 from ensemw2s.runtime.meter import count
 from ensemw2s.runtime.values import check_number
@@ -68,7 +68,7 @@ class LiveTeacher:
     def __init__(self, ensemble: ExpertMixture) -> None:
         require_probabilities(ensemble)
         self.ensemble = ensemble = ensemble.snapshot()
-        self.stacked = ensemble.experts.stacked()
+        self.passes = ensemble.experts.passes()
         self.heads: list[Tensor] = []
         for index in range(ensemble.num_experts):
             with ensemble.experts.expert(index) as model:
@@ -87,20 +87,22 @@ class LiveTeacher:
     def states(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> list[Tensor]:
         """Return T hidden states [n, d_t] at `positions` (bool [B, L]); only for experts with linear heads."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if self.stacked is not None:
-            copies = self.stacked.count
-            repeated = repeat_rows(inputs, copies)
-            with self.stacked.model() as model:
-                states = states_at(model, repeated, positions.repeat(copies, 1))
-            count(self.stacked.base, repeated["input_ids"], repeated["attention_mask"], len(states))
-            return list(states.chunk(copies))
 
-        def run(model: Any, index: int) -> Tensor:
+        def together(each: Pass) -> Sequence[Tensor]:
+            stacked: Any = each.stacked
+            repeated = repeat_rows(inputs, stacked.count)
+            with stacked.model() as model:
+                states = states_at(model, repeated, positions.repeat(stacked.count, 1))
+            count(stacked.base, repeated["input_ids"], repeated["attention_mask"], len(states))
+            return states.chunk(stacked.count)
+
+        def alone(model: Any, index: int) -> Tensor:
             states = states_at(model, inputs, positions)
             count(self.ensemble.experts.carrier(index), input_ids, attention_mask, len(states))
             return states
 
-        return self.ensemble.experts.map(run, range(self.ensemble.num_experts))
+        states = self.ensemble.experts.run(self.passes, alone, together)
+        return [states[index] for index in range(len(states))]
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> list[Tensor]:

@@ -107,7 +107,7 @@ def test_what_misses_in_a_dataframe_is_named_by_its_row() -> None:
     [
         (DatasetDict(train=Dataset.from_list(ROWS)), "mine is a DatasetDict, expected a datasets.Dataset"),
         ({"prompt": ["a"]}, "mine is a dict, expected .*of a DatasetDict, one split.* a list of dicts"),
-        ("easy.jsonl", "mine is a str, expected a datasets.Dataset .*, a pandas DataFrame or a list"),
+        (7, "mine is a int, expected a datasets.Dataset .*, a pandas DataFrame or a list"),
         (None, "mine is a NoneType, expected"),
         (["what is 1"], "mine, row 0 is 'what is 1', expected a dict"),
         ([], "mine is empty"),
@@ -115,13 +115,18 @@ def test_what_misses_in_a_dataframe_is_named_by_its_row() -> None:
             [{"prompt": "a", "answer": "b"}, {"prompt": 1, "answer": "b"}],
             "the values of column 'prompt' must be of one",
         ),
-        ([{"question": "a"}], r"no column 'prompt'; .* check_questions\(data, columns=\{\"prompt\": \"yours\"\}\)"),
+        (
+            [{"question": "a"}],
+            r"no column 'prompt'; .* with `columns`, e.g. columns=\{\"prompt\": \"yours\"\}\.",
+        ),
         ([{"prompt": [], "answer": "b"}], r"mine, row 0: prompt has \[\], expected messages of role and content"),
         ([{"prompt": [said("user", " ")], "answer": "b"}], "mine, row 0: prompt is .*expected text that is not empty"),
         ([{"messages": ASKED}], "mine, row 0: answer is .*expected one message, the assistant's, behind its prompt"),
         ([{"messages": ASKED[2:3]}], r"mine, row 0: prompt has \[\], expected messages"),
         ([{"messages": [{"role": "user", "content": None}]}], "row 0: messages has .*expected messages of role"),
         ([{"messages": [{**ASKED[0], "tool_calls": ["f"]}]}], "tools, images and the like are not supported"),
+        ("easy.jsonl", r'mine is the path of a file, which is read by load_questions\("easy.jsonl"\)'),
+        ([{"prompt": "a"}], "mine has no column 'answer'.*answers questions without any by its method label"),
         ([{"prompt": ASKED, "completion": ANSWERED}], "mine, row 0: answer is .*expected one message"),
     ],
 )

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ensemw2s.ensemble.experts import AdapterExperts, ModelExperts
 from ensemw2s.ensemble.stacked import _linear
 from ensemw2s.models.adapters import ADAPTER_WEIGHTS
+from ensemw2s.models.mixture import Pass, StackedExperts
 from ensemw2s.models.saved import MODEL_WEIGHTS, require_weights
 from tests.tiny import END, VOCAB, gpt2, llama, saved_adapters
 
@@ -214,6 +215,13 @@ def test_the_end_token_of_the_shared_configuration_survives(tmp_path: Path) -> N
     assert experts.expert_config(0).vocab_size == VOCAB
 
 
+def whole(experts: AdapterExperts) -> StackedExperts:
+    """Return all experts as one model."""
+    (only,) = experts.passes()
+    assert only.stacked is not None and only.experts == tuple(range(len(experts)))
+    return only.stacked
+
+
 class TestStacked:
     """Adapters run as one model give what they give one after the other."""
 
@@ -221,8 +229,7 @@ class TestStacked:
     def assert_like_one_after_the_other(self, experts: AdapterExperts) -> None:
         # In float64, where only a mistake makes a difference.
         experts.double()
-        stacked = experts.stacked()
-        assert stacked is not None
+        stacked = whole(experts)
         with stacked.model() as model:
             together = model(input_ids=IDS.repeat(len(experts), 1), use_cache=False).logits
         for index, rows in enumerate(together.unflatten(0, (len(experts), -1))):
@@ -249,8 +256,7 @@ class TestStacked:
     def test_the_model_is_left_as_it_was(self, tmp_path: Path) -> None:
         experts = AdapterExperts(llama(0), saved_adapters(tmp_path))
         before = of(experts, 1)
-        stacked = experts.stacked()
-        assert stacked is not None
+        stacked = whole(experts)
         with pytest.raises(RuntimeError, match="stop"), stacked.model():
             raise RuntimeError("stop")
         assert torch.equal(of(experts, 1), before)
@@ -265,13 +271,26 @@ class TestStacked:
         ],
         ids=["dora", "whole-module", "embedding", "bias"],
     )
-    def test_what_is_more_than_a_product_runs_one_after_the_other(
-        self, tmp_path: Path, settings: dict[str, Any]
+    @pytest.mark.parametrize("place", [0, 1, 2])
+    @torch.no_grad()
+    def test_what_is_more_than_a_product_runs_by_itself_and_the_others_together(
+        self, tmp_path: Path, settings: dict[str, Any], place: int
     ) -> None:
-        folders = [tmp_path / "plain", tmp_path / "other"]
-        random_adapter(llama(0), folders[0], target_modules=["q_proj"])
-        random_adapter(llama(0), folders[1], **settings)
-        assert AdapterExperts(llama(0), folders).stacked() is None
+        folders = [tmp_path / str(t) for t in range(3)]
+        for t, folder in enumerate(folders):
+            random_adapter(llama(0), folder, **(settings if t == place else {"target_modules": ["q_proj", "v_proj"]}))
+        experts = AdapterExperts(llama(0), folders).double()
+        plain = tuple(t for t in range(3) if t != place)
+        stack, alone = experts.passes()
+        assert stack.experts == plain and alone == Pass((place,))
+        assert stack.stacked is not None
+        # The one that runs by itself may be the active one when the others run.
+        for index in (place, plain[0]):
+            of(experts, index)
+            with stack.stacked.model() as model:
+                together = model(input_ids=IDS.repeat(2, 1), use_cache=False).logits
+            for t, rows in zip(plain, together.unflatten(0, (2, -1)), strict=True):
+                torch.testing.assert_close(rows, of(experts, t), rtol=1e-10, atol=1e-10)
 
     def test_one_adapter_is_stacked_too(self, tmp_path: Path) -> None:
         self.assert_like_one_after_the_other(AdapterExperts(llama(0), saved_adapters(tmp_path, 1)))
@@ -283,19 +302,19 @@ class TestStacked:
         self.assert_like_one_after_the_other(AdapterExperts(gpt2(0), folders))
 
     def test_whole_models_and_a_base_without_adapters_are_not_stacked(self) -> None:
-        assert ModelExperts([llama(0), llama(1)]).stacked() is None
-        assert AdapterExperts(llama(0)).stacked() is None
+        assert ModelExperts([llama(0), llama(1)]).passes() == [Pass((0,)), Pass((1,))]
+        assert AdapterExperts(llama(0)).passes() == []
 
     def test_adapters_of_one_shape_are_held_once(self, tmp_path: Path) -> None:
         experts = AdapterExperts(llama(0), saved_adapters(tmp_path))
         before = [of(experts, index) for index in range(3)]
-        experts.stacked()
+        experts.passes()
         weights = [weight for name, weight in experts.base.named_parameters() if "lora_" in name]
         storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in weights}
         assert len(storages) == len(weights) // 3
         assert sum(storages.values()) == sum(weight.numel() * 4 for weight in weights)
         for some in (experts, experts.selected([1, 2]), experts.selected([2, 0])):
-            some.stacked()
+            some.passes()
         assert {weight.untyped_storage().data_ptr() for weight in weights} == storages.keys()
         assert all(torch.equal(of(experts, index), before[index]) for index in range(3))
 
@@ -303,7 +322,7 @@ class TestStacked:
         folders = saved_adapters(tmp_path)
         experts = AdapterExperts(llama(0), folders[:2])
         with torch.inference_mode():
-            experts.stacked()
+            experts.passes()
         weight = next(value for name, value in experts.base.named_parameters() if "lora_B.expert_1" in name)
         weight.requires_grad_()
         with experts.expert(0) as model:
@@ -331,7 +350,7 @@ class TestStacked:
         assert calls.count("head") == calls.count("hook") == 4
         assert "forward" in vars(inner.lm_head)
         layer.forward = layer.forward
-        assert experts.stacked() is None
+        assert experts.passes() == [Pass((0,)), Pass((1,)), Pass((2,))]
 
 
 class TestFewRows:

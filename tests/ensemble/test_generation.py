@@ -605,7 +605,7 @@ def test_a_copied_cache_goes_on_by_itself_and_copies_no_model(ensemble: TokenEns
     with torch.no_grad():
         ensemble(input_ids=ids[:, :6], cache=cache)
     copied = copy.deepcopy(cache)
-    assert copied.stacked is cache.stacked
+    assert copied.passes is cache.passes
     assert all(mine is theirs for mine, theirs in zip(copied.members, cache.members, strict=True))
     more = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5}
     expected = slow_greedy(ensemble, ids[0].tolist(), 5)

@@ -240,7 +240,7 @@ def test_weights_that_become_rows_of_one_tensor_stay_whole_for_who_is_reading_th
     layer = experts.base.get_base_model().model.layers[0].self_attn.q_proj.lora_A["expert_1"]
     read = layer.weight
     where, values = read.data_ptr(), read.clone()
-    experts.stacked()
+    experts.passes()
     assert read.data_ptr() == where and torch.equal(read, values)
     assert layer.weight.data_ptr() != where and torch.equal(layer.weight, values)
 
@@ -407,7 +407,7 @@ def test_a_base_that_only_its_own_modules_can_run_is_run_by_one_thread_at_a_time
     inner: Any = ensemble.experts.carrier(0).get_base_model().model  # type: ignore[operator]
     own = inner.forward
     inner.forward = lambda *args, **kwargs: own(*args, **kwargs)
-    assert ensemble.experts.stacked() is None
+    assert all(each.stacked is None for each in ensemble.experts.passes())
     found, results = between(
         ensemble.experts.carrier(0), lambda: logits(ensemble), lambda: logits(ensemble[1:], use_cache=True)
     )

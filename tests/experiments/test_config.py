@@ -84,9 +84,15 @@ def test_the_quick_section_overrides_and_replaces_sources_whole(tmp_path: Path) 
     ("override", "message"),
     [
         ("boosting.num_ronds=2", r"unknown key boosting\.num_ronds: did you mean boosting\.num_rounds\?"),
+        ("boosting.lr=1", r"unknown key boosting\.lr: did you mean boosting\.learning_rate or "),
+        ("boosting.epochs=1", r"unknown key boosting\.epochs: did you mean .*boosting\.num_train_epochs"),
+        ("boosting.batch_size=1", r"did you mean .*boosting\.per_device_train_batch_size"),
         ("weak.keep_layer=0-1", r"unknown key weak\.keep_layer: did you mean weak\.keep_layers\?"),
         ("data.format.max_len=9", r"unknown key data\.format\.max_len: did you mean data\.format\.max_length\?"),
-        ("data.sizes.test=9", r"unknown key data\.sizes\.test: did you mean data\.sizes\.test_id\?"),
+        (
+            "data.sizes.test=9",
+            r"key data\.sizes\.test: did you mean data\.sizes\.test_id or data\.sizes\.test_ood\?",
+        ),
         ("lora.rank=4", r"unknown key lora\.rank"),
         ("student.output_dir=x", r"unknown key student\.output_dir"),
         ("zzz=1", "unknown key zzz: valid keys are .*boosting"),

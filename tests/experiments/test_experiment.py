@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from ensemw2s import TokenEnsemble
-from ensemw2s.boosting.config import RECIPES
+from ensemw2s.boosting.config import RECIPES, BoostingConfig
 from ensemw2s.boosting.trainer import round_line
 from ensemw2s.data.tokens import tokenize_questions
 from ensemw2s.experiments.config import build_config, load_config
@@ -458,9 +458,17 @@ def test_the_line_of_a_round_says_all_that_matters() -> None:
             "round": 2, "attempt": 1, "error": 0.25, "prior_error": 0.8, "expert_weight": 2.484, "accepted": True,
             "effective_sample_size": 750.2, "num_units": 1000, "validation": {"expert": 0.5, "ensemble": 0.6},
         },
-        3,
+        BoostingConfig(num_rounds=3, errors="hard"),
     )  # fmt: skip
-    for words in ("round 2/3", "ε 0.250", "0.800", "α 2.48", "750 of 1000 (75%)", "expert 50.0%", "ensemble 60.0%"):
+    for words in (
+        "round 2/3",
+        "hard ε 0.250",
+        "0.800",
+        "α 2.48",
+        "750 of 1000 (75%)",
+        "expert 50.0%",
+        "ensemble 60.0%",
+    ):
         assert words in line
 
 

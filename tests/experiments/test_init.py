@@ -25,6 +25,13 @@ def words(tmp_path: Path) -> list[str]:
     return ["init", str(tmp_path / "mine.yaml"), f"--questions={tmp_path / 'easy.jsonl'}", *models]
 
 
+def exit_status(words: list[str]) -> int:
+    try:
+        return main(words)
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
 def test_what_it_writes_runs(tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, f"--hard={tmp_path / 'hard.jsonl'}"]) == 0
     assert f"ensemw2s run {tmp_path / 'mine.yaml'}" in capsys.readouterr().out
@@ -76,6 +83,10 @@ def test_a_name_is_text_whatever_is_in_it(tmp_path: Path, words: list[str]) -> N
         ({2: "--questions={folder}/few.jsonl"}, "few.jsonl leaves 4 easy questions, expected at least 20"),
         ({5: "--hard={folder}/few.jsonl"}, "few.jsonl leaves 10 hard questions, expected at least 20"),
         ({1: "{folder}/easy.jsonl"}, "easy.jsonl is there already and stays as it is"),
+        ({3: "--weak=./wek"}, "./wek does not exist: give a model folder"),
+        ({4: "--strong=wek"}, "wek is neither a folder nor a model that can be found on the hub"),
+        ({5: "--columns=question"}, "'question' is not of the form prompt=question,answer=solution"),
+        ({5: "--columns=prompt=question,answer=text"}, "question"),
     ],
 )
 def test_what_it_cannot_work_with_is_named(
@@ -83,9 +94,21 @@ def test_what_it_cannot_work_with_is_named(
 ) -> None:
     Dataset.from_list(questions(10, seed=9, start=900).to_list()).to_json(tmp_path / "few.jsonl")
     given = dict(enumerate(words)) | {place: word.format(folder=tmp_path) for place, word in change.items()}
-    assert main([word for word in given.values() if word]) == 2
+    assert exit_status([word for word in given.values() if word]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_columns_of_other_names(tmp_path: Path, words: list[str]) -> None:
+    for name, start in (("easy", 0), ("hard", 60)):
+        asked = questions(60, seed=start, start=start).rename_columns({"prompt": "question", "answer": "the: answer"})
+        asked.to_json(tmp_path / f"{name}.jsonl")
+    assert main([*words, f"--hard={tmp_path / 'hard.jsonl'}", "--columns=prompt=question,answer=the: answer"]) == 0
+    data = load_config(words[1]).data
+    columns = {"prompt": "question", "answer": "the: answer"}
+    assert [data.easy, data.hard] == [
+        {"file": str(tmp_path / f"{name}.jsonl"), "columns": columns} for name in ("easy", "hard")
+    ]
 
 
 def test_run_without_a_configuration_says_how_to_get_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,6 +110,17 @@ def test_an_ensemble_by_its_boosting_weights_needs_no_remark() -> None:
     assert mixture_sentences(mixture(1.0, 1.0), accepted(1.0, 1.0))[0].endswith("with the same weight each.")
 
 
+@pytest.mark.parametrize(("spreads", "said"), [((99, 96, 10), True), ((99, 94, 99), False), ((99,), False)])
+def test_boosting_that_moved_no_weights_is_said_to_have_done_nothing(spreads: tuple[int, ...], said: bool) -> None:
+    rounds = accepted(*[1.0] * len(spreads))
+    rounds = [
+        dataclasses.replace(each, effective_sample_size=2.0 * spread, num_units=200)
+        for each, spread in zip(rounds, spreads, strict=True)
+    ]
+    sentences = mixture_sentences(mixture(*[1.0] * len(spreads)), rounds)
+    assert any("in effect a deep ensemble" in sentence for sentence in sentences) == said
+
+
 # Answers token by token
 
 

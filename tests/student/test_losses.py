@@ -143,7 +143,7 @@ def test_a_teacher_answers_with_hidden_states_where_it_can(
     of_adapters: TokenEnsemble, of_models: TokenEnsemble, of_biased_heads: TokenEnsemble
 ) -> None:
     teacher = LiveTeacher(of_adapters)
-    assert teacher.stacked is not None
+    assert [each.experts for each in teacher.passes] == [(0, 1, 2)]
     assert len({head.data_ptr() for head in teacher.heads}) == 1
     assert len(LiveTeacher(of_models).heads) == 3
     assert LiveTeacher(of_biased_heads).heads == []
