@@ -21,6 +21,7 @@ from ensemw2s.models.identity import computes
 from ensemw2s.models.loading import load_model, load_saved_model
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.accounts import check
+from ensemw2s.runtime.console import no_model_bars
 from ensemw2s.runtime.files import digest_of_files, new_folder, write_array, write_json
 from ensemw2s.runtime.fingerprint import digest_examples
 from ensemw2s.runtime.store import Store
@@ -143,7 +144,7 @@ class ExpertFactory:
         return config
 
     def _keep(self, folder: Path, trained: Any, cost: TrainingCost) -> None:
-        with new_folder(folder) as aside:
+        with new_folder(folder) as aside, no_model_bars():
             trained.save_pretrained(aside)
             write_json(aside / "cost.json", asdict(cost))
         discard_checkpoints(self.args.output_dir)

@@ -30,6 +30,7 @@ from ensemw2s.models.saved import (
     read_settings,
     require_whole,
 )
+from ensemw2s.runtime.console import no_model_bars
 from ensemw2s.runtime.files import write_json
 from ensemw2s.runtime.values import shown
 
@@ -69,7 +70,7 @@ def save_ensemble(
     config.base = stored(config.base, Path(save_directory).expanduser())
     check_settings(json.loads(config.to_json_string()), "the ensemble's config")
     options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-    with own_files(save_directory, "ensemble") as folder:
+    with own_files(save_directory, "ensemble") as folder, no_model_bars():
         config.save_pretrained(folder)
         ensemble.generation_config.save_pretrained(folder)
         for index in range(len(experts)):

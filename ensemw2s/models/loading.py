@@ -36,7 +36,7 @@ from ensemw2s.models.saved import (
     read_settings,
     require_whole,
 )
-from ensemw2s.runtime.console import no_loading_bars
+from ensemw2s.runtime.console import no_model_bars
 from ensemw2s.runtime.values import shown, shown_names
 
 # What this transformers calls the argument and the output that hold a cache: 5.24 renamed both.
@@ -105,7 +105,7 @@ def _load(named: str, model_init_kwargs: Mapping[str, Any], owner: str) -> tuple
         check_model_folder(place, owner)
         kwargs["local_files_only"] = True
     try:
-        with no_loading_bars():
+        with no_model_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(str(place), output_loading_info=True, **kwargs)
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise

@@ -26,8 +26,8 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def no_loading_bars() -> Iterator[None]:
-    """Within the block, transformers shows no bar for each model that it loads; an ensemble loads many."""
+def no_model_bars() -> Iterator[None]:
+    """Within the block, transformers shows no bar for each model that it loads or saves; an ensemble has many."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

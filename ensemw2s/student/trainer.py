@@ -18,6 +18,7 @@ from ensemw2s.models.adapters import ADAPTER_WEIGHTS, attach_adapter, check_peft
 from ensemw2s.models.loading import load_model, load_saved_model, load_tokenizer, require_model, source_of
 from ensemw2s.models.own_files import own_files, refuse_others, whole
 from ensemw2s.runtime import processes
+from ensemw2s.runtime.console import no_model_bars
 from ensemw2s.runtime.files import write_json
 from ensemw2s.runtime.values import Uses, check_in_use
 from ensemw2s.student.answers import check_answer_ids, check_cache, usable_answers
@@ -320,7 +321,7 @@ class StudentTrainer:
 
     def _write(self, folder: str | Path) -> None:
         assert self.cost is not None
-        with own_files(folder, "student") as aside:
+        with own_files(folder, "student") as aside, no_model_bars():
             self.model.save_pretrained(aside)
             self.processing_class.save_pretrained(aside)
             write_json(aside / "cost.json", asdict(self.cost))

@@ -299,7 +299,9 @@ REFUSED: dict[str, tuple[Callable[[Any, Path], Any], type[Exception], str]] = {
         lambda model, _: model.set_input_embeddings(torch.nn.Embedding(3, 3)), NotImplementedError, EMBEDDING
     ),
     "resize_tokens_embeddings": (lambda model, _: model.resize_token_embeddings(99), NotImplementedError, EMBEDDING),
-    "base_model_forward": (lambda model, _: model.base_model(IDS), TypeError, "no common body to run: call.*works with GKDTrainer"),
+    "base_model_forward": (
+        lambda model, _: model.base_model(IDS), TypeError, "no common body to run: call.*works with GKDTrainer"
+    ),
     "gradient_checkpointing": (
         lambda model, _: model.gradient_checkpointing_enable(), ValueError, "does not support activation checkpointing"
     ),

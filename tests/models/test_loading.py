@@ -22,6 +22,7 @@ from ensemw2s.data.tokens import tokenize_questions
 from ensemw2s.models import loading, model_cache
 from ensemw2s.models.loading import load_model, load_tokenizer, parse_layers, thin_layers
 from tests.faults.folders import as_nobody
+from tests.reference import model_ensemble
 from tests.tiny import FORMAT, gpt2, llama, saved_model, tokenizer
 
 IDS = torch.tensor([[3, 7, 5, 9, 4]])
@@ -327,10 +328,16 @@ def test_the_real_model_keeps_its_logits_through_conversion(empty_cache: Path) -
     assert tokens.model_max_length == 8192
 
 
-def test_an_ensemble_is_loaded_without_a_bar_for_each_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_are_loaded_and_saved_without_a_bar_for_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, shown = saved_model(tmp_path / "model"), logging.is_progress_bar_enabled()
     logging.enable_progress_bar()
     try:
+        ensemble = model_ensemble()
+        capsys.readouterr()
+        ensemble.save_pretrained(tmp_path / "ensemble")
+        assert "Writing model" not in capsys.readouterr().err
+        llama(0).save_pretrained(tmp_path / "another")
+        assert "Writing model" in capsys.readouterr().err
         load_model(str(folder))
         assert "Loading weights" not in capsys.readouterr().err
         # What the caller loads is the caller's to show.
