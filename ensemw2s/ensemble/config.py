@@ -67,9 +67,11 @@ class EnsembleConfig(PreTrainedConfig):
         return cls(kind=experts.kind, is_decoder=True, tie_word_embeddings=False, **shared, **settings)
 
 
-# What an ensemble's `config.json` holds: the keys of ours, and those that transformers gives every configuration.
+# What an ensemble's `config.json` holds: the keys of ours, and those that transformers gives every configuration. Some
+# of its releases put the hub's commit among what they have read from the file.
 _OURS = ("expert_weights", "combine", "kind", "base", "vocab_size", "max_position_embeddings", *_SPECIAL_TOKENS)
-_EVERY = {"is_decoder", "tie_word_embeddings", "use_cache", "torch_dtype", *PreTrainedConfig().to_dict()}
+_EVERY = {"is_decoder", "tie_word_embeddings", "use_cache", "torch_dtype", "_commit_hash"}
+_EVERY |= PreTrainedConfig().to_dict().keys()
 
 
 def check_settings(settings: Mapping[str, Any], where: str) -> None:

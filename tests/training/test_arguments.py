@@ -49,6 +49,7 @@ KEEPING: dict[str, dict[str, Any]] = {
     "dataloader_prefetch_factor": {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 3},
     "dataloader_persistent_workers": {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
 }  # fmt: skip
+FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}  # of the release that is installed
 
 
 def train(folder: Path, evaluated: bool = False, callbacks: Any = (), peft: Any = None, **settings: Any) -> Any:
@@ -83,7 +84,7 @@ def test_a_setting_of_transformers_changes_the_training(tmp_path: Path, plain: A
     assert distance(changed, train(tmp_path, **without) if without else plain) > 1e-6
 
 
-@pytest.mark.parametrize("name", KEEPING)
+@pytest.mark.parametrize("name", [name for name in KEEPING if name in FIELDS])
 def test_a_setting_that_is_about_how_leaves_the_result(tmp_path: Path, plain: Any, name: str) -> None:
     assert distance(train(tmp_path, **KEEPING[name]), plain) < 1e-5
 
@@ -150,7 +151,7 @@ ELSEWHERE = {
 
 def test_no_setting_of_transformers_is_forgotten() -> None:
     known = set(CHANGING) | set(KEEPING) | set(REFUSED) | ELSEWHERE
-    assert {field.name for field in dataclasses.fields(TrainingArguments)} <= known
+    assert known >= FIELDS
     assert not set(REFUSED) & (set(CHANGING) | set(KEEPING) | ELSEWHERE)
 
 
