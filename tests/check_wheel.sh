@@ -52,7 +52,8 @@ grep -q "Declared comparisons" "$work/page.html"
 tar -xzf "$work"/dist/*.tar.gz -C "$work"
 cd "$work"/ensemw2s-*/
 cp "$site"/ensemw2s/*.so ensemw2s/
-"$python" -m pytest --quiet -p no:cacheprovider --collect-only > "$work/collected.log" || { tail -40 "$work/collected.log"; exit 1; }
-"$python" -m pytest --quiet -p no:cacheprovider tests/data tests/ops/test_scores.py tests/test_build_backend.py \
-  tests/test_release.py
-"$python" -m pytest --quiet -p no:cacheprovider tests/test_documentation.py -k "readme or metadata or from_top_to_bottom"
+export OMP_NUM_THREADS=1
+tests=("$python" -m pytest --quiet -p no:cacheprovider)
+"${tests[@]}" --collect-only > "$work/collected.log" || { tail -40 "$work/collected.log"; exit 1; }
+"${tests[@]}" -n 2 tests/data tests/ops/test_scores.py tests/test_build_backend.py tests/test_release.py
+"${tests[@]}" tests/test_documentation.py -k "readme or metadata or from_top_to_bottom"
