@@ -73,7 +73,7 @@ for python in "${pythons[@]}"; do
   mkdir "$work/${#made[@]}" "$work/${#made[@]}/repaired"
   build_wheel "$with" "$sdist" "$work/${#made[@]}"
   # torch brings its own libraries along.
-  PATH="$(dirname "$tools"):$PATH" "$tools" -m auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' \
+  PATH="$(cd "$(dirname "$tools")" && pwd):$PATH" "$tools" -m auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' \
     --wheel-dir "$work/${#made[@]}/repaired" "$work/${#made[@]}"/*.whl > "$work/log" 2>&1 || { cat "$work/log"; exit 1; }
   wheel=$(basename "$work/${#made[@]}"/repaired/*.whl)
   mv "$work/${#made[@]}/repaired/$wheel" dist/
