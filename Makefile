@@ -10,7 +10,7 @@ READY   := .venv/.ready
 SOURCES := Makefile pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 CPP_FILES := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulation/*'
 
-.PHONY: help setup demo quick study results docs picture notebook test test-slow test-lowest lint format benchmarks check-wheel check-sanitizers check-faults check-page gpu-check clean
+.PHONY: help setup demo quick study results docs picture notebook test test-slow test-lowest lint format benchmarks check-wheel wheels release check-sanitizers check-faults check-page gpu-check clean
 
 help:
 	@echo "make demo        boost, label, teach and measure on a real 135M model (CONFIG=$(CONFIG))"
@@ -22,6 +22,7 @@ help:
 	@echo "make lint        ruff, mypy, import-linter, clang-format, the site   make format  rewrite in the house style"
 	@echo "make docs        the documentation site, in site/"
 	@echo "make benchmarks  kernel benchmarks         make check-wheel  build and try wheel and sdist"
+	@echo "make wheels      sdist and manylinux wheels, in dist/ (PYTHONS=\"python3.12 ...\")  make release  the same to publish"
 	@echo "make gpu-check   build, test and measure on the GPU of this machine, if it has one"
 	@echo "make check-sanitizers  the op tests under AddressSanitizer and UBSan (slow)"
 	@echo "make check-page  a run's and a study's page in Chromium: axe-core, phone width, dark, print (needs npm)"
@@ -117,6 +118,17 @@ benchmarks: $(READY)
 
 check-wheel: $(READY)
 	bash tests/check_wheel.sh $(BIN)/python
+
+# One wheel for each of these that is here. ENSEMW2S_BUILD=cpu leaves the CUDA kernels out where a toolkit is found.
+PYTHONS ?= python3.11 python3.12 python3.13 python3.14
+wheels: $(READY)
+	TORCH="$(TORCH)" .ci/wheels.sh $(BIN)/python $(PYTHONS)
+
+# What may be published: a page on PyPI needs the address that its links lead to.
+release: $(READY)
+	$(BIN)/python .ci/release.py
+	$(MAKE) wheels
+	@echo "to publish: $(BIN)/twine upload dist/*"
 
 check-sanitizers: $(READY)
 	bash tests/check_sanitizers.sh $(BIN)/python

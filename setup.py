@@ -1,4 +1,4 @@
-"""Builds the compiled half of ensemw2s; everything else is declared in pyproject.toml.
+"""Builds the compiled half of ensemw2s and its page on PyPI; everything else is declared in pyproject.toml.
 
 ``ENSEMW2S_BUILD`` says what is built: ``auto`` (default: the CPU kernels, and the CUDA kernels when torch is a CUDA
 build and a CUDA toolkit is found, whether or not a GPU is; a pure-torch package with a warning when there is no C++
@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -27,6 +28,22 @@ CUDA_ARCHITECTURES = (
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90,code=[sm_90,compute_90]",
 )
+# A Markdown link or picture whose target is a file of this project: neither an address nor a place on the same page.
+RELATIVE_LINK = re.compile(r"(!?)\[([^\]]*)\]\((?![a-z]+:|#)([^)\s]+)\)")
+
+
+def long_description(readme: str, project: dict) -> str:
+    """The README as PyPI shows it, where a relative link leads nowhere: to the files of this version's tag."""
+    repository = project.get("urls", {}).get("Repository")
+    if repository is None:
+        return readme
+
+    def absolute(found: re.Match) -> str:
+        picture, text, path = found.groups()
+        folder = "raw" if picture else "blob"
+        return f"{picture}[{text}]({repository.rstrip('/')}/{folder}/v{project['version']}/{path})"
+
+    return RELATIVE_LINK.sub(absolute, readme)
 
 
 def sources(*patterns: str) -> list[str]:
@@ -167,4 +184,12 @@ def extensions() -> dict:
     return {"ext_modules": [ops, host], "cmdclass": {"build_ext": BuildWithKernels}}
 
 
-setup(packages=find_namespace_packages(include=["ensemw2s*"]), **extensions())
+setup(
+    packages=find_namespace_packages(include=["ensemw2s*"]),
+    long_description=long_description(
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"],
+    ),
+    long_description_content_type="text/markdown",
+    **extensions(),
+)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds sdist and wheel, installs the wheel into a fresh environment that borrows this one's packages, and uses it
-# from another folder. The wheel is built from the unpacked sdist, so the sdist is checked to be complete as well.
+# from another folder. The wheel is built from the unpacked sdist, so the sdist is checked to be complete as well; so are
+# its tests, all of which are collected there, and the quick ones run. twine looks at the page that PyPI would show.
 # Usage: tests/check_wheel.sh [python]
 set -euo pipefail
 
@@ -12,6 +13,7 @@ trap 'rm -rf "$work"' EXIT
 cd "$root"
 "$python" -m build --no-isolation --outdir "$work/dist" . > "$work/build.log" 2>&1 || { tail -40 "$work/build.log"; exit 1; }
 ls "$work/dist"
+"$python" -m twine check --strict "$work"/dist/*
 
 "$python" -m venv --without-pip "$work/venv"
 site=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -45,3 +47,13 @@ PY
 "$work/venv/bin/ensemw2s" --help > /dev/null
 "$work/venv/bin/ensemw2s" report "$root/docs/results/real_ablation.jsonl" --output "$work/page.html"
 grep -q "Declared comparisons" "$work/page.html"
+
+# The sdist's own tests, with the libraries of the wheel, which were compiled from it.
+tar -xzf "$work"/dist/*.tar.gz -C "$work"
+cd "$work"/ensemw2s-*/
+cp "$site"/ensemw2s/*.so ensemw2s/
+export OMP_NUM_THREADS=1
+tests=("$python" -m pytest --quiet -p no:cacheprovider)
+"${tests[@]}" --collect-only > "$work/collected.log" || { tail -40 "$work/collected.log"; exit 1; }
+"${tests[@]}" -n 2 tests/data tests/ops/test_scores.py tests/test_build_backend.py tests/test_release.py
+"${tests[@]}" tests/test_documentation.py -k "readme or metadata or from_top_to_bottom"

@@ -76,6 +76,8 @@ for got, exact in (
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_many_small_terms_are_not_lost_beside_a_large_sum(capability):
     """8 tokens have all but a thousandth of the mass; one by one the others would vanish beside them in float32."""
+    if capability == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("torch itself crashes when it is told this where there is no AVX-512")
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
     run = subprocess.run(
         [sys.executable, "-c", SMALL_TERMS], env=environment, capture_output=True, text=True, check=True

@@ -311,3 +311,8 @@ def test_what_a_dead_process_left_unfinished_is_deleted_and_a_living_ones_is_not
 def test_the_longest_names_can_be_written(tmp_path: Path, name: str) -> None:
     write_json(tmp_path / name, 1)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(("value", "differing"), [(None, []), (3, ["new"])])
+def test_a_setting_that_an_older_version_did_not_have_counts_as_null(value: Any, differing: list[str]) -> None:
+    assert claims.differing_keys({"a": 1, "new": value}, {"a": 1}) == differing
