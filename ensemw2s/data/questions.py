@@ -302,7 +302,8 @@ def check_questions(
         if column not in dataset.column_names:
             raise ValueError(
                 f"{name} has no column {column!r}; its columns are {shown_names(dataset.column_names)}. Rename yours, "
-                f'or map them with `columns`, e.g. columns={{"{column}": "yours"}}.{_UNANSWERED[column]}'
+                f'or map them: check_questions(data, columns={{"{column}": "yours"}}) in Python, or '
+                f"`columns: {{{column}: yours}}` beside the file in a configuration.{_UNANSWERED[column]}"
             )
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: expected at least one question")
@@ -438,8 +439,8 @@ def split_questions(dataset: Any, sizes: Mapping[str, int], seed: int = 0) -> Da
     wanted = sum(sizes.values())
     if len(first) < wanted:
         raise ValueError(
-            f"the splits {dict(sizes)} need {wanted} distinct questions, the dataset has {len(first)}: "
-            "make the splits smaller or load more questions"
+            f"the splits {dict(sizes)} need {wanted} distinct questions, the dataset has {len(first)} (a repeated one "
+            "counts once): make the splits smaller or load more questions"
         )
     order = iter([first[key] for key in sorted(first)])
     return DatasetDict({name: dataset.select(list(itertools.islice(order, size))) for name, size in sizes.items()})

@@ -49,7 +49,8 @@ def as_dataset(data: Any, name: str, columns: Mapping[str, str] | None = None) -
         data = dataset_of(list(data), name)
     if isinstance(data, str | os.PathLike):
         raise TypeError(
-            f'{name} is the path of a file, which is read by load_questions("{data!s:.200}"): pass its result'
+            f"{name} is {str(data)[:200]!r}, expected {_SHAPES}: a file is read by load_questions, and a "
+            'single question is [{"prompt": ...}]'
         )
     if not isinstance(data, Dataset):
         raise TypeError(f"{name} is a {type(data).__name__}, expected {_SHAPES}")

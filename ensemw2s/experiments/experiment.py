@@ -236,10 +236,11 @@ class Experiment:
         args = self.config.student_arm_config(arm, self.folder / "students")
         questions = self.files.questions("unlabelled")
         live = teacher != TRUTH and args.variant == "soft" and args.top_logprobs is None
+        answers = questions if teacher == TRUTH else self.files.labels(teacher, questions)
         trainer = StudentTrainer(
             model.source,
             args=args,
-            train_dataset=questions if teacher == TRUTH else self.files.labels(teacher, questions),
+            train_dataset=answers,
             processing_class=self.files.tokenizer(model),
             peft_config=self.config.peft_config(),
             question_format=self.config.data.format,
@@ -249,7 +250,7 @@ class Experiment:
         )
         trainer.train(save_to=folder)
         seconds = self.files.student_cost(arm)["seconds"]
-        self.say(f"{arm}: trained on {len(trainer.train_dataset)} answers in {seconds:.0f} s")
+        self.say(f"{arm}: trained on {len(trainer.train_dataset)} of {len(answers)} answers in {seconds:.0f} s")
 
     def _check_tokenizers(self) -> None:
         """Refuse a student that cannot learn its teachers' distributions, before the hours that its teachers take."""

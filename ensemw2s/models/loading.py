@@ -302,6 +302,11 @@ def require_source(source: str) -> None:
 def require_model(folder: Path) -> None:
     """Raise FileNotFoundError unless a folder holds the weights of a whole model."""
     if not any((folder / weights).is_file() for weights in MODEL_WEIGHTS):
+        if (folder / "experts").is_dir():
+            raise FileNotFoundError(
+                f"{folder} is an ensemble, not one model: load it with TokenEnsemble.from_pretrained, and its "
+                "tokenizer with AutoTokenizer.from_pretrained; one of its experts is a folder in it"
+            )
         raise FileNotFoundError(
             f"{folder} holds no model weights (expected {' or '.join(MODEL_WEIGHTS)}): give a folder written by "
             "save_pretrained; pickled weights (.bin, .pt) are not read"

@@ -58,6 +58,11 @@ def _found(pool: Pool, pair: Pair) -> str:
     else:
         verdict = f"no difference was found between {first} and {second}"
     reached = [pool.accuracy(arm, split) for arm in pair]
+    if all(accuracy and accuracy.value == 0 for accuracy in reached):
+        return (
+            f"Neither {first} nor {second} answers one of the {QUESTIONS[split]} right "
+            f"({_measured_on(pool, pair)}), so nothing can be compared there."
+        )
     shares = " against ".join(f"{100 * accuracy.value:.1f}%" for accuracy in reached if accuracy)
     shown = f"{shares} right, " if all(reached) else ""
     value, low, high = map(difference_points, difference)

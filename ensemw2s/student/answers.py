@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -155,5 +156,12 @@ def usable_answers(
             f"none of the {len(answers)} answers is left to train on: {empty} are empty, {cut} were cut off before "
             f"their end, {len(rows) - empty - cut} are not confident enough. Lower min_confidence, let the teacher "
             "answer with more max_new_tokens, or train it longer"
+        )
+    if 2 * (empty + cut) > len(rows):
+        warnings.warn(
+            f"{empty + cut} of the {len(rows)} answers are left out of the training: {empty} are empty, {cut} were cut "
+            "off before their end. Let the teacher answer with more max_new_tokens if its answers are long; a teacher "
+            "that never ends has not learned to. keep_unfinished=True trains on what was cut off",
+            stacklevel=3,
         )
     return check_questions(answers.select(kept), "train_dataset")

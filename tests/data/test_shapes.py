@@ -117,7 +117,7 @@ def test_what_misses_in_a_dataframe_is_named_by_its_row() -> None:
         ),
         (
             [{"question": "a"}],
-            r"no column 'prompt'; .* with `columns`, e.g. columns=\{\"prompt\": \"yours\"\}\.",
+            r"no column 'prompt'; .* check_questions\(data, columns=\{\"prompt\": \"yours\"\}\)",
         ),
         ([{"prompt": [], "answer": "b"}], r"mine, row 0: prompt has \[\], expected messages of role and content"),
         ([{"prompt": [said("user", " ")], "answer": "b"}], "mine, row 0: prompt is .*expected text that is not empty"),
@@ -125,7 +125,7 @@ def test_what_misses_in_a_dataframe_is_named_by_its_row() -> None:
         ([{"messages": ASKED[2:3]}], r"mine, row 0: prompt has \[\], expected messages"),
         ([{"messages": [{"role": "user", "content": None}]}], "row 0: messages has .*expected messages of role"),
         ([{"messages": [{**ASKED[0], "tool_calls": ["f"]}]}], "tools, images and the like are not supported"),
-        ("easy.jsonl", r'mine is the path of a file, which is read by load_questions\("easy.jsonl"\)'),
+        ("easy.jsonl", "mine is 'easy.jsonl', expected .*: a file is read by load_questions, and a single question"),
         ([{"prompt": "a"}], "mine has no column 'answer'.*answers questions without any by its method label"),
         ([{"prompt": ASKED, "completion": ANSWERED}], "mine, row 0: answer is .*expected one message"),
     ],

@@ -448,7 +448,7 @@ def hostile_sources() -> Iterator[Row]:
         ("scratch:../weak", "neither a path"), ("..", "neither a path"), (".", "neither a path"),
         ("../ensemble", "base model"), ("./experts/1", "holds no model weights"),
     ):  # fmt: skip
-        expected = "holds no model weights" if source == "../ensemble" else sentence
+        expected = "is an ensemble, not one model" if source == "../ensemble" else sentence
         yield (
             "reference",
             "config.json",

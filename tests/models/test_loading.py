@@ -336,6 +336,8 @@ def test_models_are_loaded_and_saved_without_a_bar_for_each(tmp_path: Path, caps
         capsys.readouterr()
         ensemble.save_pretrained(tmp_path / "ensemble")
         assert "Writing model" not in capsys.readouterr().err
+        with pytest.raises(FileNotFoundError, match=r"ensemble is an ensemble, .*TokenEnsemble\.from_pretrained"):
+            load_model(str(tmp_path / "ensemble"))
         llama(0).save_pretrained(tmp_path / "another")
         assert "Writing model" in capsys.readouterr().err
         load_model(str(folder))

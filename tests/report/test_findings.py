@@ -121,6 +121,12 @@ def test_boosting_that_moved_no_weights_is_said_to_have_done_nothing(spreads: tu
     assert any("in effect a deep ensemble" in sentence for sentence in sentences) == said
 
 
+def test_two_arms_without_a_right_answer_are_not_called_alike() -> None:
+    text = headline(pool(ensemble=(100, 0), single_expert=(90, 0)))
+    assert text.startswith("Neither the ensemble nor the single weak expert answers one of the hard questions right")
+    assert "200 questions" in text and "interval" not in text
+
+
 # Answers token by token
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,12 @@ def test_answers_that_were_cut_off_are_left_out_unless_asked_for(tmp_path: Path)
     )
     assert usable_answers(answers)["id"] == ["q0", "q2", "q5"]
     assert usable_answers(answers, keep_unfinished=True)["id"] == ["q0", "q1", "q2", "q3", "q5"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        usable_answers(answers, keep_unfinished=True)
+    lone = [{"prompt": str(i), "answer": "a", "finished": i == 0} for i in range(9)] + [{"prompt": "x", "answer": ""}]
+    with pytest.warns(UserWarning, match=r"9 of the 10 answers are left out .*: 1 are empty, 8 were cut off"):
+        assert len(usable_answers(lone)) == 1
     unfinished = answers.filter(lambda row: not row["finished"])
     with pytest.raises(ValueError, match=r"0 are empty, 2 were cut off before their end.*more max_new_tokens"):
         student(tmp_path, answers=unfinished)
