@@ -19,8 +19,8 @@ from tests.faults.battery import Case
 from tests.tiny import llama, saved_adapters
 
 # Threads, and calls of each: in the short pass, and in the long one.
-_SHORT = {"stacked": (4, 6), "one-after-the-other": (2, 3), "models": (3, 3)}
-_LONG = {"stacked": (8, 200), "one-after-the-other": (8, 60), "models": (8, 200)}
+_SHORT = {"stacked": (4, 6), "one-after-the-other": (2, 3), "mixed": (2, 3), "models": (3, 3)}
+_LONG = {"stacked": (8, 200), "one-after-the-other": (8, 60), "mixed": (8, 60), "models": (8, 200)}
 
 
 def cases(long: bool, seed: int) -> Iterator[Case]:
