@@ -71,6 +71,7 @@ def test_unknown_mode_is_named():
 def test_kernels_folder_hides_nothing():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     # An unpacked sdist has copies where a clone has a link.
+    assert (ROOT / "ensemw2s" / "kernels").is_symlink() == (ROOT / ".git").exists()
     inner, outer = (sorted(folder.glob("*.py")) for folder in (ROOT / "ensemw2s" / "kernels", ROOT / "kernels"))
     assert [path.read_text() for path in inner] == [path.read_text() for path in outer] != []
     code = "import transformers, importlib.util as u; s = u.find_spec('kernels'); print(s and s.origin)"

@@ -34,12 +34,10 @@ if TYPE_CHECKING:
 
 
 SOURCE_KINDS = ("file", "hub", "reasoning_gym", "characters")
-# What to do without a column.
-_UNANSWERED = {
-    "prompt": "",
-    "answer": " Answers are needed to learn from questions and to measure with them; a TokenEnsemble answers questions "
-    "without any by its method label",
-}
+_UNANSWERED = (
+    ". Answers are needed to learn from questions and to measure with them; a TokenEnsemble answers questions without "
+    "any by its method label"
+)
 _OPTIONS = ("columns", "schema", "context", "choices", "binary", "prompt_regex")
 # A generator is asked for this many batches of questions before its distinct prompts count as exhausted.
 _MAX_TRIES = 8
@@ -300,10 +298,11 @@ def check_questions(
     needed = ["prompt", "answer"] if answered else ["prompt"]
     for column in needed:
         if column not in dataset.column_names:
+            unanswered = _UNANSWERED if column == "answer" else ""
             raise ValueError(
                 f"{name} has no column {column!r}; its columns are {shown_names(dataset.column_names)}. Rename yours, "
                 f'or map them: check_questions(data, columns={{"{column}": "yours"}}) in Python, or '
-                f"`columns: {{{column}: yours}}` beside the file in a configuration.{_UNANSWERED[column]}"
+                f"`columns: {{{column}: yours}}` beside the file in a configuration{unanswered}"
             )
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: expected at least one question")

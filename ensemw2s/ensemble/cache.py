@@ -94,8 +94,9 @@ class EnsembleCache(Cache):
                 f"the cache was made for {len(self.members)} experts that are not the {len(members)} of this ensemble "
                 "now: one was added, or the cache is another ensemble's; start a new one with ensemble.new_cache()"
             )
-        held = next((_rows_of(cache) // len(each.experts) for each, cache in self._parts() if _rows_of(cache)), None)
-        if held is not None and held != rows:
+        sizes = (_rows_of(cache) // len(each.experts) for each, cache in self.parts())
+        held = next(filter(None, sizes), rows)
+        if held != rows:
             raise ValueError(
                 f"the cache holds {held} rows and the input has {rows}: bring it to as many, as with "
                 "cache.batch_repeat_interleave(n), or start a new one with ensemble.new_cache()"
@@ -110,15 +111,16 @@ class EnsembleCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make row i what row `beam_idx[i]` was, for every expert."""
-        for each, cache in self._parts():
+        for each, cache in self.parts():
             cache.reorder_cache(_stacked_rows(each, cache, beam_idx))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices` of every expert."""
-        for each, cache in self._parts():
+        for each, cache in self.parts():
             cache.batch_select_indices(_stacked_rows(each, cache, indices))
 
-    def _parts(self) -> Iterable[tuple[Pass, DynamicCache]]:
+    def parts(self) -> Iterable[tuple[Pass, DynamicCache]]:
+        """Return the forward passes, each with its cache."""
         return zip(self.passes, self.caches, strict=True)
 
 

@@ -328,12 +328,12 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             inputs["position_ids"] = position_ids.expand(input_ids.shape[0], -1)
         if last_only:
             inputs["logits_to_keep"] = 1
-        passes = [Pass((index,)) for index in indices] if cache is None else cache.passes
-        passes = [each for each in passes if not set(indices).isdisjoint(each.experts)]
-        caches = {} if cache is None else dict(zip(cache.passes, cache.caches, strict=True))
+        every = [Pass((index,)) for index in indices] if cache is None else cache.passes
+        passes = [each for each in every if not set(indices).isdisjoint(each.experts)]
+        caches = {} if cache is None else {index: part for each, part in cache.parts() for index in each.experts}
 
         def run(model: torch.nn.Module, index: int) -> torch.Tensor:
-            own = {} if cache is None else {CACHE: caches[Pass((index,))]}
+            own = {} if cache is None else {CACHE: caches[index]}
             if positions is None:
                 logits = model(**inputs, **own).logits
             else:
@@ -342,7 +342,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             count(experts.carrier(index), input_ids, attention_mask, logits.shape[:-1].numel())
             return logits
 
-        logits = experts.run(passes, run, lambda each: _stacked_logits(each.stacked, caches[each], inputs))
+        logits = experts.run(passes, run, lambda each: _stacked_logits(each.stacked, caches[each.experts[0]], inputs))
         return [logits[index] for index in indices]
 
     @can_return_tuple

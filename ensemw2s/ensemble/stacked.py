@@ -33,17 +33,11 @@ def stackable(base: nn.Module, names: Sequence[str]) -> set[str]:
         return set()
     plain = {name for name in names if _is_plain(base.peft_config[name])}
     for module in _outer_modules(base.get_base_model()):
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            plain -= module._adapters
-        elif type(module) is LoraLinear:
-            if module.merged or "forward" in vars(module):
-                return set()
-            plain -= {name for name in module.lora_variant if name in plain}
-            plain -= {name for name in module.lora_B if module.lora_B[name].bias is not None}
-        elif isinstance(module, BaseTunerLayer):
-            if module.merged:
-                return set()
-            plain -= _adapters_in(module)
+        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            continue
+        if "forward" in vars(module) or (isinstance(module, BaseTunerLayer) and module.merged):
+            return set()
+        plain -= _more_than_products(module)
     return plain
 
 
@@ -51,8 +45,12 @@ def _is_plain(config: Any) -> bool:
     return bool(config.peft_type == PeftType.LORA and config.bias == "none" and not config.layer_replication)
 
 
-def _adapters_in(module: BaseTunerLayer) -> set[str]:
-    """Return the names of the adapters that have weights in a layer of peft's."""
+def _more_than_products(module: Any) -> set[str]:
+    """Return the names of the adapters that do more in a module of peft's than to add a LoRA product to it."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return set(module._adapters)
+    if type(module) is LoraLinear:
+        return {*module.lora_variant, *(name for name in module.lora_B if module.lora_B[name].bias is not None)}
     held = (getattr(module, attribute, ()) for attribute in module.adapter_layer_names)
     return {name for adapters in held for name in adapters}
 

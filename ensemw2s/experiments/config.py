@@ -570,7 +570,7 @@ def _check_keys(settings: Mapping[str, Any], allowed: Sequence[str], prefix: str
 
 
 def _nearest(key: str, allowed: Sequence[str]) -> list[str]:
-    """Return the names that a key may have been meant to be: alike, of these initials, or longer."""
+    """Return the names that a key may stand for: like it, with these initials, or with it among their words."""
     alike = difflib.get_close_matches(key, allowed, n=1)
     initials = [name for name in allowed if "".join(word[0] for word in name.split("_") if word) == key]
     longer = [name for name in allowed if len(key) > 2 and f"_{key.strip('_')}_" in f"_{name}_"]

@@ -303,7 +303,8 @@ REFUSED: dict[str, tuple[Callable[[Any, Path], Any], type[Exception], str]] = {
         lambda model, _: model.base_model(IDS), TypeError, "no common body to run: call.*works with GKDTrainer"
     ),
     "gradient_checkpointing": (
-        lambda model, _: model.gradient_checkpointing_enable(), ValueError, "does not support .* checkpointing"
+        lambda model, _: model.gradient_checkpointing_enable(), ValueError,
+        "does not support (activation|gradient) checkpointing",
     ),
     "initialization": (lambda model, _: type(model)(model.config), TypeError, "configuration alone makes no ensemble"),
     "from_config": (

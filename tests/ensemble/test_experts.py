@@ -352,6 +352,15 @@ class TestStacked:
         layer.forward = layer.forward
         assert experts.passes() == [Pass((0,)), Pass((1,)), Pass((2,))]
 
+    def test_a_wrapped_layer_that_holds_another_adapter_alone_leaves_nothing_stacked(self, tmp_path: Path) -> None:
+        folders = saved_adapters(tmp_path, 2)
+        random_adapter(llama(0), tmp_path / "other", target_modules=["q_proj", "embed_tokens"])
+        experts = AdapterExperts(llama(0), [*folders, tmp_path / "other"])
+        assert [each.experts for each in experts.passes()] == [(0, 1), (2,)]
+        layer = experts.base.get_base_model().model.embed_tokens
+        layer.forward = layer.forward
+        assert experts.passes() == [Pass((0,)), Pass((1,)), Pass((2,))]
+
 
 class TestFewRows:
     """Products of few rows are made the other way round on several threads."""

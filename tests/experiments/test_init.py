@@ -86,7 +86,7 @@ def test_a_name_is_text_whatever_is_in_it(tmp_path: Path, words: list[str]) -> N
         ({3: "--weak=./wek"}, "./wek does not exist: give a model folder"),
         ({4: "--strong=wek"}, "wek is neither a folder nor a model that can be found on the hub"),
         ({5: "--columns=question"}, "'question' is not of the form prompt=question,answer=solution"),
-        ({5: "--columns=prompt=question,answer=text"}, "question"),
+        ({5: "--columns=prompt=question,answer=text"}, "easy.jsonl has no column 'question' (for prompt)"),
     ],
 )
 def test_what_it_cannot_work_with_is_named(
