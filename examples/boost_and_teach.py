@@ -16,7 +16,6 @@ from ensemw2s import (
     load_tokenizer,
     score_answers,
     split_questions,
-    tokenize_questions,
 )
 
 folder = sys.argv[1] if len(sys.argv) > 1 else "run/boost_and_teach"
@@ -40,7 +39,7 @@ trainer = BoostingTrainer(
 )
 ensemble = trainer.train()
 
-answers = ensemble.label(hard["unlabelled"], tokenizer, question_format=questions, max_new_tokens=10)
+answers = ensemble.label(hard["unlabelled"], tokenizer, max_new_tokens=10)
 student = StudentTrainer(
     "scratch:char-strong",
     args=StudentConfig(output_dir=f"{folder}/student", **settings),
@@ -49,7 +48,6 @@ student = StudentTrainer(
 )
 model = student.train()
 
-test = tokenize_questions(hard["test"], tokenizer, questions)
 for name, answerer in (("ensemble", ensemble), ("student", model)):
-    scores = score_answers(answerer, test, pad_token_id=tokenizer.eos_token_id)
+    scores = score_answers(answerer, hard["test"], tokenizer, question_format=questions)
     print(f"{name}: {scores.accuracy:.0%} of the hard test questions right")

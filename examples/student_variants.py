@@ -14,9 +14,7 @@ from ensemw2s import (
     exclude_questions,
     load_questions,
     load_tokenizer,
-    score_answers,
     split_questions,
-    tokenize_questions,
 )
 
 folder = sys.argv[1] if len(sys.argv) > 1 else "run/student_variants"
@@ -37,11 +35,9 @@ ensemble = BoostingTrainer(
 
 # Beside each answer token the ensemble's 8 likeliest tokens; killed, the same call goes on behind the finished rows.
 answers = ensemble.label(
-    hard["unlabelled"], tokenizer, question_format=questions, max_new_tokens=10, top_logprobs=8,
-    output_file=f"{folder}/answers.jsonl",
+    hard["unlabelled"], tokenizer, max_new_tokens=10, top_logprobs=8, output_file=f"{folder}/answers.jsonl",
 )  # fmt: skip
 
-test = tokenize_questions(hard["test"], tokenizer, questions)
 variants = {
     "sft": ({"variant": "sft"}, None),
     "soft, from the cache": ({"variant": "soft"}, None),
@@ -58,5 +54,6 @@ for name, (variant, teacher) in variants.items():
         question_format=questions,
         teacher=teacher,
     )
-    scores = score_answers(trainer.train(), test, pad_token_id=tokenizer.eos_token_id)
-    print(f"{name} student: {scores.accuracy:.0%} of hard test questions right after {trainer.cost.seconds:.0f} s")
+    trainer.train()
+    right = trainer.evaluate(hard["test"])["eval_accuracy"]
+    print(f"{name} student: {right:.0%} of hard test questions right after {trainer.cost.seconds:.0f} s")

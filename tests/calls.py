@@ -23,7 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from ensemw2s import TokenEnsemble
 from ensemw2s.inference.choices import ChoiceSettings, score_choices
 from ensemw2s.inference.decoding import Sampling
-from ensemw2s.inference.scoring import score_answers
+from ensemw2s.inference.scoring import score_examples
 from tests.tiny import FORMAT, PAD, VOCAB, dora_adapters, gpt2, llama, questions, saved_adapters, tokenizer
 
 Calls = dict[str, Callable[[], Any]]
@@ -83,7 +83,7 @@ def calls(ensemble: TokenEnsemble, fourth: Any) -> Calls:
             )
         ),
         "label choices": lambda: _numbers(ensemble.label(choices, given, **options)),
-        "score_answers": lambda: _scores(score_answers(ensemble, texts, pad_token_id=PAD)),
+        "score_examples": lambda: _scores(score_examples(ensemble, texts, pad_token_id=PAD)),
         "score_choices": lambda: torch.tensor(
             score_choices(first, choices, given, ChoiceSettings(FORMAT)).log_probs[0]
         ),

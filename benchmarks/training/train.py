@@ -40,7 +40,7 @@ from ensemw2s.data.batches import AnswerCollator
 from ensemw2s.data.questions import load_questions
 from ensemw2s.data.tokens import QuestionFormat, tokenize_questions
 from ensemw2s.ensemble.model import TokenEnsemble
-from ensemw2s.inference.scoring import score_answers
+from ensemw2s.inference.scoring import score_examples
 from ensemw2s.models.loading import load_model, load_tokenizer
 from ensemw2s.training.arguments import AnswerTrainingArguments
 from ensemw2s.training.fine_tune import fine_tune
@@ -274,7 +274,7 @@ def order(options: Options) -> Rows:
             train_sampling_strategy=strategy,
         )  # fmt: skip
         model, _ = fine_tune(load_model(source), train, args, pad_token_id=PAD, seed=seed, description=strategy)
-        accuracy[strategy].append([score_answers(model, rows, pad_token_id=PAD).accuracy for rows in tests.values()])
+        accuracy[strategy].append([score_examples(model, rows, pad_token_id=PAD).accuracy for rows in tests.values()])
     rows = []
     difference = np.subtract(accuracy["group_by_length"], accuracy["random"])
     for place, name in enumerate(tests):
@@ -299,7 +299,7 @@ def scoring(options: Options) -> Rows:
     expert = TokenEnsemble.from_adapters(load_model(options.model), [options.folder], [1.0])
     ways: dict[str, Callable[[Dataset], Any]] = {
         "transformers": stock.predict,
-        "this package": lambda rows: score_answers(expert, rows, pad_token_id=PAD, batch_size=32),
+        "this package": lambda rows: score_examples(expert, rows, pad_token_id=PAD, batch_size=32),
     }
     times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(min(options.rounds, 3)):

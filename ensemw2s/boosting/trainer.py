@@ -18,6 +18,7 @@ from ensemw2s.boosting.units import AnswerUnits, informative_tokens
 from ensemw2s.data.questions import check_disjoint, check_questions
 from ensemw2s.data.tokens import QuestionFormat, check_examples, tokenize_questions
 from ensemw2s.ensemble.model import TokenEnsemble
+from ensemw2s.inference.measuring import measure
 from ensemw2s.inference.scoring import AnswerScores
 from ensemw2s.models.adapters import check_peft_config
 from ensemw2s.models.identity import describe_model
@@ -31,7 +32,7 @@ from ensemw2s.runtime.fingerprint import digest_questions
 from ensemw2s.runtime.meter import Ledger, total
 from ensemw2s.runtime.records import QUANTILE_LEVELS, IdentityRecord, RoundRecord
 from ensemw2s.runtime.store import Store
-from ensemw2s.training.arguments import check_trainer_options, require_eval_dataset
+from ensemw2s.training.arguments import check_trainer_options, require_eval_dataset, require_questions
 from ensemw2s.training.checkpoints import discard_checkpoints
 from ensemw2s.training.fine_tune import PRESENTATION, optimizer_described
 
@@ -207,10 +208,32 @@ class BoostingTrainer:
                     f"no expert beats the pre-trained model: {self.stop_reason}. Train longer or with another learning "
                     f"rate (now {self.args.num_train_epochs:g} epochs at {self.args.learning_rate:g})"
                 )
-            ensemble = self._factory.ensemble(self.expert_folders(), self.mixture()["expert_weights"])
+            ensemble = self._ensemble()
             saved_with = {"processing_class": self.processing_class, "record": self.record()}
             processes.on_main(ensemble.save_pretrained, place, **saved_with)
             return ensemble
+
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+        """Return `eval_accuracy`, `eval_token_error` and `eval_loss` of the trained ensemble; see `measuring.measure`.
+
+        Args:
+            eval_dataset: questions with answers; None takes the `eval_dataset` that the trainer was given.
+
+        Raises:
+            RuntimeError: there is no trained ensemble yet.
+            ValueError: no questions, or questions that `check_questions` refuses.
+        """
+        if not self._accepted():
+            raise RuntimeError("there is no ensemble to evaluate yet: call train() first")
+        questions = self.eval_questions if eval_dataset is None else eval_dataset
+        require_questions(questions)
+        batch_size = self.args.per_device_eval_batch_size
+        return measure(self._ensemble(), questions, self.processing_class, self.question_format, batch_size)
+
+    def _ensemble(self) -> TokenEnsemble:
+        ensemble = self._factory.ensemble(self.expert_folders(), self.mixture()["expert_weights"])
+        ensemble.question_format = self.question_format
+        return ensemble
 
     def token_weights(self, number: int) -> list[np.ndarray]:
         """Return the weights that round `number` begins with, of the tokens of each training answer.
@@ -530,6 +553,12 @@ def round_line(record: Mapping[str, Any], args: BoostingConfig) -> str:
     if record["validation"]:
         values = record["validation"]
         line += f"; validation: expert {values['expert']:.1%}, ensemble {values['ensemble']:.1%}"
+        if values["expert"] == values["ensemble"] == 0:
+            line += (
+                f" (no question is answered right; {values['token_error']:.0%} of the answers' tokens are wrong. Train "
+                f"longer than {args.num_train_epochs:g} epochs, or with a higher learning rate than "
+                f"{args.learning_rate:g})"
+            )
     if not record["accepted"]:
         line += f"; not added (attempt {record['attempt']}): no better than before training"
     return line

@@ -66,9 +66,10 @@ def load_questions(source: Mapping[str, Any] | str | os.PathLike[str]) -> Datase
 
     Returns:
         Columns `id` (made from the content where there is none), `prompt`, `answer`, `choices` where there are any,
-        and whatever else came along; later rows that repeat a prompt are left out.
+        and whatever else came along; later rows that repeat a prompt are left out, with a warning.
 
     Raises:
+        TypeError: a source that is neither a path nor a mapping, such as questions themselves.
         ValueError: an unknown kind of source, task, schema or setting, a file that cannot be read as what its name
             says, a missing column, choices that are none (`check_questions`), an empty result, fewer distinct
             questions than `size`, or a regex that does not match.
@@ -77,6 +78,11 @@ def load_questions(source: Mapping[str, Any] | str | os.PathLike[str]) -> Datase
     """
     from datasets import Dataset
 
+    if not isinstance(source, str | os.PathLike | Mapping):
+        raise TypeError(
+            f"a source of questions is a path or a mapping, got a {type(source).__name__}: questions in memory need no "
+            "loading, pass them as they are (check_questions(data, columns=...) gives their columns our names)"
+        )
     source = {"file": source} if isinstance(source, str | os.PathLike) else dict(source)
     kinds = [kind for kind in SOURCE_KINDS if kind in source]
     if len(kinds) != 1:
@@ -105,7 +111,14 @@ def load_questions(source: Mapping[str, Any] | str | os.PathLike[str]) -> Datase
     if (regex is not None or binary) and not isinstance(checked[0]["prompt"], str):
         raise ValueError(f"{name}: prompt_regex and binary are for texts, not for conversations: leave them out")
     rows = [_cut_prompt(row, regex) for row in checked]
-    return _answered_by_choice(check_questions(Dataset.from_list(_distinct(rows)), name), choices, binary, name)
+    distinct = _distinct(rows)
+    if len(distinct) < len(rows):
+        warnings.warn(
+            f"{name}: {len(rows) - len(distinct)} of {len(rows)} rows repeat the prompt of an earlier one and are left "
+            "out: a question must not come twice, or it could be trained on and asked in a test",
+            stacklevel=2,
+        )
+    return _answered_by_choice(check_questions(Dataset.from_list(distinct), name), choices, binary, name)
 
 
 def _answered_by_choice(dataset: Dataset, choices: Sequence[str] | None, binary: bool | None, name: str) -> Dataset:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -56,7 +56,7 @@ class PromptTokens:
     alone: list[int]
     front: list[int]
     body: list[int]
-    processing_class: PreTrainedTokenizerBase
+    processing_class: PreTrainedTokenizerBase = field(repr=False)
 
     @classmethod
     def of(
@@ -279,6 +279,11 @@ class QuestionFormat:
     def answer_text(self, ids: Sequence[int], prompt: PromptTokens) -> str:
         """Return the answer that tokens (without the end token) give behind a prompt, all its white space included."""
         return prompt.read(list(ids)).removeprefix(self.answer_prefix)
+
+
+def format_of(model: Any) -> QuestionFormat:
+    """Return the format that a model's configuration names as its own, or the default one where it names none."""
+    return QuestionFormat(**(getattr(getattr(model, "config", None), "question_format", None) or {}))
 
 
 def to_prompt_completion(answers: Any, question_format: QuestionFormat) -> Dataset:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ensemw2s.data.tokens import QuestionFormat
 from ensemw2s.ensemble.experts import context_lengths
 from ensemw2s.models.base_reference import check_base
 from ensemw2s.models.mixture import Experts
@@ -27,9 +28,11 @@ class EnsembleConfig(PreTrainedConfig):
         kind: "adapters" (on one base model) or "models".
         base: for adapters, where the base model comes from: `source`, and perhaps `keep_layers` and `dtype` as in
             `loading.load_model`; None if its weights are saved with the ensemble.
+        question_format: how the experts were asked in their training, as `QuestionFormat.describe` says it; None
+            stands for the default format.
 
     Raises:
-        ValueError: any other key in `base`, or a value that cannot be meant.
+        ValueError: any other key in `base` or `question_format`, or a value that cannot be meant.
     """
 
     model_type = "ensemw2s"
@@ -40,6 +43,7 @@ class EnsembleConfig(PreTrainedConfig):
         combine: str = "prob",
         kind: str = "adapters",
         base: Mapping[str, Any] | None = None,
+        question_format: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -47,6 +51,7 @@ class EnsembleConfig(PreTrainedConfig):
         self.combine = combine
         self.kind = kind
         self.base = check_base(base, "EnsembleConfig")
+        self.question_format = _check_format(question_format, "EnsembleConfig")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> EnsembleConfig:
@@ -69,7 +74,10 @@ class EnsembleConfig(PreTrainedConfig):
 
 # What an ensemble's `config.json` holds: the keys of ours, and those that transformers gives every configuration. Some
 # of its releases put the hub's commit among what they have read from the file.
-_OURS = ("expert_weights", "combine", "kind", "base", "vocab_size", "max_position_embeddings", *_SPECIAL_TOKENS)
+_OURS = (
+    "expert_weights", "combine", "kind", "base", "question_format", "vocab_size", "max_position_embeddings",
+    *_SPECIAL_TOKENS,
+)  # fmt: skip
 _EVERY = {"is_decoder", "tie_word_embeddings", "use_cache", "torch_dtype", "_commit_hash"}
 _EVERY |= PreTrainedConfig().to_dict().keys()
 
@@ -96,6 +104,19 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
     for key in _SPECIAL_TOKENS:
         check_tokens(key, settings.get(key), settings, where)
     check_base(settings.get("base"), where)
+    _check_format(settings.get("question_format"), where)
+
+
+def _check_format(described: Any, where: str) -> dict[str, Any] | None:
+    """Return the description of a question format; `where` begins the error if it is none."""
+    if described is None:
+        return None
+    if not isinstance(described, Mapping):
+        raise ValueError(f"{where}: question_format must be a mapping or null, got {shown(described)}")
+    try:
+        return QuestionFormat(**described).describe()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: question_format cannot be {shown(dict(described))}: {error}") from error
 
 
 def check_described(config: EnsembleConfig, experts: Experts, folder: Path) -> None:

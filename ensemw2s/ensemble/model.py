@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ensemw2s import ops
-from ensemw2s.data.tokens import QuestionFormat
+from ensemw2s.data.tokens import QuestionFormat, format_of
 from ensemw2s.ensemble.cache import EnsembleCache
 from ensemw2s.ensemble.config import EnsembleConfig
 from ensemw2s.ensemble.experts import AdapterExperts, ModelExperts, context_lengths
@@ -181,6 +181,15 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         """Return T."""
         return len(self.experts)
 
+    @property
+    def question_format(self) -> QuestionFormat:
+        """How the experts were asked in their training, which `label` keeps to; set it for experts made elsewhere."""
+        return format_of(self)
+
+    @question_format.setter
+    def question_format(self, question_format: QuestionFormat) -> None:
+        self.config.question_format = question_format.describe()
+
     def mixture_weights(self, device: torch.device | None = None) -> torch.Tensor:
         """Return the expert weights as float32 [T] on `device`, not normalised."""
         return torch.tensor(self.config.expert_weights, dtype=torch.float32, device=device)
@@ -256,19 +265,41 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         kept = [t for t in range(len(weights)) if t != index % len(weights)]
         return self.reweighted([weights[t] for t in kept], kept)
 
-    def __getitem__(self, index: slice) -> TokenEnsemble:
-        """Return the ensemble of some experts, sharing their weights: `ensemble[:3]` is the first three."""
-        if not isinstance(index, slice):
-            raise TypeError(f"an ensemble is sliced, as in ensemble[:3]; got index {index!r}")
+    def __len__(self) -> int:
+        """Return T, as `num_experts` does."""
+        return self.num_experts
+
+    def __getitem__(self, index: slice | Sequence[int]) -> TokenEnsemble:
+        """Return the ensemble of some experts, sharing their weights: `ensemble[:3]`, or `ensemble[[0, 2]]`.
+
+        Raises:
+            IndexError: no such expert.
+            TypeError: one number, or something else that is neither a slice nor a list of numbers.
+            ValueError: no expert, or one twice.
+        """
         _, weights = self._now()
-        return self.reweighted(weights[index], range(len(weights))[index])
+        everyone = range(len(weights))
+        if isinstance(index, slice):
+            chosen = list(everyone[index])
+        elif isinstance(index, list | tuple) and all(type(number) is int for number in index):
+            if not all(-len(weights) <= number < len(weights) for number in index):
+                raise IndexError(f"of {list(index)} not all are experts: {len(weights)} experts are numbered from 0")
+            chosen = [everyone[number] for number in index]
+        else:
+            raise TypeError(
+                f"an ensemble is sliced, as in ensemble[:3] or ensemble[[0, 2]]; got {index!r}. One expert by itself "
+                "is ensemble[[0]], and its model ensemble.experts.expert(0), for a with block"
+            )
+        if len(set(chosen)) < len(chosen):
+            raise ValueError(f"{index} names an expert twice: name each once, and give it a weight by reweighted")
+        return self.reweighted([weights[number] for number in chosen], chosen)
 
     def reweighted(self, expert_weights: Sequence[float], indices: Sequence[int] | None = None) -> TokenEnsemble:
         """Return an ensemble of the experts `indices` (all of them if None) with other weights, sharing theirs."""
         experts, _ = self._now()
         experts = experts.selected(range(len(experts)) if indices is None else indices)
         _check(expert_weights, self.config.combine, len(experts))
-        settings = {"combine": self.config.combine, "base": self.config.base}
+        settings = {name: getattr(self.config, name) for name in ("combine", "base", "question_format")}
         chosen = TokenEnsemble(EnsembleConfig.of(experts, expert_weights=expert_weights, **settings), experts)
         chosen.generation_config = copy.deepcopy(self.generation_config)
         return chosen
@@ -575,7 +606,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             questions: columns `prompt` and optionally `choices` and `id`, in any shape that `shapes.as_dataset` takes;
                 an `answer` decides nothing but the `id` that is made where there is none.
             processing_class: the experts' tokenizer.
-            question_format: how a question becomes tokens; None is the default format.
+            question_format: how a question becomes tokens; None is the ensemble's own.
             max_new_tokens: the longest pseudo-answer, its end token included.
             batch_size: questions decoded together.
             sampling: how tokens are chosen; None is greedy. Question i (in the dataset's order) draws from seed
@@ -609,7 +640,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 questions that `check_questions` refuses; or a number outside its range.
             TypeError: questions in another shape; a number that is none, or not a whole one.
         """
-        question_format, sampling = question_format or QuestionFormat(), sampling or Sampling()
+        question_format, sampling = question_format or self.question_format, sampling or Sampling()
         settings = LabelSettings(question_format, max_new_tokens, batch_size, sampling, top_logprobs, top_temperature)
         return label_questions(
             self.snapshot(), questions, processing_class, settings, output_file=output_file, description=description

@@ -18,7 +18,7 @@ from ensemw2s.experiments.config import ModelConfig
 from ensemw2s.experiments.folder import RunFolder
 from ensemw2s.experiments.samples import question_samples, sample_record
 from ensemw2s.inference.choices import ChoiceScores, ChoiceSettings, score_choice_mixtures, score_choices
-from ensemw2s.inference.scoring import AnswerScores, score_answers, score_mixtures
+from ensemw2s.inference.scoring import AnswerScores, score_examples, score_mixtures
 from ensemw2s.report.arms import BASELINE, CEILING
 from ensemw2s.report.statistics import accuracy, pooled_gap_recovered, token_error
 from ensemw2s.runtime import processes
@@ -106,7 +106,7 @@ def _score_one(files: RunFolder, arm: str, model: ModelConfig, load: Callable[[]
         return lambda *given, **options: {arm: score(loaded, *given, **options)}
 
     with measured() as spent:
-        outcomes = _measured(files, [arm], model, alone(score_answers), alone(score_choices), arm)
+        outcomes = _measured(files, [arm], model, alone(score_examples), alone(score_choices), arm)
     return {"outcomes": outcomes, "inference": {arm: spent}}
 
 

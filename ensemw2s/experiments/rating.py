@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ensemw2s.data.difficulty import assign_folds, random_rank
 from ensemw2s.data.questions import check_questions
 from ensemw2s.data.tokens import QuestionFormat, tokenize_questions
-from ensemw2s.inference.scoring import AnswerScores, score_answers
+from ensemw2s.inference.scoring import AnswerScores, score_examples
 from ensemw2s.models.adapters import check_peft_config
 from ensemw2s.models.identity import describe_model, digest_tokenizer
 from ensemw2s.models.loading import load_model, load_tokenizer, source_of
@@ -129,7 +129,7 @@ class _Raters:
             on_device(model, self.args), others, self.args, pad_token_id=pad, seed=self.args.seed,
             description=description, peft_config=self.peft_config,
         )  # fmt: skip
-        scores = score_answers(
+        scores = score_examples(
             trained, held_out, pad_token_id=pad, batch_size=self.args.per_device_eval_batch_size,
             description=None if self.args.disable_tqdm else description,
         )  # fmt: skip

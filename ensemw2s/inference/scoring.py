@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 
 from ensemw2s import ops
 from ensemw2s.data.batches import AnswerCollator, batches_by_length, next_token_mask
-from ensemw2s.data.tokens import answer_lengths, check_examples
+from ensemw2s.data.shapes import as_dataset
+from ensemw2s.data.tokens import QuestionFormat, answer_lengths, check_examples, format_of, tokenize_questions
 from ensemw2s.models.heads import gives_the_logits, only_positions, output_head, own_head, states_before
 from ensemw2s.models.mixture import ExpertMixture, damaged, expert_names, is_mixture, refuse_damaged, repeat_rows
 from ensemw2s.ops import TokenScores
@@ -32,6 +33,7 @@ from ensemw2s.runtime.values import check_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,43 @@ class AnswerScores:
 
 
 def score_answers(
+    model: torch.nn.Module,
+    questions: Any,
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    question_format: QuestionFormat | None = None,
+    batch_size: int = 32,
+    description: str | None = None,
+) -> AnswerScores:
+    """Score the answers to questions under a causal language model or a `TokenEnsemble`.
+
+    `score_answers(...).accuracy` is the share of answers that greedy decoding would give. Questions with `choices` are
+    scored by their answers alone; `score_choices` compares the choices.
+
+    Args:
+        model: anything with `.logits` of shape [batch, length, V]; a `TokenEnsemble` is scored by its mixture.
+        questions: columns `prompt` and `answer`, in any shape that `shapes.as_dataset` takes; or what
+            `tokenize_questions` has made of them.
+        processing_class: the model's tokenizer.
+        question_format: how a question becomes tokens; None is the ensemble's own (`TokenEnsemble.question_format`),
+            or the default for another model.
+        batch_size: answers per forward pass.
+        description: the name of a progress bar; None shows none.
+
+    Raises:
+        FloatingPointError: the model, or an expert, gives NaN, +inf or no finite logit for a token of an answer; names
+            which and the row.
+        TypeError, ValueError: questions that `tokenize_questions` refuses; names the row.
+    """
+    examples = as_dataset(questions, "questions")
+    if "input_ids" not in examples.column_names:
+        question_format = question_format or format_of(model)
+        examples = tokenize_questions(examples, processing_class, question_format, "questions")
+    pad = processing_class.eos_token_id
+    return score_examples(model, examples, pad_token_id=pad, batch_size=batch_size, description=description)
+
+
+def score_examples(
     model: torch.nn.Module,
     examples: Dataset,
     *,

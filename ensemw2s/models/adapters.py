@@ -179,7 +179,8 @@ def attach_adapter(
                     base, str(folder), adapter_name=name, is_trainable=trainable, config=config, low_cpu_mem_usage=True
                 )
             _require_every_tensor(model, folder, name, owner)
-    except (MemoryError, torch.OutOfMemoryError, _Unfit):
+    except (MemoryError, torch.OutOfMemoryError, _Unfit, Warning):
+        # A warning is an error where Python is told so, and says nothing of the adapter.
         raise
     except KeyError as error:
         # Of a module that is saved whole.

@@ -152,10 +152,15 @@ def usable_answers(
         ranked = sorted((i for i in kept if confidence[i] <= 0), key=lambda i: -confidence[i])
         kept = sorted(ranked[: math.ceil(keep_fraction * len(rows))])
     if not kept:
+        left_out = {
+            "empty": (empty, "train the teacher longer"),
+            "cut off before their end": (cut, "let the teacher answer with more max_new_tokens, or train it longer"),
+            "not confident enough": (len(rows) - empty - cut, "lower min_confidence"),
+        }
+        reasons = [f"{count} are {why}" for why, (count, _) in left_out.items() if count]
+        remedies = [remedy for count, remedy in left_out.values() if count]
         raise ValueError(
-            f"none of the {len(answers)} answers is left to train on: {empty} are empty, {cut} were cut off before "
-            f"their end, {len(rows) - empty - cut} are not confident enough. Lower min_confidence, let the teacher "
-            "answer with more max_new_tokens, or train it longer"
+            f"none of the {len(rows)} answers is left to train on: {', '.join(reasons)}. To do: {'; '.join(remedies)}"
         )
     if 2 * (empty + cut) > len(rows):
         warnings.warn(

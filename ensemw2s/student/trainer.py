@@ -14,6 +14,7 @@ from ensemw2s.data.questions import check_questions
 from ensemw2s.data.tokens import QuestionFormat, answer_lengths, end_tokens, tokenize_questions
 from ensemw2s.inference.label_files import TOP_COLUMNS
 from ensemw2s.inference.labelling import require_probabilities
+from ensemw2s.inference.measuring import measure
 from ensemw2s.models.adapters import ADAPTER_WEIGHTS, attach_adapter, check_peft_config
 from ensemw2s.models.loading import load_model, load_saved_model, load_tokenizer, require_model, source_of
 from ensemw2s.models.own_files import own_files, refuse_others, whole
@@ -24,7 +25,12 @@ from ensemw2s.runtime.values import Uses, check_in_use
 from ensemw2s.student.answers import check_answer_ids, check_cache, usable_answers
 from ensemw2s.student.losses import ConfidenceTrainer, SoftTrainer
 from ensemw2s.student.teacher import LiveTeacher, top_columns, with_columns
-from ensemw2s.training.arguments import AnswerTrainingArguments, check_trainer_options, require_eval_dataset
+from ensemw2s.training.arguments import (
+    AnswerTrainingArguments,
+    check_trainer_options,
+    require_eval_dataset,
+    require_questions,
+)
 from ensemw2s.training.checkpoints import discard_checkpoints
 from ensemw2s.training.fine_tune import TrainingCost, fine_tune
 from ensemw2s.training.trainer import on_device
@@ -127,8 +133,8 @@ class StudentTrainer:
         model_init_kwargs: passed on to `loading.load_model`.
         description: shown beside the progress bar.
         teacher: for "soft", the ensemble whose distributions are learned.
-        eval_dataset: questions with answers on which `args.eval_strategy` measures the loss (cross entropy, nats per
-            answer token) during training.
+        eval_dataset: questions with answers for `evaluate`, on which `args.eval_strategy` measures the loss (cross
+            entropy, nats per answer token) during training as well.
         trainer_options: passed on to `transformers.Trainer`: `callbacks`, `optimizer_cls_and_kwargs`, and `optimizers`
             where all weights of a given model are trained.
 
@@ -182,12 +188,12 @@ class StudentTrainer:
                 f'{len(self.model.get_output_embeddings().weight)}: variant="soft" compares them token by token and '
                 'needs the same; use variant="sft" with this teacher'
             )
-        question_format = question_format or QuestionFormat()
-        self._examples = self._tokenized(question_format)
-        if eval_dataset is not None:
-            questions = check_questions(eval_dataset, "eval_dataset")
+        self.question_format = question_format or QuestionFormat()
+        self._examples = self._tokenized(self.question_format)
+        self.eval_questions = None if eval_dataset is None else check_questions(eval_dataset, "eval_dataset")
+        if self.eval_questions is not None and args.eval_strategy != "no":
             self._options["eval_dataset"] = tokenize_questions(
-                questions, self.processing_class, question_format, "eval_dataset"
+                self.eval_questions, self.processing_class, self.question_format, "eval_dataset"
             )
         self.cost: TrainingCost | None = None
 
@@ -270,6 +276,22 @@ class StudentTrainer:
         )
         self.save_model(save_to)
         return self.model
+
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+        """Return `eval_accuracy`, `eval_token_error` and `eval_loss` of the student; see `measuring.measure`.
+
+        Before `train` that is the model as it was given.
+
+        Args:
+            eval_dataset: questions with answers; None takes the `eval_dataset` that the trainer was given.
+
+        Raises:
+            ValueError: no questions, or questions that `check_questions` refuses.
+        """
+        questions = self.eval_questions if eval_dataset is None else eval_dataset
+        require_questions(questions)
+        batch_size = self.args.per_device_eval_batch_size
+        return measure(self.model.eval(), questions, self.processing_class, self.question_format, batch_size)
 
     def _loss_options(self) -> dict[str, Any]:
         """Return the trainer class of the variant, and what it takes."""

@@ -144,13 +144,14 @@ class AnswerTrainingArguments(TrainingArguments):
 
 # Arguments of `transformers.Trainer` that ours pass on, and why the others cannot be.
 _PASSED_ON = ("callbacks", "optimizers", "optimizer_cls_and_kwargs")
-_OWN_METRICS = "an evaluation during training measures the loss alone; score the result afterwards (`score_answers`)"
+_OWN_METRICS = "an evaluation during training measures the loss alone; call evaluate() of the trainer afterwards"
 _REFUSED_OPTIONS: Mapping[str, str] = {
     "compute_loss_func": "the loss is that over weighted answer tokens; a subclass of AnswerTrainer may have another",
     "compute_metrics": _OWN_METRICS,
     "preprocess_logits_for_metrics": _OWN_METRICS,
     "data_collator": "batches are made by this package",
     "model_init": "give the model, or where to load it from",
+    "tokenizer": "it is called processing_class, as in transformers",
 }
 
 
@@ -188,6 +189,12 @@ def require_eval_dataset(args: TrainingArguments, eval_dataset: Any) -> None:
             f'eval_strategy="{IntervalStrategy(args.eval_strategy).value}" needs questions with answers to measure the '
             'loss on: pass eval_dataset, or leave eval_strategy at "no"'
         )
+
+
+def require_questions(questions: Any) -> None:
+    """Raise ValueError where a trainer is to evaluate, and was given nothing to evaluate on."""
+    if questions is None:
+        raise ValueError("evaluate() needs questions with answers: pass them, or give the trainer an eval_dataset")
 
 
 def _refuse(settings: Any, reasons: Mapping[str, str], prefix: str = "") -> None:

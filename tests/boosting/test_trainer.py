@@ -13,8 +13,8 @@ import torch
 from ensemw2s import BoostingConfig, BoostingTrainer, TokenEnsemble
 from ensemw2s.boosting import algorithm
 from ensemw2s.boosting.trainer import closing_identity
-from ensemw2s.data.tokens import tokenize_questions
-from ensemw2s.inference.scoring import score_answers
+from ensemw2s.data.tokens import QuestionFormat, tokenize_questions
+from ensemw2s.inference.scoring import score_answers, score_examples
 from ensemw2s.runtime.files import read_array, read_json, write_array, write_json
 from ensemw2s.runtime.store import Store
 from ensemw2s.training.trainer import AnswerTrainer
@@ -89,11 +89,28 @@ def test_token_weights_are_those_that_each_round_begins_with(model: Path, tmp_pa
         assert left[has_weight].mean() == pytest.approx(1, abs=1e-5) and left[has_weight].std() > 0.01
         assert (left[~has_weight] == 1).all()
     # A soft error moves a weight by how unlikely the expert finds the token.
-    scores = score_answers(ensemble[:1], examples, pad_token_id=END)
+    scores = score_examples(ensemble[:1], examples, pad_token_id=END)
     by_likelihood = np.argsort(scores.token_log_probs[has_weight])
     assert (np.diff(np.concatenate(second)[has_weight][by_likelihood]) <= 1e-5).all()
     with pytest.raises(ValueError, match=r"number=4: .* has no weights of that round, give a number from 1 to 3"):
         runner.token_weights(4)
+
+
+def test_the_ensemble_is_evaluated_as_its_experts_were_asked(model: Path, tmp_path: Path) -> None:
+    runner = trainer(model, tmp_path, num_rounds=2)
+    with pytest.raises(RuntimeError, match=r"call train\(\) first"):
+        runner.evaluate()
+    ensemble = runner.train()
+    assert ensemble.question_format == FORMAT
+    found = runner.evaluate()
+    assert found["eval_accuracy"] == runner.records[-1]["validation"]["ensemble"]
+    assert found["eval_token_error"] == runner.records[-1]["validation"]["token_error"]
+    asked = score_answers(ensemble, questions(24), tokenizer())
+    assert runner.evaluate(questions(24))["eval_loss"] == pytest.approx(-asked.token_log_probs.mean())
+    otherwise = score_answers(ensemble, questions(24), tokenizer(), question_format=QuestionFormat())
+    assert otherwise.token_log_probs.mean() != pytest.approx(asked.token_log_probs.mean())
+    with pytest.raises(ValueError, match=r"evaluate\(\) needs questions with answers"):
+        trainer(model, tmp_path, num_rounds=2, validate=False).evaluate()
 
 
 @pytest.mark.parametrize("recipe", ["tempered", "paper", "bagging"])
@@ -108,7 +125,7 @@ def test_records_can_be_recomputed_from_the_saved_experts(
     units = algorithm.unit_index(lengths, *unit)
 
     def losses(model: Any) -> np.ndarray:
-        scores = score_answers(model, examples, pad_token_id=END, batch_size=8)
+        scores = score_examples(model, examples, pad_token_id=END, batch_size=8)
         token_losses = 1 - np.exp(scores.token_log_probs) if recipe == "tempered" else scores.token_wrong
         return algorithm.unit_losses(token_losses, units)
 
@@ -139,8 +156,8 @@ def test_the_validation_figures_are_those_of_the_growing_ensemble(model: Path, t
     ensemble = runner.train()
     examples = tokenize_questions(questions(8, seed=9, start=100), tokenizer(), FORMAT)
     for number, record in enumerate(r for r in runner.records if r["accepted"]):
-        scores = score_answers(ensemble[: number + 1], examples, pad_token_id=END)
-        alone = score_answers(ensemble[number : number + 1], examples, pad_token_id=END)
+        scores = score_examples(ensemble[: number + 1], examples, pad_token_id=END)
+        alone = score_examples(ensemble[number : number + 1], examples, pad_token_id=END)
         assert record["validation"] == {
             "expert": alone.accuracy, "ensemble": scores.accuracy, "token_error": scores.token_error,
         }  # fmt: skip

@@ -69,7 +69,14 @@ def test_columns_are_mapped_and_may_change_places(tmp_path: Path) -> None:
 
 def test_repeated_prompts_are_used_once(tmp_path: Path) -> None:
     of([*ROWS, {"prompt": "What  is 3", "answer": "other"}]).to_json(tmp_path / "a.jsonl")
-    assert len(load_questions(str(tmp_path / "a.jsonl"))) == 5
+    with pytest.warns(UserWarning, match=r"a\.jsonl: 1 of 6 rows repeat the prompt of an earlier one"):
+        assert len(load_questions(str(tmp_path / "a.jsonl"))) == 5
+
+
+@pytest.mark.parametrize("data", [ROWS, of(ROWS), of(ROWS).to_pandas()], ids=["list", "dataset", "frame"])
+def test_questions_in_memory_are_not_a_source(data: Any) -> None:
+    with pytest.raises(TypeError, match="questions in memory need no loading, pass them as they are"):
+        load_questions(data)
 
 
 def test_the_hub_is_asked_for_what_was_named_and_trusts_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,10 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
-from ensemw2s import TokenEnsemble
+from ensemw2s import QuestionFormat, TokenEnsemble
 from ensemw2s.inference.decoding import Sampling
 from ensemw2s.models.loading import CACHE
-from ensemw2s.runtime.files import read_json
+from ensemw2s.runtime.files import read_json, write_json
 from tests.reference import WEIGHTS, ragged_prompts, slow_mixture
 from tests.tiny import END, FORMAT, VOCAB, gpt2, llama, lora, questions, saved_adapters, saved_model, tokenizer
 
@@ -142,8 +142,52 @@ def test_a_slice_is_the_ensemble_of_those_experts(ensemble: TokenEnsemble) -> No
     with ensemble.experts.expert(2) as model, torch.no_grad():
         expected = model(ids).logits[0, -1].double().log_softmax(-1)
     torch.testing.assert_close(last, expected, rtol=0, atol=1e-5)
-    with pytest.raises(TypeError, match="sliced"):
-        ensemble[0]
+    with torch.no_grad():
+        assert torch.equal(ensemble[[-1]](input_ids=ids).logits[0, -1].double(), last)
+        swapped = ensemble[[2, 0]]
+        assert swapped.config.expert_weights == [WEIGHTS[2], WEIGHTS[0]] and len(swapped) == 2
+        expected = ensemble.reweighted([WEIGHTS[0], WEIGHTS[2]], [0, 2])(input_ids=ids).logits
+        torch.testing.assert_close(swapped(input_ids=ids).logits, expected)
+    for index, kind, message in (
+        (0, TypeError, "sliced"), ([0, 3], IndexError, "3 experts are numbered from 0"), ([1, -2], ValueError, "twice"),
+        ([], ValueError, "at least one expert"), ([True], TypeError, "sliced"),
+    ):  # fmt: skip
+        with pytest.raises(kind, match=message):
+            ensemble[index]
+
+
+def test_the_format_of_the_questions_is_kept_with_the_ensemble(of_models: TokenEnsemble, tmp_path: Path) -> None:
+    data, words = questions(4), tokenizer()
+    by_hand = of_models.label(data, words, question_format=FORMAT, max_new_tokens=3, description=None)
+    ensemble = of_models[:]
+    assert ensemble.question_format == QuestionFormat()
+    ensemble.question_format = FORMAT
+    assert of_models.question_format == QuestionFormat()
+    ensemble[:].save_pretrained(tmp_path / "saved", processing_class=words)
+    loaded = TokenEnsemble.from_pretrained(tmp_path / "saved")
+    assert loaded.question_format == FORMAT
+    assert loaded.label(data, words, max_new_tokens=3, description=None)["answer_ids"] == by_hand["answer_ids"]
+    asked = of_models.label(data, words, max_new_tokens=3, description=None)
+    assert asked["answer_ids"] != by_hand["answer_ids"]
+
+
+@pytest.mark.parametrize(
+    ("described", "complaint"),
+    [
+        ({"template": "{prompt}"}, "template"),
+        ({"prompt_template": "no question"}, "must contain"),
+        ({"end_token": "yes"}, "end_token"),
+        (["{prompt}"], "must be a mapping or null"),
+    ],
+)
+def test_a_format_that_is_none_is_refused(
+    of_models: TokenEnsemble, tmp_path: Path, described: Any, complaint: str
+) -> None:
+    of_models.save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / "config.json"
+    write_json(file, {**read_json(file), "question_format": described})
+    with pytest.raises(ValueError, match=rf"config\.json: question_format.*{complaint}"):
+        TokenEnsemble.from_pretrained(tmp_path / "saved")
 
 
 # Pseudo-answers

@@ -23,7 +23,7 @@ from ensemw2s.experiments.config import build_config, load_config
 from ensemw2s.experiments.experiment import Experiment
 from ensemw2s.experiments.folder import PHASES
 from ensemw2s.inference.label_files import read_labels
-from ensemw2s.inference.scoring import score_answers
+from ensemw2s.inference.scoring import score_examples
 from ensemw2s.report.tables import results_table
 from ensemw2s.runtime.files import read_json, settle
 from ensemw2s.runtime.records import POOLED_KINDS, answers_array, questions_digest, read_records
@@ -188,11 +188,11 @@ def test_mixtures_of_all_arms_are_those_of_their_saved_ensembles(compared: Path)
     for arm, correct in outcomes(compared).items():
         folder = compared / ("ensemble" if arm == "ensemble" else f"ensembles/{arm}/ensemble")
         if folder.exists():
-            scores = score_answers(TokenEnsemble.from_pretrained(folder), examples, pad_token_id=END)
+            scores = score_examples(TokenEnsemble.from_pretrained(folder), examples, pad_token_id=END)
             assert correct == "".join(str(int(right)) for right in scores.correct), arm
     ensemble = TokenEnsemble.from_pretrained(compared / "ensemble").reweighted([1.0, 1.0])
     ensemble.config.combine = "vote"
-    votes = score_answers(ensemble, examples, pad_token_id=END)
+    votes = score_examples(ensemble, examples, pad_token_id=END)
     assert outcomes(compared)["majority_vote"] == "".join(str(int(right)) for right in votes.correct)
 
 
@@ -221,7 +221,7 @@ def test_the_measured_ensemble_is_the_saved_one(finished: Path) -> None:
     from datasets import Dataset
 
     examples = tokenize_questions(Dataset.from_list(rows), tokenizer(), FORMAT)
-    scores = score_answers(ensemble, examples, pad_token_id=END)
+    scores = score_examples(ensemble, examples, pad_token_id=END)
     answers = next(r for r in records_of(finished, "answers") if (r["arm"], r["split"]) == ("ensemble", "ood"))
     np.testing.assert_array_equal(answers_array(answers["correct"]), scores.correct)
     assert answers["questions"] == questions_digest(row["id"] for row in rows)
@@ -453,13 +453,16 @@ def test_a_phase_out_of_order_says_what_to_run(tmp_path: Path) -> None:
 
 
 def test_the_line_of_a_round_says_all_that_matters() -> None:
-    line = round_line(
-        {
-            "round": 2, "attempt": 1, "error": 0.25, "prior_error": 0.8, "expert_weight": 2.484, "accepted": True,
-            "effective_sample_size": 750.2, "num_units": 1000, "validation": {"expert": 0.5, "ensemble": 0.6},
-        },
-        BoostingConfig(num_rounds=3, errors="hard"),
-    )  # fmt: skip
+    record = {
+        "round": 2, "attempt": 1, "error": 0.25, "prior_error": 0.8, "expert_weight": 2.484, "accepted": True,
+        "effective_sample_size": 750.2, "num_units": 1000, "validation": {"expert": 0.5, "ensemble": 0.6},
+    }  # fmt: skip
+    args = BoostingConfig(num_rounds=3, errors="hard", learning_rate=2e-4)
+    line = round_line(record, args)
+    assert "answered right" not in line
+    nothing = round_line({**record, "validation": {"expert": 0.0, "ensemble": 0.0, "token_error": 0.7}}, args)
+    assert "no question is answered right; 70% of the answers' tokens are wrong" in nothing
+    assert "longer than 3 epochs, or with a higher learning rate than 0.0002" in nothing
     for words in (
         "round 2/3",
         "hard ε 0.250",

@@ -24,7 +24,7 @@ from ensemw2s.experiments import rating
 from ensemw2s.experiments.config import build_config
 from ensemw2s.experiments.experiment import Experiment
 from ensemw2s.experiments.rating import answer_difficulty, rate_difficulty
-from ensemw2s.inference.scoring import AnswerScores, score_answers
+from ensemw2s.inference.scoring import AnswerScores, score_examples
 from ensemw2s.runtime.files import read_complete_lines, read_json
 from ensemw2s.training.arguments import AnswerTrainingArguments
 from ensemw2s.training.fine_tune import fine_tune
@@ -73,7 +73,7 @@ def test_a_question_is_rated_by_a_model_that_never_saw_its_answer(tmp_path: Path
     examples = tokenize_questions(rows, tokenizer(), FORMAT)
     args = arguments(tmp_path, **training)
     model, _ = fine_tune(llama(0), examples, args, pad_token_id=END, seed=5, description="all of them")
-    assert answer_difficulty(score_answers(model, examples, pad_token_id=END)).mean() < 0.05
+    assert answer_difficulty(score_examples(model, examples, pad_token_id=END)).mean() < 0.05
 
 
 @pytest.mark.parametrize("peft_config", [None, lora()], ids=["all weights", "adapters"])

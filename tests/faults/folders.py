@@ -425,6 +425,8 @@ def hostile_ensemble_keys() -> Iterator[Row]:
                  {"source": "./base", "keep_layers": 3}, {"source": "./base", "keep_layers": "os"},
                  {"source": "./base", "keep_layers": "0-99999999999"}, {"source": "./base", "dtype": "load"},
                  {"source": "./base", "dtype": "int8"}, {"source": "./base", "dtype": {}}, {"source": "a\0b"}),
+        "question_format": (5, [], "{prompt}", {"prompt_template": ""}, {"template": "{prompt}"}, {"max_length": "9"},
+                            {"end_token": 1}, {"system_message": "Obey."}, {"chat_template_kwargs": {}}),
     }  # fmt: skip
     for key, bad in values.items():
         for value in bad:

@@ -18,7 +18,7 @@ from torch import nn
 
 from ensemw2s import TokenEnsemble
 from ensemw2s.ensemble.experts import AdapterExperts
-from ensemw2s.inference.scoring import AnswerScores, score_answers, score_mixtures
+from ensemw2s.inference.scoring import AnswerScores, score_examples, score_mixtures
 from ensemw2s.models.heads import output_head
 from tests.models.test_heads import THROUGH_LOGITS, build
 from tests.tiny import END, PAD, VOCAB, gpt2, llama, saved_adapters
@@ -47,7 +47,7 @@ def random_examples(count: int, seed: int) -> Dataset:
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5, True])
 def test_a_batch_size_that_is_none_is_refused(batch_size: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=r"batch_size must be (at least 1|a whole number), got"):
-        score_answers(llama(0), random_examples(3, 0), pad_token_id=PAD, batch_size=batch_size)
+        score_examples(llama(0), random_examples(3, 0), pad_token_id=PAD, batch_size=batch_size)
 
 
 def greedy_examples(ensemble: TokenEnsemble, count: int, seed: int) -> Dataset:
@@ -131,7 +131,7 @@ def test_a_models_scores_equal_the_slow_float64_loop(name: str) -> None:
     model = {"llama": llama, "gpt2": gpt2}[name](5) if name in ("llama", "gpt2") else build(THROUGH_LOGITS[name][0], 5)
     examples = random_examples(20, seed=0)
     slow = slow_scores([copy.deepcopy(model).double()], [1.0], examples)
-    assert_scores(score_answers(model, examples, pad_token_id=PAD, batch_size=6), examples, slow)
+    assert_scores(score_examples(model, examples, pad_token_id=PAD, batch_size=6), examples, slow)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_adapters_of_the_head_are_scored_each_with_its_own(tmp_path: Path, setti
     examples = greedy_examples(ensemble, 10, seed=13)
     with experts_in_float64(ensemble) as experts:
         slow = slow_scores(experts, WEIGHTS, examples)
-    assert_scores(score_answers(ensemble, examples, pad_token_id=PAD, batch_size=5), examples, slow)
+    assert_scores(score_examples(ensemble, examples, pad_token_id=PAD, batch_size=5), examples, slow)
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -179,7 +179,7 @@ def test_an_ensembles_scores_equal_the_slow_float64_loop(ensemble: TokenEnsemble
     examples = greedy_examples(ensemble, 12, seed=1)
     with experts_in_float64(ensemble) as experts:
         slow = slow_scores(experts, WEIGHTS, examples, combine)
-    scores = score_answers(ensemble, examples, pad_token_id=END, batch_size=5)
+    scores = score_examples(ensemble, examples, pad_token_id=END, batch_size=5)
     assert_scores(scores, examples, slow)
     # The examples are there to be both right and wrong.
     assert 0 < scores.accuracy < 1
@@ -195,11 +195,11 @@ def test_the_summaries_are_shares_of_answers_and_of_tokens() -> None:
 
 def test_neither_order_nor_batch_size_nor_padding_matter(ensemble: TokenEnsemble) -> None:
     examples = random_examples(17, seed=2)
-    one = score_answers(ensemble, examples, pad_token_id=PAD, batch_size=1)
+    one = score_examples(ensemble, examples, pad_token_id=PAD, batch_size=1)
     starts = np.concatenate([[0], np.cumsum(one.lengths)])
     shuffled = np.random.default_rng(0).permutation(17)
     for batch_size, pad in [(4, PAD), (17, END), (64, 7)]:
-        other = score_answers(ensemble, examples.select(shuffled), pad_token_id=pad, batch_size=batch_size)
+        other = score_examples(ensemble, examples.select(shuffled), pad_token_id=pad, batch_size=batch_size)
         assert other.lengths.tolist() == one.lengths[shuffled].tolist()
         places = np.concatenate([np.arange(starts[row], starts[row + 1]) for row in shuffled])
         np.testing.assert_allclose(other.token_log_probs, one.token_log_probs[places], rtol=1e-5, atol=2e-5)
@@ -216,7 +216,7 @@ def test_mixtures_equal_what_separate_runs_give(ensemble: TokenEnsemble, combine
     for name, weights in MIXTURES.items():
         used = [t for t, weight in enumerate(weights) if weight]
         alone = ensemble.reweighted([weights[t] for t in used], used)
-        apart = score_answers(alone, examples, pad_token_id=PAD, batch_size=4)
+        apart = score_examples(alone, examples, pad_token_id=PAD, batch_size=4)
         np.testing.assert_allclose(together[name].token_log_probs, apart.token_log_probs, rtol=1e-5, atol=2e-5)
         np.testing.assert_array_equal(together[name].token_wrong, apart.token_wrong)
 
@@ -227,7 +227,7 @@ def test_a_mixture_of_one_expert_is_that_expert(ensemble: TokenEnsemble) -> None
     scores = score_mixtures(ensemble, examples, one_hot, pad_token_id=PAD)
     for t in range(3):
         with ensemble.experts.expert(t) as model:
-            alone = score_answers(model, examples, pad_token_id=PAD)
+            alone = score_examples(model, examples, pad_token_id=PAD)
         np.testing.assert_allclose(scores[str(t)].token_log_probs, alone.token_log_probs, rtol=1e-5, atol=2e-5)
         np.testing.assert_array_equal(scores[str(t)].token_wrong, alone.token_wrong)
 
@@ -258,7 +258,7 @@ def test_each_expert_runs_once_and_unused_ones_never(ensemble: TokenEnsemble) ->
 def test_correct_means_that_greedy_decoding_gives_the_answer(ensemble: TokenEnsemble, combine: str) -> None:
     ensemble.config.combine = combine
     examples = greedy_examples(ensemble, 30, seed=6)
-    correct = score_answers(ensemble, examples, pad_token_id=END, batch_size=8).correct
+    correct = score_examples(ensemble, examples, pad_token_id=END, batch_size=8).correct
     exact = []
     for row in examples:
         prompt, answer = row["input_ids"][: row["prompt_length"]], row["input_ids"][row["prompt_length"] :]
@@ -271,7 +271,7 @@ def test_scoring_leaves_no_gradient_and_no_hook_behind(ensemble: TokenEnsemble) 
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         before = ensemble(input_ids=ids).logits
-    score_answers(ensemble, random_examples(3, seed=7), pad_token_id=PAD)
+    score_examples(ensemble, random_examples(3, seed=7), pad_token_id=PAD)
     with torch.no_grad():
         assert torch.equal(ensemble(input_ids=ids).logits, before)
     assert torch.is_grad_enabled()
@@ -280,9 +280,9 @@ def test_scoring_leaves_no_gradient_and_no_hook_behind(ensemble: TokenEnsemble) 
 
 def test_a_progress_bar_only_if_it_has_a_name(capsys: pytest.CaptureFixture[str]) -> None:
     examples = random_examples(4, seed=8)
-    score_answers(llama(0), examples, pad_token_id=PAD)
+    score_examples(llama(0), examples, pad_token_id=PAD)
     assert capsys.readouterr().err == ""
-    score_answers(llama(0), examples, pad_token_id=PAD, batch_size=2, description="zero shot: ood")
+    score_examples(llama(0), examples, pad_token_id=PAD, batch_size=2, description="zero shot: ood")
     assert "zero shot: ood" in capsys.readouterr().err
 
 
@@ -310,10 +310,10 @@ def test_mixtures_that_cannot_be_meant_are_refused(tmp_path: Path, mixtures: Any
 def test_nothing_to_score_is_an_error() -> None:
     examples = random_examples(3, seed=10)
     with pytest.raises(ValueError, match="the answers to score: 0 examples, expected at least one"):
-        score_answers(llama(0), examples.select([]), pad_token_id=PAD)
+        score_examples(llama(0), examples.select([]), pad_token_id=PAD)
     empty = Dataset.from_list([{"input_ids": [4, 5], "prompt_length": 1}, {"input_ids": [4, 5], "prompt_length": 2}])
     with pytest.raises(ValueError, match="the answers to score, row 1: the answer has no tokens"):
-        score_answers(llama(0), empty, pad_token_id=PAD)
+        score_examples(llama(0), empty, pad_token_id=PAD)
 
 
 def test_nan_from_an_expert_is_an_error_that_names_expert_and_row() -> None:
@@ -326,7 +326,7 @@ def test_nan_from_an_expert_is_an_error_that_names_expert_and_row() -> None:
     with pytest.raises(
         FloatingPointError, match="the model gave NaN, infinity or no finite logit for the answer in row 2 of"
     ):
-        score_answers(damaged, examples, pad_token_id=PAD)
+        score_examples(damaged, examples, pad_token_id=PAD)
     ensemble = TokenEnsemble.from_models([llama(0), damaged], [1.0, 1.0])
     with pytest.raises(FloatingPointError, match=r"^expert 2 gave NaN.* for the answer in row 2 of .*float32"):
         score_mixtures(ensemble, examples, {"first": [1, 0], "both": [1, 1]}, pad_token_id=PAD)
@@ -346,7 +346,7 @@ def test_an_expert_without_numbers_is_named_where_answers_are_scored(of_models: 
 
     of_models.experts.carrier(1).get_output_embeddings().register_forward_hook(damage)  # type: ignore[operator]
     with pytest.raises(FloatingPointError, match=r"^expert 2 gave NaN, .* the answer in row 0 of the examples, "):
-        score_answers(of_models, examples, pad_token_id=PAD)
+        score_examples(of_models, examples, pad_token_id=PAD)
 
 
 def test_an_adapter_without_numbers_is_named_where_answers_are_scored(of_adapters: TokenEnsemble) -> None:
@@ -356,4 +356,4 @@ def test_an_adapter_without_numbers_is_named_where_answers_are_scored(of_adapter
             if "lora_B.expert_3" in name:
                 weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match=r"^expert 3 gave NaN, .* the answer in row 0 of the examples, "):
-        score_answers(of_adapters, examples, pad_token_id=PAD)
+        score_examples(of_adapters, examples, pad_token_id=PAD)

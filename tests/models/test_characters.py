@@ -17,7 +17,7 @@ from ensemw2s.data import characters as data_characters
 from ensemw2s.data.characters import LETTERS, character_questions
 from ensemw2s.data.questions import exclude_questions, load_questions, split_questions
 from ensemw2s.data.tokens import QuestionFormat, tokenize_questions
-from ensemw2s.inference.scoring import AnswerScores, score_answers
+from ensemw2s.inference.scoring import AnswerScores, score_examples
 from ensemw2s.models import characters as models_characters
 from ensemw2s.models.characters import scratch_folder
 from ensemw2s.models.loading import load_model, load_tokenizer
@@ -226,7 +226,7 @@ def test_an_unknown_model_is_refused() -> None:
 
 def _scores(model: torch.nn.Module, source: str, questions: object) -> AnswerScores:
     tokenizer = load_tokenizer(source)
-    return score_answers(model, tokenize_questions(questions, tokenizer, FORMAT), pad_token_id=tokenizer.eos_token_id)
+    return score_examples(model, tokenize_questions(questions, tokenizer, FORMAT), pad_token_id=tokenizer.eos_token_id)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ensemw2s import TokenEnsemble
 from ensemw2s.data.batches import AnswerCollator, next_token_mask
 from ensemw2s.data.tokens import tokenize_questions
-from ensemw2s.inference.scoring import score_answers
+from ensemw2s.inference.scoring import score_examples
 from ensemw2s.models.heads import only_positions
 from ensemw2s.runtime import meter
 from ensemw2s.training.arguments import AnswerTrainingArguments
@@ -106,10 +106,10 @@ def test_scoring_and_decoding_count_every_expert(tmp_path: Path) -> None:
     # The same experts as whole models run one after the other; adapters run as one model on stacked rows.
     models = TokenEnsemble.from_models([llama(0), llama(1), llama(2)], [1.0, 2.0, 3.0])
     with meter.metered() as scoring:
-        score_answers(models, examples, pad_token_id=END)
+        score_examples(models, examples, pad_token_id=END)
     assert scoring.tokens == 3 * tokens
     with meter.metered() as alone:
-        score_answers(llama(0), examples, pad_token_id=END)
+        score_examples(llama(0), examples, pad_token_id=END)
     assert (alone.tokens, alone.flops) == (tokens, scoring.flops / 3)
     spent = []
     for ensemble in (adapters, models):

@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerFast
 from ensemw2s import TokenEnsemble
 from ensemw2s.data.batches import AnswerCollator, next_token_mask
 from ensemw2s.data.tokens import QuestionFormat, tokenize_questions
-from ensemw2s.inference.scoring import score_answers
+from ensemw2s.inference.choices import ChoiceSettings, score_choices
+from ensemw2s.inference.scoring import score_examples
 from ensemw2s.models.loading import load_model
 from ensemw2s.runtime.files import DiskFullError
 from ensemw2s.student import losses as student_losses
@@ -103,10 +104,43 @@ def test_a_student_learns_what_its_teacher_says(tmp_path: Path) -> None:
     args = config(tmp_path, num_train_epochs=60, per_device_train_batch_size=6, learning_rate=2e-2)
     trained = student(tmp_path, answers=labelled, args=args).train()
     examples = tokenize_questions(usable_answers(labelled), tokenizer(), FORMAT)
-    assert score_answers(llama(1), examples, pad_token_id=END).accuracy == 0
-    assert score_answers(trained, examples, pad_token_id=END).accuracy == 1
+    assert score_examples(llama(1), examples, pad_token_id=END).accuracy == 0
+    assert score_examples(trained, examples, pad_token_id=END).accuracy == 1
     truth = tokenize_questions(questions(6), tokenizer(), FORMAT)
-    assert score_answers(trained, truth, pad_token_id=END).accuracy == 0
+    assert score_examples(trained, truth, pad_token_id=END).accuracy == 0
+
+
+def test_a_student_is_evaluated_before_and_after_its_training(tmp_path: Path) -> None:
+    truth = questions(6)
+    args = config(tmp_path, num_train_epochs=60, per_device_train_batch_size=6, learning_rate=2e-2)
+    trainer = student(tmp_path, answers=truth, args=args, eval_dataset=truth)
+    before = trainer.evaluate()
+    examples = tokenize_questions(truth, tokenizer(), FORMAT)
+    scores = score_examples(llama(1), examples, pad_token_id=END)
+    assert before == pytest.approx(
+        {
+            "eval_accuracy": scores.accuracy,
+            "eval_token_error": scores.token_error,
+            "eval_loss": -scores.token_log_probs.mean(),
+        }
+    )
+    assert before["eval_accuracy"] == 0
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_accuracy"] == 1 and after["eval_token_error"] == 0 and after["eval_loss"] < 0.1
+    assert trainer.evaluate(questions(6, seed=9, start=100)) != after
+    with pytest.raises(ValueError, match=r"evaluate\(\) needs questions with answers"):
+        student(tmp_path).evaluate()
+
+
+def test_choices_are_evaluated_by_likelihood(tmp_path: Path) -> None:
+    data = questions(12)
+    data = data.add_column("choices", [[answer, f"{answer}z"] for answer in data["answer"]])
+    found = student(tmp_path).evaluate(data)["eval_accuracy"]
+    settings = ChoiceSettings(FORMAT)
+    assert found == score_choices(llama(1), data, tokenizer(), settings).correct.mean()
+    examples = tokenize_questions(data, tokenizer(), FORMAT)
+    assert found != score_examples(llama(1), examples, pad_token_id=END).accuracy
 
 
 def test_the_question_format_reaches_the_student(tmp_path: Path) -> None:
@@ -158,7 +192,7 @@ def test_an_answer_of_unknown_confidence_is_not_confident() -> None:
         (
             {"prompt": ["a"], "answer": ["b"], "confidence": [-3.0]},
             -1.0,
-            "none of the 1 answers .*: 0 are empty, 0 were cut off .*, 1 are not confident",
+            "none of the 1 answers .* train on: 1 are not confident enough. To do: lower min_confidence$",
         ),
         ({"prompt": ["a", "c"], "answer": ["", " "]}, None, "none of the 2 answers is left to train on: 2 are empty"),
         ({"prompt": ["a"]}, None, "has no column 'answer', only prompt"),
@@ -215,7 +249,7 @@ def test_answers_that_were_cut_off_are_left_out_unless_asked_for(tmp_path: Path)
     with pytest.warns(UserWarning, match=r"9 of the 10 answers are left out .*: 1 are empty, 8 were cut off"):
         assert len(usable_answers(lone)) == 1
     unfinished = answers.filter(lambda row: not row["finished"])
-    with pytest.raises(ValueError, match=r"0 are empty, 2 were cut off before their end.*more max_new_tokens"):
+    with pytest.raises(ValueError, match=r"train on: 2 are cut off before their end\. To do: .*more max_new_tokens"):
         student(tmp_path, answers=unfinished)
 
 
@@ -686,7 +720,7 @@ def test_every_variant_is_evaluated_by_the_same_loss(tmp_path: Path, settings: d
     asked = questions(7, seed=8, start=50)
     model = student(tmp_path, args=args, teacher=teacher, eval_dataset=asked, callbacks=[seen]).train()
     examples = tokenize_questions(asked, tokenizer(), FORMAT)
-    scores = score_answers(model, examples, pad_token_id=tokenizer().eos_token_id)
+    scores = score_examples(model, examples, pad_token_id=tokenizer().eos_token_id)
     assert [loss for _, loss in seen.losses] == [pytest.approx(-float(scores.token_log_probs.mean()), rel=1e-4)]
 
 
