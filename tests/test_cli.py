@@ -131,7 +131,7 @@ def test_one_of_several_processes_says_what_the_main_one_does_not(
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     values = settings(tmp_path)
     # Many rounds, so that a busy machine cannot finish them before the signal comes.
-    values["boosting"] = values["boosting"] | {"num_rounds": 8}
+    values["boosting"] = values["boosting"] | {"num_rounds": 4}
     config = write(tmp_path, values)
     command = [sys.executable, "-m", "ensemw2s", "run", config]
     running = subprocess.Popen(

@@ -232,8 +232,13 @@ class QuestionFormat:
         """Return a prompt in tokens, with what reads and writes behind it; see `ensemw2s.data.tokens`.
 
         Raises:
-            ValueError: see `input`; a chat template that is missing, refuses the messages, or reads no such kwargs.
+            ValueError: see `input`; a chat template that is missing (for a conversation too), refuses the messages, or reads no such kwargs.
         """
+        if not (isinstance(prompt, str) or processing_class.chat_template):
+            raise ValueError(
+                f"the prompt {shown(prompt)} is a conversation, and this tokenizer has no chat template to render it: "
+                "load the tokenizer of a chat model, set tokenizer.chat_template, or give prompts as texts"
+            )
         asked = self.input(prompt)
         if isinstance(asked, str):
             return PromptTokens.of(asked, processing_class)

@@ -200,6 +200,12 @@ def test_what_a_chat_template_cannot_do_is_refused(settings: dict[str, Any], pro
         form.prompt(prompt, chatty())
 
 
+@pytest.mark.parametrize("form", [QuestionFormat(), CHAT], ids=["plain", "chat"])
+def test_a_conversation_without_a_chat_template_is_refused_once(form: QuestionFormat) -> None:
+    with pytest.raises(ValueError, match=r"is a conversation, and this tokenizer has no chat template .*: load the"):
+        form.prompt(ASKED, tokenizer())
+
+
 @pytest.mark.parametrize("name", ["system_message", "chat_template_kwargs"])
 def test_settings_of_chats_do_nothing_without_a_chat_template(name: str) -> None:
     value: Any = {"system_message": "be kind", "chat_template_kwargs": {"thinks": "no"}}[name]

@@ -388,7 +388,7 @@ def test_assisted_sampling_follows_the_mixture(ensemble: TokenEnsemble) -> None:
     assistant = llama(0)
     draws = [
         ensemble.generate(input_ids=ids, max_new_tokens=3, do_sample=True, top_k=0, assistant_model=assistant)[0, WIDTH]
-        for _ in range(250)
+        for _ in range(120)
     ]
     counts = torch.bincount(torch.stack(draws), minlength=VOCAB).double()
     assert_follows(counts, slow_mixture(ensemble, ids[0].tolist()).exp())
