@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from ensemw2s.boosting.config import BoostingConfig
 from ensemw2s.boosting.factory import ExpertFactory
 from ensemw2s.boosting.units import AnswerUnits, informative_tokens
 from ensemw2s.data.questions import check_disjoint, check_questions
-from ensemw2s.data.tokens import QuestionFormat, check_examples, tokenize_questions
+from ensemw2s.data.tokens import QuestionFormat, check_examples, check_processing_class, tokenize_questions
 from ensemw2s.ensemble.model import TokenEnsemble
 from ensemw2s.inference.measuring import measure
 from ensemw2s.inference.scoring import AnswerScores
@@ -32,7 +33,12 @@ from ensemw2s.runtime.fingerprint import digest_questions
 from ensemw2s.runtime.meter import Ledger, total
 from ensemw2s.runtime.records import QUANTILE_LEVELS, IdentityRecord, RoundRecord
 from ensemw2s.runtime.store import Store
-from ensemw2s.training.arguments import check_trainer_options, require_eval_dataset, require_questions
+from ensemw2s.training.arguments import (
+    check_trainer_options,
+    require_arguments,
+    require_eval_dataset,
+    require_questions,
+)
 from ensemw2s.training.checkpoints import discard_checkpoints
 from ensemw2s.training.fine_tune import PRESENTATION, optimizer_described
 
@@ -72,8 +78,8 @@ class BoostingTrainer:
             adapters are merged into them.
         question_format: how a question becomes tokens.
         model_init_kwargs: passed on to `loading.load_model` (`dtype`, `keep_layers`, `quantization_config`, ...).
-        on_round: called with each round's record as soon as it is known, on the main process. None prints
-            `round_line`, unless `args.disable_tqdm`.
+        on_round: called with each round's record as soon as it is known, on the main process. None prints `round_line`;
+            with `args.disable_tqdm` it warns, and only of a round in which something went wrong.
         store: where experts and their scores are kept for other trainers, and found if another has left them there.
         trainer_options: passed on to the `transformers.Trainer` of each expert: `callbacks` (which another run in the
             same folder must be given as well) and `optimizer_cls_and_kwargs`.
@@ -99,6 +105,7 @@ class BoostingTrainer:
         store: Store | None = None,
         **trainer_options: Any,
     ) -> None:
+        require_arguments("BoostingTrainer", args, BoostingConfig)
         self.models: list[Any] = list(model) if isinstance(model, list | tuple) else [model]
         if len(self.models) not in (1, args.num_rounds):
             raise ValueError(
@@ -121,7 +128,8 @@ class BoostingTrainer:
         self.peft_config = peft_config
         self.question_format = question_format or QuestionFormat()
         self.model_init_kwargs = dict(model_init_kwargs or {})
-        self.on_round = on_round or self._print_round
+        self.on_round = on_round or self._tell_round
+        check_processing_class(processing_class)
         self.processing_class = processing_class or load_tokenizer(source_of(self.models[0]))
         self.folder = Path(str(args.output_dir))
         self.train_questions = check_questions(train_dataset, "train_dataset")
@@ -208,6 +216,8 @@ class BoostingTrainer:
                     f"no expert beats the pre-trained model: {self.stop_reason}. Train longer or with another learning "
                     f"rate (now {self.args.num_train_epochs:g} epochs at {self.args.learning_rate:g})"
                 )
+            if self.stop_reason and self.on_round == self._tell_round:
+                warnings.warn(f"{self.stop_reason}. The ensemble has {len(self._accepted())} experts", stacklevel=2)
             ensemble = self._ensemble()
             saved_with = {"processing_class": self.processing_class, "record": self.record()}
             processes.on_main(ensemble.save_pretrained, place, **saved_with)
@@ -536,9 +546,12 @@ class BoostingTrainer:
             "optimizer": optimizer_described(self._options),
         }
 
-    def _print_round(self, record: Mapping[str, Any]) -> None:
+    def _tell_round(self, record: Mapping[str, Any]) -> None:
         if not self.args.disable_tqdm:
             say(round_line(record, self.args))
+        elif not record["accepted"] or _nothing_is_right(record):
+            # Who wants no lines still wants to know what went wrong.
+            warnings.warn(round_line(record, self.args), stacklevel=2)
 
 
 def round_line(record: Mapping[str, Any], args: BoostingConfig) -> str:
@@ -553,7 +566,7 @@ def round_line(record: Mapping[str, Any], args: BoostingConfig) -> str:
     if record["validation"]:
         values = record["validation"]
         line += f"; validation: expert {values['expert']:.1%}, ensemble {values['ensemble']:.1%}"
-        if values["expert"] == values["ensemble"] == 0:
+        if _nothing_is_right(record):
             line += (
                 f" (no question is answered right; {values['token_error']:.0%} of the answers' tokens are wrong. Train "
                 f"longer than {args.num_train_epochs:g} epochs, or with a higher learning rate than "
@@ -562,6 +575,12 @@ def round_line(record: Mapping[str, Any], args: BoostingConfig) -> str:
     if not record["accepted"]:
         line += f"; not added (attempt {record['attempt']}): no better than before training"
     return line
+
+
+def _nothing_is_right(record: Mapping[str, Any]) -> bool:
+    """Say whether no validation question was answered right after a round that measured them."""
+    values = record["validation"]
+    return bool(values) and values["expert"] == values["ensemble"] == 0
 
 
 def closing_identity(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:

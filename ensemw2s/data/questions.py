@@ -43,7 +43,9 @@ _OPTIONS = ("columns", "schema", "context", "choices", "binary", "prompt_regex")
 _MAX_TRIES = 8
 
 
-def load_questions(source: Mapping[str, Any] | str | os.PathLike[str]) -> Dataset:
+def load_questions(
+    source: Mapping[str, Any] | str | os.PathLike[str], *, columns: Mapping[str, str] | None = None
+) -> Dataset:
     """Load questions from a file, the hub, or a generator.
 
     Args:
@@ -63,6 +65,7 @@ def load_questions(source: Mapping[str, Any] | str | os.PathLike[str]) -> Datase
             - `choices`: one list of answers for all questions;
             - `binary`: True makes each question with choices a yes/no question (`known_datasets.binary_question`);
             - `prompt_regex`: its first group, found in each prompt, replaces the prompt.
+        columns: the same as `columns` in the mapping, for a path.
 
     Returns:
         Columns `id` (made from the content where there is none), `prompt`, `answer`, `choices` where there are any,
@@ -84,6 +87,10 @@ def load_questions(source: Mapping[str, Any] | str | os.PathLike[str]) -> Datase
             "loading, pass them as they are (check_questions(data, columns=...) gives their columns our names)"
         )
     source = {"file": source} if isinstance(source, str | os.PathLike) else dict(source)
+    if columns is not None:
+        if "columns" in source:
+            raise ValueError("columns is given twice, in the source and beside it: keep one of them")
+        source["columns"] = columns
     kinds = [kind for kind in SOURCE_KINDS if kind in source]
     if len(kinds) != 1:
         raise ValueError(
@@ -314,8 +321,9 @@ def check_questions(
             unanswered = _UNANSWERED if column == "answer" else ""
             raise ValueError(
                 f"{name} has no column {column!r}; its columns are {shown_names(dataset.column_names)}. Rename yours, "
-                f'or map them: check_questions(data, columns={{"{column}": "yours"}}) in Python, or '
-                f"`columns: {{{column}: yours}}` beside the file in a configuration{unanswered}"
+                f'or map them: columns={{"{column}": "yours"}} of load_questions (files) or check_questions (data) in '
+                f"Python, `columns: {{{column}: yours}}` beside the file in a configuration, or --columns "
+                f"{column}=yours of `ensemw2s init`{unanswered}"
             )
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: expected at least one question")
@@ -441,7 +449,7 @@ def split_questions(dataset: Any, sizes: Mapping[str, int], seed: int = 0) -> Da
 
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
-            raise ValueError(f"split {name} must have at least 1 question, got {shown(size)}")
+            raise ValueError(f"split {name} must be a number of questions, at least 1 (no share), got {shown(size)}")
     dataset = check_questions(dataset, "dataset", answered=False)
     first: dict[str, int] = {}
     prompts = list(dataset["prompt"])

@@ -74,7 +74,7 @@ def dataset_of(rows: Sequence[Mapping[str, Any]], name: str) -> Dataset:
         raise ValueError(f"{name} is empty: expected questions with columns prompt and answer")
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise TypeError(f"{name}, row {index} is {shown(row)}, expected a dict")
+            raise TypeError(f'{name}, row {index} is {shown(row)}, expected a dict such as {{"prompt": "..."}}')
     made: dict[str, Any] = {}
     for column in dict.fromkeys(column for row in rows for column in row):
         values = [row.get(column) for row in rows]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import unicodedata
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -232,7 +233,8 @@ class QuestionFormat:
         """Return a prompt in tokens, with what reads and writes behind it; see `ensemw2s.data.tokens`.
 
         Raises:
-            ValueError: see `input`; a chat template that is missing (for a conversation too), refuses the messages, or reads no such kwargs.
+            ValueError: see `input`; a chat template that is missing (for a conversation too), refuses the messages, or
+                reads no such kwargs.
         """
         if not (isinstance(prompt, str) or processing_class.chat_template):
             raise ValueError(
@@ -286,9 +288,43 @@ class QuestionFormat:
         return prompt.read(list(ids)).removeprefix(self.answer_prefix)
 
 
-def format_of(model: Any) -> QuestionFormat:
-    """Return the format that a model's configuration names as its own, or the default one where it names none."""
-    return QuestionFormat(**(getattr(getattr(model, "config", None), "question_format", None) or {}))
+def described_format(described: Any, where: str) -> dict[str, Any] | None:
+    """Return the checked description of a format (`QuestionFormat.describe`); `where` begins the error for another."""
+    if described is None:
+        return None
+    if not isinstance(described, Mapping):
+        raise ValueError(f"{where}: question_format must be a mapping or null, got {shown(described)}")
+    try:
+        return QuestionFormat(**described).describe()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: question_format cannot be {shown(dict(described))}: {error}") from error
+
+
+def format_of(model: Any, asked: QuestionFormat | None = None) -> QuestionFormat:
+    """Return the format `asked` for, or the one in which a model was trained by its configuration, or the default one.
+
+    A format that is not the one in which the model was trained comes with a warning.
+    """
+    own = getattr(getattr(model, "config", None), "question_format", None)
+    trained = None if own is None else QuestionFormat(**own)
+    if None not in (asked, trained) and asked != trained:
+        warnings.warn(
+            f"the model was trained on questions in the format {trained}, and is asked in the format {asked}: leave "
+            "question_format out to ask as in training",
+            stacklevel=3,
+        )
+    return asked or trained or QuestionFormat()
+
+
+def check_processing_class(processing_class: Any) -> None:
+    """Raise TypeError unless `processing_class` is a tokenizer, or None."""
+    from transformers import PreTrainedTokenizerBase
+
+    if not isinstance(processing_class, PreTrainedTokenizerBase | None):
+        raise TypeError(
+            f"processing_class is {shown(processing_class)}, expected a tokenizer: load it with "
+            "ensemw2s.load_tokenizer or transformers.AutoTokenizer.from_pretrained"
+        )
 
 
 def to_prompt_completion(answers: Any, question_format: QuestionFormat) -> Dataset:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ensemw2s.data.tokens import QuestionFormat
+from ensemw2s.data.tokens import described_format
 from ensemw2s.ensemble.experts import context_lengths
 from ensemw2s.models.base_reference import check_base
 from ensemw2s.models.mixture import Experts
@@ -51,7 +51,7 @@ class EnsembleConfig(PreTrainedConfig):
         self.combine = combine
         self.kind = kind
         self.base = check_base(base, "EnsembleConfig")
-        self.question_format = _check_format(question_format, "EnsembleConfig")
+        self.question_format = described_format(question_format, "EnsembleConfig")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> EnsembleConfig:
@@ -104,19 +104,7 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
     for key in _SPECIAL_TOKENS:
         check_tokens(key, settings.get(key), settings, where)
     check_base(settings.get("base"), where)
-    _check_format(settings.get("question_format"), where)
-
-
-def _check_format(described: Any, where: str) -> dict[str, Any] | None:
-    """Return the description of a question format; `where` begins the error if it is none."""
-    if described is None:
-        return None
-    if not isinstance(described, Mapping):
-        raise ValueError(f"{where}: question_format must be a mapping or null, got {shown(described)}")
-    try:
-        return QuestionFormat(**described).describe()
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: question_format cannot be {shown(dict(described))}: {error}") from error
+    described_format(settings.get("question_format"), where)
 
 
 def check_described(config: EnsembleConfig, experts: Experts, folder: Path) -> None:

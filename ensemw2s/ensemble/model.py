@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ensemw2s import ops
-from ensemw2s.data.tokens import QuestionFormat, format_of
+from ensemw2s.data.tokens import QuestionFormat, check_processing_class, format_of
 from ensemw2s.ensemble.cache import EnsembleCache
 from ensemw2s.ensemble.config import EnsembleConfig
 from ensemw2s.ensemble.experts import AdapterExperts, ModelExperts, context_lengths
@@ -283,12 +283,15 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             chosen = list(everyone[index])
         elif isinstance(index, list | tuple) and all(type(number) is int for number in index):
             if not all(-len(weights) <= number < len(weights) for number in index):
-                raise IndexError(f"of {list(index)} not all are experts: {len(weights)} experts are numbered from 0")
+                raise IndexError(
+                    f"{list(index)} names an expert that is not there: {len(weights)} experts are numbered from 0 (an "
+                    "expert no better than the model before training is not added)"
+                )
             chosen = [everyone[number] for number in index]
         else:
             raise TypeError(
                 f"an ensemble is sliced, as in ensemble[:3] or ensemble[[0, 2]]; got {index!r}. One expert by itself "
-                "is ensemble[[0]], and its model ensemble.experts.expert(0), for a with block"
+                "is ensemble[[0]]; `with ensemble.experts.expert(0) as model:` gives its model"
             )
         if len(set(chosen)) < len(chosen):
             raise ValueError(f"{index} names an expert twice: name each once, and give it a weight by reweighted")
@@ -606,8 +609,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             questions: columns `prompt` and optionally `choices` and `id`, in any shape that `shapes.as_dataset` takes;
                 an `answer` decides nothing but the `id` that is made where there is none.
             processing_class: the experts' tokenizer.
-            question_format: how a question becomes tokens; None is the ensemble's own.
-            max_new_tokens: the longest pseudo-answer, its end token included.
+            question_format: how a question becomes tokens; None is the ensemble's own. Another one comes with a
+                warning.
+            max_new_tokens: the longest pseudo-answer, the format's `answer_prefix` and the end token included.
             batch_size: questions decoded together.
             sampling: how tokens are chosen; None is greedy. Question i (in the dataset's order) draws from seed
                 `sampling.seed + i`, whatever batch it falls in.
@@ -640,7 +644,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 questions that `check_questions` refuses; or a number outside its range.
             TypeError: questions in another shape; a number that is none, or not a whole one.
         """
-        question_format, sampling = question_format or self.question_format, sampling or Sampling()
+        check_processing_class(processing_class)
+        question_format, sampling = format_of(self, question_format), sampling or Sampling()
         settings = LabelSettings(question_format, max_new_tokens, batch_size, sampling, top_logprobs, top_temperature)
         return label_questions(
             self.snapshot(), questions, processing_class, settings, output_file=output_file, description=description

@@ -363,7 +363,10 @@ def _override(override: str) -> tuple[str, dict[str, Any]]:
     key, separator, value = override.partition("=")
     if not separator or not all(key.split(".")) or key.count(".") > MOST_LEVELS:
         raise ValueError(f"cannot read the override {shown(override)}: expected key=value, e.g. boosting.num_rounds=5")
-    change = parse_yaml(value, f"cannot read the override {shown(override)}: its value")
+    try:
+        change = parse_yaml(value, f"cannot read the override {shown(override)}: its value")
+    except ValueError as error:
+        raise ValueError(f"{error}. Text that YAML would read otherwise is put in quotes: {key}='\"...\"'") from error
     for part in reversed(key.split(".")):
         change = {part: change}
     return key, change

@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ensemw2s.data.questions import exclude_questions, load_questions
+from ensemw2s.data.tokens import QuestionFormat
 from ensemw2s.experiments.config import build_config
 from ensemw2s.models.loading import require_source
 from ensemw2s.runtime.files import new_file
@@ -77,8 +78,9 @@ def write_configuration(
         lora=not weak.startswith("scratch:"), questions={"file": questions, **renamed},
         hard=hard and {"file": hard, **renamed}, sizes=sizes, longest=longest,
         folds=_FOLDS if "difficulty" not in easy.column_names else None,
-        # A token has one character at least, nearly always, and the end is a token.
-        max_new_tokens=min(longest + 1, 256),
+        # A token has one character at least, nearly always, and the end is a token. So is what stands in front of the
+        # answer, and hard answers may be longer.
+        max_new_tokens=min(len(QuestionFormat().answer_prefix) + longest + longest // 2 + 1, 256),
     )  # fmt: skip
     build_config(parse_yaml(text, str(path)))
     with new_file(path) as aside:

@@ -22,7 +22,14 @@ from tqdm.auto import tqdm
 from ensemw2s import ops
 from ensemw2s.data.batches import AnswerCollator, batches_by_length, next_token_mask
 from ensemw2s.data.shapes import as_dataset
-from ensemw2s.data.tokens import QuestionFormat, answer_lengths, check_examples, format_of, tokenize_questions
+from ensemw2s.data.tokens import (
+    QuestionFormat,
+    answer_lengths,
+    check_examples,
+    check_processing_class,
+    format_of,
+    tokenize_questions,
+)
 from ensemw2s.models.heads import gives_the_logits, only_positions, output_head, own_head, states_before
 from ensemw2s.models.mixture import ExpertMixture, damaged, expert_names, is_mixture, refuse_damaged, repeat_rows
 from ensemw2s.ops import TokenScores
@@ -87,7 +94,7 @@ def score_answers(
             `tokenize_questions` has made of them.
         processing_class: the model's tokenizer.
         question_format: how a question becomes tokens; None is the ensemble's own (`TokenEnsemble.question_format`),
-            or the default for another model.
+            that of a student from `StudentTrainer`, or the default for another model.
         batch_size: answers per forward pass.
         description: the name of a progress bar; None shows none.
 
@@ -96,10 +103,11 @@ def score_answers(
             which and the row.
         TypeError, ValueError: questions that `tokenize_questions` refuses; names the row.
     """
+    check_processing_class(processing_class)
     examples = as_dataset(questions, "questions")
     if "input_ids" not in examples.column_names:
-        question_format = question_format or format_of(model)
-        examples = tokenize_questions(examples, processing_class, question_format, "questions")
+        asked = format_of(model, question_format)
+        examples = tokenize_questions(examples, processing_class, asked, "questions")
     pad = processing_class.eos_token_id
     return score_examples(model, examples, pad_token_id=pad, batch_size=batch_size, description=description)
 

@@ -331,7 +331,9 @@ def local_folder(name: str | os.PathLike[str], subfolder: str, hub: Mapping[str,
     if is_there(folder / "config.json", "the ensemble") and (folder / "config.json").is_file():
         return folder
     if there or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{folder} is not a saved ensemble: it has no config.json")
+        inside = folder / "ensemble"
+        hint = f"; one lies in {inside}" if (inside / "config.json").is_file() else ""
+        raise FileNotFoundError(f"{folder} is not a saved ensemble: it has no config.json{hint}")
     from huggingface_hub import snapshot_download
 
     try:

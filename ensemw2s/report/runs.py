@@ -43,4 +43,6 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
         if isinstance(item, Mapping):
             yield from flatten(item, f"{prefix}{key}.")
         elif item is not None:
-            yield f"{prefix}{key}", str(item)
+            # White space that nobody would see is put in quotes.
+            seen = not isinstance(item, str) or (item and item == item.strip())
+            yield f"{prefix}{key}", str(item) if seen else repr(item)

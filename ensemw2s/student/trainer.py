@@ -11,13 +11,21 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ensemw2s.data.questions import check_questions
-from ensemw2s.data.tokens import QuestionFormat, answer_lengths, end_tokens, tokenize_questions
+from ensemw2s.data.tokens import (
+    QuestionFormat,
+    answer_lengths,
+    check_processing_class,
+    described_format,
+    end_tokens,
+    tokenize_questions,
+)
 from ensemw2s.inference.label_files import TOP_COLUMNS
 from ensemw2s.inference.labelling import require_probabilities
 from ensemw2s.inference.measuring import measure
 from ensemw2s.models.adapters import ADAPTER_WEIGHTS, attach_adapter, check_peft_config
 from ensemw2s.models.loading import load_model, load_saved_model, load_tokenizer, require_model, source_of
 from ensemw2s.models.own_files import own_files, refuse_others, whole
+from ensemw2s.models.saved import read_settings
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.console import no_model_bars
 from ensemw2s.runtime.files import write_json
@@ -28,6 +36,7 @@ from ensemw2s.student.teacher import LiveTeacher, top_columns, with_columns
 from ensemw2s.training.arguments import (
     AnswerTrainingArguments,
     check_trainer_options,
+    require_arguments,
     require_eval_dataset,
     require_questions,
 )
@@ -44,6 +53,8 @@ if TYPE_CHECKING:
 
 
 Variant = Literal["sft", "soft", "confidence"]
+# How a student was asked in its training.
+_FORMAT_FILE = "question_format.json"
 # Settings that act on one variant only.
 USES_OF_SETTINGS: Uses = {
     **dict.fromkeys(
@@ -161,6 +172,7 @@ class StudentTrainer:
         eval_dataset: Any = None,
         **trainer_options: Any,
     ) -> None:
+        require_arguments("StudentTrainer", args, StudentConfig)
         self._options = check_trainer_options("StudentTrainer", trainer_options, args)
         if "optimizers" in self._options:
             _check_optimizer(self._options["optimizers"][0], model if peft_config is None else None)
@@ -181,6 +193,7 @@ class StudentTrainer:
         self.model: Any = model
         if not isinstance(model, PreTrainedModel):
             self.model = on_device(load_model(model, **(model_init_kwargs or {})), args)
+        check_processing_class(processing_class)
         self.processing_class = processing_class or load_tokenizer(source_of(model))
         if teacher is not None and teacher.config.vocab_size != len(self.model.get_output_embeddings().weight):
             raise ValueError(
@@ -343,8 +356,11 @@ class StudentTrainer:
 
     def _write(self, folder: str | Path) -> None:
         assert self.cost is not None
+        # With whole weights, what transformers loads says by itself how it is asked.
+        self.model.config.question_format = self.question_format.describe()
         with own_files(folder, "student") as aside, no_model_bars():
             self.model.save_pretrained(aside)
+            write_json(aside / _FORMAT_FILE, self.question_format.describe())
             self.processing_class.save_pretrained(aside)
             write_json(aside / "cost.json", asdict(self.cost))
         discard_checkpoints(self.args.output_dir)
@@ -366,7 +382,7 @@ def _check_optimizer(optimizer: Any, model: Any) -> None:
 
 
 def load_trained(folder: str | Path, source: str | None = None, **model_init_kwargs: Any) -> Any:
-    """Load what `StudentTrainer.save_model` wrote, in evaluation mode.
+    """Load what `StudentTrainer.save_model` wrote, in evaluation mode; `score_answers` asks it as it was trained.
 
     Args:
         folder: a saved student.
@@ -383,7 +399,14 @@ def load_trained(folder: str | Path, source: str | None = None, **model_init_kwa
     if not (files / ADAPTER_WEIGHTS).exists():
         require_model(files)
         kwargs = {name: value for name, value in model_init_kwargs.items() if name != "keep_layers"}
-        return load_saved_model(files, "the student", **kwargs).eval()
+        return _asked_as_trained(load_saved_model(files, "the student", **kwargs), files)
     if source is None:
         raise ValueError(f"{folder} holds an adapter: name the model it was trained on as `source`")
-    return attach_adapter(load_model(source, **model_init_kwargs), files, "the student").eval()
+    return _asked_as_trained(attach_adapter(load_model(source, **model_init_kwargs), files, "the student"), files)
+
+
+def _asked_as_trained(model: Any, files: Path) -> Any:
+    if (files / _FORMAT_FILE).exists():
+        settings = read_settings(files / _FORMAT_FILE, "the student")
+        model.config.question_format = described_format(settings, str(files / _FORMAT_FILE))
+    return model.eval()

@@ -191,6 +191,15 @@ def require_eval_dataset(args: TrainingArguments, eval_dataset: Any) -> None:
         )
 
 
+def require_arguments(trainer: str, args: Any, kind: type) -> None:
+    """Raise TypeError unless `args` are those of the trainer called `trainer`."""
+    if not isinstance(args, kind):
+        raise TypeError(
+            f"{trainer}: args is a {type(args).__name__}, expected a {kind.__name__}, which takes the settings of "
+            "transformers' TrainingArguments as well"
+        )
+
+
 def require_questions(questions: Any) -> None:
     """Raise ValueError where a trainer is to evaluate, and was given nothing to evaluate on."""
     if questions is None:

@@ -171,7 +171,8 @@ def _warn_if_idle(step_losses: Mapping[int, float], args: TrainingArguments, des
     if last > max(0.95 * first, _LEARNED) and processes.is_main():
         warnings.warn(
             f"{description}: next to nothing was learned. The loss went from {first:.3g} to {last:.3g} in "
-            f"{len(losses)} steps at learning_rate={args.learning_rate:g}: train for longer, or with another one",
+            f"{len(losses)} steps at learning_rate={args.learning_rate:g}: train for longer, or with another "
+            "learning rate",
             stacklevel=3,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ensemw2s import BoostingConfig, BoostingTrainer, TokenEnsemble
+from ensemw2s import BoostingConfig, BoostingTrainer, StudentConfig, TokenEnsemble
 from ensemw2s.boosting import algorithm
 from ensemw2s.boosting.trainer import closing_identity
 from ensemw2s.data.tokens import QuestionFormat, tokenize_questions
@@ -96,6 +97,32 @@ def test_token_weights_are_those_that_each_round_begins_with(model: Path, tmp_pa
         runner.token_weights(4)
 
 
+def test_what_went_wrong_is_said_without_progress_bars_too(model: Path, tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match="round 1/1: .*no question is answered right.* than 1 epochs, or with a higher"
+    ):
+        trainer(model, tmp_path / "nothing", num_rounds=1, num_train_epochs=1, learning_rate=1e-6).train()
+    runner = trainer(model, tmp_path / "stopped", num_rounds=3, validate=False)
+    worst = np.ones(runner.num_units)
+    losses = runner._losses
+    # From the second round on no token is right.
+    runner._losses = lambda number, attempt: losses(number, attempt) if number == 1 else worst  # type: ignore[method-assign]
+    with pytest.warns(UserWarning) as said:
+        assert len(runner.train()) == 1
+    messages = [str(warning.message) for warning in said]
+    assert any("round 2/3" in message and "not added (attempt 2)" in message for message in messages)
+    assert any(re.search(r"round 2 stopped boosting.*The ensemble has 1 experts", message) for message in messages)
+
+
+def test_arguments_of_another_kind_are_refused(model: Path, tmp_path: Path) -> None:
+    wrong: Any = StudentConfig(output_dir=str(tmp_path))
+    with pytest.raises(TypeError, match="BoostingTrainer: args is a StudentConfig, expected a BoostingConfig"):
+        BoostingTrainer(str(model), args=wrong, train_dataset=questions(4))
+    named: Any = "scratch:char-weak"
+    with pytest.raises(TypeError, match=r"processing_class is 'scratch:char-weak', expected a tokenizer: load it with"):
+        BoostingTrainer(str(model), BoostingConfig(output_dir=str(tmp_path)), questions(4), processing_class=named)
+
+
 def test_the_ensemble_is_evaluated_as_its_experts_were_asked(model: Path, tmp_path: Path) -> None:
     runner = trainer(model, tmp_path, num_rounds=2)
     with pytest.raises(RuntimeError, match=r"call train\(\) first"):
@@ -107,7 +134,8 @@ def test_the_ensemble_is_evaluated_as_its_experts_were_asked(model: Path, tmp_pa
     assert found["eval_token_error"] == runner.records[-1]["validation"]["token_error"]
     asked = score_answers(ensemble, questions(24), tokenizer())
     assert runner.evaluate(questions(24))["eval_loss"] == pytest.approx(-asked.token_log_probs.mean())
-    otherwise = score_answers(ensemble, questions(24), tokenizer(), question_format=QuestionFormat())
+    with pytest.warns(UserWarning, match="the model was trained on questions in the format .*, and is asked in the"):
+        otherwise = score_answers(ensemble, questions(24), tokenizer(), question_format=QuestionFormat())
     assert otherwise.token_log_probs.mean() != pytest.approx(asked.token_log_probs.mean())
     with pytest.raises(ValueError, match=r"evaluate\(\) needs questions with answers"):
         trainer(model, tmp_path, num_rounds=2, validate=False).evaluate()

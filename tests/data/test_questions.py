@@ -73,6 +73,16 @@ def test_repeated_prompts_are_used_once(tmp_path: Path) -> None:
         assert len(load_questions(str(tmp_path / "a.jsonl"))) == 5
 
 
+def test_columns_may_be_named_beside_a_path(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"question": "q", "solution": "s"}\n')
+    columns = {"prompt": "question", "answer": "solution"}
+    assert load_questions(tmp_path / "a.jsonl", columns=columns)["answer"] == ["s"]
+    with pytest.raises(ValueError, match=r"has no column 'prompt'.*of load_questions .*--columns prompt=yours"):
+        load_questions(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="columns is given twice"):
+        load_questions({"file": str(tmp_path / "a.jsonl"), "columns": columns}, columns=columns)
+
+
 @pytest.mark.parametrize("data", [ROWS, of(ROWS), of(ROWS).to_pandas()], ids=["list", "dataset", "frame"])
 def test_questions_in_memory_are_not_a_source(data: Any) -> None:
     with pytest.raises(TypeError, match="questions in memory need no loading, pass them as they are"):
@@ -241,7 +251,7 @@ def test_another_seed_gives_another_split_and_too_many_are_refused() -> None:
     assert set(splits[0]) != set(splits[1])
     with pytest.raises(ValueError, match=r"need 41 distinct questions, the dataset has 40"):
         split_questions(questions(40), {"a": 20, "b": 21})
-    with pytest.raises(ValueError, match="split b must have at least 1 question, got 0"):
+    with pytest.raises(ValueError, match=r"split b must be a number of questions, at least 1 \(no share\), got 0"):
         split_questions(questions(4), {"a": 2, "b": 0})
 
 

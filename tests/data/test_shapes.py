@@ -117,7 +117,7 @@ def test_what_misses_in_a_dataframe_is_named_by_its_row() -> None:
         ),
         (
             [{"question": "a"}],
-            r"no column 'prompt'; .* check_questions\(data, columns=\{\"prompt\": \"yours\"\}\)",
+            r"no column 'prompt'; .* columns=\{\"prompt\": \"yours\"\} of load_questions .* or check_questions",
         ),
         ([{"prompt": [], "answer": "b"}], r"mine, row 0: prompt has \[\], expected messages of role and content"),
         ([{"prompt": [said("user", " ")], "answer": "b"}], "mine, row 0: prompt is .*expected text that is not empty"),

@@ -149,7 +149,8 @@ def test_a_slice_is_the_ensemble_of_those_experts(ensemble: TokenEnsemble) -> No
         expected = ensemble.reweighted([WEIGHTS[0], WEIGHTS[2]], [0, 2])(input_ids=ids).logits
         torch.testing.assert_close(swapped(input_ids=ids).logits, expected)
     for index, kind, message in (
-        (0, TypeError, "sliced"), ([0, 3], IndexError, "3 experts are numbered from 0"), ([1, -2], ValueError, "twice"),
+        (0, TypeError, "sliced"), ([0, 3], IndexError, "3 experts are numbered from 0 .*is not added"),
+        ([1, -2], ValueError, "twice"),
         ([], ValueError, "at least one expert"), ([True], TypeError, "sliced"),
     ):  # fmt: skip
         with pytest.raises(kind, match=message):

@@ -39,6 +39,8 @@ def test_what_it_writes_runs(tmp_path: Path, words: list[str], capsys: pytest.Ca
     fast.append("student.keep_unfinished=true")
     assert main(["run", words[1], f"output_dir={tmp_path / 'run'}", "lora.r=2", *fast]) == 0
     assert (tmp_path / "run" / "mine" / "report.html").exists()
+    # Two letters, the space in front of them and the end, one token each, and room for a longer answer.
+    assert load_config(words[1]).labelling.max_new_tokens == 5
 
 
 def test_one_file_is_split_by_difficulty_and_rated_where_it_says_nothing_of_it(

@@ -37,12 +37,18 @@ def made(folder: Path, right: dict[str, int], config: dict[str, Any], asked: str
 
 
 def test_settings_that_differ_and_differences_of_arms_are_shown(tmp_path: Path) -> None:
-    one = made(tmp_path / "one", {"ensemble": 20, "single_expert": 10}, {"boosting": {"recipe": "paper"}, "x": 1})
-    two = made(tmp_path / "two", {"ensemble": 50, "bagging": 5}, {"boosting": {"recipe": "paper", "num_rounds": 7}})
+    one = made(
+        tmp_path / "one", {"ensemble": 20, "single_expert": 10}, {"boosting": {"recipe": "paper"}, "x": 1, "p": " "}
+    )
+    two = made(
+        tmp_path / "two", {"ensemble": 50, "bagging": 5}, {"boosting": {"recipe": "paper", "num_rounds": 7}, "p": ""}
+    )
     (headers, settings), (columns, rows) = compare_runs(one, two)
     assert headers == ["Setting", "one", "two"]
-    assert sorted(settings) == [["boosting.num_rounds", "-", "7"], ["x", "1", "-"]]
-    assert columns == ["Arm", "ID, one", "ID, two", "ID, points", "OOD, one", "OOD, two", "OOD, points"]
+    assert sorted(settings) == [["boosting.num_rounds", "-", "7"], ["p", "' '", "''"], ["x", "1", "-"]]
+    assert columns == ["Arm", "ID, one", "ID, two", "ID, points gained by two",
+        "OOD, one", "OOD, two", "OOD, points gained by two",
+    ]  # fmt: skip
     table = {row[0]: row[1:] for row in rows}
     answers = [{"": np.arange(QUESTIONS)[None] < count} for count in (50, 20)]
     expected = pooled_difference(*answers)

@@ -16,15 +16,15 @@ from datasets import Dataset
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 from ensemw2s import TokenEnsemble
 from ensemw2s.data.batches import AnswerCollator, next_token_mask
 from ensemw2s.data.tokens import QuestionFormat, tokenize_questions
 from ensemw2s.inference.choices import ChoiceSettings, score_choices
-from ensemw2s.inference.scoring import score_examples
+from ensemw2s.inference.scoring import score_answers, score_examples
 from ensemw2s.models.loading import load_model
-from ensemw2s.runtime.files import DiskFullError
+from ensemw2s.runtime.files import DiskFullError, write_json
 from ensemw2s.student import losses as student_losses
 from ensemw2s.student import teacher as student_teacher
 from ensemw2s.student.answers import usable_answers
@@ -131,6 +131,27 @@ def test_a_student_is_evaluated_before_and_after_its_training(tmp_path: Path) ->
     assert trainer.evaluate(questions(6, seed=9, start=100)) != after
     with pytest.raises(ValueError, match=r"evaluate\(\) needs questions with answers"):
         student(tmp_path).evaluate()
+
+
+@pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
+def test_a_saved_student_is_asked_as_it_was_trained(tmp_path: Path, peft_config: Any) -> None:
+    saved_model(tmp_path / "strong", seed=1)
+    trainer = student(tmp_path / "student", model=str(tmp_path / "strong"), peft_config=peft_config)
+    trainer.train()
+    loaded = load_trained(tmp_path / "student", None if peft_config is None else str(tmp_path / "strong"))
+    scores = score_answers(loaded, questions(6), tokenizer())
+    assert -scores.token_log_probs.mean() == pytest.approx(trainer.evaluate(questions(6))["eval_loss"], abs=1e-5)
+    if peft_config is None:
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+        assert plain.config.question_format == FORMAT.describe()
+    write_json(tmp_path / "student" / "question_format.json", {"prompt_template": "none"})
+    with pytest.raises(ValueError, match=r"question_format\.json: question_format cannot be .* must contain"):
+        load_trained(tmp_path / "student", str(tmp_path / "strong"))
+
+
+def test_arguments_of_another_kind_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="StudentTrainer: args is a TrainingArguments, expected a StudentConfig"):
+        student(tmp_path, args=TrainingArguments(str(tmp_path)))
 
 
 def test_choices_are_evaluated_by_likelihood(tmp_path: Path) -> None:
