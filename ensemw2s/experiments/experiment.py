@@ -6,7 +6,7 @@ Each phase reads what the phases before it left in the folder and is skipped if 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import set_seed
 
 from ensemw2s.boosting.trainer import BoostingTrainer, closing_identity, round_line
+from ensemw2s.data.answers import exact_match
 from ensemw2s.data.difficulty import split_by_difficulty
 from ensemw2s.data.questions import check_disjoint, exclude_questions, load_questions, split_questions
 from ensemw2s.experiments.config import SPLITS, ExperimentConfig
@@ -22,15 +23,47 @@ from ensemw2s.experiments.evaluation import evaluate
 from ensemw2s.experiments.folder import PHASES, RunFolder
 from ensemw2s.experiments.rating import rate_difficulty
 from ensemw2s.report.arms import TRUTH
-from ensemw2s.report.statistics import exact_match
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.files import read_json_lines, settle, write_json_lines
 from ensemw2s.runtime.meter import Ledger, peak_memory
-from ensemw2s.runtime.records import REPORT_FILE, RESULTS_FILE, LabelsRecord, PhaseRecord, QuestionsRecord
+from ensemw2s.runtime.records import (
+    REPORT_FILE,
+    RESULTS_FILE,
+    LabelsRecord,
+    PhaseRecord,
+    QuestionsRecord,
+    RelabelRecord,
+)
 from ensemw2s.runtime.store import Store
-from ensemw2s.student.answers import check_same_tokenizer
+from ensemw2s.student.answers import check_same_tokenizer, gold_rows, with_gold
 from ensemw2s.student.trainer import StudentTrainer
 from ensemw2s.training.checkpoints import discard_checkpoints
+
+
+def relabel_record(
+    arm: str, rows: Sequence[Mapping[str, Any]], questions: Dataset, generation: int = 0, *, used: bool = True
+) -> dict[str, Any]:
+    """Return the record of a relabelling, whose answers are compared with the true ones here alone.
+
+    Args:
+        arm: whose answers it judged, or who was trained on what it left.
+        rows: `id`, `answer`, `teacher_answer`, `agrees` and `kept`; rows of ground truth (`gold`) are left out.
+        questions: `id` and `answer`, the true one.
+        generation: see `RelabelRecord`.
+        used: whether anything was trained on what is `kept`.
+    """
+    judged = [row for row in rows if not row.get("gold")]
+    truth = dict(zip(questions["id"], questions["answer"], strict=True))
+    kept = [row for row in judged if row["kept"]] if used else []
+
+    def right(of: Sequence[Mapping[str, Any]], name: str) -> float:
+        return float(exact_match([row[name] for row in of], [truth[row["id"]] for row in of]).mean())
+
+    return RelabelRecord(
+        arm=arm, generation=generation, n=len(judged), agree=sum(row["agrees"] for row in judged), kept=len(kept),
+        replaced=sum(row["answer"] != row["teacher_answer"] for row in kept),
+        teacher_accuracy=right(judged, "teacher_answer"), accuracy=right(kept, "answer") if kept else None,
+    ).to_json()  # fmt: skip
 
 
 class Experiment:
@@ -188,7 +221,12 @@ class Experiment:
             self._train_student(arm)
         # Those of a process that was killed when the last student was just saved.
         processes.on_main(discard_checkpoints, self.folder / "students")
-        return []
+        truth = self.files.questions("unlabelled")
+        relabelling = [arm for arm in self.config.students if self._relabels(arm)]
+        return [relabel_record(arm, processes.on_main(self.files.relabelled, arm), truth) for arm in relabelling]
+
+    def _relabels(self, arm: str) -> bool:
+        return self.config.student_arm_config(arm, self.folder).relabel is not None
 
     def _evaluate(self) -> list[dict[str, Any]]:
         return evaluate(self.files)
@@ -230,17 +268,21 @@ class Experiment:
 
     def _train_student(self, arm: str) -> None:
         folder = self.files.student(arm)
-        if processes.on_main(folder.exists):
+        if processes.on_main(self.files.has_student, arm):
+            # Those of a process that was killed when it was just saved.
+            processes.on_main(discard_checkpoints, folder)
             return
         teacher, model = self.config.students[arm]["teacher"], self.config.strong
-        args = self.config.student_arm_config(arm, self.folder / "students")
+        # Students of folds lie beside the one that they judge for.
+        args = self.config.student_arm_config(arm, folder if self._relabels(arm) else self.folder / "students")
         questions = self.files.questions("unlabelled")
         live = teacher != TRUTH and args.variant == "soft" and args.top_logprobs is None
         answers = questions if teacher == TRUTH else self.files.labels(teacher, questions)
+        easy = self.config.students[arm].get("easy_answers", False)
         trainer = StudentTrainer(
             model.source,
             args=args,
-            train_dataset=answers,
+            train_dataset=with_gold(answers, self.files.questions("train")) if easy else answers,
             processing_class=self.files.tokenizer(model),
             peft_config=self.config.peft_config(),
             question_format=self.config.data.format,
@@ -250,7 +292,9 @@ class Experiment:
         )
         trainer.train(save_to=folder)
         seconds = self.files.student_cost(arm)["seconds"]
-        self.say(f"{arm}: trained on {len(trainer.train_dataset)} of {len(answers)} answers in {seconds:.0f} s")
+        used = int((~gold_rows(trainer.train_dataset)).sum())
+        beside = f" and {len(trainer.train_dataset) - used} true ones to easy questions" if easy else ""
+        self.say(f"{arm}: trained on {used} of {len(answers)} answers{beside} in {seconds:.0f} s")
 
     def _check_tokenizers(self) -> None:
         """Refuse a student that cannot learn its teachers' distributions, before the hours that its teachers take."""

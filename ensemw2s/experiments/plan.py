@@ -22,7 +22,7 @@ from ensemw2s.boosting.config import BoostingConfig
 from ensemw2s.data.batches import batches_by_length, by_length
 from ensemw2s.data.difficulty import assign_folds
 from ensemw2s.data.tokens import tokenize_prompts, tokenize_questions
-from ensemw2s.experiments.config import ExperimentConfig
+from ensemw2s.experiments.config import ExperimentConfig, LabellingConfig
 from ensemw2s.experiments.evaluation import MEASURED_SPLITS
 from ensemw2s.experiments.experiment import Experiment
 from ensemw2s.experiments.machine import SCORING_BATCH, Machine, Pace, PhaseEstimate, Side, lengths_of, size_of, waiting
@@ -31,6 +31,7 @@ from ensemw2s.inference.labelling import decoding_work
 from ensemw2s.inference.scoring import scoring_work
 from ensemw2s.models.loading import load_tokenizer
 from ensemw2s.runtime.meter import Work, measured, peak_memory
+from ensemw2s.student.trainer import StudentConfig
 from ensemw2s.training.fine_tune import training_settings, training_work
 
 if TYPE_CHECKING:
@@ -176,16 +177,36 @@ class _Planner:
         total = PhaseEstimate("label", seconds=self.load_tokenizer, disk=disk)
         for count in (self._args(teacher).num_rounds for teacher in self.config.teachers()):
             with peak_memory() as peak:
-                part = self._choose(count) if self.with_choices else self._decode(count)
+                part = self._answer(self.weak, count, self.config.labelling)
             total += dataclasses.replace(part, peak_memory=peak[0]) + waiting(self._load_experts(count))
         return total
 
     def _student(self) -> PhaseEstimate:
+        total = PhaseEstimate("student", seconds=self.load_tokenizer)
+        return sum((self._one_student(arm) for arm in self.config.students), total)
+
+    def _one_student(self, arm: str) -> PhaseEstimate:
+        """Return what a student takes; the students of folds that judge for it see as many answers each."""
+        strong, args = self.strong, self.config.student_arm_config(arm, self.trial.folder)
+        lengths, answers = self._lengths("unlabelled", strong)
+        plain = len(lengths)
+        if self.config.students[arm].get("easy_answers"):
+            easy = self._lengths("train", strong)
+            lengths, answers = lengths + easy[0], answers + easy[1]
+        args.num_train_epochs = args.num_train_epochs * plain / len(lengths)
+        total = strong.training.of(training_work(lengths, answers, args), strong.trains)
+        total += PhaseEstimate(seconds=strong.load + strong.save, disk=strong.size)
+        return total + (self._relabelled(args, lengths, answers) if args.relabel is not None else PhaseEstimate())
+
+    def _relabelled(self, args: StudentConfig, lengths: list[int], answers: list[int]) -> PhaseEstimate:
+        """Return what the students of folds take, and their answers."""
         strong = self.strong
-        args = self.config.student_config(self.trial.folder)
-        one = strong.training.of(training_work(*self._lengths("unlabelled", strong), args), strong.trains)
-        one += PhaseEstimate(seconds=strong.load + strong.save, disk=strong.size)
-        return PhaseEstimate("student", seconds=self.load_tokenizer) + one * len(self.config.students)
+        work = strong.training.of(training_work(lengths, answers, args), strong.trains)
+        one = work + PhaseEstimate(seconds=strong.save + strong.load_trained, disk=strong.size - strong.tokenizer_size)
+        longest = LabellingConfig(2 * max(self._lengths("unlabelled", strong)[1]), args.per_device_eval_batch_size)
+        # A student of each fold answers its share.
+        answering = self._answer(strong, 1, longest)
+        return (one * args.relabel_folds + answering) * args.relabel_rounds
 
     def _evaluate(self, plain: Pace, strong: Pace, mixed: Pace) -> PhaseEstimate:
         arms = self.config.expert_arms()
@@ -231,21 +252,25 @@ class _Planner:
             return count * weak.load_trained
         return weak.load + count * max(0.0, weak.load_trained - weak.load)
 
-    def _decode(self, count: int) -> PhaseEstimate:
-        settings, tokenizer = self.config.labelling, self.files.tokenizer(self.config.weak)
+    def _answer(self, side: Side, count: int, settings: LabellingConfig) -> PhaseEstimate:
+        """Return what it takes `count` models of a side to answer the unlabelled questions together."""
+        return (self._choose if self.with_choices else self._decode)(side, count, settings)
+
+    def _decode(self, side: Side, count: int, settings: LabellingConfig) -> PhaseEstimate:
+        tokenizer = self.files.tokenizer(side.model)
         with measured() as preparing:
             questions = self.files.questions("unlabelled")
             ids = tokenize_prompts(questions, tokenizer, self.config.data.format)["input_ids"]
-        prompts, (_, answers) = [len(prompt) for prompt in ids], self._lengths("unlabelled", self.weak)
+        prompts, (_, answers) = [len(prompt) for prompt in ids], self._lengths("unlabelled", side)
         reading, writing, steps = decoding_work(prompts, answers, settings.batch_size, settings.max_new_tokens)
         batch = by_length(prompts)[-settings.batch_size :]
-        pace, step = self.machine.decoding(self.weak, count, [ids[i] for i in batch])
-        written = Pace(steps * step, 0.0, 0).of(writing * count, self.weak.infers)
-        return pace.of(reading * count, self.weak.infers) + written + waiting(preparing["seconds"])
+        pace, step = self.machine.decoding(side, count, [ids[i] for i in batch])
+        written = Pace(steps * step, 0.0, 0).of(writing * count, side.infers)
+        return pace.of(reading * count, side.infers) + written + waiting(preparing["seconds"])
 
-    def _choose(self, count: int) -> PhaseEstimate:
+    def _choose(self, side: Side, count: int, settings: LabellingConfig) -> PhaseEstimate:
         with measured() as preparing:
-            rows = self._choices("unlabelled", self.weak)
-        batches = batches_by_length([len(row.prompt) for row in rows], self.config.labelling.batch_size)
-        pace = self.machine.choosing(self.weak, count, self.files.questions("unlabelled").select(batches[-1]))
-        return pace.of(choosing_work(rows, batches) * count, self.weak.infers) + waiting(preparing["seconds"])
+            rows = self._choices("unlabelled", side)
+        batches = batches_by_length([len(row.prompt) for row in rows], settings.batch_size)
+        pace = self.machine.choosing(side, count, self.files.questions("unlabelled").select(batches[-1]))
+        return pace.of(choosing_work(rows, batches) * count, side.infers) + waiting(preparing["seconds"])
