@@ -190,7 +190,7 @@ class BoostingTrainer:
                 would be, or ones of ours that are damaged.
         """
         remedy = "pass overwrite=True to delete that run"
-        with claimed(self.folder, BOOSTING, self._fingerprint(), overwrite=self.args.overwrite, remedy=remedy):
+        with claimed(self.folder, BOOSTING, self.fingerprint(), overwrite=self.args.overwrite, remedy=remedy):
             place = save_to or self.folder / "ensemble"
             processes.on_main(refuse_others, place, "ensemble")
             if not processes.on_main((self.folder / "rounds").exists):
@@ -519,7 +519,8 @@ class BoostingTrainer:
             return tokenize_questions(questions, self.processing_class, self.question_format, name)
         return check_examples(questions, name).select_columns(columns)
 
-    def _fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what the experts depend on, in values that JSON or `fingerprint.plain` knows."""
         args = {name: value for name, value in self.args.to_dict().items() if name not in _PRESENTATION | {"overwrite"}}
         # Where validation questions only measure, a run may go on with others.
         deciding = self.eval_questions if self.args.needs_validation or "eval_dataset" in self._options else None

@@ -177,9 +177,10 @@ class ExperimentConfig:
             learning rate, epochs and other training settings.
         ensembles: further ensembles of experts to compare with, by the names of their arms: settings that replace those
             of `boosting`. An entry that names a `recipe` takes from `boosting` only the training settings and the
-            number of rounds.
+            number of rounds. With `recipe: co_boosted`, here or in `boosting`, students of the strong model that are
+            trained as `student` says, in `relabel_folds` folds, judge the experts' answers to unlabelled questions.
         equal_cost: whether there is an arm `equal_cost`: one expert, trained on all answer tokens for as long as those
-            of `ensemble` together.
+            of `ensemble` together; if that is co-boosted, for as many FLOPs, those of the judges among them.
         student: settings of `StudentConfig`, for all students alike. The ceiling is trained with them as well, but on
             the truth by cross entropy. With `variant: soft` and `top_logprobs`, teachers keep a cache beside their
             answers.
@@ -249,6 +250,11 @@ class ExperimentConfig:
         if self.students[arm]["teacher"] == TRUTH:
             own = self.student_config(folder).on_truth | own
         return self.student_config(folder, **own)
+
+    def judge_config(self, folder: str | os.PathLike[str]) -> StudentConfig:
+        """Return the settings of the students that judge the answers of a co-boosted ensemble."""
+        judging = {"relabel": "cross_fit", "relabel_keep": "agree", "relabel_rounds": 1, "keep_unfinished": False}
+        return self.student_config(folder, **(self.student_config(folder).on_truth | judging))
 
     def expert_arms(self) -> list[str]:
         """Return the arms whose experts are trained here, in the order in which they can be."""

@@ -18,6 +18,7 @@ from ensemw2s.boosting.trainer import BoostingTrainer, closing_identity, round_l
 from ensemw2s.data.answers import exact_match
 from ensemw2s.data.difficulty import split_by_difficulty
 from ensemw2s.data.questions import check_disjoint, exclude_questions, load_questions, split_questions
+from ensemw2s.experiments.co_boosting import CoBoostingTrainer, StrongModel
 from ensemw2s.experiments.config import SPLITS, ExperimentConfig
 from ensemw2s.experiments.evaluation import evaluate
 from ensemw2s.experiments.folder import PHASES, RunFolder
@@ -182,7 +183,14 @@ class Experiment:
             processes.on_main(settle, self.files.ensemble(arm))
             experts = [str(folder.relative_to(self.folder)) for folder in trainer.expert_folders()]
             found = [*trainer.records, {**trainer.mixture(), "experts": experts, "combine": trainer.args.combine}]
-            found += closing_identity(self.files.boosting(arm)) if arm == "ensemble" else []
+            found += closing_identity(trainer.folder) if arm == "ensemble" else []
+            if isinstance(trainer, CoBoostingTrainer):
+                truth = self.files.questions("unlabelled")
+                found += [
+                    relabel_record(arm, judged.rows, truth, judged.generation, used=judged.used)
+                    for judged in trainer.judgements
+                    if judged.rows
+                ]
             records += [{**record, "arm": arm} for record in found]
         return records
 
@@ -243,26 +251,52 @@ class Experiment:
         examples = self.files.examples(split, self.config.weak).select_columns(["input_ids", "prompt_length"])
         return concatenate_datasets([self.files.questions(split), examples], axis=1)
 
-    def _boosting_trainer(self, arm: str) -> BoostingTrainer:
+    def _boosting_trainer(self, arm: str) -> BoostingTrainer | CoBoostingTrainer:
         settings = {"num_train_epochs": self._equal_epochs()} if arm == "equal_cost" else {}
         args = self.config.ensemble_config(arm, self.files.boosting(arm), **settings)
         described = arm == "ensemble" and args.validate_rounds
-        return BoostingTrainer(
+        options: dict[str, Any] = {
+            "args": args,
+            "train_dataset": self._tokenized("train"),
+            "eval_dataset": self._tokenized("validation") if described or args.needs_validation else None,
+            "processing_class": self.files.tokenizer(self.config.weak),
+            "peft_config": self.config.peft_config(),
+            "question_format": self.config.data.format,
+            "model_init_kwargs": self.config.weak.init_kwargs,
+            "on_round": lambda record: self.say(f"{arm}: {round_line(record, args)}"),
+            "store": Store(self.config.store or self.folder / "store"),
+        }
+        if args.recipe != "co_boosted":
+            return BoostingTrainer(self.config.weak.source, **options)
+        return CoBoostingTrainer(
             self.config.weak.source,
-            args=args,
-            train_dataset=self._tokenized("train"),
-            eval_dataset=self._tokenized("validation") if described or args.needs_validation else None,
-            processing_class=self.files.tokenizer(self.config.weak),
+            self._judges(),
+            unlabelled=self.files.questions("unlabelled"),
+            labelling=self.config.labelling,
+            **options,
+        )
+
+    def _judges(self) -> StrongModel:
+        """Return the strong model with the settings of all students, as far as judges have a use for them."""
+        model = self.config.strong
+        return StrongModel(
+            model.source,
+            self.config.judge_config(self.folder),
+            processing_class=self.files.tokenizer(model),
             peft_config=self.config.peft_config(),
-            question_format=self.config.data.format,
-            model_init_kwargs=self.config.weak.init_kwargs,
-            on_round=lambda record: self.say(f"{arm}: {round_line(record, args)}"),
-            store=Store(self.config.store or self.folder / "store"),
+            model_init_kwargs=model.init_kwargs,
         )
 
     def _equal_epochs(self) -> float:
-        """Return for how many epochs one expert sees as many tokens as those of `ensemble` together."""
-        spent = {arm: self.files.boosting_cost(arm)["tokens"] for arm in ("single_expert", "ensemble")}
+        """Return for how many epochs one expert sees as many tokens as those of `ensemble` together.
+
+        Where models of other sizes have a part in `ensemble`, it is as many FLOPs, as far as these are known.
+        """
+        arms = ("single_expert", "ensemble")
+        costs = {arm: self.files.boosting_cost(arm) for arm in arms}
+        co_boosted = self.config.ensemble_config("ensemble", "").recipe == "co_boosted"
+        unit = "flops" if co_boosted and None not in [cost["flops"] for cost in costs.values()] else "tokens"
+        spent = {arm: cost[unit] for arm, cost in costs.items()}
         epochs = self.config.ensemble_config("single_expert", "").num_train_epochs
         return round(epochs * spent["ensemble"] / spent["single_expert"], 2)
 

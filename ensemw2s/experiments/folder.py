@@ -151,6 +151,8 @@ class RunFolder:
 
     def boosting_cost(self, arm: str) -> dict[str, float | None]:
         """Return what training the experts of an arm took: seconds, tokens, FLOPs."""
+        if self.config.ensemble_config(arm, "").recipe == "co_boosted":
+            return dict(read_json(self.boosting(arm) / "cost.json"))
         files = entered(self.boosting(arm), "rounds/*/attempt-*/record.json")
         rounds = [read_json(file) for file in files]
         return {name: total(record[f"train_{name}"] for record in rounds) for name in ("seconds", "tokens", "flops")}

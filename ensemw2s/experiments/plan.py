@@ -4,14 +4,17 @@ The work is counted from the questions themselves, batch by batch. The machine i
 model is loaded, trained for a few steps, saved, and answers one batch, at the experiment's own shapes and with the code
 that the experiment runs. Time is then the counted FLOPs at the measured rates, and memory the peak that was seen.
 
-Four things cannot be known: which questions share a batch when an expert is trained (each draws its own order), how
-long pseudo-answers will be (as long as the true ones, in the estimate), whether boosting stops early (it does not), and
-which questions a rating by `data.difficulty.folds` will find easy (any, in the estimate).
+Five things cannot be known: which questions share a batch when an expert is trained (each draws its own order), how
+long pseudo-answers will be (as long as the true ones, in the estimate), whether boosting stops early (it does not),
+which questions a rating by `data.difficulty.folds` will find easy (any, in the estimate), and on which answers
+out-of-fold students will agree (all, in the estimate). Beyond the single expert, what co-boosted arms share with others
+is counted for each.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -137,11 +140,47 @@ class _Planner:
 
     def _boost(self, plain: Pace, mixed: Pace) -> PhaseEstimate:
         weak, arms = self.weak, self.config.expert_arms()
-        experts = sum(self._args(arm).num_rounds for arm in arms)
+        experts = sum(self._num_experts(arm) for arm in arms)
         units = 9 * sum(self._lengths("train", weak)[1]) * (experts + 1)
         disk = 2 * experts * (weak.size - weak.tokenizer_size) + len(arms) * weak.tokenizer_size + units
         total = PhaseEstimate("boost", seconds=self.load_tokenizer, peak_memory=mixed.memory, disk=disk)
-        return sum((self._rounds(arm, plain, mixed) for arm in arms), total)
+        total = sum((self._rounds(arm, plain, mixed) for arm in arms), total)
+        co_boosted = [arm for arm in arms if self._args(arm).recipe == "co_boosted"]
+        return sum((self._generation(arm, plain) * self._args(arm).generations for arm in co_boosted), total)
+
+    def _num_experts(self, arm: str) -> int:
+        """Return how many experts an arm trains, those of all generations together."""
+        args = self._args(arm)
+        return args.num_rounds * (1 + args.generations * (args.recipe == "co_boosted"))
+
+    def _generation(self, arm: str, plain: Pace) -> PhaseEstimate:
+        """Return what a generation of experts takes that follows another: their answers, the judges, and training."""
+        weak, args, judges = self.weak, self._args(arm), self.config.judge_config(self.trial.folder)
+        total = self._answer(weak, args.num_rounds, self.config.labelling)
+        total += self._relabelled(judges, *self._lengths("unlabelled", self.strong))
+        (easy, easy_answers), (hard, hard_answers) = (self._lengths(name, weak) for name in ("train", "unlabelled"))
+        lengths, answers = easy + hard, easy_answers + hard_answers
+        args.num_train_epochs = args.num_train_epochs * len(easy) / len(lengths)
+        expert = weak.training.of(training_work(lengths, answers, args), weak.trains) + waiting(weak.save + weak.load)
+        errors = scoring_work(lengths, answers, args.per_device_eval_batch_size)
+        # Each expert by itself, and before it and behind it the mixture so far.
+        members = args.num_rounds
+        if args.generation_weights == "boosted":
+            members += sum(args.num_rounds + number for number in range(args.num_rounds + 1))
+            total += plain.of(errors, weak.infers_plain)
+        return total + expert * args.num_rounds + plain.of(errors * members, weak.infers)
+
+    @functools.cached_property
+    def _equal_cost(self) -> float:
+        """Return how many times as much as one expert the experts of `ensemble` take, with all that they need."""
+        args = self._args("ensemble")
+        if args.recipe != "co_boosted":
+            return args.num_rounds
+        strong, judges = self.strong, self.config.judge_config(self.trial.folder)
+        one = self.weak.trains.of(training_work(*self._lengths("train", self.weak), args))
+        judging = self._answer(self.weak, args.num_rounds, self.config.labelling).flops
+        judging += self._relabelled(judges, *self._lengths("unlabelled", strong)).flops
+        return self._num_experts("ensemble") + args.generations * judging / one
 
     def _rounds(self, arm: str, plain: Pace, mixed: Pace) -> PhaseEstimate:
         """Return what the rounds of one arm take."""
@@ -163,7 +202,7 @@ class _Planner:
     def _args(self, arm: str) -> BoostingConfig:
         args = self.config.ensemble_config(arm, self.trial.folder)
         if arm == "equal_cost":
-            args.num_train_epochs *= self._args("ensemble").num_rounds
+            args.num_train_epochs *= self._equal_cost
         return args
 
     def _is_single_expert(self, arm: str) -> bool:

@@ -323,14 +323,12 @@ class StudentTrainer:
         if self.cost is not None:
             raise RuntimeError("this student is trained already: make a new StudentTrainer to train from the start")
         processes.on_main(refuse_others, save_to or str(self.args.output_dir), "student")
-        spent: list[TrainingCost] = []
         if self.args.relabel is not None:
             judged = self.relabel()
-            spent = [] if self._relabelled is None else self._relabelled[1]
             self.train_dataset = judged.select(np.flatnonzero(judged["kept"]))
             self._examples = self._tokenized(self.train_dataset)
         self.model, cost = self._taught(self.model, self._examples, self.args, self.description)
-        self.cost = sum_of([*spent, cost])
+        self.cost = sum_of([*self.relabel_costs, cost])
         self.save_model(save_to)
         return self.model
 
@@ -373,6 +371,11 @@ class StudentTrainer:
             )
             self._relabelled = folds.relabel(self.train_dataset, self.relabel_description())
         return self._relabelled[0]
+
+    @property
+    def relabel_costs(self) -> list[TrainingCost]:
+        """Return what the students of folds, and their answering, took each; none before `relabel`."""
+        return [] if self._relabelled is None else self._relabelled[1]
 
     def _fold_student(self, answers: Dataset, args: StudentConfig, description: str) -> tuple[Any, TrainingCost]:
         return self._taught(copy.deepcopy(self.model), self._tokenized(answers), args, description)
