@@ -445,7 +445,7 @@ class BoostingTrainer:
         if self.args.prior == "pretrained":
             scores = self.folder / "pretrained_scores"
             self._factory.score_alone(scores, None, self._train)
-            measured_under = self._unit_weights(1) if self.args.prior_weights == "initial" else unit_weights
+            measured_under = self._initial_weights() if self.args.prior_weights == "initial" else unit_weights
             error = algorithm.weighted_error(measured_under, self._unit_losses(self._token_losses(scores)))
             pretrained, _ = algorithm.clamp_error(error, self.num_units)
         classes = self.args.num_classes or len(self.processing_class)
@@ -504,6 +504,10 @@ class BoostingTrainer:
                 self._update(out.copy(), *blamed, out)
 
     # What a trainer that knows of experts from before replaces
+
+    def _initial_weights(self) -> np.ndarray:
+        """Return the weights [N] under which the model before fine-tuning is measured."""
+        return self._unit_weights(1)
 
     def _first_losses(self) -> tuple[np.ndarray, float] | None:
         """Return the units' losses [N] that decide the weights of the first round, and the update; None for uniform."""

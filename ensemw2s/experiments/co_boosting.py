@@ -96,11 +96,14 @@ class GenerationTrainer(BoostingTrainer):
 
     earlier: Sequence[Path] = ()
 
+    def _initial_weights(self) -> np.ndarray:
+        return algorithm.initial_weights(self.num_units)
+
     def _first_losses(self) -> tuple[np.ndarray, float] | None:
         if self.args.is_baseline:
             return None
         losses = self._mixture_losses(self.earlier)
-        uniform = algorithm.initial_weights(self.num_units)
+        uniform = self._initial_weights()
         error, _ = algorithm.clamp_error(algorithm.weighted_error(uniform, losses), self.num_units)
         weight = algorithm.expert_weight(error, self._prior_error(uniform))
         # A mixture no better than no training has nothing to say.
