@@ -268,6 +268,9 @@ class CoBoostingTrainer:
         with claimed(self.output_dir, CO_BOOSTING, self._fingerprint(), overwrite=self.args.overwrite, remedy=remedy):
             place = save_to or self.output_dir / "ensemble"
             processes.on_main(refuse_others, place, "ensemble")
+            if not processes.on_main((self.output_dir / "generation-0").exists):
+                # That of a run that was overwritten would be taken for this one's.
+                processes.on_main(withdraw, self.output_dir / "ensemble", "ensemble")
             del self._trainers[1:]
             self.judgements.clear()
             ensemble = self._trainers[0].train()
