@@ -16,7 +16,11 @@ _HOME = {
     "EnsembleConfig": "ensemble.config",
     "TokenEnsemble": "ensemble.model",
     "StudentConfig": "student.trainer",
+    "with_gold": "student.answers",
     "StudentTrainer": "student.trainer",
+    "CoBoostingTrainer": "experiments.co_boosting",
+    "StrongModel": "experiments.co_boosting",
+    "LabellingConfig": "experiments.config",
     "rate_difficulty": "experiments.rating",
     "split_by_difficulty": "data.difficulty",
     "QuestionFormat": "data.tokens",
@@ -47,11 +51,15 @@ if TYPE_CHECKING:
     from ensemw2s.data.tokens import tokenize_questions as tokenize_questions
     from ensemw2s.ensemble.config import EnsembleConfig as EnsembleConfig
     from ensemw2s.ensemble.model import TokenEnsemble as TokenEnsemble
+    from ensemw2s.experiments.co_boosting import CoBoostingTrainer as CoBoostingTrainer
+    from ensemw2s.experiments.co_boosting import StrongModel as StrongModel
+    from ensemw2s.experiments.config import LabellingConfig as LabellingConfig
     from ensemw2s.experiments.rating import rate_difficulty as rate_difficulty
     from ensemw2s.inference.decoding import Sampling as Sampling
     from ensemw2s.inference.scoring import score_answers as score_answers
     from ensemw2s.models.loading import load_model as load_model
     from ensemw2s.models.loading import load_tokenizer as load_tokenizer
+    from ensemw2s.student.answers import with_gold as with_gold
     from ensemw2s.student.trainer import StudentConfig as StudentConfig
     from ensemw2s.student.trainer import StudentTrainer as StudentTrainer
 

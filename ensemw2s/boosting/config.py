@@ -20,6 +20,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     # The same in a chain, for experts that are cut short and would still gain by longer training: its rounds are one
     # long training, and later experts, which are then the better ones, may weigh more.
     "chained": {"warm_start": True, "mixture_weights": "validation"},
+    # The same in generations, whose later ones also learn the hard questions that a stronger model answers alike; see
+    # `experiments.co_boosting`.
+    "co_boosted": {"mixture_weights": "uniform"},
     # The baselines, with equal votes: uniform draws, and every token in every round.
     "bagging": {"sampling": "bagging", "errors": "hard", "effective_sample_size_floor": 0.0},
     "deep_ensemble": {"sampling": "all", "errors": "hard", "effective_sample_size_floor": 0.0},
@@ -33,6 +36,9 @@ _USES_OF_SETTINGS: Uses = {
     ),
     "prior_weights": (lambda args: not args.is_baseline and args.prior == "pretrained", 'prior="pretrained"'),
     "num_classes": (lambda args: not args.is_baseline and args.prior == "uniform", 'prior="uniform"'),
+    **dict.fromkeys(
+        ("generations", "generation_weights"), (lambda args: args.recipe == "co_boosted", 'recipe="co_boosted"')
+    ),
     "draw_fraction": (lambda args: args.sampling == "without_replacement", 'sampling="without_replacement"'),
 }
 
@@ -44,11 +50,11 @@ class BoostingConfig(AnswerTrainingArguments):
     The settings from `effective_sample_size_floor` on are ours [choice]; they are off in the paper's recipe.
 
     Attributes:
-        num_rounds: T, the number of experts wanted; at least 1.
+        num_rounds: T, the number of experts wanted; at least 1. With "co_boosted", of each generation.
         recipe: a named set of choices: "tempered" (ours, the default), "chained" (ours in a chain; it needs validation
-            questions), "paper", or the baselines "bagging" and "deep_ensemble". It decides `sampling`, `errors`,
-            `effective_sample_size_floor`, `warm_start` and `mixture_weights` where they are not given.
-            Their defaults below are those of "tempered".
+            questions), "co_boosted" (ours with unlabelled hard questions, for `CoBoostingTrainer`), "paper", or the
+            baselines "bagging" and "deep_ensemble". It decides `sampling`, `errors`, `effective_sample_size_floor`,
+            `warm_start` and `mixture_weights` where they are not given. Their defaults below are those of "tempered".
         sampling: "draw" (the paper), "without_replacement", "reweight", "bagging" or "all"; see
             `algorithm.loss_weights`.
         shrinkage: s in (0, 1]; the update uses s * a_t, the mixture a_t.
@@ -84,6 +90,10 @@ class BoostingConfig(AnswerTrainingArguments):
         choose_num_experts: keep the first T' experts only, T' being the number whose mixture gives the validation
             answers the highest likelihood.
         validate_rounds: measure expert and ensemble on the validation questions after each round.
+        generations: for "co_boosted", how often experts are trained anew on easy questions and on those hard ones whose
+            answers, by the experts before, out-of-fold students of the strong model agree with; from 1 to 10.
+        generation_weights: for "co_boosted", the token weights of these generations: "boosted" follow the soft error of
+            the mixture so far, "uniform" are all 1 (the control).
         overwrite: delete what another configuration left in `output_dir`.
 
     Raises:
@@ -91,7 +101,7 @@ class BoostingConfig(AnswerTrainingArguments):
     """
 
     num_rounds: int = 5
-    recipe: Literal["paper", "tempered", "chained", "bagging", "deep_ensemble"] = "tempered"
+    recipe: Literal["paper", "tempered", "chained", "co_boosted", "bagging", "deep_ensemble"] = "tempered"
     sampling: algorithm.Sampling = "reweight"
     shrinkage: float = 1.0
     uniform_mix: float = 0.0
@@ -115,6 +125,8 @@ class BoostingConfig(AnswerTrainingArguments):
     mixture_weights: Literal["alpha", "uniform", "validation"] = "alpha"
     choose_num_experts: bool = False
     validate_rounds: bool = True
+    generations: int = 1
+    generation_weights: Literal["boosted", "uniform"] = "boosted"
     overwrite: bool = False
 
     def __new__(cls, *args: Any, **given: Any) -> BoostingConfig:

@@ -199,13 +199,13 @@ class BoostingTrainer:
                 would be, or ones of ours that are damaged.
         """
         remedy = "pass overwrite=True to delete that run"
-        with claimed(self.folder, BOOSTING, self._fingerprint(), overwrite=self.args.overwrite, remedy=remedy):
+        with claimed(self.folder, BOOSTING, self.fingerprint(), overwrite=self.args.overwrite, remedy=remedy):
             place = save_to or self.folder / "ensemble"
             processes.on_main(refuse_others, place, "ensemble")
             if not processes.on_main((self.folder / "rounds").exists):
                 # That of a run that was overwritten would be taken for this one's.
                 processes.on_main(withdraw, self.folder / "ensemble", "ensemble")
-            processes.on_main(self._start)
+            self._begin()
             for number in range(1, self.args.num_rounds + 1):
                 if not self._round(number):
                     break
@@ -355,7 +355,8 @@ class BoostingTrainer:
         expert_weight = 1.0 if prior_error is None else algorithm.expert_weight(error, prior_error)
         accepted = expert_weight > 0
         update = expert_weight if accepted and prior_error is not None else None
-        spread = processes.on_main(self._next_weights, number, losses, update, accepted)
+        blamed = losses if update is None else self._blamed(number, folder, losses)
+        spread = processes.on_main(self._next_weights, number, blamed, update, accepted)
         validate = accepted and self.args.validate_rounds and self._eval is not None
         return {
             "round": number, "attempt": attempt, "error": error, "prior_error": prior_error,
@@ -477,7 +478,7 @@ class BoostingTrainer:
         if self.args.prior == "pretrained":
             scores = self.folder / "pretrained_scores"
             self._factory.score_alone(scores, None, self._train)
-            measured_under = self._unit_weights(1) if self.args.prior_weights == "initial" else unit_weights
+            measured_under = self._initial_weights() if self.args.prior_weights == "initial" else unit_weights
             error = algorithm.weighted_error(measured_under, self._unit_losses(self._token_losses(scores)))
             pretrained, _ = algorithm.clamp_error(error, self.num_units)
         classes = self.args.num_classes or len(self.processing_class)
@@ -517,13 +518,37 @@ class BoostingTrainer:
             if record["accepted"] and (before is None or record["round"] < before)
         ]
 
-    def _start(self) -> None:
-        units, first = self.folder / "units.npy", self._round_folder(1) / "weights.npy"
+    def _begin(self) -> None:
+        """Leave the units and the weights of the first round."""
+        processes.on_main(self._keep_units)
+        first = self._round_folder(1) / "weights.npy"
+        if not processes.on_main(first.exists):
+            processes.on_main(self._keep_first_weights, first, self._first_losses())
+
+    def _keep_units(self) -> None:
+        units = self.folder / "units.npy"
         if not units.exists():
             write_array(units, self._units.index())
-        if not first.exists():
-            with new_array(first, self.num_units) as out:
-                algorithm.initial_weights(self.num_units, out=out)
+
+    def _keep_first_weights(self, file: Path, blamed: tuple[np.ndarray, float] | None) -> None:
+        with new_array(file, self.num_units) as out:
+            algorithm.initial_weights(self.num_units, out=out)
+            if blamed is not None:
+                self._update(out.copy(), *blamed, out)
+
+    # What a trainer that knows of experts from before replaces
+
+    def _initial_weights(self) -> np.ndarray:
+        """Return the weights [N] under which the model before fine-tuning is measured."""
+        return self._unit_weights(1)
+
+    def _first_losses(self) -> tuple[np.ndarray, float] | None:
+        """Return the units' losses [N] that decide the weights of the first round, and the update; None for uniform."""
+        return None
+
+    def _blamed(self, number: int, folder: Path, losses: np.ndarray) -> np.ndarray:
+        """Return the losses [N] that the weights follow after a round, whose expert in `folder` has `losses`."""
+        return losses
 
     def _tokenized(self, questions: Dataset, name: str) -> Dataset:
         columns = ["id", "input_ids", "prompt_length"]
@@ -531,7 +556,8 @@ class BoostingTrainer:
             return tokenize_questions(questions, self.processing_class, self.question_format, name)
         return check_examples(questions, name).select_columns(columns)
 
-    def _fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what the experts depend on, in values that JSON or `fingerprint.plain` knows."""
         args = {name: value for name, value in self.args.to_dict().items() if name not in _PRESENTATION | {"overwrite"}}
         # Where validation questions only measure, a run may go on with others.
         deciding = self.eval_questions if self.args.needs_validation or "eval_dataset" in self._options else None
@@ -558,8 +584,9 @@ def round_line(record: Mapping[str, Any], args: BoostingConfig) -> str:
     """Return one line on a round's record, for a reader: error, expert weight, effective sample size, accuracies."""
     share = record["effective_sample_size"] / record["num_units"]
     prior = "" if record["prior_error"] is None else f" (before training {record['prior_error']:.3f})"
+    generation = f"generation {record['generation']}, " if record.get("generation") else ""
     line = (
-        f"round {record['round']}/{args.num_rounds}: {args.errors} ε {record['error']:.3f}{prior}, "
+        f"{generation}round {record['round']}/{args.num_rounds}: {args.errors} ε {record['error']:.3f}{prior}, "
         f"α {record['expert_weight']:.2f}, "
         f"effective sample size {record['effective_sample_size']:.0f} of {record['num_units']} ({share:.0%})"
     )
@@ -619,6 +646,11 @@ def closing_identity(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]
 
 
 def _check_settings(args: BoostingConfig, num_models: int, peft_config: Any, eval_dataset: Dataset | None) -> None:
+    if args.recipe == "co_boosted":
+        raise ValueError(
+            'recipe="co_boosted" needs unlabelled questions and a strong model: use CoBoostingTrainer, which takes '
+            'them, or another recipe, such as "tempered"'
+        )
     if peft_config is not None:
         check_peft_config(peft_config, "peft_config", merged=num_models > 1)
     if args.needs_validation and eval_dataset is None:

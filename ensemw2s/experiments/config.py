@@ -51,6 +51,8 @@ _SOURCES = ("easy", "hard", "questions")
 _MOST_NAMED = 4
 # What a file system and a page have room for, beside what is put around it.
 _LONGEST_NAME = 200
+# The keys of a student that its trainer knows nothing of.
+_OF_ARM = ("teacher", "easy_answers")
 _MOST_BASES = 20
 
 
@@ -175,14 +177,17 @@ class ExperimentConfig:
             learning rate, epochs and other training settings.
         ensembles: further ensembles of experts to compare with, by the names of their arms: settings that replace those
             of `boosting`. An entry that names a `recipe` takes from `boosting` only the training settings and the
-            number of rounds.
+            number of rounds. With `recipe: co_boosted`, here or in `boosting`, students of the strong model that are
+            trained as `student` says, in `relabel_folds` folds, judge the experts' answers to unlabelled questions.
         equal_cost: whether there is an arm `equal_cost`: one expert, trained on all answer tokens for as long as those
-            of `ensemble` together.
+            of `ensemble` together; if that is co-boosted, for as many FLOPs, those of the judges among them.
         student: settings of `StudentConfig`, for all students alike. The ceiling is trained with them as well, but on
             the truth by cross entropy. With `variant: soft` and `top_logprobs`, teachers keep a cache beside their
             answers.
         students: the students, by the names of their arms: `teacher` (`single_expert`, `equal_cost`, `ensemble`, one of
-            `ensembles`, or `truth`) and settings that replace those of `student`.
+            `ensembles`, or `truth`), settings that replace those of `student`, and `easy_answers` (false unless given):
+            whether the student is also taught the easy training questions with their true answers, in as many steps
+            [choice].
         store: folder in which experts are kept for other runs, and found if another has left them there; None keeps
             them in the run's folder, for its own ensembles.
         labelling: how pseudo-answers are decoded.
@@ -241,10 +246,15 @@ class ExperimentConfig:
 
     def student_arm_config(self, arm: str, folder: str | os.PathLike[str]) -> StudentConfig:
         """Return the settings of the student called `arm`."""
-        own = {key: value for key, value in self.students[arm].items() if key != "teacher"}
+        own = own_settings(self.students[arm])
         if self.students[arm]["teacher"] == TRUTH:
             own = self.student_config(folder).on_truth | own
         return self.student_config(folder, **own)
+
+    def judge_config(self, folder: str | os.PathLike[str]) -> StudentConfig:
+        """Return the settings of the students that judge the answers of a co-boosted ensemble."""
+        judging = {"relabel": "cross_fit", "relabel_keep": "agree", "relabel_rounds": 1, "keep_unfinished": False}
+        return self.student_config(folder, **(self.student_config(folder).on_truth | judging))
 
     def expert_arms(self) -> list[str]:
         """Return the arms whose experts are trained here, in the order in which they can be."""
@@ -280,7 +290,9 @@ class ExperimentConfig:
         plain["resolved"] = {}
         for arm in ("ensemble", *self.ensembles):
             args = self.ensemble_config(arm, "")
-            plain["resolved"][arm] = {name: getattr(args, name) for name in boosting}
+            # What a recipe has no use for decides nothing: figures from before there was such a setting hold.
+            used = [name for name in boosting if args.recipe == "co_boosted" or not name.startswith("generation")]
+            plain["resolved"][arm] = {name: getattr(args, name) for name in used}
         return {key: value for key, value in plain.items() if key not in ("name", "output_dir", "store")}
 
 
@@ -288,6 +300,11 @@ _NESTED = {
     "weak": ModelConfig, "strong": ModelConfig, "data": DataConfig, "labelling": LabellingConfig,
     "format": QuestionFormat, "difficulty": DifficultyConfig,
 }  # fmt: skip
+
+
+def own_settings(student: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of an entry of `students` is settings of `StudentConfig`."""
+    return {key: value for key, value in student.items() if key not in _OF_ARM}
 
 
 def load_config(
@@ -434,7 +451,7 @@ def _check_student_settings_in_use(config: ExperimentConfig) -> None:
         if all(getattr(args, key) != config.student[key] for args in arms):
             raise ValueError(
                 f"student.{key}={shown(config.student[key])} does nothing, because none of "
-                f"{shown_names(config.students)} has {USES_OF_SETTINGS[key][1]}: leave it out, or give one that variant"
+                f"{shown_names(config.students)} has {USES_OF_SETTINGS[key][1]}: leave it out, or give that to one"
             )
 
 
@@ -458,7 +475,9 @@ def _check_student(config: ExperimentConfig, arm: str, own: Any) -> None:
         )
     if (own["teacher"] == TRUTH) != (arm == CEILING):
         raise ValueError(f"the student taught by {TRUTH} is called {CEILING}, and no other is: got students.{arm}")
-    settings = {key: value for key, value in own.items() if key != "teacher"}
+    if not isinstance(own.get("easy_answers", False), bool):
+        raise ValueError(f"students.{arm}.easy_answers must be true or false, got {shown(own['easy_answers'])}")
+    settings = own_settings(own)
     with _checked(f"students.{arm}.", StudentConfig, settings):
         args = config.student_arm_config(arm, config.folder)
     teacher = own["teacher"]
@@ -466,6 +485,16 @@ def _check_student(config: ExperimentConfig, arm: str, own: Any) -> None:
         raise ValueError(
             f"students.{arm}: variant=soft needs a teacher with a distribution, and {teacher} has none, because of "
             'combine=vote: use "prob" or "logprob", or variant=sft'
+        )
+    if own.get("easy_answers") and args.variant == "soft":
+        raise ValueError(
+            f"students.{arm}.easy_answers: variant=soft learns distributions, which true answers do not have: leave it "
+            "out, or use variant=sft or confidence"
+        )
+    if args.relabel_keep == "all" and args.variant == "soft" and args.top_logprobs is not None:
+        raise ValueError(
+            f"students.{arm}.relabel_keep=all replaces answers, and top_logprobs keeps what the teacher says along its "
+            "own: use relabel_keep=agree, or leave out top_logprobs"
         )
 
 

@@ -6,7 +6,7 @@ Each phase reads what the phases before it left in the folder and is skipped if 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,22 +15,56 @@ from datasets import Dataset, concatenate_datasets
 from transformers import set_seed
 
 from ensemw2s.boosting.trainer import BoostingTrainer, closing_identity, round_line
+from ensemw2s.data.answers import exact_match
 from ensemw2s.data.difficulty import split_by_difficulty
 from ensemw2s.data.questions import check_disjoint, exclude_questions, load_questions, split_questions
+from ensemw2s.experiments.co_boosting import CoBoostingTrainer, StrongModel
 from ensemw2s.experiments.config import SPLITS, ExperimentConfig
 from ensemw2s.experiments.evaluation import evaluate
 from ensemw2s.experiments.folder import PHASES, RunFolder
 from ensemw2s.experiments.rating import rate_difficulty
 from ensemw2s.report.arms import TRUTH
-from ensemw2s.report.statistics import exact_match
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.files import read_json_lines, settle, write_json_lines
 from ensemw2s.runtime.meter import Ledger, peak_memory
-from ensemw2s.runtime.records import REPORT_FILE, RESULTS_FILE, LabelsRecord, PhaseRecord, QuestionsRecord
+from ensemw2s.runtime.records import (
+    REPORT_FILE,
+    RESULTS_FILE,
+    LabelsRecord,
+    PhaseRecord,
+    QuestionsRecord,
+    RelabelRecord,
+)
 from ensemw2s.runtime.store import Store
-from ensemw2s.student.answers import check_same_tokenizer
+from ensemw2s.student.answers import check_same_tokenizer, gold_rows, with_gold
 from ensemw2s.student.trainer import StudentTrainer
 from ensemw2s.training.checkpoints import discard_checkpoints
+
+
+def relabel_record(
+    arm: str, rows: Sequence[Mapping[str, Any]], questions: Dataset, generation: int = 0, *, used: bool = True
+) -> dict[str, Any]:
+    """Return the record of a relabelling, whose answers are compared with the true ones here alone.
+
+    Args:
+        arm: whose answers it judged, or who was trained on what it left.
+        rows: `id`, `answer`, `teacher_answer`, `agrees` and `kept`; rows of ground truth (`gold`) are left out.
+        questions: `id` and `answer`, the true one.
+        generation: see `RelabelRecord`.
+        used: whether anything was trained on what is `kept`.
+    """
+    judged = [row for row in rows if not row.get("gold")]
+    truth = dict(zip(questions["id"], questions["answer"], strict=True))
+    kept = [row for row in judged if row["kept"]] if used else []
+
+    def right(of: Sequence[Mapping[str, Any]], name: str) -> float:
+        return float(exact_match([row[name] for row in of], [truth[row["id"]] for row in of]).mean())
+
+    return RelabelRecord(
+        arm=arm, generation=generation, n=len(judged), agree=sum(row["agrees"] for row in judged), kept=len(kept),
+        replaced=sum(row["answer"] != row["teacher_answer"] for row in kept),
+        teacher_accuracy=right(judged, "teacher_answer"), accuracy=right(kept, "answer") if kept else None,
+    ).to_json()  # fmt: skip
 
 
 class Experiment:
@@ -149,7 +183,14 @@ class Experiment:
             processes.on_main(settle, self.files.ensemble(arm))
             experts = [str(folder.relative_to(self.folder)) for folder in trainer.expert_folders()]
             found = [*trainer.records, {**trainer.mixture(), "experts": experts, "combine": trainer.args.combine}]
-            found += closing_identity(self.files.boosting(arm)) if arm == "ensemble" else []
+            found += closing_identity(trainer.folder) if arm == "ensemble" else []
+            if isinstance(trainer, CoBoostingTrainer):
+                truth = self.files.questions("unlabelled")
+                found += [
+                    relabel_record(arm, judged.rows, truth, judged.generation, used=judged.used)
+                    for judged in trainer.judgements
+                    if judged.rows
+                ]
             records += [{**record, "arm": arm} for record in found]
         return records
 
@@ -188,7 +229,12 @@ class Experiment:
             self._train_student(arm)
         # Those of a process that was killed when the last student was just saved.
         processes.on_main(discard_checkpoints, self.folder / "students")
-        return []
+        truth = self.files.questions("unlabelled")
+        relabelling = [arm for arm in self.config.students if self._relabels(arm)]
+        return [relabel_record(arm, processes.on_main(self.files.relabelled, arm), truth) for arm in relabelling]
+
+    def _relabels(self, arm: str) -> bool:
+        return self.config.student_arm_config(arm, self.folder).relabel is not None
 
     def _evaluate(self) -> list[dict[str, Any]]:
         return evaluate(self.files)
@@ -205,42 +251,72 @@ class Experiment:
         examples = self.files.examples(split, self.config.weak).select_columns(["input_ids", "prompt_length"])
         return concatenate_datasets([self.files.questions(split), examples], axis=1)
 
-    def _boosting_trainer(self, arm: str) -> BoostingTrainer:
+    def _boosting_trainer(self, arm: str) -> BoostingTrainer | CoBoostingTrainer:
         settings = {"num_train_epochs": self._equal_epochs()} if arm == "equal_cost" else {}
         args = self.config.ensemble_config(arm, self.files.boosting(arm), **settings)
         described = arm == "ensemble" and args.validate_rounds
-        return BoostingTrainer(
+        options: dict[str, Any] = {
+            "args": args,
+            "train_dataset": self._tokenized("train"),
+            "eval_dataset": self._tokenized("validation") if described or args.needs_validation else None,
+            "processing_class": self.files.tokenizer(self.config.weak),
+            "peft_config": self.config.peft_config(),
+            "question_format": self.config.data.format,
+            "model_init_kwargs": self.config.weak.init_kwargs,
+            "on_round": lambda record: self.say(f"{arm}: {round_line(record, args)}"),
+            "store": Store(self.config.store or self.folder / "store"),
+        }
+        if args.recipe != "co_boosted":
+            return BoostingTrainer(self.config.weak.source, **options)
+        return CoBoostingTrainer(
             self.config.weak.source,
-            args=args,
-            train_dataset=self._tokenized("train"),
-            eval_dataset=self._tokenized("validation") if described or args.needs_validation else None,
-            processing_class=self.files.tokenizer(self.config.weak),
+            self._judges(),
+            unlabelled=self.files.questions("unlabelled"),
+            labelling=self.config.labelling,
+            **options,
+        )
+
+    def _judges(self) -> StrongModel:
+        """Return the strong model with the settings of all students, as far as judges have a use for them."""
+        model = self.config.strong
+        return StrongModel(
+            model.source,
+            self.config.judge_config(self.folder),
+            processing_class=self.files.tokenizer(model),
             peft_config=self.config.peft_config(),
-            question_format=self.config.data.format,
-            model_init_kwargs=self.config.weak.init_kwargs,
-            on_round=lambda record: self.say(f"{arm}: {round_line(record, args)}"),
-            store=Store(self.config.store or self.folder / "store"),
+            model_init_kwargs=model.init_kwargs,
         )
 
     def _equal_epochs(self) -> float:
-        """Return for how many epochs one expert sees as many tokens as those of `ensemble` together."""
-        spent = {arm: self.files.boosting_cost(arm)["tokens"] for arm in ("single_expert", "ensemble")}
+        """Return for how many epochs one expert sees as many tokens as those of `ensemble` together.
+
+        Where models of other sizes have a part in `ensemble`, it is as many FLOPs, as far as these are known.
+        """
+        arms = ("single_expert", "ensemble")
+        costs = {arm: self.files.boosting_cost(arm) for arm in arms}
+        co_boosted = self.config.ensemble_config("ensemble", "").recipe == "co_boosted"
+        unit = "flops" if co_boosted and None not in [cost["flops"] for cost in costs.values()] else "tokens"
+        spent = {arm: cost[unit] for arm, cost in costs.items()}
         epochs = self.config.ensemble_config("single_expert", "").num_train_epochs
         return round(epochs * spent["ensemble"] / spent["single_expert"], 2)
 
     def _train_student(self, arm: str) -> None:
         folder = self.files.student(arm)
-        if processes.on_main(folder.exists):
+        if processes.on_main(self.files.has_student, arm):
+            # Those of a process that was killed when it was just saved.
+            processes.on_main(discard_checkpoints, folder)
             return
         teacher, model = self.config.students[arm]["teacher"], self.config.strong
-        args = self.config.student_arm_config(arm, self.folder / "students")
+        # Students of folds lie beside the one that they judge for.
+        args = self.config.student_arm_config(arm, folder if self._relabels(arm) else self.folder / "students")
         questions = self.files.questions("unlabelled")
         live = teacher != TRUTH and args.variant == "soft" and args.top_logprobs is None
         answers = questions if teacher == TRUTH else self.files.labels(teacher, questions)
+        easy = self.config.students[arm].get("easy_answers", False)
         trainer = StudentTrainer(
             model.source,
             args=args,
-            train_dataset=answers,
+            train_dataset=with_gold(answers, self.files.questions("train")) if easy else answers,
             processing_class=self.files.tokenizer(model),
             peft_config=self.config.peft_config(),
             question_format=self.config.data.format,
@@ -250,7 +326,9 @@ class Experiment:
         )
         trainer.train(save_to=folder)
         seconds = self.files.student_cost(arm)["seconds"]
-        self.say(f"{arm}: trained on {len(trainer.train_dataset)} of {len(answers)} answers in {seconds:.0f} s")
+        used = int((~gold_rows(trainer.train_dataset)).sum())
+        beside = f" and {len(trainer.train_dataset) - used} true ones to easy questions" if easy else ""
+        self.say(f"{arm}: trained on {used} of {len(answers)} answers{beside} in {seconds:.0f} s")
 
     def _check_tokenizers(self) -> None:
         """Refuse a student that cannot learn its teachers' distributions, before the hours that its teachers take."""

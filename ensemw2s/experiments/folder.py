@@ -14,12 +14,14 @@ from ensemw2s.data.tokens import tokenize_questions
 from ensemw2s.ensemble.model import TokenEnsemble
 from ensemw2s.experiments.config import ExperimentConfig, ModelConfig
 from ensemw2s.inference.label_files import read_labels
+from ensemw2s.models import own_files
 from ensemw2s.models.loading import load_model, load_tokenizer
 from ensemw2s.runtime.accounts import check, entered
 from ensemw2s.runtime.claims import Kind, claimed
 from ensemw2s.runtime.files import read_json, read_json_lines, write_json, write_json_lines
 from ensemw2s.runtime.meter import total
 from ensemw2s.runtime.records import CONFIG_FILE, POOLED_KINDS, REPORT_FILE, RESULTS_FILE
+from ensemw2s.student.relabel import FOLDER, RESULT_FILE
 from ensemw2s.student.trainer import load_trained
 from ensemw2s.training.trainer import on_device
 
@@ -77,6 +79,11 @@ class RunFolder:
     def student(self, arm: str) -> Path:
         """Return the folder of a saved student."""
         return self.path / "students" / arm
+
+    def has_student(self, arm: str) -> bool:
+        """Say whether a student was saved whole, whatever else lies in its folder; on the main process alone."""
+        own_files.settle(self.student(arm))
+        return (self.student(arm) / own_files.MANIFEST).is_file()
 
     def records_file(self, phase: str) -> Path:
         """Return the file of a phase's records, which is there when the phase is done."""
@@ -144,6 +151,8 @@ class RunFolder:
 
     def boosting_cost(self, arm: str) -> dict[str, float | None]:
         """Return what training the experts of an arm took: seconds, tokens, FLOPs."""
+        if self.config.ensemble_config(arm, "").recipe == "co_boosted":
+            return dict(read_json(self.boosting(arm) / "cost.json"))
         files = entered(self.boosting(arm), "rounds/*/attempt-*/record.json")
         rounds = [read_json(file) for file in files]
         return {name: total(record[f"train_{name}"] for record in rounds) for name in ("seconds", "tokens", "flops")}
@@ -152,6 +161,12 @@ class RunFolder:
         """Return what training a student took: seconds, tokens, FLOPs."""
         self.check_left("student", self.student(arm))
         return dict(read_json(self.student(arm) / "cost.json"))
+
+    def relabelled(self, arm: str) -> list[dict[str, Any]]:
+        """Return what out-of-fold students made of the answers that a student was trained on."""
+        file = self.student(arm) / FOLDER / RESULT_FILE
+        check(file, f"Delete {self.student(arm)} and run the same command again: student makes it anew")
+        return read_json_lines(file)
 
     # Models, on the device that this process trains on
 

@@ -4,14 +4,17 @@ The work is counted from the questions themselves, batch by batch. The machine i
 model is loaded, trained for a few steps, saved, and answers one batch, at the experiment's own shapes and with the code
 that the experiment runs. Time is then the counted FLOPs at the measured rates, and memory the peak that was seen.
 
-Four things cannot be known: which questions share a batch when an expert is trained (each draws its own order), how
-long pseudo-answers will be (as long as the true ones, in the estimate), whether boosting stops early (it does not), and
-which questions a rating by `data.difficulty.folds` will find easy (any, in the estimate).
+Five things cannot be known: which questions share a batch when an expert is trained (each draws its own order), how
+long pseudo-answers will be (as long as the true ones, in the estimate), whether boosting stops early (it does not),
+which questions a rating by `data.difficulty.folds` will find easy (any, in the estimate), and on which answers
+out-of-fold students will agree (all, in the estimate). Beyond the single expert, what co-boosted arms share with others
+is counted for each.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,7 +25,7 @@ from ensemw2s.boosting.config import BoostingConfig
 from ensemw2s.data.batches import batches_by_length, by_length
 from ensemw2s.data.difficulty import assign_folds
 from ensemw2s.data.tokens import tokenize_prompts, tokenize_questions
-from ensemw2s.experiments.config import ExperimentConfig
+from ensemw2s.experiments.config import ExperimentConfig, LabellingConfig
 from ensemw2s.experiments.evaluation import MEASURED_SPLITS
 from ensemw2s.experiments.experiment import Experiment
 from ensemw2s.experiments.machine import SCORING_BATCH, Machine, Pace, PhaseEstimate, Side, lengths_of, size_of, waiting
@@ -31,6 +34,7 @@ from ensemw2s.inference.labelling import decoding_work
 from ensemw2s.inference.scoring import scoring_work
 from ensemw2s.models.loading import load_tokenizer
 from ensemw2s.runtime.meter import Work, measured, peak_memory
+from ensemw2s.student.trainer import StudentConfig
 from ensemw2s.training.fine_tune import training_settings, training_work
 
 if TYPE_CHECKING:
@@ -136,11 +140,47 @@ class _Planner:
 
     def _boost(self, plain: Pace, mixed: Pace) -> PhaseEstimate:
         weak, arms = self.weak, self.config.expert_arms()
-        experts = sum(self._args(arm).num_rounds for arm in arms)
+        experts = sum(self._num_experts(arm) for arm in arms)
         units = 9 * sum(self._lengths("train", weak)[1]) * (experts + 1)
         disk = 2 * experts * (weak.size - weak.tokenizer_size) + len(arms) * weak.tokenizer_size + units
         total = PhaseEstimate("boost", seconds=self.load_tokenizer, peak_memory=mixed.memory, disk=disk)
-        return sum((self._rounds(arm, plain, mixed) for arm in arms), total)
+        total = sum((self._rounds(arm, plain, mixed) for arm in arms), total)
+        co_boosted = [arm for arm in arms if self._args(arm).recipe == "co_boosted"]
+        return sum((self._generation(arm, plain) * self._args(arm).generations for arm in co_boosted), total)
+
+    def _num_experts(self, arm: str) -> int:
+        """Return how many experts an arm trains, those of all generations together."""
+        args = self._args(arm)
+        return args.num_rounds * (1 + args.generations * (args.recipe == "co_boosted"))
+
+    def _generation(self, arm: str, plain: Pace) -> PhaseEstimate:
+        """Return what a generation of experts takes that follows another: their answers, the judges, and training."""
+        weak, args, judges = self.weak, self._args(arm), self.config.judge_config(self.trial.folder)
+        total = self._answer(weak, args.num_rounds, self.config.labelling)
+        total += self._relabelled(judges, *self._lengths("unlabelled", self.strong))
+        (easy, easy_answers), (hard, hard_answers) = (self._lengths(name, weak) for name in ("train", "unlabelled"))
+        lengths, answers = easy + hard, easy_answers + hard_answers
+        args.num_train_epochs = args.num_train_epochs * len(easy) / len(lengths)
+        expert = weak.training.of(training_work(lengths, answers, args), weak.trains) + waiting(weak.save + weak.load)
+        errors = scoring_work(lengths, answers, args.per_device_eval_batch_size)
+        # Each expert by itself, and before it and behind it the mixture so far.
+        members = args.num_rounds
+        if args.generation_weights == "boosted":
+            members += sum(args.num_rounds + number for number in range(args.num_rounds + 1))
+            total += plain.of(errors, weak.infers_plain)
+        return total + expert * args.num_rounds + plain.of(errors * members, weak.infers)
+
+    @functools.cached_property
+    def _equal_cost(self) -> float:
+        """Return how many times as much as one expert the experts of `ensemble` take, with all that they need."""
+        args = self._args("ensemble")
+        if args.recipe != "co_boosted":
+            return args.num_rounds
+        strong, judges = self.strong, self.config.judge_config(self.trial.folder)
+        one = self.weak.trains.of(training_work(*self._lengths("train", self.weak), args))
+        judging = self._answer(self.weak, args.num_rounds, self.config.labelling).flops
+        judging += self._relabelled(judges, *self._lengths("unlabelled", strong)).flops
+        return self._num_experts("ensemble") + args.generations * judging / one
 
     def _rounds(self, arm: str, plain: Pace, mixed: Pace) -> PhaseEstimate:
         """Return what the rounds of one arm take."""
@@ -162,7 +202,7 @@ class _Planner:
     def _args(self, arm: str) -> BoostingConfig:
         args = self.config.ensemble_config(arm, self.trial.folder)
         if arm == "equal_cost":
-            args.num_train_epochs *= self._args("ensemble").num_rounds
+            args.num_train_epochs *= self._equal_cost
         return args
 
     def _is_single_expert(self, arm: str) -> bool:
@@ -176,16 +216,36 @@ class _Planner:
         total = PhaseEstimate("label", seconds=self.load_tokenizer, disk=disk)
         for count in (self._args(teacher).num_rounds for teacher in self.config.teachers()):
             with peak_memory() as peak:
-                part = self._choose(count) if self.with_choices else self._decode(count)
+                part = self._answer(self.weak, count, self.config.labelling)
             total += dataclasses.replace(part, peak_memory=peak[0]) + waiting(self._load_experts(count))
         return total
 
     def _student(self) -> PhaseEstimate:
+        total = PhaseEstimate("student", seconds=self.load_tokenizer)
+        return sum((self._one_student(arm) for arm in self.config.students), total)
+
+    def _one_student(self, arm: str) -> PhaseEstimate:
+        """Return what a student takes; the students of folds that judge for it see as many answers each."""
+        strong, args = self.strong, self.config.student_arm_config(arm, self.trial.folder)
+        lengths, answers = self._lengths("unlabelled", strong)
+        plain = len(lengths)
+        if self.config.students[arm].get("easy_answers"):
+            easy = self._lengths("train", strong)
+            lengths, answers = lengths + easy[0], answers + easy[1]
+        args.num_train_epochs = args.num_train_epochs * plain / len(lengths)
+        total = strong.training.of(training_work(lengths, answers, args), strong.trains)
+        total += PhaseEstimate(seconds=strong.load + strong.save, disk=strong.size)
+        return total + (self._relabelled(args, lengths, answers) if args.relabel is not None else PhaseEstimate())
+
+    def _relabelled(self, args: StudentConfig, lengths: list[int], answers: list[int]) -> PhaseEstimate:
+        """Return what the students of folds take, and their answers."""
         strong = self.strong
-        args = self.config.student_config(self.trial.folder)
-        one = strong.training.of(training_work(*self._lengths("unlabelled", strong), args), strong.trains)
-        one += PhaseEstimate(seconds=strong.load + strong.save, disk=strong.size)
-        return PhaseEstimate("student", seconds=self.load_tokenizer) + one * len(self.config.students)
+        work = strong.training.of(training_work(lengths, answers, args), strong.trains)
+        one = work + PhaseEstimate(seconds=strong.save + strong.load_trained, disk=strong.size - strong.tokenizer_size)
+        longest = LabellingConfig(2 * max(self._lengths("unlabelled", strong)[1]), args.per_device_eval_batch_size)
+        # A student of each fold answers its share.
+        answering = self._answer(strong, 1, longest)
+        return (one * args.relabel_folds + answering) * args.relabel_rounds
 
     def _evaluate(self, plain: Pace, strong: Pace, mixed: Pace) -> PhaseEstimate:
         arms = self.config.expert_arms()
@@ -231,21 +291,25 @@ class _Planner:
             return count * weak.load_trained
         return weak.load + count * max(0.0, weak.load_trained - weak.load)
 
-    def _decode(self, count: int) -> PhaseEstimate:
-        settings, tokenizer = self.config.labelling, self.files.tokenizer(self.config.weak)
+    def _answer(self, side: Side, count: int, settings: LabellingConfig) -> PhaseEstimate:
+        """Return what it takes `count` models of a side to answer the unlabelled questions together."""
+        return (self._choose if self.with_choices else self._decode)(side, count, settings)
+
+    def _decode(self, side: Side, count: int, settings: LabellingConfig) -> PhaseEstimate:
+        tokenizer = self.files.tokenizer(side.model)
         with measured() as preparing:
             questions = self.files.questions("unlabelled")
             ids = tokenize_prompts(questions, tokenizer, self.config.data.format)["input_ids"]
-        prompts, (_, answers) = [len(prompt) for prompt in ids], self._lengths("unlabelled", self.weak)
+        prompts, (_, answers) = [len(prompt) for prompt in ids], self._lengths("unlabelled", side)
         reading, writing, steps = decoding_work(prompts, answers, settings.batch_size, settings.max_new_tokens)
         batch = by_length(prompts)[-settings.batch_size :]
-        pace, step = self.machine.decoding(self.weak, count, [ids[i] for i in batch])
-        written = Pace(steps * step, 0.0, 0).of(writing * count, self.weak.infers)
-        return pace.of(reading * count, self.weak.infers) + written + waiting(preparing["seconds"])
+        pace, step = self.machine.decoding(side, count, [ids[i] for i in batch])
+        written = Pace(steps * step, 0.0, 0).of(writing * count, side.infers)
+        return pace.of(reading * count, side.infers) + written + waiting(preparing["seconds"])
 
-    def _choose(self, count: int) -> PhaseEstimate:
+    def _choose(self, side: Side, count: int, settings: LabellingConfig) -> PhaseEstimate:
         with measured() as preparing:
-            rows = self._choices("unlabelled", self.weak)
-        batches = batches_by_length([len(row.prompt) for row in rows], self.config.labelling.batch_size)
-        pace = self.machine.choosing(self.weak, count, self.files.questions("unlabelled").select(batches[-1]))
-        return pace.of(choosing_work(rows, batches) * count, self.weak.infers) + waiting(preparing["seconds"])
+            rows = self._choices("unlabelled", side)
+        batches = batches_by_length([len(row.prompt) for row in rows], settings.batch_size)
+        pace = self.machine.choosing(side, count, self.files.questions("unlabelled").select(batches[-1]))
+        return pace.of(choosing_work(rows, batches) * count, side.infers) + waiting(preparing["seconds"])

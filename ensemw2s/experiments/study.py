@@ -35,6 +35,7 @@ from ensemw2s.runtime.records import (
     MixtureRecord,
     PgrRecord,
     PhaseRecord,
+    RelabelRecord,
     RoundRecord,
     StudyRecord,
 )
@@ -43,11 +44,13 @@ from ensemw2s.runtime.values import check_number, shown, shown_names
 # What a study keeps of a cell's records: kind -> fields, None for all. Of the rounds it keeps a summary, a kind of its
 # own: tables of rounds are for the report of one run.
 KEPT: dict[str, tuple[str, ...] | None] = {
-    **dict.fromkeys((kind.kind for kind in (ArmRecord, AnswersRecord, PgrRecord, CostRecord, LabelsRecord)), None),
+    **dict.fromkeys((kind.kind for kind in (
+        ArmRecord, AnswersRecord, PgrRecord, CostRecord, LabelsRecord, RelabelRecord,
+    )), None),
     MixtureRecord.kind: ("arm", "num_experts", "expert_weights"),
     RoundRecord.kind: (
         "arm", "round", "attempt", "error", "prior_error", "expert_weight", "accepted", "effective_sample_size",
-        "num_units", "shrinkage", "train_tokens",
+        "num_units", "shrinkage", "train_tokens", "generation",
     ),
 }  # fmt: skip
 _KIND = Kind("study", "a study", files=("*.log",), setting="name or output_dir")

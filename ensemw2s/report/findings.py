@@ -161,6 +161,9 @@ def mixture_sentences(mixture: MixtureRecord, rounds: Sequence[RoundRecord]) -> 
 def _rounds_of(mixture: MixtureRecord, rounds: Iterable[RoundRecord]) -> list[RoundRecord]:
     """Return the accepted rounds of a mixture's experts, in their order; [] if not all are known."""
     own = [record for record in rounds if record.accepted and record.arm == mixture.arm]
+    # Those of earlier generations have served.
+    latest = max((record.generation for record in own), default=0)
+    own = [record for record in own if record.generation == latest]
     count = len(mixture.expert_weights)
     return own[:count] if len(own) >= count else []
 

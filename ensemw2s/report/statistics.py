@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -152,24 +151,6 @@ def pooled_gap_recovered(
     unbounded = np.where(gains < 0, -np.inf, np.inf)
     low, high = _percentiles(np.divide(gains, gaps, out=unbounded, where=gaps > 0))
     return PerformanceGapRecovered(gain / gap, low, high, True, gap, gap_low, gap_high)
-
-
-def normalise_answer(text: str) -> str:
-    """Return the form in which answers are compared.
-
-    Unicode compatibility forms are unified (NFKC), case is folded, white space becomes single spaces, and closing
-    full stops are dropped. So answers that differ in white space alone, as in the indentation of code, count as equal;
-    scored token by token (`scoring.score_examples`), they do not.
-    """
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(". ")
-
-
-def exact_match(answers: Sequence[str], references: Sequence[str]) -> NDArray[np.bool_]:
-    """Compare answers with as many true ones after `normalise_answer`: bool `[n]`; unequal numbers: ValueError."""
-    if len(answers) != len(references):
-        raise ValueError(f"there are {len(answers)} answers but {len(references)} references")
-    pairs = zip(map(normalise_answer, answers), map(normalise_answer, references), strict=True)
-    return np.array([answer == reference for answer, reference in pairs], dtype=np.bool_)
 
 
 def _pooled_means(

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, TypeVar
 from ensemw2s.report.arms import BASELINE, arm_name, lower_first
 from ensemw2s.report.pool import Pair, Pool, pool_runs
 from ensemw2s.report.statistics import Interval, PerformanceGapRecovered
-from ensemw2s.runtime.records import TEST_SPLITS, ArmRecord, LabelsRecord, PhaseRecord, Record, RoundRecord, of_kind
+from ensemw2s.runtime.records import (
+    TEST_SPLITS,
+    ArmRecord,
+    LabelsRecord,
+    PhaseRecord,
+    Record,
+    RelabelRecord,
+    RoundRecord,
+    of_kind,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -332,6 +341,19 @@ def labels(records: Iterable[Record]) -> Rows:
         "Answered right": lambda record: number(record.accuracy, ".1%"),
         "Mean log-probability per token, nats": lambda record: number(record.confidence, ".3f"),
         "Experts' agreement": lambda record: number(record.agreement, ".1%"),
+    })  # fmt: skip
+
+
+def relabelled(records: Iterable[Record]) -> Rows:
+    """Return what out-of-fold students made of pseudo-answers, and what that was worth."""
+    return _columns(of_kind(records, RelabelRecord), {
+        "Arm": lambda record: arm_name(record.arm) + (f", generation {record.generation}" if record.generation else ""),
+        "Judged": lambda record: str(record.n),
+        "Agree": lambda record: f"{record.agree / record.n:.1%}",
+        "Trained on": lambda record: str(record.kept),
+        "of which replaced": lambda record: str(record.replaced),
+        "Right before": lambda record: number(record.teacher_accuracy, ".1%"),
+        "Right of those trained on": lambda record: number(record.accuracy, ".1%"),
     })  # fmt: skip
 
 

@@ -176,7 +176,10 @@ class RunRecord(Record):
 
 
 class RoundRecord(RunRecord):
-    """One attempt at a boosting round. Errors are shares of weight; the spread is that of the updated weights."""
+    """One attempt at a boosting round. Errors are shares of weight; the spread is that of the updated weights.
+
+    Where there are several generations of experts, rounds are numbered through all of them, from `generation` 0 on.
+    """
 
     kind = "round"
     round: Count
@@ -197,6 +200,7 @@ class RoundRecord(RunRecord):
     train_flops: Number | None
     seconds: Number
     arm: Text = ""
+    generation: Index = 0
 
 
 class IdentityRecord(Record):
@@ -229,6 +233,25 @@ class LabelsRecord(RunRecord):
     seconds: Number | None = None
     tokens: Number | None = None
     flops: Number | None = None
+
+
+class RelabelRecord(RunRecord):
+    """What out-of-fold students made of an arm's `n` pseudo-answers to hard questions.
+
+    So many `agree`, were `kept` and `replaced`; of the teacher's answers the share `teacher_accuracy` is right, of
+    those that were kept `accuracy`. For an ensemble, `generation` is the one that was then trained on them, and `kept`
+    0 says that too few agreed for there to be one.
+    """
+
+    kind, figure = "relabel", ("task", "seed", "arm", "generation")
+    arm: Text
+    n: Count
+    agree: Index
+    kept: Index
+    replaced: Index
+    teacher_accuracy: Share
+    accuracy: Share | None
+    generation: Index = 0
 
 
 class ArmRecord(RunRecord):

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ensemw2s.data.questions import check_questions
-from ensemw2s.data.shapes import as_dataset
+from ensemw2s.data.shapes import as_dataset, dataset_of
 from ensemw2s.data.tokens import QuestionFormat
 from ensemw2s.inference.label_files import TOP_COLUMNS
-from ensemw2s.runtime.values import check_number
+from ensemw2s.runtime.values import check_number, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -106,6 +106,52 @@ def check_cache(answers: Dataset, temperature: float, top_logprobs: int | None) 
         )
 
 
+def gold_rows(answers: Dataset) -> np.ndarray:
+    """Return bool [N]: which rows say in a column `gold` that their answer is ground truth; none without that column.
+
+    Raises:
+        ValueError: a value that is neither true nor false, nor missing; names the row.
+    """
+    values = answers["gold"] if "gold" in answers.column_names else [False] * len(answers)
+    for index, value in enumerate(values):
+        if value not in (None, False, True):
+            raise ValueError(
+                f"the answers, row {index}: gold is {shown(value)}, expected true (the answer is ground truth) or false"
+            )
+    return np.array([bool(value) for value in values], dtype=bool)
+
+
+def with_gold(answers: Dataset, questions: Any) -> Dataset:
+    """Return a teacher's answers and, behind them, questions whose answers are known, marked in a column `gold`.
+
+    A student is taught gold answers as they are: none is left out, and `relabel` never asks for them.
+
+    Args:
+        answers: rows with `id`, `prompt` and `answer`, as `TokenEnsemble.label` returns them.
+        questions: rows with `prompt` and `answer` (and `choices`, if `answers` have them), in any shape that
+            `shapes.as_dataset` takes. They get the id "gold " and theirs.
+
+    Raises:
+        TypeError, ValueError: questions that `check_questions` refuses.
+    """
+    known = check_questions(questions, "questions")
+    names = [name for name in ("id", "prompt", "answer", "choices") if name in answers.column_names]
+    rows = [{**row, "id": f"gold {row['id']}", "gold": True} for row in known.select_columns(names)]
+    taught = answers.select_columns(
+        [name for name in (*names, "finished", "confidence") if name in answers.column_names]
+    )
+    return dataset_of([*({**row, "gold": False} for row in taught), *rows], "the answers")
+
+
+def _with_gold_finished(answers: Dataset) -> Dataset:
+    """Return the rows with `finished` true where the answer is ground truth, which no teacher's end could cut off."""
+    gold = gold_rows(answers)
+    if "finished" not in answers.column_names or not gold.any():
+        return answers
+    finished = [bool(value) or known for value, known in zip(answers["finished"], gold.tolist(), strict=True)]
+    return answers.remove_columns("finished").add_column("finished", finished)
+
+
 def usable_answers(
     answers: Any,
     *,
@@ -116,13 +162,14 @@ def usable_answers(
     """Return the rows whose answer is not empty, not cut off, and, if asked for, confident enough.
 
     The settings are those of `StudentConfig`. Rows count as finished where there is no column `finished`. Of equally
-    confident rows the earlier ones are kept, and fewer than `keep_fraction` says if fewer are usable.
+    confident rows the earlier ones are kept, and fewer than `keep_fraction` says if fewer are usable. Rows whose answer
+    is ground truth (`gold_rows`) count as finished, are never left out, and have no part in `keep_fraction`.
 
     Raises:
         ValueError: nothing is left, an answer is no text, or there is no `answer` column, or no `confidence` column to
-            filter by.
+            filter by; a value of `gold` that is neither true nor false.
     """
-    answers = as_dataset(answers, "train_dataset")
+    answers = _with_gold_finished(as_dataset(answers, "train_dataset"))
     names = answers.column_names
     if "answer" not in names:
         raise ValueError(
@@ -139,6 +186,7 @@ def usable_answers(
                 )
     columns = answers.select_columns([name for name in ("answer", "finished", "confidence") if name in names])
     rows = dict(enumerate(columns))
+    gold = gold_rows(answers)
     confidence = np.array(answers["confidence"] if "confidence" in names else [], dtype=float)
     kept = [i for i, row in rows.items() if str(row["answer"] or "").strip()]
     empty = len(rows) - len(kept)
@@ -146,11 +194,12 @@ def usable_answers(
         kept = [i for i in kept if rows[i].get("finished", True)]
     cut = len(rows) - empty - len(kept)
     if min_confidence is not None:
-        kept = [i for i in kept if confidence[i] >= min_confidence]
+        kept = [i for i in kept if gold[i] or confidence[i] >= min_confidence]
     if keep_fraction is not None:
         # An unknown confidence, NaN, is never among the most confident.
-        ranked = sorted((i for i in kept if confidence[i] <= 0), key=lambda i: -confidence[i])
-        kept = sorted(ranked[: math.ceil(keep_fraction * len(rows))])
+        ranked = sorted((i for i in kept if confidence[i] <= 0 and not gold[i]), key=lambda i: -confidence[i])
+        known = [i for i in kept if gold[i]]
+        kept = sorted(known + ranked[: math.ceil(keep_fraction * int((~gold).sum()))])
     if not kept:
         left_out = {
             "empty": (empty, "train the teacher longer"),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from ensemw2s.data.questions import check_questions
+from ensemw2s.data.questions import check_questions, question_key
 from ensemw2s.data.tokens import (
     QuestionFormat,
     answer_lengths,
@@ -19,19 +20,23 @@ from ensemw2s.data.tokens import (
     end_tokens,
     tokenize_questions,
 )
+from ensemw2s.ensemble.model import TokenEnsemble
 from ensemw2s.inference.label_files import TOP_COLUMNS
 from ensemw2s.inference.labelling import require_probabilities
 from ensemw2s.inference.measuring import measure
 from ensemw2s.models.adapters import ADAPTER_WEIGHTS, attach_adapter, check_peft_config
+from ensemw2s.models.identity import describe_experts, describe_model, digest_tokenizer
 from ensemw2s.models.loading import load_model, load_saved_model, load_tokenizer, require_model, source_of
 from ensemw2s.models.own_files import own_files, refuse_others, whole
 from ensemw2s.models.saved import read_settings
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.console import no_model_bars
 from ensemw2s.runtime.files import write_json
+from ensemw2s.runtime.fingerprint import digest_columns, digest_examples
 from ensemw2s.runtime.values import Uses, check_in_use
-from ensemw2s.student.answers import check_answer_ids, check_cache, usable_answers
+from ensemw2s.student.answers import check_answer_ids, check_cache, gold_rows, usable_answers
 from ensemw2s.student.losses import ConfidenceTrainer, SoftTrainer
+from ensemw2s.student.relabel import FoldStudents, longest_answer, sum_of
 from ensemw2s.student.teacher import LiveTeacher, top_columns, with_columns
 from ensemw2s.training.arguments import (
     AnswerTrainingArguments,
@@ -41,7 +46,7 @@ from ensemw2s.training.arguments import (
     require_questions,
 )
 from ensemw2s.training.checkpoints import discard_checkpoints
-from ensemw2s.training.fine_tune import TrainingCost, fine_tune
+from ensemw2s.training.fine_tune import PRESENTATION, TrainingCost, fine_tune, optimizer_described
 from ensemw2s.training.trainer import on_device
 
 if TYPE_CHECKING:
@@ -55,8 +60,12 @@ if TYPE_CHECKING:
 Variant = Literal["sft", "soft", "confidence"]
 # How a student was asked in its training.
 _FORMAT_FILE = "question_format.json"
-# Settings that act on one variant only.
+# Settings that act beside some others only.
 USES_OF_SETTINGS: Uses = {
+    **dict.fromkeys(
+        ("relabel_folds", "relabel_keep", "relabel_rounds"),
+        (lambda args: args.relabel is not None, 'relabel="cross_fit"'),
+    ),
     **dict.fromkeys(
         ("temperature", "soft_weight", "top_logprobs"), (lambda args: args.variant == "soft", 'variant="soft"')
     ),
@@ -94,6 +103,19 @@ class StudentConfig(AnswerTrainingArguments):
         keep_unfinished: train also on answers that were cut off before their end token. Otherwise they are dropped
             [choice]: the teacher had not ended there, and a student would learn to stop, or to go on, at a place that
             `max_new_tokens` chose. Answers that are kept in this way get no end token.
+        relabel: "cross_fit" puts every question to a student that never saw a label for it, before the student itself
+            is trained [choice: ours, no part of the paper]. The usable answers are dealt into `relabel_folds` folds, by
+            a hash of seed and question; for each, a student like this one is trained on the answers of the other folds,
+            with a seed of its own, and answers the fold's questions greedily. Every one of them, and the student itself
+            at the end, sees as many answers as a plain student sees in `num_train_epochs`, so that it takes as many
+            steps (up to a last batch that is not full; with `max_steps`, exactly those). None trains on the teacher's
+            answers as they are.
+        relabel_folds: how many folds, at least 2.
+        relabel_keep: "agree" trains on the answers that the fold's student gave as well (after
+            `data.answers.normalise_answer`), and finished; where these are fewer than 20% or fewer than 32, it warns
+            and does as "all" [choice]. "all" trains on the folds' students' answers, wherever they finished, in place
+            of the teacher's.
+        relabel_rounds: 1, or 2: a second round begins with the answers that the first one left.
 
     Raises:
         TypeError: a value of another type than is declared; names it.
@@ -109,6 +131,10 @@ class StudentConfig(AnswerTrainingArguments):
     min_confidence: float | None = None
     keep_fraction: float | None = None
     keep_unfinished: bool = False
+    relabel: Literal["cross_fit"] | None = None
+    relabel_folds: int = 2
+    relabel_keep: Literal["agree", "all"] = "agree"
+    relabel_rounds: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,7 +143,7 @@ class StudentConfig(AnswerTrainingArguments):
     @property
     def on_truth(self) -> dict[str, Any]:
         """Return the settings with which the same student is taught ground truth, which has no teacher."""
-        return {"variant": "sft", "min_confidence": None, "keep_fraction": None}
+        return {"variant": "sft", "min_confidence": None, "keep_fraction": None, "relabel": None}
 
 
 class StudentTrainer:
@@ -132,6 +158,11 @@ class StudentTrainer:
     by running `teacher` once over the answers; and without `teacher` from the cache that is in the dataset
     (`TokenEnsemble.label(..., top_logprobs=k)`, `teacher.cache_teacher`). Answers end with the student's own end
     token, whichever of several the teacher chose.
+
+    Rows whose column `gold` is true (`answers.with_gold`) are taught as they are: they are neither left out nor
+    relabelled, and training on them takes no steps of its own: epochs are cut so that as many answers are seen as
+    without them [choice]. With `args.relabel` the folds' students and their answers lie in `args.output_dir/relabel`;
+    the same call after a crash goes on there, to the same bits.
 
     Args:
         model: source of `loading.load_model`, or a model (which is trained in place).
@@ -155,7 +186,8 @@ class StudentTrainer:
             without a `confidence` column; no `processing_class` for a model that was not loaded from anywhere; for
             "soft", neither teacher nor cache, a teacher that votes or has another vocabulary, a cache of another
             temperature or with fewer tokens than asked for, or teacher's tokens that the student's tokenizer reads
-            otherwise; a `teacher` for another variant.
+            otherwise; a `teacher` for another variant; gold answers for "soft"; with `args.relabel`, fewer questions
+            than folds, `optimizers`, or replaced answers (`relabel_keep="all"`) beside a cache of the teacher's.
     """
 
     def __init__(
@@ -202,12 +234,17 @@ class StudentTrainer:
                 'needs the same; use variant="sft" with this teacher'
             )
         self.question_format = question_format or QuestionFormat()
-        self._examples = self._tokenized(self.question_format)
+        self._examples = self._tokenized(self.train_dataset)
+        # Gold answers take no steps of their own.
+        self._plain = int((~gold_rows(self.train_dataset)).sum()) or len(self.train_dataset)
         self.eval_questions = None if eval_dataset is None else check_questions(eval_dataset, "eval_dataset")
         if self.eval_questions is not None and args.eval_strategy != "no":
             self._options["eval_dataset"] = tokenize_questions(
                 self.eval_questions, self.processing_class, self.question_format, "eval_dataset"
             )
+        if args.relabel is not None:
+            self._check_relabelling()
+        self._relabelled: tuple[Dataset, list[TrainingCost]] | None = None
         self.cost: TrainingCost | None = None
 
     @property
@@ -216,6 +253,29 @@ class StudentTrainer:
         cached = "top_log_probs" in self.train_dataset.column_names
         return cached and (self.teacher is None or self.args.top_logprobs is not None)
 
+    def _check_relabelling(self) -> None:
+        if "optimizers" in self._options:
+            raise ValueError(
+                "optimizers holds an optimizer of one model's weights, and with relabel every fold's student has "
+                "weights of its own: give optimizer_cls_and_kwargs=(class, settings)"
+            )
+        if self.args.relabel_keep == "all" and self.args.variant == "soft" and self._reads_cache:
+            raise ValueError(
+                'relabel_keep="all" replaces answers, and the cache in train_dataset (top_log_probs) goes along the '
+                'teacher\'s: use relabel_keep="agree", or pass teacher and a dataset without a cache'
+            )
+        if not self.question_format.end_token and "choices" not in self.train_dataset.column_names:
+            raise ValueError(
+                "relabel lets students answer, and the format has end_token=False, so that their answers would have no "
+                "end: use end_token=True, or give the questions a column `choices`"
+            )
+        asked = {question_key(row["prompt"]) for row in self.train_dataset.select_columns("prompt")}
+        if self.args.relabel_folds > min(len(asked), self._plain):
+            raise ValueError(
+                f"relabel_folds={self.args.relabel_folds} leaves folds without a question: {self._plain} answers to "
+                f"{len(asked)} questions can be used, give at most as many folds"
+            )
+
     def _check_teacher(self) -> None:
         if self.args.variant != "soft":
             if self.teacher is not None:
@@ -223,6 +283,11 @@ class StudentTrainer:
                     f'a teacher is for variant="soft", not for {self.args.variant!r}, which learns from answers alone: '
                     "leave it out"
                 )
+        elif gold_rows(self.train_dataset).any():
+            raise ValueError(
+                'variant="soft" learns distributions, which gold answers do not have: leave out the rows whose `gold` '
+                'is true, or use variant="sft" or "confidence"'
+            )
         elif self._reads_cache:
             if self.teacher is not None:
                 raise ValueError(
@@ -239,18 +304,17 @@ class StudentTrainer:
         else:
             require_probabilities(self.teacher)
 
-    def _tokenized(self, question_format: QuestionFormat) -> Dataset:
-        """Return the examples, with the columns that the variant reads."""
-        answers = self.train_dataset
+    def _tokenized(self, answers: Dataset) -> Dataset:
+        """Return answers as examples, with the columns that the variant reads."""
         soft = self.args.variant == "soft"
         known = None
         if soft and "answer_ids" in answers.column_names:
             stops = end_tokens(self.processing_class, getattr(self.model, "generation_config", None))
-            check_answer_ids(answers, self.processing_class, question_format, stops, "the student's tokenizer")
+            check_answer_ids(answers, self.processing_class, self.question_format, stops, "the student's tokenizer")
             end = self.processing_class.eos_token_id
             known = [[*ids[:-1], end] if ids[-1] in stops else list(ids) for ids in answers["answer_ids"]]
         examples = tokenize_questions(
-            answers, self.processing_class, question_format, "train_dataset", answer_ids=known
+            answers, self.processing_class, self.question_format, "train_dataset", answer_ids=known
         )
         if soft and self._reads_cache:
             cache = answers.with_format("arrow")
@@ -265,28 +329,25 @@ class StudentTrainer:
     def train(self, save_to: str | Path | None = None) -> Any:
         """Train the student, save it as `save_model(save_to)` does, and return it, in evaluation mode.
 
-        `cost` then counts the student's own tokens; a live teacher's work is in the seconds and FLOPs.
+        With `args.relabel` the answers are relabelled first, as `relabel` does, and `train_dataset` then holds those
+        that the student was trained on. `cost` counts the student's own tokens, those of the folds' students and of
+        their answering among them; a live teacher's work is in the seconds and FLOPs.
 
         Raises:
             FileExistsError: another model is where the student would be saved; nothing is trained.
             FloatingPointError: the loss or a weight became NaN or infinite, or the teacher gives NaN.
             RuntimeError: it is trained already.
+            ValueError: with `args.relabel`, `args.output_dir` holds a relabelling of another configuration.
         """
         if self.cost is not None:
             raise RuntimeError("this student is trained already: make a new StudentTrainer to train from the start")
         processes.on_main(refuse_others, save_to or str(self.args.output_dir), "student")
-        options = self._loss_options()
-        self.model, self.cost = fine_tune(
-            self.model,
-            self._examples,
-            self.args,
-            pad_token_id=self.processing_class.eos_token_id,
-            seed=self.args.seed,
-            description=self.description,
-            peft_config=self.peft_config,
-            **self._options,
-            **options,
-        )
+        if self.args.relabel is not None:
+            judged = self.relabel()
+            self.train_dataset = judged.select(np.flatnonzero(judged["kept"]))
+            self._examples = self._tokenized(self.train_dataset)
+        self.model, cost = self._taught(self.model, self._examples, self.args, self.description)
+        self.cost = sum_of([*self.relabel_costs, cost])
         self.save_model(save_to)
         return self.model
 
@@ -306,6 +367,117 @@ class StudentTrainer:
         batch_size = self.args.per_device_eval_batch_size
         return measure(self.model.eval(), questions, self.processing_class, self.question_format, batch_size)
 
+    def relabel(self, fall_back: bool = True) -> Dataset:
+        """Judge the usable answers by students that never saw a label for them, as `args.relabel` says.
+
+        `train` does this first. What is made lies in `args.output_dir/relabel`, with `answers.jsonl` for a reader, and
+        a later call finds it there.
+
+        Args:
+            fall_back: with `relabel_keep="agree"`, False keeps the answers that agree however few they are.
+
+        Returns:
+            The rows that a plain student would be trained on, with `answer` replaced where `args.relabel_keep` says so,
+            and the columns `teacher_answer` (text), `agrees` (bool: the fold's student gave the answer that it judged,
+            and finished; true for gold answers) and `kept` (bool: the student is trained on the row).
+
+        Raises:
+            FloatingPointError: a training diverged, or a fold's student gives NaN.
+            RuntimeError: the student is trained already.
+            ValueError: `args.relabel` is None; `args.output_dir` holds a relabelling of another configuration, or a
+                damaged one.
+        """
+        if self.args.relabel is None:
+            raise ValueError('relabel is None: make the trainer with StudentConfig(relabel="cross_fit")')
+        if self._relabelled is None:
+            if self.cost is not None:
+                raise RuntimeError("this student is trained already: make a new StudentTrainer to relabel answers")
+            window = getattr(self.model.config, "max_position_embeddings", None)
+            folds = FoldStudents(
+                self.args,
+                teach=self._fold_student,
+                load=self._as_ensemble,
+                processing_class=self.processing_class,
+                question_format=self.question_format,
+                max_new_tokens=longest_answer(self._examples, window),
+                falls_back=fall_back,
+                replaces=self.args.variant != "soft" or not self._reads_cache,
+                name=self.description,
+            )
+            self._relabelled = folds.relabel(self.train_dataset, self.relabel_description())
+        return self._relabelled[0]
+
+    @property
+    def relabel_costs(self) -> list[TrainingCost]:
+        """Return what the students of folds, and their answering, took each; none before `relabel`."""
+        return [] if self._relabelled is None else self._relabelled[1]
+
+    def _fold_student(self, answers: Dataset, args: StudentConfig, description: str) -> tuple[Any, TrainingCost]:
+        return self._taught(copy.deepcopy(self.model), self._tokenized(answers), args, description)
+
+    def _as_ensemble(self, folder: Path) -> TokenEnsemble:
+        """Return the student of a fold, which decodes greedily whatever the model's authors recommend for chats."""
+        if self.peft_config is not None:
+            ensemble = TokenEnsemble.from_adapters(copy.deepcopy(self.model), [folder], [1.0])
+        else:
+            model = load_saved_model(folder, "the student of a fold", dtype=self.model.dtype)
+            ensemble = TokenEnsemble.from_models([on_device(model, self.args)], [1.0])
+        ensemble.generation_config = GenerationConfig(eos_token_id=ensemble.generation_config.eos_token_id)
+        return ensemble
+
+    def relabel_description(self) -> dict[str, Any]:
+        """Return what decides the outcome of `relabel`, as plain JSON but for what `fingerprint.plain` knows."""
+        columns = ("id", "prompt", "answer", "choices", "answer_ids", "finished", "gold", *TOP_COLUMNS)
+        evaluated = self._options.get("eval_dataset")
+        teacher = None
+        if self.teacher is not None:
+            mixture = {"weights": list(self.teacher.config.expert_weights), "combine": self.teacher.config.combine}
+            teacher = describe_experts(self.teacher.experts) | mixture
+        return {
+            **{name: value for name, value in self.args.to_dict().items() if name not in PRESENTATION},
+            "model": describe_model(self.model),
+            "peft_config": None if self.peft_config is None else self.peft_config.to_dict(),
+            "question_format": self.question_format.describe(),
+            "tokenizer": digest_tokenizer(self.processing_class),
+            "answers": digest_columns(self.train_dataset, [n for n in columns if n in self.train_dataset.column_names]),
+            "teacher": teacher,
+            "eval_dataset": None if evaluated is None else digest_examples(evaluated),
+            "optimizer": optimizer_described(self._options),
+        }
+
+    def _taught(self, model: Any, examples: Dataset, args: StudentConfig, description: str) -> tuple[Any, TrainingCost]:
+        """Return a model that was trained on examples for the steps of a plain student, and what that took."""
+        if len(examples) != self._plain:
+            args = copy.copy(args)
+            args.num_train_epochs = args.num_train_epochs * self._plain / len(examples)
+        return fine_tune(
+            model,
+            self._with_cache(examples),
+            args,
+            pad_token_id=self.processing_class.eos_token_id,
+            seed=args.seed,
+            description=description,
+            peft_config=self.peft_config,
+            **self._options,
+            **self._loss_options(),
+        )
+
+    def _with_cache(self, examples: Dataset) -> Dataset:
+        """Return examples with what the teacher says along them, if a student is to learn from a cache made here."""
+        args = self.args
+        if args.variant != "soft" or args.top_logprobs is None or self._reads_cache:
+            return examples
+        columns = top_columns(
+            LiveTeacher(on_device(self.teacher, args)),
+            examples,
+            pad_token_id=self.processing_class.eos_token_id,
+            top_logprobs=args.top_logprobs,
+            temperature=args.temperature,
+            batch_size=args.per_device_eval_batch_size,
+            description=None if args.disable_tqdm else "keeping the teacher's likeliest tokens",
+        )
+        return with_columns(examples, columns)
+
     def _loss_options(self) -> dict[str, Any]:
         """Return the trainer class of the variant, and what it takes."""
         args = self.args
@@ -317,21 +489,10 @@ class StudentTrainer:
             }
         if args.variant == "sft":
             return {}
-        teacher = None if self._reads_cache else LiveTeacher(on_device(self.teacher, args))
-        if teacher is not None and args.top_logprobs is not None:
-            columns = top_columns(
-                teacher,
-                self._examples,
-                pad_token_id=self.processing_class.eos_token_id,
-                top_logprobs=args.top_logprobs,
-                temperature=args.temperature,
-                batch_size=args.per_device_eval_batch_size,
-                description=None if args.disable_tqdm else "keeping the teacher's likeliest tokens",
-            )
-            self._examples, teacher = with_columns(self._examples, columns), None
+        cached = self._reads_cache or args.top_logprobs is not None
         return {
             "trainer_class": SoftTrainer,
-            "teacher": teacher,
+            "teacher": None if cached else LiveTeacher(on_device(self.teacher, args)),
             "temperature": args.temperature,
             "soft_weight": args.soft_weight,
             "top_logprobs": args.top_logprobs,
