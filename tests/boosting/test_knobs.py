@@ -526,7 +526,7 @@ def test_validation_questions_that_decide_belong_to_the_run(tmp_path: Path) -> N
     [
         (
             {"recipe": "stabilised"},
-            "recipe must be one of paper, tempered, chained, bagging, deep_ensemble, got 'stabilised'",
+            "recipe must be one of paper, tempered, chained, co_boosted, bagging, deep_ensemble, got 'stabilised'",
         ),
         ({"errors": "harsh"}, "errors must be one of hard, soft, got 'harsh'"),
         ({"prior_weights": "last"}, "prior_weights must be one of initial, current, got 'last'"),

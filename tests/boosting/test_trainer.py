@@ -346,7 +346,10 @@ def test_boosting_that_stops_early_keeps_the_experts_before(model: Path, tmp_pat
         ({"num_rounds": 0}, "num_rounds must be from 1 to 10000, got 0"),
         ({"prior": 1.5}, r"prior must be .* a number in \(0, 1\), got 1\.5"),
         ({"prior": "uniform", "unit": "sequence"}, 'prior="uniform" needs unit="token"'),
-        ({"recipe": "papr"}, "recipe must be one of paper, tempered, chained, bagging, deep_ensemble, got 'papr'"),
+        (
+            {"recipe": "papr"},
+            "recipe must be one of paper, tempered, chained, co_boosted, bagging, deep_ensemble, got 'papr'",
+        ),
         ({"shrinkage": 0.0}, r"shrinkage must be in \(0, 1\]"),
         ({"uniform_mix": 1.0}, r"uniform_mix must be in \[0, 1\)"),
         ({"sampling": "boot"}, "sampling must be one of draw"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Iterator
@@ -529,14 +530,15 @@ WORKER = """
 import sys
 from pathlib import Path
 from ensemw2s.runtime import processes
+from ensemw2s.inference import labelling
 from ensemw2s.student import relabel
-from tests.student.test_relabel import student
+from tests.student.test_relabel import says_ab, student
 
 processes.start()
-relabel.LEAST_ROWS = 2
+relabel.LEAST_ROWS, labelling._label_batch = 2, says_ab
 trainer = student(Path(sys.argv[1]), per_device_train_batch_size=3)
 trainer.train()
-said = repr((trainer.train_dataset["id"], trainer.cost.tokens))
+said = repr((trainer.train_dataset["id"][:], trainer.cost.tokens))
 (Path(sys.argv[1]) / f"process-{processes.index()}").write_text(said)
 processes.end()
 """
@@ -548,9 +550,11 @@ def test_two_processes_relabel_like_one(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     one = student(tmp_path / "one")
     one.train()
-    assert one.cost is not None
-    said = {(tmp_path / "two" / f"process-{index}").read_text() for index in range(2)}
-    assert said == {repr((one.train_dataset["id"], one.cost.tokens))}
+    (said,) = {(tmp_path / "two" / f"process-{index}").read_text() for index in range(2)}
+    ids, tokens = ast.literal_eval(said)
+    # Some answers are seen twice, so that all processes take part in every step.
+    assert one.cost is not None and one.cost.tokens <= tokens <= 1.2 * one.cost.tokens
+    assert ids == one.train_dataset["id"]
     names = [sorted(re.sub(r".*relabel/", "", str(f)) for f in (tmp_path / n / "relabel").rglob("*.json*"))
              for n in ("one", "two")]  # fmt: skip
     assert names[0] == names[1] and json.dumps(names).count("process-") == 0
