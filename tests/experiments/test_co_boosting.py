@@ -18,7 +18,7 @@ from ensemw2s.experiments.config import LabellingConfig, build_config, load_conf
 from ensemw2s.experiments.experiment import Experiment
 from ensemw2s.experiments.plan import plan
 from ensemw2s.inference import labelling
-from ensemw2s.inference.scoring import score_answers
+from ensemw2s.inference.scoring import score_examples
 from ensemw2s.report.findings import boosting_weights
 from ensemw2s.runtime.files import read_json, read_json_lines
 from ensemw2s.runtime.records import MixtureRecord, RoundRecord, of_kind, read_records
@@ -121,7 +121,7 @@ def test_token_weights_follow_the_soft_error_of_the_mixture_so_far(tmp_path: Pat
     count = int(second._units.index()[-1]) + 1
     for round_, used in ((1, folders[:2]), (2, folders[:3]), (3, folders)):
         mixture = TokenEnsemble.from_adapters(one._trainers[0]._factory._load(1), used, [1.0] * len(used))
-        scores = score_answers(mixture, examples, pad_token_id=END)
+        scores = score_examples(mixture, examples, pad_token_id=END)
         losses = np.clip(-np.expm1(scores.token_log_probs), 0, 1)
         found = np.concatenate(second.token_weights(round_)) / count
         # Uniform weights times exp(c * loss): their logarithms are on a line.
