@@ -44,7 +44,13 @@ def ahead_of_time(
 ) -> tuple[Any, ...]:
     """(kernel, signature, constexprs, num_warps) of a kernel whose arguments bear this file's names."""
     experts = constexprs.get("T", 1)
-    types = {**_TYPES, **(types or {}), "logits": (f"*{dtype}",) * experts, "outer": ("i64",) * experts, "step": ("i64",) * experts}
+    types = {
+        **_TYPES,
+        **(types or {}),
+        "logits": (f"*{dtype}",) * experts,
+        "outer": ("i64",) * experts,
+        "step": ("i64",) * experts,
+    }
     signature = {n: "constexpr" if n in constexprs else types.get(n, "*fp32") for n in kernel.arg_names}
     return kernel, signature, constexprs, num_warps
 
@@ -256,7 +262,7 @@ def scan_kernel(
         product = tl.zeros((TILE,), tl.float32)
     for t in tl.static_range(T):
         start = logits[t] + row_offset(row, outer[t], step[t], inner)
-        is_read = inside & (tl.load(weights + t) != 0)
+        is_read = tl.where(tl.load(weights + t) != 0, inside, False)
         z = tl.load(start + tokens, mask=is_read, other=-float("inf")).to(tl.float32)
         top = scan_tile(z, t, row, tile, tile_max, tile_sum, rows, tiles)
         if COMBINE == LOGPROB:
@@ -317,7 +323,8 @@ def product_score(tokens, inside, row, logits, outer, step, inner, weights, top,
     for t in tl.static_range(T):
         start = logits[t] + row_offset(row, outer[t], step[t], inner)
         share = tl.load(weights + t) / largest / total
-        z = tl.load(start + tokens, mask=inside & (share > 0), other=-float("inf")).to(tl.float32)
+        is_read = tl.where(share > 0, inside, False)
+        z = tl.load(start + tokens, mask=is_read, other=-float("inf")).to(tl.float32)
         product += tl.where(share > 0, product_term(share, z, tl.load(top + t * rows + row)), 0.0)
     return tl.where(inside, product, -float("inf"))
 
@@ -364,7 +371,8 @@ def log_prob(
     for t in tl.static_range(T):
         start = logits[t] + row_offset(row, outer[t], step[t], inner)
         row_shift = tl.load(shift + t * rows + row)
-        z = tl.load(start + tokens, mask=inside & (row_shift > -float("inf")), other=-float("inf")).to(tl.float32)
+        is_read = tl.where(row_shift > -float("inf"), inside, False)
+        z = tl.load(start + tokens, mask=is_read, other=-float("inf")).to(tl.float32)
         x = (z - tl.load(top + t * rows + row)) + row_shift
         largest, total = add_term(tl.where(row_shift > -float("inf"), x, -float("inf")), largest, total)
     return tl.where(total > 0, tl.log(total) + largest, -float("inf"))

@@ -128,6 +128,8 @@ class _Draw:
         self.scratch = scratch
         self.rows, self.tiles = scratch.rows, scratch.tiles
         self.mode = _mode(settings)
+        of_rows = sum(1 << bit for bit, rows in enumerate(settings.tensors()) if rows is not None)
+        self.asked = {"MODE": self.mode, "ROWS": of_rows}
         self.is_vote = scratch.combine == VOTE.value
         self.keys = seeds.contiguous(), positions.contiguous()
         self.top_logprobs = top_logprobs
@@ -187,14 +189,14 @@ class _Draw:
             *scratch.experts, *scratch.partials, scratch.group_max, *self.keys,
             self.valid, self.upper, self.anchor, self.floors, *self.settings, self.top_logprobs,
             rows.count, rows.vocabulary, self.tiles,
-            MODE=self.mode, **self.groups, **self.shape | {"num_warps": _plan_warps(self.mode)},
+            **self.asked, **self.groups, **self.shape | {"num_warps": _plan_warps(self.mode)},
         )  # fmt: skip
 
     def _count_votes(self) -> None:
         scratch, rows = self.scratch, self.rows
         votes_kernel[(rows.count,)](
             *scratch.partials, scratch.tile_first, self.valid, self.counts, self.ids, self.log_probs, *self.settings,
-            rows.count, rows.vocabulary, self.tiles,
+            rows.count, rows.vocabulary, self.tiles, ROWS=self.asked["ROWS"],
             EXPERTS=triton.next_power_of_2(self.shape["T"]), **self.shape | {"num_warps": _VOTE_WARPS},
         )  # fmt: skip
 
@@ -224,11 +226,11 @@ class _Draw:
         search_kernel[(rows.count * self.tiles,)](
             *scratch.experts, *scratch.normalisers, *self.keys, self.upper, self.anchor, self.search_floor,
             *self.settings, score, token, rows.count, rows.vocabulary, self.tiles,
-            MODE=self.mode, T=self.shape["T"], COMBINE=scratch.combine, TILE=TILE, GROUP=GROUP, num_warps=WARPS,
+            **self.asked, T=self.shape["T"], COMBINE=scratch.combine, TILE=TILE, GROUP=GROUP, num_warps=WARPS,
         )  # fmt: skip
         finish_kernel[(rows.count,)](
             *scratch.experts, *scratch.normalisers, score, token, self.valid, self.upper, *outputs,
-            *self.settings, rows.count, rows.vocabulary, self.tiles, MODE=self.mode, **self.groups, **self.shape,
+            *self.settings, rows.count, rows.vocabulary, self.tiles, **self.asked, **self.groups, **self.shape,
         )  # fmt: skip
 
     def _select(self, outputs: tuple[Tensor, ...]) -> None:
@@ -240,36 +242,36 @@ class _Draw:
             *scratch.experts, *scratch.normalisers, scratch.tile_max, scratch.tile_first, *self.keys,
             self.counts, self.ids, self.log_probs, self.valid, self.upper, *outputs, *self.settings,
             rows.count, rows.vocabulary, self.tiles, self.capacity, self.segments,
-            MODE=self.mode, SEGMENTS=triton.next_power_of_2(self.segments), CHUNK=CHUNK, **self.groups, **self.shape,
+            **self.asked, SEGMENTS=triton.next_power_of_2(self.segments), CHUNK=CHUNK, **self.groups, **self.shape,
         )  # fmt: skip
 
 
 @triton.jit
-def row_settings(row, temperature, top_k, top_p, min_p, vocabulary):
+def row_settings(row, temperature, top_k, top_p, min_p, vocabulary, ROWS: tl.constexpr):
     """Temperature, top-k, top-p and log of min-p of one row, its mode, and whether all of them are in their ranges.
 
-    Each is a number for all rows or a pointer to those of all rows.
+    Each is a number for all rows, or where its bit in ``ROWS`` is set a pointer to those of all rows.
     """
     usable = True
-    if temperature.dtype.is_ptr():
+    if ROWS & 1:
         given = tl.load(temperature + row)
         usable = usable & (given >= 0) & (given < float("inf"))
         heat = tl.minimum(given, HOTTEST).to(tl.float32)
     else:
         heat = temperature
-    if top_k.dtype.is_ptr():
+    if ROWS & 2:
         count = tl.load(top_k + row)
         usable = usable & (count >= 0)
         kept = tl.minimum(count, vocabulary).to(tl.int32)
     else:
         kept = top_k
-    if top_p.dtype.is_ptr():
+    if ROWS & 4:
         share = tl.load(top_p + row)
         usable = usable & (share > 0) & (share <= 1)
         nucleus = tl.maximum(share, LEAST_TOP_P).to(tl.float32)
     else:
         nucleus = top_p
-    if min_p.dtype.is_ptr():
+    if ROWS & 8:
         ratio = tl.load(min_p + row)
         usable = usable & (ratio >= 0) & (ratio <= 1)
         least = ratio.to(tl.float32)
@@ -422,14 +424,14 @@ def plan_kernel(
     logits, outer, step, inner, weights, weight_step, tile_max, tile_sum, top, log_sum, shift, group_max,
     seeds, positions, valid, upper, anchor, floors, temperature, top_k, top_p, min_p, top_count,
     rows, vocabulary, tiles,
-    MODE: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    MODE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Bounds of one row, and the log-probabilities (or the race's score) that its searches must reach. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
     weights += row * weight_step
     temperature, top_k, top_p, log_min_p, own_mode, in_range = row_settings(
-        row, temperature, top_k, top_p, min_p, vocabulary
+        row, temperature, top_k, top_p, min_p, vocabulary, ROWS
     )
     mode = own_mode if MODE == ANY else MODE
     usable = merge_tiles(row, weights, tile_max, tile_sum, top, log_sum, shift, rows, tiles, T, COMBINE, TILES)
@@ -479,13 +481,14 @@ def plan_kernel(
 def search_kernel(
     logits, outer, step, inner, weights, weight_step, top, log_sum, shift, seeds, positions, upper, anchor, floor,
     temperature, top_k, top_p, min_p, score, token, rows, vocabulary, tiles,
-    MODE: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    MODE: tl.constexpr, ROWS: tl.constexpr,
+    T: tl.constexpr, COMBINE: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The best token of one tile of one row. Grid: rows * tiles."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     weights += row * weight_step
-    temperature, _, _, _, own_mode, _ = row_settings(row, temperature, top_k, top_p, min_p, vocabulary)
+    temperature, _, _, _, own_mode, _ = row_settings(row, temperature, top_k, top_p, min_p, vocabulary, ROWS)
     mode = own_mode if MODE == ANY else MODE
     reach = tl.load(floor + row)
     best, winner = -float("inf"), NO_TOKEN
@@ -542,12 +545,12 @@ def collect_kernel(
 def votes_kernel(
     weights, weight_step, tile_max, tile_sum, top, log_sum, shift, tile_first, valid, counts, ids, log_probs,
     temperature, top_k, top_p, min_p, rows, vocabulary, tiles,
-    EXPERTS: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """The tokens that some expert votes for, each once, in ascending order. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
     weights += row * weight_step
-    _, _, _, _, _, in_range = row_settings(row, temperature, top_k, top_p, min_p, vocabulary)
+    _, _, _, _, _, in_range = row_settings(row, temperature, top_k, top_p, min_p, vocabulary, ROWS)
     usable = merge_tiles(row, weights, tile_max, tile_sum, top, log_sum, shift, rows, tiles, T, COMBINE, TILES)
     usable = usable & in_range
     tl.store(valid + row, usable)
@@ -701,13 +704,13 @@ def likeliest_of_best_group(
 def finish_kernel(
     logits, outer, step, inner, weights, weight_step, top, log_sum, shift, score, token, valid, upper,
     out_tokens, out_log_probs, out_experts, out_valid, temperature, top_k, top_p, min_p, rows, vocabulary, tiles,
-    MODE: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    MODE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """The best of one row's tiles. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
     if MODE == ANY:
-        _, _, _, _, mode, _ = row_settings(row, temperature, top_k, top_p, min_p, vocabulary)
+        _, _, _, _, mode, _ = row_settings(row, temperature, top_k, top_p, min_p, vocabulary, ROWS)
         if is_searched(mode) == 0:
             return
     weights += row * weight_step
@@ -736,14 +739,14 @@ def select_kernel(
     logits, outer, step, inner, weights, weight_step, top, log_sum, shift, tile_max, tile_first, seeds, positions,
     counts, ids, log_probs, valid, upper, out_tokens, out_log_probs, out_experts, out_valid,
     temperature, top_k, top_p, min_p, rows, vocabulary, tiles, capacity, segments,
-    MODE: tl.constexpr, SEGMENTS: tl.constexpr, CHUNK: tl.constexpr,
+    MODE: tl.constexpr, ROWS: tl.constexpr, SEGMENTS: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
     """Filters and draw among one row's candidates. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
     temperature, top_k, top_p, log_min_p, own_mode, _ = row_settings(
-        row, temperature, top_k, top_p, min_p, vocabulary
+        row, temperature, top_k, top_p, min_p, vocabulary, ROWS
     )
     mode = own_mode if MODE == ANY else MODE
     if MODE == ANY and COMBINE != VOTE:  # noqa: SIM102  (this one is decided when the kernel is compiled)
@@ -810,9 +813,15 @@ _NARROW = {"temperature": "*fp32", "top_k": "*i32", "top_p": "*fp32", "min_p": "
 _WIDE = {"temperature": "*fp64", "top_k": "*i64", "top_p": "*fp64", "min_p": "*fp64"}
 
 
+def _rows(types: dict[str, str]) -> dict[str, int]:
+    return {"ROWS": 15 if types else 0}
+
+
 AHEAD_OF_TIME = [
     *(
-        ahead_of_time(plan_kernel, _plan_warps(mode), types=types, MODE=mode, COMBINE=combine, **_GROUPS, **_TILED)
+        ahead_of_time(
+            plan_kernel, _plan_warps(mode), types=types, MODE=mode, **_rows(types), COMBINE=combine, **_GROUPS, **_TILED
+        )
         for mode, types in (*((mode, {}) for mode in range(ANY.value)), (ANY.value, _NARROW), (ANY.value, _WIDE))
         for combine in _MIXED
     ),
@@ -821,8 +830,8 @@ AHEAD_OF_TIME = [
         for mode, types in (*((mode, {}) for mode in _SEARCHED), (ANY.value, _NARROW))
         for combine in _MIXED
         for entry in (
-            ahead_of_time(search_kernel, types=types, MODE=mode, T=5, COMBINE=combine, **_TILE),
-            ahead_of_time(finish_kernel, types=types, MODE=mode, COMBINE=combine, **_GROUPS, **_TILED),
+            ahead_of_time(search_kernel, types=types, MODE=mode, **_rows(types), T=5, COMBINE=combine, **_TILE),
+            ahead_of_time(finish_kernel, types=types, MODE=mode, **_rows(types), COMBINE=combine, **_GROUPS, **_TILED),
         )
     ),
     *(
@@ -831,10 +840,11 @@ AHEAD_OF_TIME = [
         for combine in _MIXED
     ),
     # Triton compiles arguments that are 1 as constants.
-    ahead_of_time(plan_kernel, MODE=TOP_K.value, GROUPS=16, COMBINE=0, T=1, TILES=1, **_TILE, rows=1, tiles=1),
+    ahead_of_time(plan_kernel, MODE=TOP_K.value, ROWS=0, GROUPS=16, COMBINE=0, T=1, TILES=1, **_TILE, rows=1, tiles=1),
     ahead_of_time(
         select_kernel,
         MODE=TOP_K.value,
+        ROWS=0,
         SEGMENTS=1,
         CHUNK=CHUNK,
         COMBINE=0,
@@ -844,11 +854,19 @@ AHEAD_OF_TIME = [
         GROUPS=16,
         **_TILE,
     ),
-    ahead_of_time(votes_kernel, _VOTE_WARPS, types=_NARROW, EXPERTS=8, COMBINE=VOTE.value, **_TILED),
+    ahead_of_time(votes_kernel, _VOTE_WARPS, types=_NARROW, ROWS=15, EXPERTS=8, COMBINE=VOTE.value, **_TILED),
     ahead_of_time(likeliest_kernel, _PLAN_WARPS, SEGMENTS=128, CHUNK=CHUNK),
     *(
         ahead_of_time(
-            select_kernel, types=types, MODE=mode, SEGMENTS=128, CHUNK=CHUNK, COMBINE=combine, **_GROUPS, **_TILED
+            select_kernel,
+            types=types,
+            MODE=mode,
+            **_rows(types),
+            SEGMENTS=128,
+            CHUNK=CHUNK,
+            COMBINE=combine,
+            **_GROUPS,
+            **_TILED,
         )
         for mode, combine, types in (
             (TOP_K.value, 0, {}),

@@ -77,8 +77,8 @@ def mixture_sample(
     leaves the likeliest token, and where rounding leaves the argmax nothing to choose from, that is the token.
 
     ``temperature``, ``top_k``, ``top_p`` and ``min_p`` are each one number for all rows or a tensor ``[B]`` on the
-    logits' device. Values inside tensors are looked at on the CPU; on a GPU, which nothing waits for, a row with a value
-    out of its range, or with a negative weight, is not valid.
+    logits' device. Values inside tensors are looked at on the CPU; on a GPU, which nothing waits for, a row with a
+    value out of its range, or with a negative weight, is not valid.
 
     Args:
         logits: T tensors ``[B, V]`` (float32, bfloat16, float16 or float64) or one stacked ``[T, B, V]``.

@@ -101,7 +101,10 @@ def test_a_row_does_not_depend_on_its_batch(kernels, generator, combine):
 
 @pytest.mark.parametrize("combine", COMBINES)
 def test_rows_of_their_own_are_what_they_are_alone(kernels, generator, combine):
-    for dtype, real, whole in ((torch.float32, torch.float32, torch.int64), (torch.float16, torch.float64, torch.int32)):
+    for dtype, real, whole in (
+        (torch.float32, torch.float32, torch.int64),
+        (torch.float16, torch.float64, torch.int32),
+    ):
         rows = [row for row in ROWS if whole == torch.int64 or row.get("top_k", 0) < 2**31]
         settings = settings_of_rows(rows, real, whole)
         logits, _, keys = inputs(generator, 3, len(rows), 1500, dtype)
@@ -341,7 +344,9 @@ def run_cases(program: Path) -> str:
         top_tokens = torch.frombuffer(bytearray(found[8:]), dtype=torch.int64)[: top_count_of(order)][None]
         found = found[8 + 8 * top_count_of(order) :]
         possible = log_probs.gather(-1, top_tokens.clamp(min=0)).masked_fill(top_tokens < 0, -torch.inf)
-        if not torch.allclose(possible, log_probs.sort(-1, descending=True).values[:, : top_count_of(order)], atol=1e-5):
+        if not torch.allclose(
+            possible, log_probs.sort(-1, descending=True).values[:, : top_count_of(order)], atol=1e-5
+        ):
             return f"wrong likeliest tokens: {combine}"
         exact = mixture_sample(double, weights.double(), combine=combine, **keys, **setting).tokens.item()
         if token != exact and bool(is_decided(log_probs, **keys, **setting).all()):

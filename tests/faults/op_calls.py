@@ -4,9 +4,9 @@
 wrong. Everything that is expected is worked out here in numpy, from the definitions in the ops' docstrings, but for the
 noise of the Gumbel race.
 
-To fuzz a new setting of `mixture_sample`, give it values in `SETTINGS` and a line in `supports`; it is drawn as a number
-for all rows and as a tensor of each row's. To fuzz a new op,
-write a function that draws its arguments, calls it and compares, and name it in `OPS`.
+To fuzz a new setting of `mixture_sample`, give it values in `SETTINGS` and a line in `supports`; it is drawn as a
+number for all rows and as a tensor of each row's. To fuzz a new op, write a function that draws its arguments, calls it
+and compares, and name it in `OPS`.
 """
 
 from __future__ import annotations
@@ -174,7 +174,9 @@ class Inputs:
         self.logits = [self.tensor(x(random, (self.rows, self.size), self.dtype)) for x in kinds]
         self.weights = in_some_layout(random, torch.tensor(mixture_weights(random, self.experts), dtype=torch.float32))
         self.shared = Mixture(self, self.weights)
-        self.of_rows = Mixture(self, in_some_layout(random, torch.tensor(weights_of_rows(random, self.rows, self.experts))))
+        self.of_rows = Mixture(
+            self, in_some_layout(random, torch.tensor(weights_of_rows(random, self.rows, self.experts)))
+        )
         self.seeds, self.positions = self.keys(), self.keys()
         self.labels = torch.from_numpy(random.integers(0, self.size, self.rows))
         if self.rows:
@@ -436,9 +438,7 @@ def mixture_sample(inputs: Inputs, impl: Any) -> None:
     count = int(random.choice((0, 0, 1, 3, 20, 64)))
     count = min(count, inputs.size)
     keys = {"seeds": inputs.seeds, "positions": inputs.positions}
-    got = impl.mixture_sample(
-        inputs.logits, mixture.weights, combine=combine, top_logprobs=count, **keys, **given
-    )
+    got = impl.mixture_sample(inputs.logits, mixture.weights, combine=combine, top_logprobs=count, **keys, **given)
     exact, off = mixture.mixtures[combine]
     context = (combine, given, count, keys, got, inputs)
     valid, tokens = got.valid.numpy(), got.tokens.numpy()
@@ -489,9 +489,7 @@ def best_likeliest(exact: Array, off: Array, tokens: Array, log_probs: Tensor, c
         expect(len(set(found)) == len(found), "a token stands twice among the likeliest", *context)
 
 
-def best_greedily(
-    exact: Array, off: Array, z: Array, noise: Array, tokens: Array, asked: Asked, context: Any
-) -> None:
+def best_greedily(exact: Array, off: Array, z: Array, noise: Array, tokens: Array, asked: Asked, context: Any) -> None:
     """Refuse a token that another one beats by more than rounding, or that is not the lowest of equals."""
     here = np.arange(len(tokens))
     off = np.where(exact > -np.inf, off, 0.0)
@@ -548,11 +546,10 @@ def token_scores(inputs: Inputs, impl: Any) -> None:
 def mixture_scores(inputs: Inputs, impl: Any) -> None:
     combine, mixture = str(inputs.random.choice(COMBINES)), inputs.any_mixture()
     got = impl.mixture_scores(inputs.logits, mixture.weights, inputs.labels, combine)
-    if combine == "vote":  # a vote for each expert's first argmax: no columns to compare
-        z = np.zeros((1, inputs.rows, inputs.size)) + mixture.mixtures[combine][0]
-    else:
-        z = mixture.z
-    label_scores(got, *mixture.mixtures[combine], z, inputs, combine)
+    log_probs, off = mixture.mixtures[combine]
+    # A vote is for each expert's first argmax: no columns to compare.
+    z = log_probs[None] if combine == "vote" else mixture.z
+    label_scores(got, log_probs, off, z, inputs, combine)
 
 
 # ---- losses ----

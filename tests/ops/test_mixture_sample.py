@@ -125,7 +125,7 @@ def test_kernel_draws_what_float64_draws(generator, dtype, combine):
 
 def assert_likeliest(tokens, log_probs, exact, count):
     """The likeliest of ``exact``, falling; rounding may change the order of those that are nearly as likely."""
-    ordered = exact.sort(-1, descending=True, stable=True)
+    ordered = exact.sort(dim=-1, descending=True, stable=True)
     want, ids = ordered.values[:, :count], ordered.indices[:, :count]
     assert tokens.shape == log_probs.shape == want.shape
     torch.testing.assert_close(log_probs.double(), want, atol=2e-6, rtol=1e-6)
@@ -455,7 +455,11 @@ class TestRowsOfTheirOwn:
         [
             ({"temperature": torch.ones(3)}, ValueError, r"temperature must be .* shape \(2,\), got \(3,\)"),
             ({"top_p": torch.tensor(0.9)}, ValueError, r"top_p must be .* shape \(2,\), got \(\)"),
-            ({"top_p": torch.ones(2).half()}, TypeError, "top_p must be a number, or of torch.float32 or torch.float64"),
+            (
+                {"top_p": torch.ones(2).half()},
+                TypeError,
+                "top_p must be a number, or of torch.float32 or torch.float64",
+            ),
             ({"min_p": torch.zeros(2, dtype=torch.int64)}, TypeError, "min_p must be a number, or of torch.float32"),
             ({"top_k": torch.zeros(2)}, TypeError, "top_k must be an int, or of torch.int32 or torch.int64"),
             ({"top_k": torch.zeros(2, dtype=torch.bool)}, TypeError, "top_k must be an int.*torch.bool"),
