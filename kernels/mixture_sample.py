@@ -56,6 +56,8 @@ LARGEST_GUMBEL = tl.constexpr(22.9)
 NEGLIGIBLE = tl.constexpr(1e-6)
 # A plan is small, unless it races a tile: then alone in its row, with as many threads as help. Votes are a handful.
 _PLAN_WARPS, _RACING_PLAN_WARPS, _VOTE_WARPS = 4, 16, 2
+# With more of them ptxas keeps registers in memory.
+_SELECT_WARPS = 4
 # Candidates at a time: most draws have fewer.
 CHUNK = 512
 NO_TOKEN = tl.constexpr(2147483647)
@@ -242,7 +244,8 @@ class _Draw:
             *scratch.experts, *scratch.normalisers, scratch.tile_max, scratch.tile_first, *self.keys,
             self.counts, self.ids, self.log_probs, self.valid, self.upper, *outputs, *self.settings,
             rows.count, rows.vocabulary, self.tiles, self.capacity, self.segments,
-            **self.asked, SEGMENTS=triton.next_power_of_2(self.segments), CHUNK=CHUNK, **self.groups, **self.shape,
+            **self.asked, SEGMENTS=triton.next_power_of_2(self.segments), CHUNK=CHUNK, **self.groups,
+            **self.shape | {"num_warps": _SELECT_WARPS},
         )  # fmt: skip
 
 
@@ -843,6 +846,7 @@ AHEAD_OF_TIME = [
     ahead_of_time(plan_kernel, MODE=TOP_K.value, ROWS=0, GROUPS=16, COMBINE=0, T=1, TILES=1, **_TILE, rows=1, tiles=1),
     ahead_of_time(
         select_kernel,
+        _SELECT_WARPS,
         MODE=TOP_K.value,
         ROWS=0,
         SEGMENTS=1,
@@ -859,6 +863,7 @@ AHEAD_OF_TIME = [
     *(
         ahead_of_time(
             select_kernel,
+            _SELECT_WARPS,
             types=types,
             MODE=mode,
             **_rows(types),
