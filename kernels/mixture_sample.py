@@ -105,7 +105,7 @@ def mixture_sample(
 
 
 def _mode(settings: SampleSettings) -> int:
-    if any(rows is not None for rows in settings.tensors()):
+    if any(isinstance(value, Tensor) for value in settings):
         return ANY.value
     temperature, top_k, top_p, min_p = settings
     if temperature < COLDEST:
@@ -130,7 +130,7 @@ class _Draw:
         self.scratch = scratch
         self.rows, self.tiles = scratch.rows, scratch.tiles
         self.mode = _mode(settings)
-        of_rows = sum(1 << bit for bit, rows in enumerate(settings.tensors()) if rows is not None)
+        of_rows = sum(1 << bit for bit, value in enumerate(settings) if isinstance(value, Tensor))
         self.asked = {"MODE": self.mode, "ROWS": of_rows}
         self.is_vote = scratch.combine == VOTE.value
         self.keys = seeds.contiguous(), positions.contiguous()

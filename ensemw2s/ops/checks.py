@@ -9,7 +9,7 @@ import math
 import reprlib
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -69,17 +69,24 @@ def expert_list(logits: Tensor | Sequence[Tensor], name: str = "logits") -> list
     _check_vocabulary(first, name)
     shape, device, dtype = first.shape, first.device, first.dtype
     for index, expert in enumerate(experts):
-        check_tensor(expert, name, index)
-        if expert.shape != shape:
-            raise ValueError(
-                f"{name}[{index}] has shape {tuple(expert.shape)}, {name}[0] has {tuple(first.shape)}; all experts "
-                "need the same shape and vocabulary"
-            )
-        if expert.device != device:
-            raise ValueError(f"{name}[{index}] is on {expert.device}, {name}[0] on {device}")
-        if expert.dtype != dtype:
-            raise TypeError(f"{name}[{index}] is {expert.dtype}, {name}[0] is {dtype}")
+        # One look at what is right: a call to the ops costs as much as it looks.
+        is_dense = isinstance(expert, Tensor) and expert.layout is torch.strided and not expert.is_nested
+        if not (is_dense and expert.shape == shape and expert.device == device and expert.dtype is dtype):
+            _refuse_expert(expert, index, first, name)
     return [with_last_stride_one(expert) for expert in experts]
+
+
+def _refuse_expert(expert: Any, index: int, first: Tensor, name: str) -> NoReturn:
+    """Say what is wrong with an expert that is unlike the first one."""
+    check_tensor(expert, name, index)
+    if expert.shape != first.shape:
+        raise ValueError(
+            f"{name}[{index}] has shape {tuple(expert.shape)}, {name}[0] has {tuple(first.shape)}; all experts "
+            "need the same shape and vocabulary"
+        )
+    if expert.device != first.device:
+        raise ValueError(f"{name}[{index}] is on {expert.device}, {name}[0] on {first.device}")
+    raise TypeError(f"{name}[{index}] is {expert.dtype}, {name}[0] is {first.dtype}")
 
 
 def without_gradient(tensor: Tensor) -> Tensor:
@@ -154,7 +161,9 @@ def expert_weights(
         expected = f"({num_experts},), one per expert" + (f", or {of_rows}, those of each row" if per_row else "")
         raise ValueError(f"weights must have shape {expected}, got {shape}")
     check_same_device(weights, like, "weights")
-    return _in_range(weights, dtype).to(dtype).contiguous()
+    if weights.dtype != dtype:
+        weights = _in_range(weights, dtype).to(dtype)
+    return weights.contiguous()
 
 
 def _numbers(values: Any, name: str) -> list[float]:

@@ -118,7 +118,7 @@ def mixture_sample(
         check_weight_values(weights)
         settings.check_values()
         return reference(experts, weights, settings, seeds, positions, combine, count)
-    inputs = (experts, weights, *settings.numbers(), *settings.tensors(), seeds, positions, code, count)
+    inputs = (experts, weights, *settings.arguments(), seeds, positions, code, count)
     return MixtureSample(*backend.run("mixture_sample", chosen, *inputs))
 
 

@@ -55,16 +55,12 @@ class SampleSettings(NamedTuple):
     top_p: float | Tensor
     min_p: float | Tensor
 
-    def numbers(self) -> tuple[float, ...]:
-        """The four numbers, as compiled ops take them; where there is a tensor, the setting that is off."""
-        return tuple(
-            kind.default if isinstance(value, Tensor) else value
-            for value, kind in zip(self, _KINDS.values(), strict=True)
-        )
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The four tensors, None where one number serves all rows."""
-        return tuple(value if isinstance(value, Tensor) else None for value in self)
+    def arguments(self) -> tuple[Any, ...]:
+        """As compiled ops take them: four numbers, off where there is a tensor, and four tensors or None."""
+        if not any(isinstance(value, Tensor) for value in self):
+            return (*self, None, None, None, None)
+        numbers = [_KINDS[name].default if isinstance(x, Tensor) else x for name, x in self._asdict().items()]
+        return (*numbers, *(x if isinstance(x, Tensor) else None for x in self))
 
     def check_values(self) -> None:
         """Refuse tensors with a value out of its range; on CPU only, since elsewhere it would synchronise."""

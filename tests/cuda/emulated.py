@@ -63,11 +63,11 @@ class _Settings(ctypes.Structure):
 
 
 def _settings(settings: SampleSettings, seeds: Tensor, positions: Tensor) -> _Settings:
-    tensors = settings.tensors()
+    numbers, tensors = settings.arguments()[:4], settings.arguments()[4:]
     rows = [x.data_ptr() if x is not None else None for x in tensors]
     wide = [x is not None and x.element_size() == 8 for x in tensors]
     keys = (_pointer(seeds), _pointer(positions))
-    return _Settings(*settings.numbers(), (ctypes.c_void_p * 4)(*rows), (ctypes.c_bool * 4)(*wide), *keys)
+    return _Settings(*numbers, (ctypes.c_void_p * 4)(*rows), (ctypes.c_bool * 4)(*wide), *keys)
 
 
 class EmulatedKernels:

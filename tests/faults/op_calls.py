@@ -349,16 +349,16 @@ def any_settings(random: Random, rows: int) -> tuple[dict[str, Any], Asked]:
             given[name] = values[random.integers(len(values))]
             asked[name] = np.full((rows, 1), given[name])
         else:
-            given[name] = tensor_of_rows(random, [values[i] for i in random.integers(len(values), size=rows)])
+            given[name] = tensor_of_rows(random, name, [values[i] for i in random.integers(len(values), size=rows)])
             asked[name] = given[name].numpy()[:, None]
         asked[name] = asked[name].astype(np.int64 if name == "top_k" else np.float64)
     return given, asked
 
 
-def tensor_of_rows(random: Random, values: list[Any]) -> Tensor:
+def tensor_of_rows(random: Random, name: str, values: list[Any]) -> Tensor:
     """The values in a dtype that a setting may have; a narrow one holds no more than it can."""
     is_narrow = random.random() < 0.5
-    if all(isinstance(x, int) for x in values):
+    if name == "top_k":
         tensor = torch.tensor([min(x, 2**31 - 1) for x in values] if is_narrow else values, dtype=torch.int64)
         return in_some_layout(random, tensor.int() if is_narrow else tensor)
     wide = torch.tensor(values, dtype=torch.float64)
