@@ -68,8 +68,8 @@ struct Dense {
   }
 };
 
-// A setting of mixture_sample: a number, or a tensor [rows] of a narrow or a wide dtype, of which this owns the
-// elements in order.
+// A setting of mixture_sample: a number, or a tensor [rows] of a narrow or a wide dtype, of which this owns
+// the elements in order.
 template <class Narrow, class Wide, ScalarType kNarrow, ScalarType kWide>
 class SettingOfTensor {
  public:
@@ -141,10 +141,8 @@ class MixtureOfTensors {
     const int64_t rows = first.numel() / vocabulary, experts = int64_t(rows_.size());
     const bool per_row = weights.dim() > 1;
     read_weights(weights, per_row ? rows : 1, per_row);
-    mixture_ = {rows_.data(),    experts,
-                rows,            vocabulary,
-                weights_.data(), per_row ? experts : 0,
-                Combine(combine), dtype_of(first)};
+    mixture_ = {rows_.data(),          experts,          rows,           vocabulary, weights_.data(),
+                per_row ? experts : 0, Combine(combine), dtype_of(first)};
   }
   MixtureOfTensors(const MixtureOfTensors&) = delete;
   MixtureOfTensors& operator=(const MixtureOfTensors&) = delete;

@@ -178,8 +178,7 @@ ENSEMW2S_DEVICE void scan_noise(const DeviceMixture& mixture, const SampleSettin
   if (!races_all(asked)) return;
   uint32_t least = ~0u;
   for (int i = 0; i < kGroup; i += 4) {  // kVector neighbours are a multiple of four
-    const PhiloxWords block =
-        philox_words(asked.seed, asked.position, uint32_t(token_of<T>(group, i)) / 4);
+    const PhiloxWords block = philox_words(asked.seed, asked.position, uint32_t(token_of<T>(group, i)) / 4);
     for (const uint32_t word : block.word) least = word < least ? word : least;
   }
   results.least_words[row * shape_of(mixture).groups + group] = least;

@@ -315,8 +315,7 @@ struct RowSampler {
   ENSEMW2S_DEVICE float floor_of(int64_t count) const {
     if (count > groups) return -kInfinity;
     return from_ascending_bits(select_key(
-        groups, uint64_t(count), [&](int g) { return ascending_bits(lower[g]); },
-        [](int) { return 1; }));
+        groups, uint64_t(count), [&](int g) { return ascending_bits(lower[g]); }, [](int) { return 1; }));
   }
 
   ENSEMW2S_DEVICE float largest_candidate() const {
@@ -355,8 +354,7 @@ struct RowSampler {
     Likely next{0, -1};
     for (int i = thread_index(); i < shared.count; i += kRowThreads) {
       const Likely other{candidate_log_prob(i), candidate(i)};
-      if (other.log_prob > -kInfinity &&
-          is_likelier(last.log_prob, last.token, other.log_prob, other.token))
+      if (other.log_prob > -kInfinity && is_likelier(last.log_prob, last.token, other.log_prob, other.token))
         next = likelier(next, other);
     }
     return reduce_block<kRowThreads>(next, likelier);

@@ -66,9 +66,9 @@ extern "C" const char* emulated_log_probs(uint64_t order, const void* const* log
                                           int combine, int dtype, float* log_probs) {
   emulation::set_seed(order);
   ScratchMemory scratch;
-  return mixture_log_probs(mixture_of(logits, row_strides, num_experts, rows, vocabulary, weights,
-                                      weight_stride, combine, dtype),
-                           log_probs, [&](int64_t bytes) { return scratch.allocate(bytes); }, nullptr);
+  return mixture_log_probs(
+      mixture_of(logits, row_strides, num_experts, rows, vocabulary, weights, weight_stride, combine, dtype),
+      log_probs, [&](int64_t bytes) { return scratch.allocate(bytes); }, nullptr);
 }
 
 extern "C" const char* emulated_sample(uint64_t order, const void* const* logits, const int64_t* row_strides,

@@ -9,8 +9,8 @@ extern "C" const char* emulated_log_probs(uint64_t order, const void* const* log
                                           int vocabulary, const float* weights, int64_t weight_stride,
                                           int combine, int dtype, float* log_probs);
 
-// Of the four settings, temperature, top_k, top_p and min_p: a number for all rows where `rows` has null, else
-// one for each row, in 64 bits where `wide` says so.
+// Of the four settings, temperature, top_k, top_p and min_p: a number for all rows where `rows` has null,
+// else one for each row, in 64 bits where `wide` says so.
 struct EmulatedSettings {
   double temperature;
   int64_t top_k;

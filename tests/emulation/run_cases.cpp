@@ -68,8 +68,9 @@ const char* run_case(const Header& h, std::istream& cases, std::ostream& results
   Array top_tokens(h.rows * h.top_count * 8), top_log_probs(h.rows * h.top_count * 4);
   Array temperature = filled(h.rows, h.temperature), top_k = filled(h.rows, h.top_k),
         top_p = filled(h.rows, h.top_p), min_p = filled(h.rows, h.min_p);
-  EmulatedSettings settings{h.temperature, h.top_k, h.top_p, h.min_p, {}, {true, true, true, true},
-                            seeds.as<int64_t>(), positions.as<int64_t>()};
+  EmulatedSettings settings{
+      h.temperature,          h.top_k, h.top_p, h.min_p, {}, {true, true, true, true}, seeds.as<int64_t>(),
+      positions.as<int64_t>()};
   Array* of_rows[] = {&temperature, &top_k, &top_p, &min_p};
   for (int i = 0; i < 4 && h.order % 2; ++i) settings.rows[i] = of_rows[i]->as<void>();
   const char* error = emulated_sample(
