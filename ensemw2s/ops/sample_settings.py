@@ -101,9 +101,10 @@ def _count(value: Any, logits: Tensor) -> int | Tensor:
         return _of_rows(value, "top_k", logits)
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise TypeError(f"top_k must be an int or a tensor of them, got {type(value).__name__}")
-    if not 0 <= value <= _LARGEST_INTEGER:
-        raise ValueError(f"top_k={shown(value)} must be {_KINDS['top_k'].expected}")
-    return int(value)
+    count = int(value)
+    if not 0 <= count <= _LARGEST_INTEGER:
+        raise ValueError(f"top_k={shown(count)} must be {_KINDS['top_k'].expected}")
+    return count
 
 
 def _of_rows(value: Tensor, name: str, logits: Tensor) -> Tensor:
@@ -122,8 +123,8 @@ def check_top_logprobs(top_logprobs: Any, vocabulary: int) -> int:
     """The number of likeliest tokens that are asked for, if kernels can find so many."""
     if type(top_logprobs) is not int and (isinstance(top_logprobs, bool) or not isinstance(top_logprobs, Integral)):
         raise TypeError(f"top_logprobs must be an int, got {type(top_logprobs).__name__}")
-    most = min(MOST_TOP_LOGPROBS, vocabulary)
-    if not 0 <= top_logprobs <= most:
+    count, most = int(top_logprobs), min(MOST_TOP_LOGPROBS, vocabulary)
+    if not 0 <= count <= most:
         of_tokens = "" if most == MOST_TOP_LOGPROBS else f", the size of the vocabulary (at most {MOST_TOP_LOGPROBS})"
-        raise ValueError(f"top_logprobs={shown(top_logprobs)} must be between 0 (off) and {most}{of_tokens}")
-    return int(top_logprobs)
+        raise ValueError(f"top_logprobs={shown(count)} must be between 0 (off) and {most}{of_tokens}")
+    return count
