@@ -11,25 +11,47 @@ Tensor mixture_log_probs_cpu(std::vector<Tensor> logits, Tensor weights, int64_t
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_sample_cpu(std::vector<Tensor> logits, Tensor weights,
-                                                              double temperature, int64_t top_k, double top_p,
-                                                              double min_p, Tensor seeds, Tensor positions,
-                                                              int64_t combine) {
+namespace {
+
+// Refuses a row's setting that is out of its range. A number for all rows was looked at in Python.
+template <class Narrow, class Wide, class InRange>
+void check_rows(const Setting<Narrow, Wide>& setting, int64_t rows, const char* name, const char* expected,
+                const InRange& in_range) {
+  for (int64_t i = 0; setting.rows && i < rows; ++i)
+    ENSEMW2S_CHECK(in_range(setting.of(i)), name, " must be ", expected, ", got ", setting.of(i), " in row ",
+                   i);
+}
+
+void check_settings(const SampleSettings& settings, int64_t rows) {
+  check_rows(settings.temperature, rows, "temperature", "finite and at least 0 (0 is greedy)",
+             [](double value) { return value >= 0 && std::isfinite(value); });
+  check_rows(settings.top_k, rows, "top_k", "at least 0 (0 is off) and below 2**63",
+             [](int64_t value) { return value >= 0; });
+  check_rows(settings.top_p, rows, "top_p", "in (0, 1] (1 is off)",
+             [](double value) { return value > 0 && value <= 1; });
+  check_rows(settings.min_p, rows, "min_p", "in [0, 1] (0 is off)",
+             [](double value) { return value >= 0 && value <= 1; });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixture_sample_cpu(
+    std::vector<Tensor> logits, Tensor weights, double temperature, int64_t top_k, double top_p, double min_p,
+    std::optional<Tensor> temperatures, std::optional<Tensor> top_ks, std::optional<Tensor> top_ps,
+    std::optional<Tensor> min_ps, Tensor seeds, Tensor positions, int64_t combine, int64_t top_logprobs) {
   const MixtureOfTensors mixture(logits, weights, combine);
-  const int64_t experts = int64_t(logits.size()), rows = (*mixture).rows;
   ENSEMW2S_CHECK(logits[0].dim() == 2, "logits must be T tensors [B, V]");
+  const int64_t rows = (*mixture).rows;
+  const RealSetting temperature_of(temperature, temperatures, rows, "temperature");
+  const CountSetting top_k_of(top_k, top_ks, rows, "top_k");
+  const RealSetting top_p_of(top_p, top_ps, rows, "top_p"), min_p_of(min_p, min_ps, rows, "min_p");
   const Dense<int64_t> dense_seeds(seeds, rows, "seeds"), dense_positions(positions, rows, "positions");
-  const SampleSettings settings{temperature, top_k, top_p, min_p, dense_seeds.data, dense_positions.data};
-  Tensor tokens = new_tensor(logits[0], {rows}, ScalarType::Long);
-  Tensor log_probs = new_tensor(logits[0], {rows}, ScalarType::Float);
-  Tensor expert_log_probs = new_tensor(logits[0], {experts, rows}, ScalarType::Float);
-  Tensor valid = new_tensor(logits[0], {rows}, ScalarType::Bool);
-  mixture_sample(
-      *mixture, settings,
-      {static_cast<int64_t*>(tokens.mutable_data_ptr()), static_cast<float*>(log_probs.mutable_data_ptr()),
-       static_cast<float*>(expert_log_probs.mutable_data_ptr()),
-       static_cast<bool*>(valid.mutable_data_ptr())});
-  return {tokens, log_probs, expert_log_probs, valid};
+  const SampleSettings settings{*temperature_of, *top_k_of,        *top_p_of,
+                                *min_p_of,       dense_seeds.data, dense_positions.data};
+  check_settings(settings, rows);
+  const NewSample sample(logits[0], int64_t(logits.size()), top_logprobs);
+  mixture_sample(*mixture, settings, sample.pointers());
+  return sample.tensors();
 }
 
 }  // namespace ensemw2s

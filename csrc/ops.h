@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -13,10 +14,11 @@ using torch::stable::Tensor;
 
 Tensor mixture_log_probs_cpu(std::vector<Tensor> logits, Tensor weights, int64_t combine);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_sample_cpu(std::vector<Tensor> logits, Tensor weights,
-                                                              double temperature, int64_t top_k, double top_p,
-                                                              double min_p, Tensor seeds, Tensor positions,
-                                                              int64_t combine);
+// A tensor of rows' settings takes the place of the number before it that bears its name.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixture_sample_cpu(
+    std::vector<Tensor> logits, Tensor weights, double temperature, int64_t top_k, double top_p, double min_p,
+    std::optional<Tensor> temperatures, std::optional<Tensor> top_ks, std::optional<Tensor> top_ps,
+    std::optional<Tensor> min_ps, Tensor seeds, Tensor positions, int64_t combine, int64_t top_logprobs);
 
 std::tuple<Tensor, Tensor, Tensor> token_scores_cpu(Tensor logits, Tensor labels);
 std::tuple<Tensor, Tensor, Tensor> mixture_scores_cpu(std::vector<Tensor> logits, Tensor weights,

@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <optional>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -66,6 +68,63 @@ struct Dense {
   }
 };
 
+// A setting of mixture_sample: a number, or a tensor [rows] of a narrow or a wide dtype, of which this owns
+// the elements in order.
+template <class Narrow, class Wide, ScalarType kNarrow, ScalarType kWide>
+class SettingOfTensor {
+ public:
+  SettingOfTensor(Wide number, const std::optional<Tensor>& rows, int64_t count, const char* name)
+      : setting_{number} {
+    if (!rows) return;
+    const ScalarType dtype = rows->scalar_type();
+    ENSEMW2S_CHECK(rows->dim() == 1 && rows->size(0) == count && (dtype == kNarrow || dtype == kWide), name,
+                   " must be one value for all rows, or ", count, " of them in a tensor of the right dtype");
+    tensor_ = torch::stable::contiguous(*rows);
+    setting_.is_wide = dtype == kWide;
+    // Without rows the tensor may have no memory, but it is no number all the same.
+    if (count > 0) setting_.rows = tensor_->const_data_ptr();
+  }
+
+  const Setting<Narrow, Wide>& operator*() const { return setting_; }
+
+ private:
+  std::optional<Tensor> tensor_;
+  Setting<Narrow, Wide> setting_;
+};
+
+using RealSetting = SettingOfTensor<float, double, ScalarType::Float, ScalarType::Double>;
+using CountSetting = SettingOfTensor<int32_t, int64_t, ScalarType::Int, ScalarType::Long>;
+
+// What mixture_sample returns.
+class NewSample {
+ public:
+  NewSample(const Tensor& logits, int64_t experts, int64_t top_count)
+      : top_count_(top_count),
+        tokens_(new_tensor(logits, {logits.size(0)}, ScalarType::Long)),
+        log_probs_(new_tensor(logits, {logits.size(0)}, ScalarType::Float)),
+        expert_log_probs_(new_tensor(logits, {experts, logits.size(0)}, ScalarType::Float)),
+        valid_(new_tensor(logits, {logits.size(0)}, ScalarType::Bool)),
+        top_tokens_(new_tensor(logits, {logits.size(0), top_count}, ScalarType::Long)),
+        top_log_probs_(new_tensor(logits, {logits.size(0), top_count}, ScalarType::Float)) {}
+
+  SampleOutputs pointers() const {
+    return {static_cast<int64_t*>(tokens_.mutable_data_ptr()),
+            static_cast<float*>(log_probs_.mutable_data_ptr()),
+            static_cast<float*>(expert_log_probs_.mutable_data_ptr()),
+            static_cast<bool*>(valid_.mutable_data_ptr()),
+            static_cast<int64_t*>(top_tokens_.mutable_data_ptr()),
+            static_cast<float*>(top_log_probs_.mutable_data_ptr()),
+            top_count_};
+  }
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tensors() const {
+    return {tokens_, log_probs_, expert_log_probs_, valid_, top_tokens_, top_log_probs_};
+  }
+
+ private:
+  int64_t top_count_;
+  Tensor tokens_, log_probs_, expert_log_probs_, valid_, top_tokens_, top_log_probs_;
+};
+
 // Owns what a Mixture points to.
 class MixtureOfTensors {
  public:
@@ -79,10 +138,11 @@ class MixtureOfTensors {
     ENSEMW2S_CHECK(combine >= 0 && combine <= 2, "combine must be 0, 1 or 2, got ", combine);
     const int64_t vocabulary = first.size(first.dim() - 1);
     ENSEMW2S_CHECK(vocabulary >= 1, "the logits' vocabulary is empty");
-    read_weights(weights);
-    mixture_ = {rows_.data(),   int64_t(rows_.size()), first.numel() / vocabulary,
-                vocabulary,     weights_.data(),       Combine(combine),
-                dtype_of(first)};
+    const int64_t rows = first.numel() / vocabulary, experts = int64_t(rows_.size());
+    const bool per_row = weights.dim() > 1;
+    read_weights(weights, per_row ? rows : 1, per_row);
+    mixture_ = {rows_.data(),          experts,          rows,           vocabulary, weights_.data(),
+                per_row ? experts : 0, Combine(combine), dtype_of(first)};
   }
   MixtureOfTensors(const MixtureOfTensors&) = delete;
   MixtureOfTensors& operator=(const MixtureOfTensors&) = delete;
@@ -97,19 +157,26 @@ class MixtureOfTensors {
     return true;
   }
 
-  void read_weights(const Tensor& weights) {
-    const Dense<float> dense(weights, int64_t(rows_.size()), "weights");
-    const float* values = dense.data;
-    double total = 0;
-    for (size_t t = 0; t < rows_.size(); ++t) {
-      ENSEMW2S_CHECK(std::isfinite(values[t]) && values[t] >= 0,
-                     "weights must be finite, non-negative and not all zero, got weights[", t,
-                     "] = ", values[t]);
-      weights_.push_back(values[t]);
-      total += values[t];
+  // Shares of the weight; all 0 in a row without any.
+  void read_weights(const Tensor& weights, int64_t rows, bool per_row) {
+    const int64_t experts = int64_t(rows_.size());
+    const Dense<float> dense(weights, rows * experts, "weights");
+    weights_.resize(rows * experts);
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* given = dense.data + i * experts;
+      double total = 0;
+      for (int64_t t = 0; t < experts; ++t) {
+        const bool is_good = std::isfinite(given[t]) && given[t] >= 0;
+        ENSEMW2S_CHECK(is_good || !per_row, "weights must be finite and non-negative, got ", given[t],
+                       " in row ", i);
+        ENSEMW2S_CHECK(is_good, "weights must be finite, non-negative and not all zero, got weights[", t,
+                       "] = ", given[t]);
+        total += given[t];
+      }
+      ENSEMW2S_CHECK(per_row || total > 0,
+                     "weights must be finite, non-negative and not all zero, got a sum of ", total);
+      for (int64_t t = 0; t < experts; ++t) weights_[i * experts + t] = total > 0 ? given[t] / total : 0;
     }
-    ENSEMW2S_CHECK(total > 0, "weights must be finite, non-negative and not all zero, got a sum of ", total);
-    for (double& weight : weights_) weight /= total;
   }
 
   std::vector<Rows> rows_;

@@ -30,18 +30,27 @@ MASKED = tl.constexpr(-100)
 
 # Types by which the mixture kernels can be compiled without a GPU; whatever is not named is float32 scratch.
 _TYPES = {
-    **dict.fromkeys(("inner", "rows", "vocabulary", "tiles", "top_k", "capacity", "segments"), "i32"),
-    **dict.fromkeys(("temperature", "top_p", "log_min_p"), "fp32"),
-    **dict.fromkeys(("labels", "seeds", "positions", "out_tokens"), "*i64"),
+    **dict.fromkeys(("inner", "rows", "vocabulary", "tiles", "capacity", "segments", "weight_step"), "i32"),
+    **dict.fromkeys(("top_k", "top_count"), "i32"),
+    **dict.fromkeys(("temperature", "top_p", "min_p"), "fp32"),
+    **dict.fromkeys(("labels", "seeds", "positions", "out_tokens", "out_top_tokens"), "*i64"),
     **dict.fromkeys(("tile_first", "counts", "ids", "token"), "*i32"),
     **dict.fromkeys(("valid", "out_valid", "out_correct"), "*i1"),
 }
 
 
-def ahead_of_time(kernel: Any, num_warps: int = WARPS, dtype: str = "bf16", **constexprs: Any) -> tuple[Any, ...]:
+def ahead_of_time(
+    kernel: Any, num_warps: int = WARPS, dtype: str = "bf16", types: dict[str, str] | None = None, **constexprs: Any
+) -> tuple[Any, ...]:
     """(kernel, signature, constexprs, num_warps) of a kernel whose arguments bear this file's names."""
     experts = constexprs.get("T", 1)
-    types = {**_TYPES, "logits": (f"*{dtype}",) * experts, "outer": ("i64",) * experts, "step": ("i64",) * experts}
+    types = {
+        **_TYPES,
+        **(types or {}),
+        "logits": (f"*{dtype}",) * experts,
+        "outer": ("i64",) * experts,
+        "step": ("i64",) * experts,
+    }
     signature = {n: "constexpr" if n in constexprs else types.get(n, "*fp32") for n in kernel.arg_names}
     return kernel, signature, constexprs, num_warps
 
@@ -91,7 +100,7 @@ class Scan(NamedTuple):
 
     Attributes:
         rows: The experts' rows.
-        weights: float32 ``[T]``.
+        weights: float32 ``[T]``, or ``[..., T]`` of each row.
         combine: Position in ``COMBINES``.
         tiles: Tiles per row.
         tile_max: float32 ``[S, rows, tiles]``, the largest logit, at least float32's lowest. The product's scores are
@@ -124,19 +133,24 @@ class Scan(NamedTuple):
         return self.rows.tensors, self.rows.outer, self.rows.step, self.rows.inner
 
     @property
-    def partials(self) -> tuple[Tensor, ...]:
+    def partials(self) -> tuple[Any, ...]:
         """Kernel arguments of ``merge_tiles``."""
-        return self.weights, self.tile_max, self.tile_sum, self.top, self.log_sum, self.shift
+        return *_with_step(self.weights), self.tile_max, self.tile_sum, self.top, self.log_sum, self.shift
 
     @property
-    def normalisers(self) -> tuple[Tensor, ...]:
+    def normalisers(self) -> tuple[Any, ...]:
         """Kernel arguments of ``log_prob``."""
-        return self.weights, self.top, self.log_sum, self.shift
+        return *_with_step(self.weights), self.top, self.log_sum, self.shift
+
+
+def _with_step(weights: Tensor) -> tuple[Tensor, int]:
+    """Contiguous weights and what leads from those of a row to the next row's: 0 if all rows share them."""
+    return weights, weights.shape[-1] if weights.dim() > 1 else 0
 
 
 def scan(logits: Sequence[Tensor], weights: Tensor, combine: int, labels: Tensor | None = None) -> Scan:
-    """Read the logits once. Rows whose label (int64 ``[rows]``) is masked are not read."""
-    rows = rows_of(logits)
+    """Read the logits once, but not experts of weight 0, nor rows whose label (int64 ``[rows]``) is masked."""
+    rows, weights = rows_of(logits), weights.contiguous()
     tiles = triton.cdiv(rows.vocabulary, TILE)
     experts = len(logits)
     is_product, is_vote = combine == LOGPROB.value, combine == VOTE.value
@@ -155,7 +169,7 @@ def scan(logits: Sequence[Tensor], weights: Tensor, combine: int, labels: Tensor
     )
     scan_kernel[(rows.count * tiles,)](
         *out.experts,
-        weights,
+        *_with_step(weights),
         weights if labels is None else labels,
         out.tile_max,
         out.tile_sum,
@@ -230,12 +244,14 @@ def scan_groups(z, slot, row, tile, group_max, rows, tiles, TILE: tl.constexpr, 
 
 @triton.jit
 def scan_kernel(
-    logits, outer, step, inner, weights, labels, tile_max, tile_sum, tile_first, group_max, rows, vocabulary, tiles,
+    logits, outer, step, inner, weights, weight_step, labels, tile_max, tile_sum, tile_first, group_max,
+    rows, vocabulary, tiles,
     T: tl.constexpr, COMBINE: tl.constexpr, HAS_LABELS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of one row, all experts. Grid: rows * tiles."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
+    weights += row * weight_step
     tokens = tile * TILE + tl.arange(0, TILE)
     end = vocabulary
     if HAS_LABELS:
@@ -246,7 +262,8 @@ def scan_kernel(
         product = tl.zeros((TILE,), tl.float32)
     for t in tl.static_range(T):
         start = logits[t] + row_offset(row, outer[t], step[t], inner)
-        z = tl.load(start + tokens, mask=inside, other=-float("inf")).to(tl.float32)
+        is_read = tl.where(tl.load(weights + t) != 0, inside, False)
+        z = tl.load(start + tokens, mask=is_read, other=-float("inf")).to(tl.float32)
         top = scan_tile(z, t, row, tile, tile_max, tile_sum, rows, tiles)
         if COMBINE == LOGPROB:
             share = tl.load(weights + t) / largest / total
@@ -305,8 +322,9 @@ def product_score(tokens, inside, row, logits, outer, step, inner, weights, top,
     product = tl.zeros_like(tokens).to(tl.float32)
     for t in tl.static_range(T):
         start = logits[t] + row_offset(row, outer[t], step[t], inner)
-        z = tl.load(start + tokens, mask=inside, other=-float("inf")).to(tl.float32)
         share = tl.load(weights + t) / largest / total
+        is_read = tl.where(share > 0, inside, False)
+        z = tl.load(start + tokens, mask=is_read, other=-float("inf")).to(tl.float32)
         product += tl.where(share > 0, product_term(share, z, tl.load(top + t * rows + row)), 0.0)
     return tl.where(inside, product, -float("inf"))
 
@@ -352,8 +370,9 @@ def log_prob(
     total = tl.zeros_like(largest)
     for t in tl.static_range(T):
         start = logits[t] + row_offset(row, outer[t], step[t], inner)
-        z = tl.load(start + tokens, mask=inside, other=-float("inf")).to(tl.float32)
         row_shift = tl.load(shift + t * rows + row)
+        is_read = tl.where(row_shift > -float("inf"), inside, False)
+        z = tl.load(start + tokens, mask=is_read, other=-float("inf")).to(tl.float32)
         x = (z - tl.load(top + t * rows + row)) + row_shift
         largest, total = add_term(tl.where(row_shift > -float("inf"), x, -float("inf")), largest, total)
     return tl.where(total > 0, tl.log(total) + largest, -float("inf"))

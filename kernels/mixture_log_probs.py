@@ -46,12 +46,13 @@ def mixture_log_probs(logits: list[Tensor], weights: Tensor, combine: int) -> Te
 
 @triton.jit
 def merge_kernel(
-    logits, outer, step, inner, weights, tile_max, tile_sum, top, log_sum, shift, group_max, valid,
+    logits, outer, step, inner, weights, weight_step, tile_max, tile_sum, top, log_sum, shift, group_max, valid,
     rows, vocabulary, tiles,
     TILE: tl.constexpr, GROUP: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Normalisers and validity of one row. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
+    weights += row * weight_step
     merged = merge_tiles(row, weights, tile_max, tile_sum, top, log_sum, shift, rows, tiles, T, COMBINE, TILES)
     if COMBINE == LOGPROB:
         anchor_product(
@@ -63,11 +64,13 @@ def merge_kernel(
 
 @triton.jit
 def write_kernel(
-    logits, outer, step, inner, weights, top, log_sum, shift, tile_max, tile_first, valid, out, rows, vocabulary, tiles,
+    logits, outer, step, inner, weights, weight_step, top, log_sum, shift, tile_max, tile_first, valid, out,
+    rows, vocabulary, tiles,
     T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Log-probabilities of one tile of one row. Grid: rows * tiles."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
+    weights += row * weight_step
     tokens = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     inside = tokens < vocabulary
     if COMBINE == VOTE:

@@ -7,8 +7,6 @@ row finds the filters' edges among them by bisection over the bits of the log-pr
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -35,6 +33,7 @@ from ensemw2s.kernels.mixture import (
     votes_for,
 )
 from ensemw2s.ops.mixture_sample import COLDEST
+from ensemw2s.ops.sample_settings import SampleSettings
 
 # What a row's plan looks for.
 GREEDY = tl.constexpr(0)  # the likeliest token
@@ -42,19 +41,23 @@ RACE = tl.constexpr(1)  # the winner of the Gumbel race over all tokens
 TOP_K = tl.constexpr(2)  # candidates: the tokens that top-k may keep
 NUCLEUS = tl.constexpr(3)  # candidates: the tokens that top-p may keep
 MIN_P = tl.constexpr(4)  # candidates: the tokens that min-p may keep
+ANY = tl.constexpr(5)  # each row one of these
 
 # Below this temperature the likeliest token is looked for first, as for min-p: the others' distance to it is exact.
-_COLD = 1e-3
-# No noise makes up for this distance: it lies between -3.2 and 22.9.
-_FARTHEST = -30.0
+COLD = tl.constexpr(1e-3)
+GREEDILY_COLD = tl.constexpr(COLDEST)
+# No noise makes up for this distance, in temperatures: it lies between -3.2 and 22.9.
+FARTHEST = tl.constexpr(-30.0)
 # What float32 can hold of temperatures and of top-p, which no likeliest token falls short of.
-_HOTTEST, _LEAST_TOP_P = 3e38, 1e-37
+HOTTEST, LEAST_TOP_P = tl.constexpr(3e38), tl.constexpr(1e-37)
 # No Philox word gives more noise than this.
 LARGEST_GUMBEL = tl.constexpr(22.9)
 # Mass that may be left out of a total: far less than what moves the edge of top-p by rounding.
 NEGLIGIBLE = tl.constexpr(1e-6)
 # A plan is small, unless it races a tile: then alone in its row, with as many threads as help. Votes are a handful.
 _PLAN_WARPS, _RACING_PLAN_WARPS, _VOTE_WARPS = 4, 16, 2
+# With more of them ptxas keeps registers in memory.
+_SELECT_WARPS = 4
 # Candidates at a time: most draws have fewer.
 CHUNK = 512
 NO_TOKEN = tl.constexpr(2147483647)
@@ -68,63 +71,78 @@ def mixture_sample(
     top_k: int,
     top_p: float,
     min_p: float,
+    temperatures: Tensor | None,
+    top_ks: Tensor | None,
+    top_ps: Tensor | None,
+    min_ps: Tensor | None,
     seeds: Tensor,
     positions: Tensor,
     combine: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens int64 ``[B]``, log-probabilities float32 ``[B]`` and ``[T, B]``, valid bool ``[B]`` of T ``[B, V]``."""
+    top_logprobs: int,
+) -> tuple[Tensor, ...]:
+    """The six results of the op for T logits ``[B, V]``; a tensor ``[B]`` takes the place of the number of its name."""
     batch, device = logits[0].shape[0], weights.device
     outputs = (
         torch.empty(batch, dtype=torch.int64, device=device),
         torch.empty(batch, dtype=torch.float32, device=device),
         torch.empty((len(logits), batch), dtype=torch.float32, device=device),
         torch.empty(batch, dtype=torch.bool, device=device),
+        torch.empty((batch, top_logprobs), dtype=torch.int64, device=device),
+        torch.empty((batch, top_logprobs), dtype=torch.float32, device=device),
     )
-    if batch == 0:
-        return outputs
-    with torch.cuda.device_of(weights):
-        draw = _Draw(scan(logits, weights, combine), temperature, top_k, top_p, min_p, seeds, positions)
-        if combine != VOTE.value and draw.mode in (GREEDY.value, RACE.value):
-            draw.search(outputs)
-        else:
-            draw.select(outputs)
+    if batch:
+        settings = SampleSettings(
+            *(
+                number if rows is None else rows.contiguous()
+                for number, rows in zip(
+                    (temperature, top_k, top_p, min_p), (temperatures, top_ks, top_ps, min_ps), strict=True
+                )
+            )
+        )
+        with torch.cuda.device_of(weights):
+            _Draw(scan(logits, weights, combine), settings, seeds, positions, top_logprobs).run(outputs)
     return outputs
 
 
-def _mode(temperature: float, top_k: int, top_p: float, min_p: float) -> int:
+def _mode(settings: SampleSettings) -> int:
+    if any(isinstance(value, Tensor) for value in settings):
+        return ANY.value
+    temperature, top_k, top_p, min_p = settings
     if temperature < COLDEST:
         return GREEDY.value
     if top_k > 0:
         return TOP_K.value
     if top_p < 1:
         return NUCLEUS.value
-    return MIN_P.value if min_p > 0 or temperature < _COLD else RACE.value
+    return MIN_P.value if min_p > 0 or temperature < COLD.value else RACE.value
 
 
 def _plan_warps(mode: int) -> int:
-    return _RACING_PLAN_WARPS if mode == RACE.value else _PLAN_WARPS
+    return _RACING_PLAN_WARPS if mode in (RACE.value, ANY.value) else _PLAN_WARPS
 
 
 class _Draw:
     """One call's scratch and launches after the scan."""
 
     def __init__(
-        self,
-        scratch: Scan,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        min_p: float,
-        seeds: Tensor,
-        positions: Tensor,
+        self, scratch: Scan, settings: SampleSettings, seeds: Tensor, positions: Tensor, top_logprobs: int
     ) -> None:
         self.scratch = scratch
         self.rows, self.tiles = scratch.rows, scratch.tiles
-        self.mode = _mode(temperature, top_k, top_p, min_p)
+        self.mode = _mode(settings)
+        of_rows = sum(1 << bit for bit, value in enumerate(settings) if isinstance(value, Tensor))
+        self.asked = {"MODE": self.mode, "ROWS": of_rows}
+        self.is_vote = scratch.combine == VOTE.value
         self.keys = seeds.contiguous(), positions.contiguous()
-        self.temperature = min(max(temperature, COLDEST), _HOTTEST)
-        log_min_p = math.log(min_p) if min_p > 0 else _FARTHEST if self.mode == MIN_P.value else -math.inf
-        self.settings = min(top_k, self.rows.vocabulary), max(top_p, _LEAST_TOP_P), log_min_p
+        self.top_logprobs = top_logprobs
+        temperature, top_k, top_p, min_p = settings
+        # Numbers as float32 and int32 hold them; the kernels do the same to each row's.
+        self.settings = (
+            temperature if isinstance(temperature, Tensor) else min(temperature, HOTTEST.value),
+            top_k if isinstance(top_k, Tensor) else min(top_k, self.rows.vocabulary),
+            top_p if isinstance(top_p, Tensor) else max(top_p, LEAST_TOP_P.value),
+            min_p,
+        )
         self.shape = {
             "T": len(self.rows.tensors),
             "COMBINE": scratch.combine,
@@ -135,63 +153,145 @@ class _Draw:
         per_row = self.rows.count
         self.valid = self._empty(per_row, dtype=torch.bool)
         self.upper = self._empty(per_row, self.tiles * (TILE // GROUP))
-        self.anchor, self.floor = self._empty(per_row), self._empty(per_row)
+        self.anchor = self._empty(per_row)
+        # What the search, the filters' candidates and those for the likeliest tokens have to reach.
+        self.search_floor, self.filter_floor, self.top_floor = self.floors = self._empty(3, per_row)
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.scratch.weights.device)
+
+    def run(self, outputs: tuple[Tensor, ...]) -> None:
+        """Launch what the settings need."""
+        searches = not self.is_vote and self.mode in (GREEDY.value, RACE.value, ANY.value)
+        selects = self.is_vote or self.mode not in (GREEDY.value, RACE.value)
+        if selects or self.top_logprobs:
+            self._make_room()
+        if self.is_vote:
+            self._count_votes()
+        else:
+            self._plan()
+        if self.top_logprobs:
+            self._find_likeliest(*outputs[4:])
+        if searches:
+            self._search(outputs[:4])
+        if selects:
+            self._select(outputs[:4])
+
+    def _make_room(self) -> None:
+        """For candidates: a vote's are the voted tokens, those of a tile otherwise follow those of the tile before."""
+        self.capacity = self.shape["T"] if self.is_vote else self.rows.vocabulary
+        self.segments = 1 if self.is_vote else self.tiles
+        self.counts = self._empty(self.rows.count, self.segments, dtype=torch.int32)
+        self.ids = self._empty(self.rows.count, self.capacity, dtype=torch.int32)
+        self.log_probs = self._empty(self.rows.count, self.capacity)
 
     def _plan(self) -> None:
         scratch, rows = self.scratch, self.rows
         plan_kernel[(rows.count,)](
             *scratch.experts, *scratch.partials, scratch.group_max, *self.keys,
-            self.valid, self.upper, self.anchor, self.floor, self.temperature, *self.settings,
+            self.valid, self.upper, self.anchor, self.floors, *self.settings, self.top_logprobs,
             rows.count, rows.vocabulary, self.tiles,
-            MODE=self.mode, **self.groups, **self.shape | {"num_warps": _plan_warps(self.mode)},
+            **self.asked, **self.groups, **self.shape | {"num_warps": _plan_warps(self.mode)},
         )  # fmt: skip
 
-    def search(self, outputs: tuple[Tensor, ...]) -> None:
+    def _count_votes(self) -> None:
+        scratch, rows = self.scratch, self.rows
+        votes_kernel[(rows.count,)](
+            *scratch.partials, scratch.tile_first, self.valid, self.counts, self.ids, self.log_probs, *self.settings,
+            rows.count, rows.vocabulary, self.tiles, ROWS=self.asked["ROWS"],
+            EXPERTS=triton.next_power_of_2(self.shape["T"]), **self.shape | {"num_warps": _VOTE_WARPS},
+        )  # fmt: skip
+
+    def _collect(self, floor: Tensor) -> None:
+        """Write down the tokens that reach the floor of their row, in ascending order."""
+        scratch, rows = self.scratch, self.rows
+        for write in (False, True):
+            collect_kernel[(rows.count * self.tiles,)](
+                *scratch.experts, *scratch.normalisers, self.upper, floor, self.counts, self.ids, self.log_probs,
+                rows.count, rows.vocabulary, self.tiles, WRITE=write, TILE=TILE, GROUP=GROUP, **self.shape,
+            )  # fmt: skip
+
+    def _find_likeliest(self, top_tokens: Tensor, top_log_probs: Tensor) -> None:
+        if not self.is_vote:
+            self._collect(self.top_floor)
+        likeliest_kernel[(self.rows.count,)](
+            self.counts, self.ids, self.log_probs, self.valid, top_tokens, top_log_probs, self.top_logprobs,
+            self.capacity, self.segments, SEGMENTS=triton.next_power_of_2(self.segments), CHUNK=CHUNK,
+            num_warps=_PLAN_WARPS,
+        )  # fmt: skip
+
+    def _search(self, outputs: tuple[Tensor, ...]) -> None:
         """Greedy and plain sampling: every tile's best token, then the best of them."""
-        self._plan()
         scratch, rows = self.scratch, self.rows
         score = self._empty(rows.count, self.tiles)
         token = self._empty(rows.count, self.tiles, dtype=torch.int32)
         search_kernel[(rows.count * self.tiles,)](
-            *scratch.experts, *scratch.normalisers, *self.keys, self.upper, self.anchor, self.floor,
-            self.temperature, score, token, rows.count, rows.vocabulary, self.tiles,
-            MODE=self.mode, T=self.shape["T"], COMBINE=scratch.combine, TILE=TILE, GROUP=GROUP, num_warps=WARPS,
+            *scratch.experts, *scratch.normalisers, *self.keys, self.upper, self.anchor, self.search_floor,
+            *self.settings, score, token, rows.count, rows.vocabulary, self.tiles,
+            **self.asked, T=self.shape["T"], COMBINE=scratch.combine, TILE=TILE, GROUP=GROUP, num_warps=WARPS,
         )  # fmt: skip
         finish_kernel[(rows.count,)](
             *scratch.experts, *scratch.normalisers, score, token, self.valid, self.upper, *outputs,
-            rows.count, rows.vocabulary, self.tiles, **self.groups, **self.shape,
+            *self.settings, rows.count, rows.vocabulary, self.tiles, **self.asked, **self.groups, **self.shape,
         )  # fmt: skip
 
-    def select(self, outputs: tuple[Tensor, ...]) -> None:
-        """Filters and votes: the candidates in ascending order, then the draw among them."""
+    def _select(self, outputs: tuple[Tensor, ...]) -> None:
+        """Filters and votes: the draw among the candidates."""
+        if not self.is_vote:
+            self._collect(self.filter_floor)
         scratch, rows = self.scratch, self.rows
-        is_vote = scratch.combine == VOTE.value
-        capacity = self.shape["T"] if is_vote else rows.vocabulary
-        segments = 1 if is_vote else self.tiles
-        counts = self._empty(rows.count, segments, dtype=torch.int32)
-        ids = self._empty(rows.count, capacity, dtype=torch.int32)
-        log_probs = self._empty(rows.count, capacity)
-        if is_vote:
-            votes_kernel[(rows.count,)](
-                *scratch.partials, scratch.tile_first, self.valid, counts, ids, log_probs, rows.count, self.tiles,
-                EXPERTS=triton.next_power_of_2(self.shape["T"]), **self.shape | {"num_warps": _VOTE_WARPS},
-            )  # fmt: skip
-        else:
-            self._plan()
-            for write in (False, True):
-                collect_kernel[(rows.count * self.tiles,)](
-                    *scratch.experts, *scratch.normalisers, self.upper, self.floor, counts, ids, log_probs,
-                    rows.count, rows.vocabulary, self.tiles, WRITE=write, TILE=TILE, GROUP=GROUP, **self.shape,
-                )  # fmt: skip
         select_kernel[(rows.count,)](
             *scratch.experts, *scratch.normalisers, scratch.tile_max, scratch.tile_first, *self.keys,
-            counts, ids, log_probs, self.valid, self.upper, *outputs, self.temperature, *self.settings,
-            rows.count, rows.vocabulary, self.tiles, capacity, segments,
-            MODE=self.mode, SEGMENTS=triton.next_power_of_2(segments), CHUNK=CHUNK, **self.groups, **self.shape,
+            self.counts, self.ids, self.log_probs, self.valid, self.upper, *outputs, *self.settings,
+            rows.count, rows.vocabulary, self.tiles, self.capacity, self.segments,
+            **self.asked, SEGMENTS=triton.next_power_of_2(self.segments), CHUNK=CHUNK, **self.groups,
+            **self.shape | {"num_warps": _SELECT_WARPS},
         )  # fmt: skip
+
+
+@triton.jit
+def row_settings(row, temperature, top_k, top_p, min_p, vocabulary, ROWS: tl.constexpr):
+    """Temperature, top-k, top-p and log of min-p of one row, its mode, and whether all of them are in their ranges.
+
+    Each is a number for all rows, or where its bit in ``ROWS`` is set a pointer to those of all rows.
+    """
+    usable = True
+    if ROWS & 1:
+        given = tl.load(temperature + row)
+        usable = usable & (given >= 0) & (given < float("inf"))
+        heat = tl.minimum(given, HOTTEST).to(tl.float32)
+    else:
+        heat = temperature
+    if ROWS & 2:
+        count = tl.load(top_k + row)
+        usable = usable & (count >= 0)
+        kept = tl.minimum(count, vocabulary).to(tl.int32)
+    else:
+        kept = top_k
+    if ROWS & 4:
+        share = tl.load(top_p + row)
+        usable = usable & (share > 0) & (share <= 1)
+        nucleus = tl.maximum(share, LEAST_TOP_P).to(tl.float32)
+    else:
+        nucleus = top_p
+    if ROWS & 8:
+        ratio = tl.load(min_p + row)
+        usable = usable & (ratio >= 0) & (ratio <= 1)
+        least = ratio.to(tl.float32)
+    else:
+        least = min_p
+    mode = tl.where((least > 0) | (heat < COLD), MIN_P, RACE)
+    mode = tl.where(nucleus < 1, NUCLEUS, mode)
+    mode = tl.where(kept > 0, TOP_K, mode)
+    mode = tl.where(heat < GREEDILY_COLD, GREEDY, mode)
+    log_min_p = tl.where(least > 0, tl.log(tl.maximum(least, 1e-38)), FARTHEST)
+    return tl.maximum(heat, GREEDILY_COLD), kept, nucleus, log_min_p, mode, usable
+
+
+@triton.jit
+def is_searched(mode):
+    """Whether a row of this mode is found by the search; the others are selected from candidates."""
+    return (mode == GREEDY) | (mode == RACE)
 
 
 @triton.jit
@@ -322,15 +422,21 @@ def nucleus_floor(
     return tl.where(low > -100.0, low, LOWEST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k", "top_count"])
 def plan_kernel(
-    logits, outer, step, inner, weights, tile_max, tile_sum, top, log_sum, shift, group_max, seeds, positions,
-    valid, upper, anchor, floor, temperature, top_k, top_p, log_min_p, rows, vocabulary, tiles,
-    MODE: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    logits, outer, step, inner, weights, weight_step, tile_max, tile_sum, top, log_sum, shift, group_max,
+    seeds, positions, valid, upper, anchor, floors, temperature, top_k, top_p, min_p, top_count,
+    rows, vocabulary, tiles,
+    MODE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Bounds of one row, and the log-probability (or the race's score) that the search must reach. Grid: rows."""
+    """Bounds of one row, and the log-probabilities (or the race's score) that its searches must reach. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
+    weights += row * weight_step
+    temperature, top_k, top_p, log_min_p, own_mode, in_range = row_settings(
+        row, temperature, top_k, top_p, min_p, vocabulary, ROWS
+    )
+    mode = own_mode if MODE == ANY else MODE
     usable = merge_tiles(row, weights, tile_max, tile_sum, top, log_sum, shift, rows, tiles, T, COMBINE, TILES)
     groups = tiles * (TILE // GROUP)
     if COMBINE == LOGPROB:
@@ -343,21 +449,25 @@ def plan_kernel(
     tl.store(upper + row * groups + group, high, mask=group < groups)
     likeliest = tl.max(low, axis=0)
     # Experts without a common token leave no bound to stand on.
-    usable = usable & (likeliest > -float("inf"))
+    usable = usable & (likeliest > -float("inf")) & in_range
     tl.store(valid + row, usable)
     tl.store(anchor + row, likeliest)
     reach = likeliest - slack(likeliest, row, top, rows, T, COMBINE)
-    if MODE == TOP_K:
+    if top_count > 0:
+        top_edge = top_k_edge(low, top_count)
+        top_reach = tl.maximum(top_edge - slack(top_edge, row, top, rows, T, COMBINE), LOWEST)
+        tl.store(floors + 2 * rows + row, tl.where(usable, top_reach, float("inf")))
+    if mode == TOP_K:
         edge = top_k_edge(low, top_k)
         reach = tl.maximum(edge - slack(edge, row, top, rows, T, COMBINE), LOWEST)
-    if MODE == NUCLEUS:
+    if mode == NUCLEUS:
         reach = nucleus_floor(
             row, likeliest, temperature, top_p, weights, tile_max, tile_sum, top, log_sum, shift, rows, tiles,
             T, COMBINE, TILES, TILE,
         )  # fmt: skip
-    if MODE == MIN_P:
+    if mode == MIN_P:
         reach = tl.maximum(reach + temperature * log_min_p, LOWEST)
-    if MODE == RACE:
+    if mode == RACE:
         # The bounds were written by other threads.
         tl.debug_barrier()
         _, first = first_argmax(high, group)
@@ -366,21 +476,26 @@ def plan_kernel(
             weights, top, log_sum, shift, seeds, positions, upper, likeliest, temperature, rows, vocabulary, tiles,
             T, COMBINE, TILE, GROUP,
         )  # fmt: skip
-    tl.store(floor + row, tl.where(usable, reach, float("inf")))
+    tl.store(floors + row, tl.where(usable & is_searched(mode), reach, float("inf")))
+    tl.store(floors + rows + row, tl.where(usable & (is_searched(mode) == 0), reach, float("inf")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k"])
 def search_kernel(
-    logits, outer, step, inner, weights, top, log_sum, shift, seeds, positions, upper, anchor, floor,
-    temperature, score, token, rows, vocabulary, tiles,
-    MODE: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    logits, outer, step, inner, weights, weight_step, top, log_sum, shift, seeds, positions, upper, anchor, floor,
+    temperature, top_k, top_p, min_p, score, token, rows, vocabulary, tiles,
+    MODE: tl.constexpr, ROWS: tl.constexpr,
+    T: tl.constexpr, COMBINE: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The best token of one tile of one row. Grid: rows * tiles."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
+    weights += row * weight_step
+    temperature, _, _, _, own_mode, _ = row_settings(row, temperature, top_k, top_p, min_p, vocabulary, ROWS)
+    mode = own_mode if MODE == ANY else MODE
     reach = tl.load(floor + row)
     best, winner = -float("inf"), NO_TOKEN
-    if MODE == RACE:
+    if mode == RACE:
         if reach < float("inf"):
             best, winner = race_tile(
                 row, tile, reach, logits, outer, step, inner, weights, top, log_sum, shift, seeds, positions, upper,
@@ -401,13 +516,14 @@ def search_kernel(
 
 @triton.jit
 def collect_kernel(
-    logits, outer, step, inner, weights, top, log_sum, shift, upper, floor, counts, ids, log_probs,
+    logits, outer, step, inner, weights, weight_step, top, log_sum, shift, upper, floor, counts, ids, log_probs,
     rows, vocabulary, tiles, WRITE: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
     T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Count the candidates in one tile of one row, or write them after those before. Grid: rows * tiles."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
+    weights += row * weight_step
     reach = tl.load(floor + row)
     bound = tl.load(upper + (row * tiles + tile) * (TILE // GROUP) + tl.arange(0, TILE // GROUP))
     count = 0
@@ -428,14 +544,18 @@ def collect_kernel(
         tl.store(counts + row * tiles + tile, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k"])
 def votes_kernel(
-    weights, tile_max, tile_sum, top, log_sum, shift, tile_first, valid, counts, ids, log_probs, rows, tiles,
-    EXPERTS: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
+    weights, weight_step, tile_max, tile_sum, top, log_sum, shift, tile_first, valid, counts, ids, log_probs,
+    temperature, top_k, top_p, min_p, rows, vocabulary, tiles,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """The tokens that some expert votes for, each once, in ascending order. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
+    weights += row * weight_step
+    _, _, _, _, _, in_range = row_settings(row, temperature, top_k, top_p, min_p, vocabulary, ROWS)
     usable = merge_tiles(row, weights, tile_max, tile_sum, top, log_sum, shift, rows, tiles, T, COMBINE, TILES)
+    usable = usable & in_range
     tl.store(valid + row, usable)
     expert = tl.arange(0, EXPERTS)
     winners = tl.full((EXPERTS,), -1, tl.int32)
@@ -454,6 +574,34 @@ def votes_kernel(
     tl.store(ids + row * T + rank, winners, mask=counted > 0)
     tl.store(log_probs + row * T + rank, shares, mask=counted > 0)
     tl.store(counts + row, tl.where(usable, tl.sum(counted, axis=0), 0))
+
+
+@triton.jit(do_not_specialize=["top_count"])
+def likeliest_kernel(
+    counts, ids, log_probs, valid, out_top_tokens, out_top_log_probs, top_count, capacity, segments,
+    SEGMENTS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The likeliest of one row's candidates, the likeliest first, of equals the lowest id. Grid: rows."""
+    row = tl.program_id(0).to(tl.int64)
+    segment = tl.arange(0, SEGMENTS)
+    count = tl.sum(tl.load(counts + row * segments + segment, mask=segment < segments, other=0), axis=0)
+    usable = tl.load(valid + row)
+    last, last_token = float("inf"), -1
+    for n in range(top_count):
+        best, winner = -float("inf"), NO_TOKEN
+        for start in range(0, count, CHUNK):
+            index = start + tl.arange(0, CHUNK)
+            inside = index < count
+            some = tl.load(log_probs + row * capacity + index, mask=inside, other=-float("inf"))
+            tokens = tl.load(ids + row * capacity + index, mask=inside, other=NO_TOKEN)
+            is_behind = (some < last) | ((some == last) & (tokens > last_token))
+            chunk_best, chunk_winner = first_argmax(tl.where(is_behind, some, -float("inf")), tokens)
+            winner = tl.where(chunk_best > best, chunk_winner, winner)
+            best = tl.maximum(best, chunk_best)
+        at = row * top_count + n
+        tl.store(out_top_tokens + at, tl.where(usable & (winner != NO_TOKEN), winner, -1).to(tl.int64))
+        tl.store(out_top_log_probs + at, tl.where(usable, best, float("nan")))
+        last, last_token = best, winner
 
 
 @triton.jit
@@ -493,8 +641,8 @@ def largest_of(log_probs, count, CHUNK: tl.constexpr):
 
 @triton.jit
 def race_kept(
-    row, least, edge, above, target, top, seeds, positions, ids, log_probs, count, temperature, log_min_p,
-    MODE: tl.constexpr, CHUNK: tl.constexpr,
+    row, least, edge, above, target, top, seeds, positions, ids, log_probs, count, temperature, log_min_p, mode,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Winner among the candidates that the filters keep: keys from ``least`` and above ``edge``; lowest ids at it."""
     best, winner = -float("inf"), NO_TOKEN
@@ -505,7 +653,7 @@ def race_kept(
         some = tl.load(log_probs + index, mask=inside, other=-float("inf"))
         tokens = tl.load(ids + index, mask=inside, other=NO_TOKEN)
         score = some
-        if MODE != GREEDY:
+        if mode != GREEDY:
             keys = key_of(some)
             tied = (inside & (keys == edge)).to(tl.int32)
             rank = ties_before + tl.cumsum(tied, axis=0) - tied
@@ -523,7 +671,7 @@ def race_kept(
 
 @triton.jit
 def write_sample(
-    row, token, picked, usable, logits, outer, step, inner, top, log_sum,
+    row, token, picked, usable, logits, outer, step, inner, weights, top, log_sum,
     out_tokens, out_log_probs, out_experts, out_valid, rows, T: tl.constexpr,
 ):  # fmt: skip
     """One row's results; ``picked`` is the token's log-probability."""
@@ -532,7 +680,8 @@ def write_sample(
     tl.store(out_valid + row, usable)
     for t in tl.static_range(T):
         start = logits[t] + row_offset(row, outer[t], step[t], inner)
-        z = tl.load(start + token, mask=usable, other=0.0).to(tl.float32)
+        # Of an expert that was not read the log-sum is NaN.
+        z = tl.load(start + token, mask=usable & (tl.load(weights + t) != 0), other=0.0).to(tl.float32)
         own = (z - tl.load(top + t * rows + row)) - tl.load(log_sum + t * rows + row)
         tl.store(out_experts + t * rows + row, tl.where(usable, own, float("nan")))
 
@@ -554,15 +703,20 @@ def likeliest_of_best_group(
     return winner
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k"])
 def finish_kernel(
-    logits, outer, step, inner, weights, top, log_sum, shift, score, token, valid, upper,
-    out_tokens, out_log_probs, out_experts, out_valid, rows, vocabulary, tiles,
-    TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    logits, outer, step, inner, weights, weight_step, top, log_sum, shift, score, token, valid, upper,
+    out_tokens, out_log_probs, out_experts, out_valid, temperature, top_k, top_p, min_p, rows, vocabulary, tiles,
+    MODE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """The best of one row's tiles. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
+    if MODE == ANY:
+        _, _, _, _, mode, _ = row_settings(row, temperature, top_k, top_p, min_p, vocabulary, ROWS)
+        if is_searched(mode) == 0:
+            return
+    weights += row * weight_step
     tile = tl.arange(0, TILES)
     inside = tile < tiles
     scores = tl.load(score + row * tiles + tile, mask=inside, other=-float("inf"))
@@ -578,22 +732,30 @@ def finish_kernel(
         one, one < vocabulary, row, logits, outer, step, inner, weights, top, log_sum, shift, rows, T, COMBINE
     )
     write_sample(
-        row, winner, tl.max(found, axis=0), usable, logits, outer, step, inner, top, log_sum,
+        row, winner, tl.max(found, axis=0), usable, logits, outer, step, inner, weights, top, log_sum,
         out_tokens, out_log_probs, out_experts, out_valid, rows, T,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k"])
 def select_kernel(
-    logits, outer, step, inner, weights, top, log_sum, shift, tile_max, tile_first, seeds, positions,
+    logits, outer, step, inner, weights, weight_step, top, log_sum, shift, tile_max, tile_first, seeds, positions,
     counts, ids, log_probs, valid, upper, out_tokens, out_log_probs, out_experts, out_valid,
-    temperature, top_k, top_p, log_min_p, rows, vocabulary, tiles, capacity, segments,
-    MODE: tl.constexpr, SEGMENTS: tl.constexpr, CHUNK: tl.constexpr,
+    temperature, top_k, top_p, min_p, rows, vocabulary, tiles, capacity, segments,
+    MODE: tl.constexpr, ROWS: tl.constexpr, SEGMENTS: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
     """Filters and draw among one row's candidates. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
+    temperature, top_k, top_p, log_min_p, own_mode, _ = row_settings(
+        row, temperature, top_k, top_p, min_p, vocabulary, ROWS
+    )
+    mode = own_mode if MODE == ANY else MODE
+    if MODE == ANY and COMBINE != VOTE:  # noqa: SIM102  (this one is decided when the kernel is compiled)
+        if is_searched(mode):
+            return
+    weights += row * weight_step
     segment = tl.arange(0, SEGMENTS)
     count = tl.sum(tl.load(counts + row * segments + segment, mask=segment < segments, other=0), axis=0)
     ids += row * capacity
@@ -601,20 +763,21 @@ def select_kernel(
     largest = largest_of(log_probs, count, CHUNK)
     least = tl.full((), LOWEST_KEY, tl.int64)
     edge, above, target = least, 0.0, 0.0
-    if MODE != GREEDY:
+    if mode != GREEDY:
         if (top_k > 0) & (top_k < count):
             least = find_edge(top_k, least, log_probs, count, largest, temperature, False, CHUNK)
         if top_p < 1.0:
             total = weight_from(least, log_probs, count, largest, temperature, True, CHUNK)
-            if MODE == NUCLEUS and COMBINE != VOTE:
+            if COMBINE != VOTE:
                 # Some tokens may be missing from the candidates, but all together weigh 1.
-                total = tl.where(temperature == 1.0, tl.maximum(total, tl.exp(-largest)), total)
+                weighs_one = (mode == NUCLEUS) & (temperature == 1.0)
+                total = tl.where(weighs_one, tl.maximum(total, tl.exp(-largest)), total)
             target = top_p * total
             edge = find_edge(target, least, log_probs, count, largest, temperature, True, CHUNK)
             above = weight_from(tl.maximum(edge + 1, least), log_probs, count, largest, temperature, True, CHUNK)
     winner = race_kept(
-        row, least, edge, above, target, largest, seeds, positions, ids, log_probs, count, temperature, log_min_p,
-        MODE, CHUNK,
+        row, least, edge, above, target, largest, seeds, positions, ids, log_probs, count, temperature, log_min_p, mode,
+        CHUNK,
     )  # fmt: skip
     usable = tl.load(valid + row)
     if usable & (winner == NO_TOKEN):
@@ -637,7 +800,7 @@ def select_kernel(
         )
         picked = tl.max(found, axis=0)
     write_sample(
-        row, winner, picked, usable, logits, outer, step, inner, top, log_sum,
+        row, winner, picked, usable, logits, outer, step, inner, weights, top, log_sum,
         out_tokens, out_log_probs, out_experts, out_valid, rows, T,
     )  # fmt: skip
 
@@ -647,16 +810,32 @@ _TILED = {"T": 5, "TILES": 128}
 _TILE = {"TILE": TILE, "GROUP": GROUP}
 _GROUPS = _TILE | {"GROUPS": 128 * TILE // GROUP}
 _MIXED = (0, LOGPROB.value)
+_SEARCHED = (GREEDY.value, RACE.value)
+# Each row its own.
+_NARROW = {"temperature": "*fp32", "top_k": "*i32", "top_p": "*fp32", "min_p": "*fp32"}
+_WIDE = {"temperature": "*fp64", "top_k": "*i64", "top_p": "*fp64", "min_p": "*fp64"}
+
+
+def _rows(types: dict[str, str]) -> dict[str, int]:
+    return {"ROWS": 15 if types else 0}
+
+
 AHEAD_OF_TIME = [
     *(
-        ahead_of_time(plan_kernel, _plan_warps(mode), MODE=mode, COMBINE=combine, **_GROUPS, **_TILED)
-        for mode in (GREEDY.value, RACE.value, TOP_K.value, NUCLEUS.value, MIN_P.value)
+        ahead_of_time(
+            plan_kernel, _plan_warps(mode), types=types, MODE=mode, **_rows(types), COMBINE=combine, **_GROUPS, **_TILED
+        )
+        for mode, types in (*((mode, {}) for mode in range(ANY.value)), (ANY.value, _NARROW), (ANY.value, _WIDE))
         for combine in _MIXED
     ),
     *(
-        ahead_of_time(search_kernel, MODE=mode, T=5, COMBINE=combine, **_TILE)
-        for mode in (GREEDY.value, RACE.value)
+        entry
+        for mode, types in (*((mode, {}) for mode in _SEARCHED), (ANY.value, _NARROW))
         for combine in _MIXED
+        for entry in (
+            ahead_of_time(search_kernel, types=types, MODE=mode, **_rows(types), T=5, COMBINE=combine, **_TILE),
+            ahead_of_time(finish_kernel, types=types, MODE=mode, **_rows(types), COMBINE=combine, **_GROUPS, **_TILED),
+        )
     ),
     *(
         ahead_of_time(collect_kernel, WRITE=write, COMBINE=combine, **_TILE, **_TILED)
@@ -664,24 +843,43 @@ AHEAD_OF_TIME = [
         for combine in _MIXED
     ),
     # Triton compiles arguments that are 1 as constants.
-    ahead_of_time(plan_kernel, MODE=TOP_K.value, GROUPS=16, COMBINE=0, T=1, TILES=1, **_TILE, rows=1, tiles=1, top_k=1),
+    ahead_of_time(plan_kernel, MODE=TOP_K.value, ROWS=0, GROUPS=16, COMBINE=0, T=1, TILES=1, **_TILE, rows=1, tiles=1),
     ahead_of_time(
         select_kernel,
+        _SELECT_WARPS,
         MODE=TOP_K.value,
+        ROWS=0,
         SEGMENTS=1,
         CHUNK=CHUNK,
         COMBINE=0,
         T=1,
         TILES=1,
         rows=1,
-        top_k=1,
         GROUPS=16,
         **_TILE,
     ),
-    ahead_of_time(votes_kernel, _VOTE_WARPS, EXPERTS=8, COMBINE=VOTE.value, **_TILED),
-    *(ahead_of_time(finish_kernel, COMBINE=combine, **_GROUPS, **_TILED) for combine in _MIXED),
+    ahead_of_time(votes_kernel, _VOTE_WARPS, types=_NARROW, ROWS=15, EXPERTS=8, COMBINE=VOTE.value, **_TILED),
+    ahead_of_time(likeliest_kernel, _PLAN_WARPS, SEGMENTS=128, CHUNK=CHUNK),
     *(
-        ahead_of_time(select_kernel, MODE=mode, SEGMENTS=128, CHUNK=CHUNK, COMBINE=combine, **_GROUPS, **_TILED)
-        for mode, combine in ((TOP_K.value, 0), (NUCLEUS.value, LOGPROB.value), (GREEDY.value, VOTE.value))
+        ahead_of_time(
+            select_kernel,
+            _SELECT_WARPS,
+            types=types,
+            MODE=mode,
+            **_rows(types),
+            SEGMENTS=128,
+            CHUNK=CHUNK,
+            COMBINE=combine,
+            **_GROUPS,
+            **_TILED,
+        )
+        for mode, combine, types in (
+            (TOP_K.value, 0, {}),
+            (NUCLEUS.value, LOGPROB.value, {}),
+            (GREEDY.value, VOTE.value, {}),
+            (ANY.value, 0, _NARROW),
+            (ANY.value, LOGPROB.value, _NARROW),
+            (ANY.value, VOTE.value, _WIDE),
+        )
     ),
 ]

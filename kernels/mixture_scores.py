@@ -63,12 +63,13 @@ def mixture_scores(
 
 @triton.jit
 def entropy_kernel(
-    logits, outer, step, inner, weights, top, log_sum, shift, labels, tile_entropy, score, token,
+    logits, outer, step, inner, weights, weight_step, top, log_sum, shift, labels, tile_entropy, score, token,
     rows, vocabulary, tiles, T: tl.constexpr, COMBINE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Entropy, largest log-probability and its token of one tile of one row. Grid: rows * tiles."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
+    weights += row * weight_step
     tokens = tile * TILE + tl.arange(0, TILE)
     inside = tokens < unmasked(tl.load(labels + row), vocabulary)
     found = log_prob(tokens, inside, row, logits, outer, step, inner, weights, top, log_sum, shift, rows, T, COMBINE)
@@ -101,12 +102,13 @@ def score_votes(
 
 @triton.jit
 def score_kernel(
-    logits, outer, step, inner, weights, top, log_sum, shift, labels, tile_max, tile_first, valid,
+    logits, outer, step, inner, weights, weight_step, top, log_sum, shift, labels, tile_max, tile_first, valid,
     tile_entropy, score, token, out_log_probs, out_correct, out_entropy, rows, vocabulary, tiles,
     T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Scores of one row. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
+    weights += row * weight_step
     label = tl.load(labels + row)
     if COMBINE == VOTE:
         picked, argmax, entropy = score_votes(

@@ -101,6 +101,49 @@ def test_never_slower_than_plain_torch(benchmark, results, name, experts, rows, 
 
 
 @pytest.mark.parametrize("rows", [8, 64])
+@pytest.mark.parametrize("name", ["greedy", "plain", "top-k 50 + top-p 0.9"])
+def test_settings_of_rows(benchmark, results, name, rows):
+    """Settings and weights of each row, the same in all of them, against numbers; and the likeliest tokens beside."""
+    size, experts = 49152, 8
+    setting = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | SETTINGS[name]
+    of_rows = {setting_name: torch.full((rows,), value) for setting_name, value in setting.items()}
+    weights = torch.softmax(torch.randn(experts), 0)
+    weights_of_rows = weights.repeat(rows, 1)
+    keys = {"seeds": draw_seeds(rows), "positions": torch.zeros(rows, dtype=torch.int64)}
+    bytes_read = experts * rows * size * 4
+    buffers = rotating(lambda: peaked(experts, rows, size), bytes_read)
+    variants = {
+        "op": lambda logits: mixture_sample(logits, weights, **setting, **keys),
+        "settings of rows": lambda logits: mixture_sample(logits, weights, **of_rows, **keys),
+        "settings and weights of rows": lambda logits: mixture_sample(logits, weights_of_rows, **of_rows, **keys),
+        "top_logprobs=20": lambda logits: mixture_sample(logits, weights, top_logprobs=20, **setting, **keys),
+        "read": lambda logits: [x.amax(-1) for x in logits],
+    }
+    case = Case("mixture_sample", f"{name}, rows' own", torch.float32, experts, rows, size, bytes_read)
+    ratios = results.compare(benchmark, case, variants, buffers, rounds=15)
+    assert ratios["settings of rows"] <= 1.1
+
+
+def test_host_time(benchmark, results):
+    """What a call costs beside its reads: eight experts with hardly a token."""
+    logits, weights = list(torch.randn(8, 1, 16)), torch.ones(8)
+    keys = {"seeds": draw_seeds(1), "positions": torch.zeros(1, dtype=torch.int64)}
+    of_rows = {"temperature": torch.ones(1), "top_k": torch.zeros(1, dtype=torch.int64)}
+    raw = (logits, weights, 1.0, 0, 1.0, 0.0, None, None, None, None, *keys.values(), 0, 0)
+
+    def calls(call):
+        return lambda _: [call() for _ in range(1000)]
+
+    variants = {
+        "op": calls(lambda: mixture_sample(logits, weights, **keys)),
+        "settings of rows": calls(lambda: mixture_sample(logits, weights, **of_rows, **keys)),
+        "without Python's checks": calls(lambda: torch.ops.ensemw2s.mixture_sample(*raw)),
+    }
+    case = Case("mixture_sample", "1,000 calls of 16 tokens", torch.float32, 8, 1, 16, 8 * 16 * 4)
+    results.compare(benchmark, case, variants, [None], rounds=15)
+
+
+@pytest.mark.parametrize("rows", [8, 64])
 def test_log_probs(benchmark, results, rows):
     size, experts = 49152, 8
     weights = torch.softmax(torch.randn(experts), 0)

@@ -8,10 +8,7 @@
 namespace ensemw2s {
 
 void mixture_sample(const Mixture& mixture, const SampleSettings& settings, const SampleOutputs& outputs) {
-  SampleSettings effective = settings;
-  if (settings.top_k >= mixture.vocabulary) effective.top_k = 0;
-  if (settings.temperature < kColdest) effective.temperature = 0;
-  ENSEMW2S_RUN(mixture.dtype, sample_rows, mixture, effective, outputs)
+  ENSEMW2S_RUN(mixture.dtype, sample_rows, mixture, settings, outputs)
 }
 
 }  // namespace ensemw2s

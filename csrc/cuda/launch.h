@@ -18,7 +18,8 @@ struct DeviceMixture {
   int num_experts;
   int64_t rows;
   int vocabulary;
-  const float* weights;  // [T], as the user gave them
+  const float* weights;   // [T] or [rows, T], as the user gave them
+  int64_t weight_stride;  // from row to row; 0 if all rows share them
   Combine combine;
   Dtype dtype;
 };

@@ -116,17 +116,23 @@ ENSEMW2S_DEVICE float product_term(float weight, float logit, float top) {
   return 2 * weight * (0.5f * logit - 0.5f * top);
 }
 
+// A row's weights. An expert of weight 0 is not read.
+ENSEMW2S_DEVICE const float* weights_of(const DeviceMixture& mixture, int64_t row) {
+  return mixture.weights + row * mixture.weight_stride;
+}
+
 // Sum of the weights in a fixed order; NaN if one of them cannot be a weight.
-ENSEMW2S_DEVICE double total_weight(const DeviceMixture& mixture) {
+ENSEMW2S_DEVICE double total_weight(const DeviceMixture& mixture, int64_t row) {
+  const float* weights = weights_of(mixture, row);
   double total = 0;
-  for (int t = 0; t < mixture.num_experts; ++t)
-    total += mixture.weights[t] >= 0 ? double(mixture.weights[t]) : NAN;
+  for (int t = 0; t < mixture.num_experts; ++t) total += weights[t] >= 0 ? double(weights[t]) : NAN;
   return total;
 }
 
 template <class T>
 ENSEMW2S_DEVICE void scan_expert(const DeviceMixture& mixture, const ScanResults& results, int64_t row,
                                  int expert, int chunk) {
+  if (weights_of(mixture, row)[expert] == 0) return;
   const Shape shape = shape_of(mixture);
   const int group = chunk * kWarp + lane_index();
   float logits[kGroup];
@@ -143,12 +149,14 @@ ENSEMW2S_DEVICE void scan_product(const DeviceMixture& mixture, const ScanResult
   const int group = chunk * kWarp + lane_index();
   Partial* partials = &results.partials[row * (mixture.num_experts + 1) * shape.chunks + chunk];
   float* group_max = &results.group_max[row * shape.groups + group];
-  const double total = total_weight(mixture);
+  const float* weights = weights_of(mixture, row);
+  const double total = total_weight(mixture, row);
   float logits[kGroup], scores[kGroup] = {};
   for (int t = 0; t < mixture.num_experts; ++t) {
+    if (weights[t] == 0) continue;
     load_group(row_of<T>(mixture, t, row), mixture.vocabulary, group, logits);
     const float top = reduce_chunk(logits, group_max, partials + int64_t(t) * shape.chunks);
-    const float weight = float(mixture.weights[t] / total);
+    const float weight = float(weights[t] / total);
     if (weight != 0) {
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) scores[i] += product_term(weight, logits[i], top);
@@ -157,15 +165,20 @@ ENSEMW2S_DEVICE void scan_product(const DeviceMixture& mixture, const ScanResult
   reduce_chunk(scores, group_max, partials + int64_t(mixture.num_experts) * shape.chunks);
 }
 
+// Whether a row's race is among all tokens, which is what the least words are for.
+ENSEMW2S_HOST_DEVICE inline bool races_all(const RowSettings& asked) {
+  return !asked.is_greedy() && !asked.is_filtered();
+}
+
 template <class T>
 ENSEMW2S_DEVICE void scan_noise(const DeviceMixture& mixture, const SampleSettings& settings,
                                 const ScanResults& results, int64_t row, int chunk) {
   const int group = chunk * kWarp + lane_index();
-  const uint64_t seed = uint64_t(settings.seeds[row]);
-  const uint32_t position = uint32_t(settings.positions[row]);
+  const RowSettings asked = settings.of(row, mixture.vocabulary);
+  if (!races_all(asked)) return;
   uint32_t least = ~0u;
   for (int i = 0; i < kGroup; i += 4) {  // kVector neighbours are a multiple of four
-    const PhiloxWords block = philox_words(seed, position, uint32_t(token_of<T>(group, i)) / 4);
+    const PhiloxWords block = philox_words(asked.seed, asked.position, uint32_t(token_of<T>(group, i)) / 4);
     for (const uint32_t word : block.word) least = word < least ? word : least;
   }
   results.least_words[row * shape_of(mixture).groups + group] = least;
@@ -229,8 +242,9 @@ ENSEMW2S_DEVICE double descent(const DeviceMixture& mixture, const RowState& sta
                                int chunk) {
   double sum = 0;
   for (int t = 0; t < mixture.num_experts; ++t) {
+    if (!(state.weight[t] > 0)) continue;
     const float top = partials[int64_t(t) * shape_of(mixture).chunks + chunk].max;
-    if (state.weight[t] > 0) sum += state.weight[t] * (double(top) - state.max[t]);
+    sum += state.weight[t] * (double(top) - state.max[t]);
   }
   return sum;
 }
@@ -304,18 +318,19 @@ template <class T>
 ENSEMW2S_DEVICE void merge_partials(const DeviceMixture& mixture, const ScanResults& results, int64_t row,
                                     RowState& state) {
   const int chunks = shape_of(mixture).chunks, experts = mixture.num_experts;
-  const double total = total_weight(mixture);
+  const float* weights = weights_of(mixture, row);
+  const double total = total_weight(mixture, row);
   const Partial* partials = results.partials + row * (experts + 1) * chunks;
   for (int t = warp_index(); t < experts; t += kRowWarps) {
     Normaliser all;
-    for (int chunk = lane_index(); chunk < chunks; chunk += kWarp) {
+    for (int chunk = lane_index(); chunk < chunks && weights[t] != 0; chunk += kWarp) {
       const Partial partial = partials[int64_t(t) * chunks + chunk];
       all = merged(all, {partial.max, partial.sum});
     }
     all = reduce_warp(all, merged);
     if (lane_index() != 0) continue;
     keep_normaliser(state, t, all);
-    const double weight = mixture.weights[t] / total;
+    const double weight = weights[t] / total;
     state.weight[t] = float(weight) > 0 ? weight : 0;  // as the scan sees it
     state.shift[t] = float(log(state.weight[t]) - state.log_sum[t]);
     state.winner[t] = -1;
@@ -326,8 +341,8 @@ ENSEMW2S_DEVICE void merge_partials(const DeviceMixture& mixture, const ScanResu
 }
 
 // Whether the row can be used; every thread finds the same.
-ENSEMW2S_DEVICE bool is_valid(const DeviceMixture& mixture, const RowState& state) {
-  const double total = total_weight(mixture);
+ENSEMW2S_DEVICE bool is_valid(const DeviceMixture& mixture, const RowState& state, int64_t row) {
+  const double total = total_weight(mixture, row);
   bool valid = total > 0 && total <= DBL_MAX;
   for (int t = 0; t < mixture.num_experts; ++t) valid = valid && (state.usable[t] || !(state.weight[t] > 0));
   return valid && (!is_product(mixture) || state.usable[mixture.num_experts]);

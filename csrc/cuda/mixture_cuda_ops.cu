@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -72,16 +73,19 @@ class MixtureOnDevice {
     ENSEMW2S_CHECK(vocabulary >= 1 && vocabulary <= kMaxVocabulary,
                    "the CUDA kernels take vocabularies of 1 to ", kMaxVocabulary, " tokens, got ",
                    vocabulary);
+    const int64_t experts = int64_t(logits_.size()), rows = first.numel() / vocabulary;
+    const bool per_row = weights.dim() > 1;
     ENSEMW2S_CHECK(
-        weights.dim() == 1 && weights.numel() == int64_t(logits_.size()) &&
-            weights.scalar_type() == ScalarType::Float && weights.is_contiguous() && weights.is_cuda() &&
+        weights.numel() == experts * (per_row ? rows : 1) && weights.scalar_type() == ScalarType::Float &&
+            weights.is_contiguous() && weights.is_cuda() &&
             weights.get_device_index() == first.get_device_index(),
-        "weights must be a contiguous float32 [T] on the logits' device with T = ", logits_.size());
+        "weights must be a contiguous float32 [T] or [..., T] on the logits' device with T = ", experts);
     for (size_t t = 0; t < logits_.size(); ++t) set_expert(t);
-    mixture_.num_experts = int(logits_.size());
-    mixture_.rows = first.numel() / vocabulary;
+    mixture_.num_experts = int(experts);
+    mixture_.rows = rows;
     mixture_.vocabulary = int(vocabulary);
     mixture_.weights = static_cast<const float*>(weights.const_data_ptr());
+    mixture_.weight_stride = per_row ? experts : 0;
     mixture_.combine = Combine(combine);
     mixture_.dtype = dtype_of(first);
   }
@@ -110,12 +114,15 @@ class MixtureOnDevice {
   DeviceMixture mixture_{};
 };
 
-const int64_t* keys_of(const Tensor& tensor, const Tensor& logits, const char* name) {
-  ENSEMW2S_CHECK(tensor.scalar_type() == ScalarType::Long && tensor.dim() == 1 &&
-                     tensor.size(0) == logits.size(0) && tensor.is_contiguous() && tensor.is_cuda() &&
-                     tensor.get_device_index() == logits.get_device_index(),
-                 name, " must be a contiguous int64 [", logits.size(0), "] on the logits' device");
-  return static_cast<const int64_t*>(tensor.const_data_ptr());
+Dense<int64_t> keys_of(const Tensor& tensor, const Tensor& logits, const char* name) {
+  ENSEMW2S_CHECK(tensor.is_cuda() && tensor.get_device_index() == logits.get_device_index(), name,
+                 " must be on the logits' device");
+  return {tensor, logits.size(0), name};
+}
+
+void check_device(const std::optional<Tensor>& rows, const Tensor& logits, const char* name) {
+  ENSEMW2S_CHECK(!rows || (rows->is_cuda() && rows->get_device_index() == logits.get_device_index()), name,
+                 " must be on the logits' device");
 }
 
 void check_launch(const char* error) { STD_TORCH_CHECK(!error, "ensemw2s: CUDA launch failed: ", error); }
@@ -133,32 +140,31 @@ Tensor mixture_log_probs_cuda(std::vector<Tensor> logits, Tensor weights, int64_
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_sample_cuda(std::vector<Tensor> logits, Tensor weights,
-                                                               double temperature, int64_t top_k,
-                                                               double top_p, double min_p, Tensor seeds,
-                                                               Tensor positions, int64_t combine) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixture_sample_cuda(
+    std::vector<Tensor> logits, Tensor weights, double temperature, int64_t top_k, double top_p, double min_p,
+    std::optional<Tensor> temperatures, std::optional<Tensor> top_ks, std::optional<Tensor> top_ps,
+    std::optional<Tensor> min_ps, Tensor seeds, Tensor positions, int64_t combine, int64_t top_logprobs) {
   MixtureOnDevice mixture(logits, weights, combine);
   const DeviceGuard guard(mixture.device());
   const Tensor& first = logits[0];
   ENSEMW2S_CHECK(first.dim() == 2, "logits must be T tensors [B, V]");
-  const int64_t experts = int64_t(logits.size()), rows = first.size(0);
-  const SampleSettings settings{temperature,
-                                top_k,
-                                top_p,
-                                min_p,
-                                keys_of(seeds, first, "seeds"),
-                                keys_of(positions, first, "positions")};
-  Tensor tokens = new_tensor(first, {rows}, ScalarType::Long);
-  Tensor log_probs = new_tensor(first, {rows}, ScalarType::Float);
-  Tensor expert_log_probs = new_tensor(first, {experts, rows}, ScalarType::Float);
-  Tensor valid = new_tensor(first, {rows}, ScalarType::Bool);
-  const SampleOutputs outputs{
-      static_cast<int64_t*>(tokens.mutable_data_ptr()), static_cast<float*>(log_probs.mutable_data_ptr()),
-      static_cast<float*>(expert_log_probs.mutable_data_ptr()), static_cast<bool*>(valid.mutable_data_ptr())};
+  check_device(temperatures, first, "temperature");
+  check_device(top_ks, first, "top_k");
+  check_device(top_ps, first, "top_p");
+  check_device(min_ps, first, "min_p");
+  const int64_t rows = first.size(0);
+  const RealSetting temperature_of(temperature, temperatures, rows, "temperature");
+  const CountSetting top_k_of(top_k, top_ks, rows, "top_k");
+  const RealSetting top_p_of(top_p, top_ps, rows, "top_p"), min_p_of(min_p, min_ps, rows, "min_p");
+  const Dense<int64_t> dense_seeds = keys_of(seeds, first, "seeds");
+  const Dense<int64_t> dense_positions = keys_of(positions, first, "positions");
+  const SampleSettings settings{*temperature_of, *top_k_of,        *top_p_of,
+                                *min_p_of,       dense_seeds.data, dense_positions.data};
+  const NewSample sample(first, int64_t(logits.size()), top_logprobs);
   check_launch(mixture_sample(
-      *mixture, settings, outputs, [&](int64_t bytes) { return mixture.allocate(bytes); },
+      *mixture, settings, sample.pointers(), [&](int64_t bytes) { return mixture.allocate(bytes); },
       current_stream(mixture.device())));
-  return {tokens, log_probs, expert_log_probs, valid};
+  return sample.tensors();
 }
 
 }  // namespace ensemw2s::cuda

@@ -10,7 +10,7 @@ finish_kernel(const DeviceMixture mixture, const ScanResults results, RowState* 
   RowState& state = states[block_index()];
   merge_partials<T>(mixture, results, block_index(), state);
   barrier();
-  const bool valid = is_valid(mixture, state);
+  const bool valid = is_valid(mixture, state, block_index());
   if (valid && mixture.combine == Combine::kVote) find_winners<T>(mixture, results, block_index(), state);
   if (thread_index() == 0) state.valid = valid;
 }

@@ -24,6 +24,17 @@ struct RowShared {
   float log_probs[kSharedCandidates];
 };
 
+// A token and its log-probability.
+struct Likely {
+  float log_prob;
+  int token;  // -1: none
+};
+
+ENSEMW2S_DEVICE Likely likelier(const Likely& a, const Likely& b) {
+  if (a.token < 0 || b.token < 0) return a.token < 0 ? b : a;
+  return is_likelier(a.log_prob, a.token, b.log_prob, b.token) ? a : b;
+}
+
 struct Best {
   double score;
   int token;   // -1: none yet
@@ -87,7 +98,7 @@ ENSEMW2S_DEVICE uint64_t total_over(int count, const Weight& weight) {
 template <class T>
 struct RowSampler {
   const DeviceMixture& mixture;
-  const SampleSettings& settings;
+  const RowSettings settings;
   RowShared& shared;
   const RowState& state;
   int64_t row;
@@ -101,11 +112,11 @@ struct RowSampler {
   float largest_lower;
   double anchor = 0;  // of the race: near the likeliest token's log-probability
 
-  ENSEMW2S_DEVICE RowSampler(const DeviceMixture& a_mixture, const SampleSettings& a_settings,
+  ENSEMW2S_DEVICE RowSampler(const DeviceMixture& a_mixture, const RowSettings& asked,
                              const ScanResults& results, const SampleScratch& scratch, RowShared& a_shared,
                              int64_t a_row)
       : mixture(a_mixture),
-        settings(a_settings),
+        settings(asked),
         shared(a_shared),
         state(a_shared.state),
         row(a_row),
@@ -126,14 +137,14 @@ struct RowSampler {
       collect_votes();
     else
       bound_groups();
-    const int winner = settings.temperature == 0 ? -1 : race();
+    const int winner = settings.is_greedy() ? -1 : race();
     if (winner >= 0) return winner;
     return is_vote() ? most_voted() : most_probable();
   }
 
   ENSEMW2S_DEVICE int race() {
     if (is_vote()) return filter_and_race(false);
-    if (settings.top_k == 0 && settings.top_p == 1) return race_all();
+    if (!settings.is_filtered()) return race_all();
     return filter_and_race(collect_for_filters());
   }
 
@@ -286,7 +297,7 @@ struct RowSampler {
   // together then weigh 1.
   ENSEMW2S_DEVICE bool collect_for_filters() {
     if (settings.top_k > 0) {
-      collect(top_k_floor());
+      collect(floor_of(settings.top_k));
       return false;
     }
     if (settings.temperature == 1) {
@@ -300,12 +311,11 @@ struct RowSampler {
     return settings.temperature == 1;
   }
 
-  // At least top_k tokens reach this: each group holds one that reaches its lower bound.
-  ENSEMW2S_DEVICE float top_k_floor() const {
-    if (settings.top_k > groups) return -kInfinity;
+  // At least `count` tokens reach this: each group holds one that reaches its lower bound.
+  ENSEMW2S_DEVICE float floor_of(int64_t count) const {
+    if (count > groups) return -kInfinity;
     return from_ascending_bits(select_key(
-        groups, uint64_t(settings.top_k), [&](int g) { return ascending_bits(lower[g]); },
-        [](int) { return 1; }));
+        groups, uint64_t(count), [&](int g) { return ascending_bits(lower[g]); }, [](int) { return 1; }));
   }
 
   ENSEMW2S_DEVICE float largest_candidate() const {
@@ -320,6 +330,34 @@ struct RowSampler {
     for (int i = thread_index(); i < shared.count; i += kRowThreads)
       best = better(best, {candidate_log_prob(i), candidate(i), 0});
     return reduce_block<kRowThreads>(best, better).token;
+  }
+
+  // ---- the likeliest tokens ----
+
+  // After draw(), whose bounds it uses: those likelier than all others, the likeliest first.
+  ENSEMW2S_DEVICE void write_likeliest(const SampleOutputs& outputs) {
+    const int count = int(outputs.top_count);
+    if (is_vote())
+      collect_votes();
+    else
+      collect(floor_of(count));
+    Likely last{kInfinity, 0};
+    for (int n = 0; n < count; ++n) {
+      if (last.token >= 0) last = next_likeliest(last);
+      if (thread_index() != 0) continue;
+      outputs.top_tokens[row * count + n] = last.token;
+      outputs.top_log_probs[row * count + n] = last.token < 0 ? -kInfinity : last.log_prob;
+    }
+  }
+
+  ENSEMW2S_DEVICE Likely next_likeliest(const Likely& last) const {
+    Likely next{0, -1};
+    for (int i = thread_index(); i < shared.count; i += kRowThreads) {
+      const Likely other{candidate_log_prob(i), candidate(i)};
+      if (other.log_prob > -kInfinity && is_likelier(last.log_prob, last.token, other.log_prob, other.token))
+        next = likelier(next, other);
+    }
+    return reduce_block<kRowThreads>(next, likelier);
   }
 
   // ---- filters ----
@@ -389,8 +427,7 @@ struct RowSampler {
 
   // By a single thread.
   ENSEMW2S_DEVICE void enter(Best& best, int token, float upper_bound, double floor) const {
-    const uint32_t word =
-        philox(uint64_t(settings.seeds[row]), uint32_t(settings.positions[row]), uint32_t(token));
+    const uint32_t word = philox(settings.seed, settings.position, uint32_t(token));
     if (best.token >= 0 && highest_score(upper_bound, word) < best.score) return;
     const double value = log_prob(token);
     if (value >= floor && value > -kInfinity)
@@ -441,6 +478,14 @@ struct RowSampler {
   }
 };
 
+// By all threads of an invalid row's block.
+ENSEMW2S_DEVICE void write_no_likeliest(const SampleOutputs& outputs, int64_t row) {
+  for (int64_t n = thread_index(); n < outputs.top_count; n += kRowThreads) {
+    outputs.top_tokens[row * outputs.top_count + n] = -1;
+    outputs.top_log_probs[row * outputs.top_count + n] = NAN;
+  }
+}
+
 template <class T>
 ENSEMW2S_KERNEL(kRowThreads, 1)
 sample_kernel(const DeviceMixture mixture, const SampleSettings settings, const ScanResults results,
@@ -449,8 +494,9 @@ sample_kernel(const DeviceMixture mixture, const SampleSettings settings, const 
   const int64_t row = block_index();
   merge_partials<T>(mixture, results, row, shared.state);
   barrier();
-  const bool valid = is_valid(mixture, shared.state);
-  RowSampler<T> sampler(mixture, settings, results, scratch, shared, row);
+  const RowSettings asked = settings.of(row, mixture.vocabulary);
+  const bool valid = is_valid(mixture, shared.state, row) && asked.are_usable();
+  RowSampler<T> sampler(mixture, asked, results, scratch, shared, row);
   if (valid && mixture.combine == Combine::kVote) {
     find_winners<T>(mixture, results, row, shared.state);
     barrier();
@@ -459,26 +505,40 @@ sample_kernel(const DeviceMixture mixture, const SampleSettings settings, const 
   for (int t = thread_index(); t < mixture.num_experts; t += kRowThreads)
     outputs.expert_log_probs[t * mixture.rows + row] =
         valid && shared.state.usable[t] ? float(sampler.expert_log_prob(t, token)) : NAN;
-  if (thread_index() != 0) return;
-  outputs.valid[row] = valid;
-  outputs.tokens[row] = token;
-  outputs.log_probs[row] = valid ? float(sampler.log_prob(token)) : NAN;
+  if (thread_index() == 0) {
+    outputs.valid[row] = valid;
+    outputs.tokens[row] = token;
+    outputs.log_probs[row] = valid ? float(sampler.log_prob(token)) : NAN;
+  }
+  if (!valid)
+    write_no_likeliest(outputs, row);
+  else if (outputs.top_count > 0)
+    sampler.write_likeliest(outputs);
+}
+
+// Whether some row may need the noise of all tokens, and room for candidates.
+struct Needs {
+  bool noise, candidates;
+};
+
+inline Needs needs_of(const DeviceMixture& mixture, const SampleSettings& settings,
+                      const SampleOutputs& outputs) {
+  if (mixture.combine == Combine::kVote) return {false, false};
+  if (!settings.same_for_all()) return {true, true};
+  const RowSettings all = settings.settings_of(0, mixture.vocabulary);
+  return {races_all(all), outputs.top_count > 0 || (!all.is_greedy() && all.is_filtered())};
 }
 
 template <class T>
-const char* launch_sample(const DeviceMixture& mixture, SampleSettings settings, const SampleOutputs& outputs,
-                          const Allocate& allocate, Stream stream) {
-  if (settings.temperature < kColdest) settings.temperature = 0;
-  const bool filtered = settings.top_k > 0 || settings.top_p < 1;
-  const bool is_vote = mixture.combine == Combine::kVote;
-  const bool races_all = settings.temperature != 0 && !filtered && !is_vote;
-  const bool has_candidates = settings.temperature != 0 && filtered && !is_vote;
-  const ScanResults results = allocate_scan(mixture, races_all, allocate);
+const char* launch_sample(const DeviceMixture& mixture, const SampleSettings& settings,
+                          const SampleOutputs& outputs, const Allocate& allocate, Stream stream) {
+  const Needs needs = needs_of(mixture, settings, outputs);
+  const ScanResults results = allocate_scan(mixture, needs.noise, allocate);
   SampleScratch scratch{};
   const int64_t bounds = mixture.rows * shape_of(mixture).groups * int64_t(sizeof(float));
   scratch.upper = static_cast<float*>(allocate(bounds));
   scratch.lower = static_cast<float*>(allocate(bounds));
-  if (has_candidates) {
+  if (needs.candidates) {
     const int64_t tokens = mixture.rows * mixture.vocabulary;
     scratch.ids = static_cast<int32_t*>(allocate(tokens * int64_t(sizeof(int32_t))));
     scratch.log_probs = static_cast<float*>(allocate(tokens * int64_t(sizeof(float))));

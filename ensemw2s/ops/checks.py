@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Sequence
-from numbers import Integral, Real
-from typing import Any
+from numbers import Real
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ from torch import Tensor
 COMBINES = ("prob", "logprob", "vote")
 MASKED_LABEL = -100
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Compiled ops receive whole numbers in 64 bits.
-_LARGEST_INTEGER = 2**63 - 1
 # Weights beyond these are scaled before they become float32.
 _SMALL_WEIGHT, _LARGE_WEIGHT = 1e-30, 1e30
 
@@ -67,19 +65,33 @@ def expert_list(logits: Tensor | Sequence[Tensor], name: str = "logits") -> list
     if not experts:
         raise ValueError(f"{name} holds no expert; at least one is needed")
     first = experts[0]
-    for index, expert in enumerate(experts):
-        check_tensor(expert, name, index)
-        if expert.shape != first.shape:
-            raise ValueError(
-                f"{name}[{index}] has shape {tuple(expert.shape)}, {name}[0] has {tuple(first.shape)}; all experts "
-                "need the same shape and vocabulary"
-            )
-        if expert.device != first.device:
-            raise ValueError(f"{name}[{index}] is on {expert.device}, {name}[0] on {first.device}")
-        if expert.dtype != first.dtype:
-            raise TypeError(f"{name}[{index}] is {expert.dtype}, {name}[0] is {first.dtype}")
+    check_tensor(first, name, 0)
     _check_vocabulary(first, name)
+    shape, device, dtype = first.shape, first.device, first.dtype
+    for index, expert in enumerate(experts):
+        # One look at what is right: a call to the ops costs as much as it looks.
+        is_dense = isinstance(expert, Tensor) and expert.layout is torch.strided and not expert.is_nested
+        if not (is_dense and expert.shape == shape and expert.device == device and expert.dtype is dtype):
+            _refuse_expert(expert, index, first, name)
     return [with_last_stride_one(expert) for expert in experts]
+
+
+def _refuse_expert(expert: Any, index: int, first: Tensor, name: str) -> NoReturn:
+    """Say what is wrong with an expert that is unlike the first one."""
+    check_tensor(expert, name, index)
+    if expert.shape != first.shape:
+        raise ValueError(
+            f"{name}[{index}] has shape {tuple(expert.shape)}, {name}[0] has {tuple(first.shape)}; all experts "
+            "need the same shape and vocabulary"
+        )
+    if expert.device != first.device:
+        raise ValueError(f"{name}[{index}] is on {expert.device}, {name}[0] on {first.device}")
+    raise TypeError(f"{name}[{index}] is {expert.dtype}, {name}[0] is {first.dtype}")
+
+
+def without_gradient(tensor: Tensor) -> Tensor:
+    """The tensor itself, which costs nothing, or a detached view where a gradient is asked for."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def check_head(hidden: Tensor, head: Tensor, names: tuple[str, str] = ("hidden", "head")) -> None:
@@ -123,8 +135,17 @@ def with_last_stride_one(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def expert_weights(weights: Tensor | Sequence[float], num_experts: int, like: Tensor) -> Tensor:
-    """``weights`` as a ``[T]`` tensor in the accumulation dtype (float32, or float64 beside float64 logits)."""
+def expert_weights(
+    weights: Tensor | Sequence[float], num_experts: int, like: Tensor, *, per_row: bool = False
+) -> Tensor:
+    """``weights`` in the accumulation dtype (float32, or float64 beside float64 logits).
+
+    Args:
+        weights: ``[T]``, or with ``per_row`` also ``[..., T]``.
+        num_experts: T.
+        like: Logits ``[..., V]``.
+        per_row: Whether each row may have weights of its own.
+    """
     dtype = accumulation_dtype(like)
     if not isinstance(weights, Tensor):
         numbers = _numbers(weights, "weights")
@@ -135,10 +156,14 @@ def expert_weights(weights: Tensor | Sequence[float], num_experts: int, like: Te
     check_tensor(weights, "weights")
     if not weights.is_floating_point():
         raise TypeError(f"weights must be floating point, got {weights.dtype}")
-    if weights.shape != (num_experts,):
-        raise ValueError(f"weights must have shape ({num_experts},), one per expert, got {tuple(weights.shape)}")
+    shape, of_rows = tuple(weights.shape), (*like.shape[:-1], num_experts)
+    if shape != (num_experts,) and not (per_row and shape == of_rows):
+        expected = f"({num_experts},), one per expert" + (f", or {of_rows}, those of each row" if per_row else "")
+        raise ValueError(f"weights must have shape {expected}, got {shape}")
     check_same_device(weights, like, "weights")
-    return _in_range(weights, dtype).to(dtype).contiguous()
+    if weights.dtype != dtype:
+        weights = _in_range(weights, dtype).to(dtype)
+    return weights.contiguous()
 
 
 def _numbers(values: Any, name: str) -> list[float]:
@@ -148,21 +173,34 @@ def _numbers(values: Any, name: str) -> list[float]:
 
 
 def _in_range(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 weights that float32 cannot hold divided by the largest, which changes no share."""
+    """float64 weights that float32 cannot hold divided by the largest of their row, which changes no share."""
     if weights.dtype != torch.float64 or dtype == torch.float64:
         return weights
-    largest = weights.detach().amax()
+    largest = weights.detach().amax(-1, keepdim=True)
     is_scaled = largest.isfinite() & (largest > 0) & ((largest < _SMALL_WEIGHT) | (largest > _LARGE_WEIGHT))
     return weights / torch.where(is_scaled, largest, 1.0)
 
 
 def check_weight_values(weights: Tensor) -> None:
-    """Refuse weights that are negative, not finite or all zero; on CPU only, since elsewhere it would synchronise."""
+    """Refuse weights that are negative or not finite, and ``[T]`` that are all zero.
+
+    On CPU only, since elsewhere it would synchronise. A single row whose weights are all zero is reported by the op.
+    """
     if weights.device.type != "cpu" or torch.compiler.is_compiling():
         return
     values = weights.detach()
-    if not bool(torch.isfinite(values).all()) or bool((values < 0).any()) or not bool((values > 0).any()):
+    good = torch.isfinite(values) & (values >= 0)
+    if weights.dim() > 1:
+        refuse_rows("weights", values.flatten(0, -2), good.flatten(0, -2), "finite and non-negative")
+    elif not bool(good.all()) or not bool((values > 0).any()):
         raise ValueError(_bad_weights(values.tolist()))
+
+
+def refuse_rows(name: str, values: Tensor, good: Tensor, expected: str) -> None:
+    """Refuse values ``[B]`` or ``[B, n]`` that are not ``good``; the message names the first one's row."""
+    if not bool(good.all()):
+        place = (~good).nonzero()[0].tolist()
+        raise ValueError(f"{name} must be {expected}, got {values[tuple(place)].item()} in row {place[0]}")
 
 
 def _bad_weights(values: list[float]) -> str:
@@ -224,22 +262,6 @@ def check_temperature(temperature: float) -> float:
     if not 0 < value < math.inf:
         raise ValueError(f"temperature={shown(temperature)} must be positive and finite")
     return value
-
-
-def check_filters(temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[float, int, float, float]:
-    """The sampling settings as float, int, float and float, if they are in their ranges."""
-    values = number(temperature, "temperature"), number(top_p, "top_p"), number(min_p, "min_p")
-    if not 0 <= values[0] < math.inf:
-        raise ValueError(f"temperature={shown(temperature)} must be finite and at least 0 (0 is greedy)")
-    if isinstance(top_k, bool) or not isinstance(top_k, Integral):
-        raise TypeError(f"top_k must be an int, got {type(top_k).__name__}")
-    if not 0 <= top_k <= _LARGEST_INTEGER:
-        raise ValueError(f"top_k={shown(top_k)} must be at least 0 (0 is off) and below 2**63")
-    if not 0 < values[1] <= 1:
-        raise ValueError(f"top_p={shown(top_p)} must be in (0, 1] (1 is off)")
-    if not 0 <= values[2] <= 1:
-        raise ValueError(f"min_p={shown(min_p)} must be in [0, 1] (0 is off)")
-    return values[0], int(top_k), values[1], values[2]
 
 
 def accumulation_dtype(logits: Tensor) -> torch.dtype:

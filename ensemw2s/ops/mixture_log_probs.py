@@ -37,13 +37,14 @@ def mixture_log_probs(
         "logprob"  log_softmax(sum_t w[t] * log(p_t))               a product of experts
         "vote"     log(sum_t w[t] * one_hot(argmax(p_t)))           discrete AdaBoost; ties go to the lowest id
 
-    An expert of weight 0 drops out, whatever its logits. A row in which an expert of positive weight has NaN, +inf or
-    no finite logit is NaN.
+    Weights ``[..., T]`` are those of each row. An expert of weight 0 drops out, whatever its logits. A row in which an
+    expert of positive weight has NaN, +inf or no finite logit is NaN.
 
     Args:
         logits: T tensors ``[..., V]`` (float32, bfloat16, float16 or float64) or one stacked ``[T, ..., V]``.
             Leading strides are free; a last stride other than 1 costs a copy.
-        weights: ``[T]``, non-negative, not all zero; normalised inside.
+        weights: Non-negative; normalised inside. ``[T]``, not all zero, or a tensor ``[..., T]`` of each row's, where
+            a row of zeros gives NaN.
         combine: ``"prob"``, ``"logprob"`` or ``"vote"``.
         impl: Backend, see ``ensemw2s.ops``.
 
@@ -57,7 +58,7 @@ def mixture_log_probs(
         TypeError: A dtype is wrong.
     """
     experts = expert_list(logits)
-    weights = expert_weights(weights, len(experts), experts[0])
+    weights = expert_weights(weights, len(experts), experts[0], per_row=True)
     code = combine_code(combine)
     needs_grad = torch.is_grad_enabled() and (weights.requires_grad or any(x.requires_grad for x in experts))
     if combine == "vote" and needs_grad:
@@ -81,7 +82,7 @@ def expert_log_probs(experts: Sequence[Tensor]) -> Tensor:
 
 def combined(experts: Sequence[Tensor], log_probs: Tensor | None, weights: Tensor, combine: str) -> Tensor:
     """The mixture's log-probabilities ``[..., V]``; ``log_probs`` are the experts' own, which ``"prob"`` needs."""
-    w = shares(weights).view(-1, *[1] * experts[0].dim())
+    w = _beside_rows(shares(weights), experts[0])
     active = w > 0
     if combine == "prob":
         assert log_probs is not None
@@ -91,9 +92,16 @@ def combined(experts: Sequence[Tensor], log_probs: Tensor | None, weights: Tenso
 
 
 def shares(weights: Tensor) -> Tensor:
-    """``weights / weights.sum()``, where the sum may be more than float32 holds or less than its normal numbers."""
-    scaled = weights / weights.detach().amax()
-    return scaled / scaled.sum()
+    """``weights / weights.sum(-1)``, where the sum may be more than float32 holds or less than its normal numbers."""
+    scaled = weights / weights.detach().amax(-1, keepdim=True)
+    return scaled / scaled.sum(-1, keepdim=True)
+
+
+def _beside_rows(weights: Tensor, logits: Tensor) -> Tensor:
+    """Weights ``[T]`` or ``[..., T]`` in a shape that broadcasts with T logits ``[..., V]``, stacked."""
+    if weights.dim() == 1:
+        return weights.view(-1, *[1] * logits.dim())
+    return weights.movedim(-1, 0)[..., None]
 
 
 def _log_mean_probs(log_probs: Tensor, w: Tensor, active: Tensor) -> Tensor:
@@ -143,7 +151,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], Tensor, None]:
     Normalising gives ``dL/dweights_t = (dL/dw_t - sum_s w_s dL/dw_s) / sum(weights)``.
     """
     weights, output, *logits = ctx.saved_tensors
-    w = shares(weights)
+    w = _beside_rows(shares(weights), output)
     probs = output.exp()
     impossible = output == -torch.inf
     grad = grad.masked_fill(impossible, 0.0)
@@ -152,18 +160,27 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], Tensor, None]:
         grad = grad - probs * grad.sum(dim=-1, keepdim=True)
     for index, expert in enumerate(logits):
         log_probs = torch.log_softmax(expert.float(), dim=-1)
+        # An expert that has no say may hold NaN.
+        unread = ~(w[index] > 0) & log_probs.isnan()
         if COMBINES[ctx.combine] == "prob":
-            ratios = (log_probs - output).masked_fill(impossible, -torch.inf)
-            grad_w.append((grad * ratios.clamp(max=_LARGEST_EXPONENT).exp()).sum())
+            ratios = (log_probs - output).masked_fill(impossible | unread, -torch.inf)
+            grad_w.append((grad * ratios.clamp(max=_LARGEST_EXPONENT).exp()).sum(dim=-1))
             responsible = grad * (ratios + w[index].log()).exp()
             inner = responsible - log_probs.exp() * responsible.sum(dim=-1, keepdim=True)
         else:
-            grad_w.append((grad * log_probs.masked_fill(impossible, 0.0)).sum())
+            grad_w.append((grad * log_probs.masked_fill(impossible | unread, 0.0)).sum(dim=-1))
             inner = w[index] * grad
         grad_logits.append(torch.where(w[index] > 0, inner, 0.0).to(expert.dtype))
-    stacked = torch.stack(grad_w)
-    largest = weights.amax()
-    return grad_logits, (stacked - (w * stacked).sum()) / (weights / largest).sum() / largest, None
+    return grad_logits, _gradient_of_weights(weights, torch.stack(grad_w, -1)), None
+
+
+def _gradient_of_weights(weights: Tensor, grad_shares: Tensor) -> Tensor:
+    """From the gradient of each row's shares ``[..., T]`` to that of the weights, ``[T]`` or ``[..., T]``."""
+    if weights.dim() == 1:
+        grad_shares = grad_shares.flatten(0, -2).sum(0) if grad_shares.dim() > 1 else grad_shares
+    largest = weights.amax(-1, keepdim=True)
+    inner = (shares(weights) * grad_shares).sum(-1, keepdim=True)
+    return (grad_shares - inner) / (weights / largest).sum(-1, keepdim=True) / largest
 
 
 backend.declare(

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ensemw2s.ops import backend
-from ensemw2s.ops.checks import check_integers, check_weight_values, combine_code, expert_list, expert_weights
+from ensemw2s.ops.checks import (
+    check_integers,
+    check_weight_values,
+    combine_code,
+    expert_list,
+    expert_weights,
+    without_gradient,
+)
 from ensemw2s.ops.mixture_log_probs import reference as mixture_reference
 from ensemw2s.ops.token_scores import TokenScores, fake_scores, scores_of
 
@@ -30,7 +37,7 @@ def mixture_scores(
 
     Args:
         logits: T tensors ``[..., V]`` (float32, bfloat16, float16 or float64) or one stacked ``[T, ..., V]``.
-        weights: ``[T]``, non-negative, not all zero; normalised inside.
+        weights: ``[T]`` or a tensor ``[..., T]``, non-negative, see ``mixture_log_probs``.
         labels: int64 ``[...]``, in ``[0, V)`` or -100 (masked).
         combine: ``"prob"``, ``"logprob"`` or ``"vote"``, see ``mixture_log_probs``.
         impl: Backend, see ``ensemw2s.ops``.
@@ -42,8 +49,8 @@ def mixture_scores(
         ValueError: Shapes or devices differ, or values of ``weights`` or ``labels`` are out of range.
         TypeError: A dtype is wrong.
     """
-    experts = [expert.detach() for expert in expert_list(logits)]
-    weights = expert_weights(weights, len(experts), experts[0]).detach()
+    experts = [without_gradient(expert) for expert in expert_list(logits)]
+    weights = without_gradient(expert_weights(weights, len(experts), experts[0], per_row=True))
     check_integers(labels, tuple(experts[0].shape[:-1]), experts[0], "labels")
     code = combine_code(combine)
     chosen = backend._choose("mixture_scores", impl, experts[0].device.type, experts[0].dtype)

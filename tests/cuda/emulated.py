@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ensemw2s.ops.checks import COMBINES
 from ensemw2s.ops.mixture_sample import MixtureSample
+from ensemw2s.ops.sample_settings import SampleSettings
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "csrc" / "cuda"
@@ -46,6 +47,29 @@ def compile_emulation(output: Path, *flags: str, program: bool = False, kernels:
     return output
 
 
+class _Settings(ctypes.Structure):
+    """``EmulatedSettings`` of tests/emulation/library.h."""
+
+    _fields_ = (
+        ("temperature", ctypes.c_double),
+        ("top_k", ctypes.c_int64),
+        ("top_p", ctypes.c_double),
+        ("min_p", ctypes.c_double),
+        ("rows", ctypes.c_void_p * 4),
+        ("wide", ctypes.c_bool * 4),
+        ("seeds", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+    )
+
+
+def _settings(settings: SampleSettings, seeds: Tensor, positions: Tensor) -> _Settings:
+    numbers, tensors = settings.arguments()[:4], settings.arguments()[4:]
+    rows = [x.data_ptr() if x is not None else None for x in tensors]
+    wide = [x is not None and x.element_size() == 8 for x in tensors]
+    keys = (_pointer(seeds), _pointer(positions))
+    return _Settings(*numbers, (ctypes.c_void_p * 4)(*rows), (ctypes.c_bool * 4)(*wide), *keys)
+
+
 class EmulatedKernels:
     """``mixture_log_probs`` and ``mixture_sample`` on a library that ``compile_emulation`` made.
 
@@ -59,7 +83,7 @@ class EmulatedKernels:
         self.order = 1
 
     def mixture_log_probs(self, logits: Sequence[Tensor], weights: Tensor, combine: str = "prob") -> Tensor:
-        """As the op; ``logits`` are T tensors ``[rows, V]``, ``weights`` float32 ``[T]``."""
+        """As the op; ``logits`` are T tensors ``[rows, V]``, ``weights`` float32 ``[T]`` or ``[rows, T]``."""
         out = torch.full(logits[0].shape, 7.0)
         self._check(self.library.emulated_log_probs(*self._inputs(logits, weights, combine), _pointer(out)))
         return out
@@ -71,30 +95,33 @@ class EmulatedKernels:
         *,
         seeds: Tensor,
         positions: Tensor,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
+        temperature: float | Tensor = 1.0,
+        top_k: int | Tensor = 0,
+        top_p: float | Tensor = 1.0,
+        min_p: float | Tensor = 0.0,
         combine: str = "prob",
+        top_logprobs: int = 0,
     ) -> MixtureSample:
-        """As the op; ``logits`` are T tensors ``[rows, V]``, ``weights`` float32 ``[T]``."""
+        """As the op; ``logits`` are T tensors ``[rows, V]``, ``weights`` float32 ``[T]`` or ``[rows, T]``."""
         rows = logits[0].shape[0]
         out = MixtureSample(
             torch.full((rows,), -7),
             torch.full((rows,), 7.0),
             torch.full((len(logits), rows), 7.0),
             torch.zeros(rows, dtype=torch.bool),
+            torch.full((rows, top_logprobs), -7),
+            torch.full((rows, top_logprobs), 7.0),
         )
-        settings = (ctypes.c_double(temperature), ctypes.c_int64(top_k), ctypes.c_double(top_p), ctypes.c_double(min_p))
-        keys = (_pointer(seeds), _pointer(positions))
+        settings = _settings(SampleSettings(temperature, top_k, top_p, min_p), seeds, positions)
         inputs = self._inputs(logits, weights, combine)
-        self._check(self.library.emulated_sample(*inputs, *settings, *keys, *map(_pointer, out)))
+        count = ctypes.c_int64(top_logprobs)
+        self._check(self.library.emulated_sample(*inputs, ctypes.byref(settings), count, *map(_pointer, out)))
         return out
 
     def _inputs(self, logits: Sequence[Tensor], weights: Tensor, combine: str) -> tuple:
         first = logits[0]
         assert all(x.shape == first.shape and (x.stride(1) == 1 or x.shape[1] == 1) for x in logits)
-        assert weights.dtype == torch.float32 and weights.shape == (len(logits),)
+        assert weights.dtype == torch.float32 and weights.shape in ((len(logits),), (len(first), len(logits)))
         self._alive = (list(logits), weights)
         pointers = (ctypes.c_void_p * len(logits))(*[x.data_ptr() for x in logits])
         strides = (ctypes.c_int64 * len(logits))(*[x.stride(0) for x in logits])
@@ -106,6 +133,7 @@ class EmulatedKernels:
             ctypes.c_int64(first.shape[0]),
             first.shape[1],
             _pointer(weights),
+            ctypes.c_int64(len(logits) if weights.dim() > 1 else 0),
             COMBINES.index(combine),
             DTYPES.index(first.dtype),
         )

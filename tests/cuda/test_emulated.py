@@ -15,7 +15,17 @@ from ensemw2s.ops import mixture_log_probs, mixture_sample
 from ensemw2s.ops.checks import COMBINES
 from tests.cuda.emulated import DTYPES, KERNELS, SANITIZE, compile_emulation
 from tests.ops.helpers import assert_as_good_as_torch
-from tests.ops.test_mixture_sample import SETTINGS, inputs, is_decided
+from tests.ops.test_mixture_sample import (
+    OFF,
+    ROWS,
+    SETTINGS,
+    assert_likeliest,
+    inputs,
+    is_decided,
+    one_row,
+    settings_of_rows,
+    weights_of_rows,
+)
 
 # 1: one token; 33: past a group, rows that are not aligned; 257: the same for 16-bit types; 1031: past a chunk;
 # 2100: rows aligned for float32, and more candidates than shared memory holds.
@@ -87,6 +97,83 @@ def test_a_row_does_not_depend_on_its_batch(kernels, generator, combine):
             [x[3:4] for x in logits], weights, combine=combine, **{k: v[3:4] for k, v in keys.items()}, **setting
         )
         assert_same([x[..., 3:4] for x in together], alone)
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_rows_of_their_own_are_what_they_are_alone(kernels, generator, combine):
+    for dtype, real, whole in (
+        (torch.float32, torch.float32, torch.int64),
+        (torch.float16, torch.float64, torch.int32),
+    ):
+        rows = [row for row in ROWS if whole == torch.int64 or row.get("top_k", 0) < 2**31]
+        settings = settings_of_rows(rows, real, whole)
+        logits, _, keys = inputs(generator, 3, len(rows), 1500, dtype)
+        weights = weights_of_rows(generator, len(rows), 3)
+        together = kernels.mixture_sample(logits, weights, combine=combine, top_logprobs=3, **keys, **settings)
+        for row in range(len(rows)):
+            z, w, rest = one_row(row, logits, weights, keys, settings)
+            alone = kernels.mixture_sample(z, w, combine=combine, top_logprobs=3, **rest)
+            mine = [x[:, row : row + 1] if x is together.expert_log_probs else x[row : row + 1] for x in together]
+            assert_same(mine, alone)
+            exact = mixture_sample([x.double() for x in z], w.double(), combine=combine, **rest)
+            log_probs = mixture_log_probs([x.double() for x in z], w.double(), combine)
+            if is_decided(log_probs, **rest).item():
+                assert torch.equal(alone.tokens, exact.tokens), rows[row]
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_an_expert_without_weight_in_a_row_is_not_read_there(kernels, generator, combine):
+    logits, _, keys = inputs(generator, 3, 3, 200)
+    weights = torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    clean = kernels.mixture_log_probs(logits, weights, combine)
+    for row, expert in zip(*torch.where(weights == 0), strict=True):
+        logits[expert][row] = float("nan")
+    assert_same([kernels.mixture_log_probs(logits, weights, combine)], [clean])
+    for setting in SETTINGS:
+        got = kernels.mixture_sample(logits, weights, combine=combine, top_logprobs=2, **keys, **setting)
+        assert got.valid.tolist() == [True, True, False]
+        assert got.expert_log_probs.isnan().T.tolist() == (weights == 0).tolist()
+        assert got.tokens[2] == -1 and bool(got.log_probs[2].isnan())
+        assert got.top_tokens[2].tolist() == [-1, -1] and bool(got.top_log_probs[2].isnan().all())
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_rows_with_bad_values_are_not_valid_and_alone(kernels, generator, combine):
+    nan, inf = float("nan"), float("inf")
+    bad = {
+        "temperature": torch.tensor([0.8, nan, -1.0, inf]),
+        "top_k": torch.tensor([5, -1, -(2**60), 3]),
+        "top_p": torch.tensor([0.9, 0.0, 1.5, nan], dtype=torch.float64),
+        "min_p": torch.tensor([0.1, -0.1, 1.5, nan]),
+    }
+    logits, weights, keys = inputs(generator, 2, 4, 300)
+    for name, values in bad.items():
+        got = kernels.mixture_sample(logits, weights, combine=combine, top_logprobs=2, **keys, **{name: values})
+        valid = [True, False, False, name == "top_k"]
+        assert got.valid.tolist() == valid, name
+        assert ((got.tokens == -1) == ~got.valid).all() and bool(got.log_probs[~got.valid].isnan().all())
+        assert bool((got.top_tokens[~got.valid] == -1).all()) and bool(got.top_log_probs[~got.valid].isnan().all())
+    of_rows = weights.repeat(4, 1)
+    of_rows[1, 1], of_rows[2, 0], of_rows[3, 1] = -0.5, nan, inf
+    got = kernels.mixture_sample(logits, of_rows, combine=combine, **keys)
+    assert got.valid.tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_the_likeliest_tokens(kernels, generator, combine):
+    for size, dtype in ((1, torch.float32), (33, torch.float16), (1031, torch.bfloat16), (2100, torch.float32)):
+        logits, weights, keys = inputs(generator, 2, 2, size, dtype)
+        exact = mixture_log_probs([x.double() for x in logits], weights.double(), combine)
+        for setting in ({"temperature": 0.0}, {}, {"top_k": 2, "temperature": 1.3}, {"top_p": 0.5}):
+            count = min(64 if not setting else 6, size)
+            got = kernels.mixture_sample(logits, weights, combine=combine, top_logprobs=count, **keys, **setting)
+            assert_likeliest(got.top_tokens, got.top_log_probs, exact, count)
+            plain = kernels.mixture_sample(logits, weights, combine=combine, **keys, **setting)
+            assert_same(got[:4], plain[:4])
+    tied = torch.zeros(1, 1, 1500)
+    tied[..., [1499, 7]] = 3.0
+    got = kernels.mixture_sample(tied, torch.ones(1), top_logprobs=4, **{k: x[:1] for k, x in keys.items()})
+    assert got.top_tokens.tolist() == [[7, 1499, 0, 1]]
 
 
 def test_greedy_takes_the_lowest_of_equals(kernels):
@@ -220,14 +307,19 @@ def cases():
                 yield logits, weights, keys, combine, setting
 
 
+def top_count_of(order):
+    """How many of the likeliest tokens a case asks for."""
+    return 5 * (order % 3)
+
+
 def as_bytes(order, logits, weights, keys, combine, setting):
     """A case in the form that tests/emulation/run_cases.cpp reads."""
-    chosen = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | (setting or {})
+    chosen = OFF | (setting or {})
     rows, size = logits[0].shape
     whole = (order, setting is not None, len(logits), rows, size, COMBINES.index(combine))
-    whole += (DTYPES.index(logits[0].dtype), chosen["top_k"])
-    header = struct.pack("8q3d", *whole, chosen["temperature"], chosen["top_p"], chosen["min_p"])
-    arrays = [weights, keys["seeds"], keys["positions"], *logits]
+    whole += (DTYPES.index(logits[0].dtype), top_count_of(order), chosen["top_k"])
+    header = struct.pack("9q3d", *whole, chosen["temperature"], chosen["top_p"], chosen["min_p"])
+    arrays = [weights.expand(rows, -1), keys["seeds"], keys["positions"], *logits]
     return header + b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in arrays)
 
 
@@ -239,7 +331,7 @@ def run_cases(program: Path) -> str:
     if run.returncode != 0:
         return f"exit status {run.returncode}: {run.stderr}"
     found = results.read_bytes()
-    for logits, weights, keys, combine, setting in cases():
+    for order, (logits, weights, keys, combine, setting) in enumerate(cases()):
         double = [x.double() for x in logits]
         log_probs = mixture_log_probs(double, weights.double(), combine)
         if setting is None:
@@ -249,7 +341,13 @@ def run_cases(program: Path) -> str:
                 return f"wrong log-probabilities: {combine}"
             continue
         token = int.from_bytes(found[:8], sys.byteorder, signed=True)
-        found = found[8:]
+        top_tokens = torch.frombuffer(bytearray(found[8:]), dtype=torch.int64)[: top_count_of(order)][None]
+        found = found[8 + 8 * top_count_of(order) :]
+        possible = log_probs.gather(-1, top_tokens.clamp(min=0)).masked_fill(top_tokens < 0, -torch.inf)
+        if not torch.allclose(
+            possible, log_probs.sort(-1, descending=True).values[:, : top_count_of(order)], atol=1e-5
+        ):
+            return f"wrong likeliest tokens: {combine}"
         exact = mixture_sample(double, weights.double(), combine=combine, **keys, **setting).tokens.item()
         if token != exact and bool(is_decided(log_probs, **keys, **setting).all()):
             return f"wrong token: {combine}, {setting}"

@@ -29,7 +29,8 @@ class ScratchMemory {
 };
 
 DeviceMixture mixture_of(const void* const* logits, const int64_t* row_strides, int num_experts, int64_t rows,
-                         int vocabulary, const float* weights, int combine, int dtype) {
+                         int vocabulary, const float* weights, int64_t weight_stride, int combine,
+                         int dtype) {
   DeviceMixture mixture{};
   for (int t = 0; t < num_experts; ++t) {
     mixture.logits[t] = logits[t];
@@ -39,9 +40,19 @@ DeviceMixture mixture_of(const void* const* logits, const int64_t* row_strides, 
   mixture.rows = rows;
   mixture.vocabulary = vocabulary;
   mixture.weights = weights;
+  mixture.weight_stride = weight_stride;
   mixture.combine = Combine(combine);
   mixture.dtype = Dtype(dtype);
   return mixture;
+}
+
+SampleSettings settings_of(const EmulatedSettings& given) {
+  return {{given.temperature, given.rows[0], given.wide[0]},
+          {given.top_k, given.rows[1], given.wide[1]},
+          {given.top_p, given.rows[2], given.wide[2]},
+          {given.min_p, given.rows[3], given.wide[3]},
+          given.seeds,
+          given.positions};
 }
 
 }  // namespace
@@ -51,25 +62,26 @@ using namespace ensemw2s::cuda;
 
 extern "C" const char* emulated_log_probs(uint64_t order, const void* const* logits,
                                           const int64_t* row_strides, int num_experts, int64_t rows,
-                                          int vocabulary, const float* weights, int combine, int dtype,
-                                          float* log_probs) {
+                                          int vocabulary, const float* weights, int64_t weight_stride,
+                                          int combine, int dtype, float* log_probs) {
   emulation::set_seed(order);
   ScratchMemory scratch;
   return mixture_log_probs(
-      mixture_of(logits, row_strides, num_experts, rows, vocabulary, weights, combine, dtype), log_probs,
-      [&](int64_t bytes) { return scratch.allocate(bytes); }, nullptr);
+      mixture_of(logits, row_strides, num_experts, rows, vocabulary, weights, weight_stride, combine, dtype),
+      log_probs, [&](int64_t bytes) { return scratch.allocate(bytes); }, nullptr);
 }
 
 extern "C" const char* emulated_sample(uint64_t order, const void* const* logits, const int64_t* row_strides,
                                        int num_experts, int64_t rows, int vocabulary, const float* weights,
-                                       int combine, int dtype, double temperature, int64_t top_k,
-                                       double top_p, double min_p, const int64_t* seeds,
-                                       const int64_t* positions, int64_t* tokens, float* log_probs,
-                                       float* expert_log_probs, bool* valid) {
+                                       int64_t weight_stride, int combine, int dtype,
+                                       const EmulatedSettings* settings, int64_t top_count, int64_t* tokens,
+                                       float* log_probs, float* expert_log_probs, bool* valid,
+                                       int64_t* top_tokens, float* top_log_probs) {
   emulation::set_seed(order);
   ScratchMemory scratch;
   return mixture_sample(
-      mixture_of(logits, row_strides, num_experts, rows, vocabulary, weights, combine, dtype),
-      {temperature, top_k, top_p, min_p, seeds, positions}, {tokens, log_probs, expert_log_probs, valid},
+      mixture_of(logits, row_strides, num_experts, rows, vocabulary, weights, weight_stride, combine, dtype),
+      settings_of(*settings),
+      {tokens, log_probs, expert_log_probs, valid, top_tokens, top_log_probs, top_count},
       [&](int64_t bytes) { return scratch.allocate(bytes); }, nullptr);
 }

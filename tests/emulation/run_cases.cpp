@@ -1,7 +1,8 @@
 // Runs the cases of a file and writes what the kernels give, every array in a heap block of its own: a
 // program for AddressSanitizer, which a Python process is slow under. Usage: run_cases CASES RESULTS A case
-// is eight int64 (order of the threads, sampling or not, experts, rows, vocabulary, combine, dtype, top_k),
-// three doubles (temperature, top_p, min_p), then weights, seeds, positions and each expert's logits.
+// is nine int64 (order of the threads, sampling or not, experts, rows, vocabulary, combine, dtype, top_count,
+// top_k), three doubles (temperature, top_p, min_p), then weights of each row, seeds, positions and each
+// expert's logits. Where the order is odd, every row gets its settings by itself.
 
 #include <cstdint>
 #include <cstdio>
@@ -33,13 +34,20 @@ Array read(std::istream& file, int64_t bytes) {
 
 void write(std::ostream& file, Array& array) { file.write(array.data.get(), array.size); }
 
+template <class V>
+Array filled(int64_t count, V value) {
+  Array array(count * int64_t(sizeof(V)));
+  for (int64_t i = 0; i < count; ++i) array.as<V>()[i] = value;
+  return array;
+}
+
 struct Header {
-  int64_t order, samples, experts, rows, vocabulary, combine, dtype, top_k;
+  int64_t order, samples, experts, rows, vocabulary, combine, dtype, top_count, top_k;
   double temperature, top_p, min_p;
 };
 
 const char* run_case(const Header& h, std::istream& cases, std::ostream& results) {
-  Array weights = read(cases, h.experts * 4), seeds = read(cases, h.rows * 8),
+  Array weights = read(cases, h.rows * h.experts * 4), seeds = read(cases, h.rows * 8),
         positions = read(cases, h.rows * 8);
   std::vector<Array> logits;
   std::vector<const void*> pointers;
@@ -52,17 +60,25 @@ const char* run_case(const Header& h, std::istream& cases, std::ostream& results
     Array log_probs(h.rows * h.vocabulary * 4);
     const char* error =
         emulated_log_probs(h.order, pointers.data(), strides.data(), h.experts, h.rows, h.vocabulary,
-                           weights.as<float>(), h.combine, h.dtype, log_probs.as<float>());
+                           weights.as<float>(), h.experts, h.combine, h.dtype, log_probs.as<float>());
     write(results, log_probs);
     return error;
   }
   Array tokens(h.rows * 8), log_probs(h.rows * 4), expert_log_probs(h.experts * h.rows * 4), valid(h.rows);
-  const char* error =
-      emulated_sample(h.order, pointers.data(), strides.data(), h.experts, h.rows, h.vocabulary,
-                      weights.as<float>(), h.combine, h.dtype, h.temperature, h.top_k, h.top_p, h.min_p,
-                      seeds.as<int64_t>(), positions.as<int64_t>(), tokens.as<int64_t>(),
-                      log_probs.as<float>(), expert_log_probs.as<float>(), valid.as<bool>());
+  Array top_tokens(h.rows * h.top_count * 8), top_log_probs(h.rows * h.top_count * 4);
+  Array temperature = filled(h.rows, h.temperature), top_k = filled(h.rows, h.top_k),
+        top_p = filled(h.rows, h.top_p), min_p = filled(h.rows, h.min_p);
+  EmulatedSettings settings{
+      h.temperature,          h.top_k, h.top_p, h.min_p, {}, {true, true, true, true}, seeds.as<int64_t>(),
+      positions.as<int64_t>()};
+  Array* of_rows[] = {&temperature, &top_k, &top_p, &min_p};
+  for (int i = 0; i < 4 && h.order % 2; ++i) settings.rows[i] = of_rows[i]->as<void>();
+  const char* error = emulated_sample(
+      h.order, pointers.data(), strides.data(), h.experts, h.rows, h.vocabulary, weights.as<float>(),
+      h.experts, h.combine, h.dtype, &settings, h.top_count, tokens.as<int64_t>(), log_probs.as<float>(),
+      expert_log_probs.as<float>(), valid.as<bool>(), top_tokens.as<int64_t>(), top_log_probs.as<float>());
   write(results, tokens);
+  write(results, top_tokens);
   return error;
 }
 

@@ -4,8 +4,9 @@
 wrong. Everything that is expected is worked out here in numpy, from the definitions in the ops' docstrings, but for the
 noise of the Gumbel race.
 
-To fuzz a new setting of `mixture_sample`, give it values in `SETTINGS` and a line in `supports`. To fuzz a new op,
-write a function that draws its arguments, calls it and compares, and name it in `OPS`.
+To fuzz a new setting of `mixture_sample`, give it values in `SETTINGS` and a line in `supports`; it is drawn as a
+number for all rows and as a tensor of each row's. To fuzz a new op, write a function that draws its arguments, calls it
+and compares, and name it in `OPS`.
 """
 
 from __future__ import annotations
@@ -134,6 +135,12 @@ def mixture_weights(random: Random, experts: int) -> Array:
     return values
 
 
+def weights_of_rows(random: Random, rows: int, experts: int) -> Array:
+    """float32 [rows, experts]; some rows have none."""
+    values = [mixture_weights(random, experts) * (random.random() > 0.08) for _ in range(rows)]
+    return np.array(values, dtype=np.float32).reshape(rows, experts)
+
+
 def token_weights(random: Random, rows: int) -> Array:
     values = random.random(rows) * random.choice((1.0, 1.0, 1.0, 1e30, 1e-30, 1e-44, -1.0))
     values[random.random(rows) < 0.2] = 0.0
@@ -166,6 +173,10 @@ class Inputs:
         self.kinds = [x.__name__ for x in kinds]
         self.logits = [self.tensor(x(random, (self.rows, self.size), self.dtype)) for x in kinds]
         self.weights = in_some_layout(random, torch.tensor(mixture_weights(random, self.experts), dtype=torch.float32))
+        self.shared = Mixture(self, self.weights)
+        self.of_rows = Mixture(
+            self, in_some_layout(random, torch.tensor(weights_of_rows(random, self.rows, self.experts)))
+        )
         self.seeds, self.positions = self.keys(), self.keys()
         self.labels = torch.from_numpy(random.integers(0, self.size, self.rows))
         if self.rows:
@@ -189,7 +200,7 @@ class Inputs:
     def __str__(self) -> str:
         return (
             f"{self.experts} experts x {self.rows} rows x {self.size} tokens, {self.dtype}, {self.kinds}, "
-            f"weights {self.weights.tolist()}"
+            f"weights {self.weights.tolist()}, or of each row {self.of_rows.weights.tolist()}"
         )
 
     # ---- in float64 ----
@@ -200,20 +211,13 @@ class Inputs:
 
     @cached_property
     def shares(self) -> Array:
-        weights = self.weights.double().numpy()
-        shares = weights / weights.sum()
-        return np.where(shares < LEAST_SHARE, 0.0, shares)
+        """Those of `weights` [T]."""
+        return self.shared.shares[:, 0] if self.rows else np.ones(self.experts) / self.experts
 
     @cached_property
     def fall(self) -> Array:
         """Distance to the largest logit of the row, of each expert."""
         return self.z - self.z.max(-1, keepdims=True)
-
-    @cached_property
-    def product(self) -> Array:
-        """The scores [B, V] of the product of experts."""
-        active = self.shares > 0
-        return (self.shares[active, None, None] * self.fall[active]).sum(0)
 
     @cached_property
     def own(self) -> Array:
@@ -224,28 +228,57 @@ class Inputs:
     def noise(self) -> Array:
         return gumbel_noise(self.seeds[:, None], self.positions[:, None], torch.arange(self.size)).numpy()
 
+    def any_mixture(self) -> Mixture:
+        return self.of_rows if self.random.random() < 0.5 else self.shared
+
+
+class Mixture:
+    """The mixture of an input's experts by weights [T], or [B, T] of each row."""
+
+    def __init__(self, inputs: Inputs, weights: Tensor) -> None:
+        self.inputs, self.weights = inputs, weights
+
+    @cached_property
+    def shares(self) -> Array:
+        """[T, B]; zeros in a row without weight."""
+        weights = self.weights.double().numpy()
+        weights = np.broadcast_to(weights, (self.inputs.rows, self.inputs.experts)).T
+        total = weights.sum(0)
+        shares = weights / np.where(total > 0, total, 1.0)
+        return np.where(shares < LEAST_SHARE, 0.0, shares)
+
+    @cached_property
+    def active(self) -> Array:
+        """[T, B, 1], which experts have a say in a row."""
+        return self.shares[..., None] > 0
+
+    @cached_property
+    def product(self) -> Array:
+        """The scores [B, V] of the product of experts."""
+        return np.where(self.active, self.shares[..., None] * self.inputs.fall, 0.0).sum(0)
+
     @cached_property
     def mixtures(self) -> dict[str, tuple[Array, Array]]:
         return {combine: self._mixture(combine) for combine in COMBINES}
+
+    @cached_property
+    def z(self) -> Array:
+        """The logits of experts that have a say, zeros of the others."""
+        return np.where(self.active, self.inputs.z, 0.0)
 
     def is_borderline(self) -> bool:
         """Say whether float32 may or may not hold the largest score of a product: rounding decides what is valid."""
         largest = self.product.max(-1, initial=-np.inf)
         return bool(((largest > -3.5e38) & (largest < -3.2e38)).any())
 
-    def equals(self, log_probs: Array, z: Array) -> Array:
-        """Which tokens [B, V] are as likely as the likeliest in any arithmetic: no expert tells them apart."""
-        best = np.nan_to_num(log_probs, nan=-np.inf).argmax(-1)
-        return (z == np.take_along_axis(z, best[None, :, None], -1)).all(0)
-
     def _mixture(self, combine: str) -> tuple[Array, Array]:
         """Log-probabilities [B, V], and how far float32 may be off."""
-        active = self.shares > 0
-        w, z, own = self.shares[active, None, None], self.z[active], self.own[active]
-        usable = np.isfinite(z.max(-1)).all(0)[:, None]
-        of_shares = LEAST_SHARE / w.min()  # a subnormal share has few digits
+        active, z, own = self.active, self.z, self.inputs.own
+        w = self.shares[..., None]
+        usable = (np.isfinite(self.inputs.z.max(-1, keepdims=True)) | ~active).all(0) & active.any(0)
+        of_shares = LEAST_SHARE / np.where(active, w, 1.0).min(0)  # a subnormal share has few digits
         if combine == "prob":
-            mixed = log_sum_exp(own + np.log(w), 0)
+            mixed = log_sum_exp(np.where(active, own, -np.inf) + np.log(np.where(active, w, 1.0)), 0)
             off = 2e-6 + of_shares + 6e-7 * np.abs(mixed)
         elif combine == "vote":
             votes = np.zeros(z.shape)
@@ -254,13 +287,19 @@ class Inputs:
             off = 2e-6 + of_shares + 6e-7 * np.abs(mixed)
         else:
             scores = self.product
-            largest = scores.max(-1, keepdims=True) if self.size else scores
+            largest = scores.max(-1, keepdims=True) if self.inputs.size else scores
             # More than float32 holds: then its product has no token.
             usable = usable & (largest > LEAST)
             mixed = log_softmax(scores)
-            off = 2e-6 + (of_shares + 2e-7 * (4 + len(w))) * (np.abs(scores) + np.abs(largest)) + 6e-7 * np.abs(mixed)
-            off = np.where(scores < LEAST, np.inf, off)
+            off = (of_shares + 2e-7 * (4 + active.sum(0))) * (np.abs(scores) + np.abs(largest))
+            off = np.where(scores < LEAST, np.inf, 2e-6 + off + 6e-7 * np.abs(mixed))
         return np.where(usable, mixed, np.nan), off
+
+
+def equals_of(log_probs: Array, z: Array) -> Array:
+    """Which tokens [B, V] are as likely as the likeliest in any arithmetic: no expert tells them apart."""
+    best = np.nan_to_num(log_probs, nan=-np.inf).argmax(-1)
+    return (z == np.take_along_axis(z, best[None, :, None], -1)).all(0)
 
 
 def log_sum_exp(x: Array, axis: int) -> Array:
@@ -292,52 +331,83 @@ def close(got: Tensor, exact: Array, off: Array | float, name: str, *context: ob
 
 
 def mixture_log_probs(inputs: Inputs, impl: Any) -> None:
-    combine = str(inputs.random.choice(COMBINES))
-    got = impl.mixture_log_probs(inputs.logits, inputs.weights, combine)
-    exact, off = inputs.mixtures[combine]
+    combine, mixture = str(inputs.random.choice(COMBINES)), inputs.any_mixture()
+    got = impl.mixture_log_probs(inputs.logits, mixture.weights, combine)
+    exact, off = mixture.mixtures[combine]
     close(got, exact, off, f"log-probabilities, {combine}", inputs)
 
 
-def supports(
-    inputs: Inputs, log_probs: Array, off: Array, equals: Array, setting: dict[str, Any]
-) -> tuple[Array, Array]:
+Asked = dict[str, Array]  # the settings of some rows, each [B, 1]
+
+
+def any_settings(random: Random, rows: int) -> tuple[dict[str, Any], Asked]:
+    """What the op is given, each a number or a tensor [B] in any of its dtypes, and what the rows are asked for."""
+    given: dict[str, Any] = {}
+    asked: Asked = {}
+    for name, values in SETTINGS.items():
+        if random.random() < 0.6:
+            given[name] = values[random.integers(len(values))]
+            asked[name] = np.full((rows, 1), given[name])
+        else:
+            given[name] = tensor_of_rows(random, name, [values[i] for i in random.integers(len(values), size=rows)])
+            asked[name] = given[name].numpy()[:, None]
+        asked[name] = asked[name].astype(np.int64 if name == "top_k" else np.float64)
+    return given, asked
+
+
+def tensor_of_rows(random: Random, name: str, values: list[Any]) -> Tensor:
+    """The values in a dtype that a setting may have; a narrow one holds no more than it can."""
+    is_narrow = random.random() < 0.5
+    if name == "top_k":
+        tensor = torch.tensor([min(x, 2**31 - 1) for x in values] if is_narrow else values, dtype=torch.int64)
+        return in_some_layout(random, tensor.int() if is_narrow else tensor)
+    wide = torch.tensor(values, dtype=torch.float64)
+    narrow = wide.float()
+    # A top-p of 0 and a temperature of infinity are refused.
+    holds = bool((narrow.isfinite() & ((narrow > 0) == (wide > 0))).all())
+    return in_some_layout(random, narrow if is_narrow and holds else wide)
+
+
+def supports(log_probs: Array, off: Array, equals: Array, asked: Asked) -> tuple[Array, Array]:
     """The tokens that the filters must leave, and those that they may leave where rounding decides.
 
     Args:
-        inputs: the case.
         log_probs: [B, V], exact.
         off: [B, V], rounding that float32 may have.
         equals: [B, V], the tokens that no expert tells from the likeliest.
-        setting: of `mixture_sample`.
+        asked: settings of rows that are not greedy.
     """
+    size = log_probs.shape[-1]
     likeliest = log_probs.max(-1, keepdims=True)
     either = 2 * np.where(log_probs > -np.inf, off, 0.0) + 1e-7 * np.abs(likeliest)
     sure, maybe = (log_probs > LEAST), (log_probs > -np.inf)
-    if 0 < setting["top_k"] < inputs.size:
-        edge = np.sort(log_probs, -1)[:, inputs.size - setting["top_k"]][:, None]
-        maybe = maybe & (log_probs >= edge - either)
-        ties = (np.abs(log_probs - edge) <= either) & (log_probs != edge)
-        sure = sure & np.where(ties.any(-1, keepdims=True), log_probs > edge + either, log_probs >= edge)
-    if setting["top_p"] < 1:
-        sure, maybe = nucleus(log_probs, sure, maybe, either, setting)
-    if setting["min_p"] > 0:
-        edge = likeliest + setting["temperature"] * np.log(setting["min_p"])
-        margin = either + 1e-5 * setting["temperature"]
-        rivals = (log_probs >= likeliest - either) & ~equals
-        is_clear = equals & ~rivals.any(-1, keepdims=True)
-        sure = sure & ((log_probs >= edge + margin) | is_clear)
-        maybe = maybe & (log_probs >= edge - margin)
+    counts = (asked["top_k"] > 0) & (asked["top_k"] < size)
+    place = np.where(counts, size - asked["top_k"], 0)
+    edge = np.where(counts, np.take_along_axis(np.sort(log_probs, -1), place, -1), -np.inf)
+    maybe = maybe & (log_probs >= edge - either)
+    ties = counts & (np.abs(log_probs - edge) <= either) & (log_probs != edge)
+    sure = sure & np.where(ties.any(-1, keepdims=True), log_probs > edge + either, log_probs >= edge)
+    has_nucleus = asked["top_p"] < 1
+    narrow, wide = nucleus(log_probs, sure, maybe, either, asked)
+    sure, maybe = np.where(has_nucleus, narrow, sure), np.where(has_nucleus, wide, maybe)
+    has_min_p = asked["min_p"] > 0
+    edge = likeliest + asked["temperature"] * np.log(np.where(has_min_p, asked["min_p"], 1.0))
+    margin = either + 1e-5 * asked["temperature"]
+    rivals = (log_probs >= likeliest - either) & ~equals
+    is_clear = equals & ~rivals.any(-1, keepdims=True)
+    sure = sure & (~has_min_p | (log_probs >= edge + margin) | is_clear)
+    maybe = maybe & (~has_min_p | (log_probs >= edge - margin))
     return sure, maybe
 
 
-def nucleus(log_probs: Array, sure: Array, maybe: Array, either: Array, setting: dict[str, Any]) -> tuple[Array, Array]:
+def nucleus(log_probs: Array, sure: Array, maybe: Array, either: Array, asked: Asked) -> tuple[Array, Array]:
     order = np.argsort(-log_probs, -1, kind="stable")
     likeliest = log_probs.max(-1, keepdims=True)
-    reach = either.min(-1, keepdims=True) / setting["temperature"]
+    reach = either.min(-1, keepdims=True) / asked["temperature"]
     margin = 1e-5 + np.minimum(1.0, 4 * reach)
 
     def within(kept: Array, top_p: Array) -> Array:
-        mass = np.where(kept, np.exp((log_probs - likeliest) / setting["temperature"]), 0.0)
+        mass = np.where(kept, np.exp((log_probs - likeliest) / asked["temperature"]), 0.0)
         ordered = np.take_along_axis(mass / mass.sum(-1, keepdims=True), order, -1)
         inside = np.cumsum(ordered, -1) - ordered < top_p
         inside[:, 0] = True
@@ -347,8 +417,8 @@ def nucleus(log_probs: Array, sure: Array, maybe: Array, either: Array, setting:
 
     # Where top-k left it open which tokens stay, their masses are open too.
     open_rows = (sure != maybe).any(-1, keepdims=True)
-    wide = np.where(open_rows, maybe, within(maybe, setting["top_p"] + margin))
-    narrow = within(maybe, setting["top_p"] - margin) & sure
+    wide = np.where(open_rows, maybe, within(maybe, asked["top_p"] + margin))
+    narrow = within(maybe, asked["top_p"] - margin) & sure
     least = np.where(wide, log_probs, np.inf).min(-1, keepdims=True)
     # Equals go by their ids, but where others are nearly as likely rounding decides who is an equal.
     near = maybe & (log_probs >= least - either)
@@ -363,53 +433,88 @@ def nucleus(log_probs: Array, sure: Array, maybe: Array, either: Array, setting:
 
 def mixture_sample(inputs: Inputs, impl: Any) -> None:
     random = inputs.random
-    combine = str(random.choice(COMBINES))
-    setting = {name: values[random.integers(len(values))] for name, values in SETTINGS.items()}
+    combine, mixture = str(random.choice(COMBINES)), inputs.any_mixture()
+    given, asked = any_settings(random, inputs.rows)
+    count = int(random.choice((0, 0, 1, 3, 20, 64)))
+    count = min(count, inputs.size)
     keys = {"seeds": inputs.seeds, "positions": inputs.positions}
-    got = impl.mixture_sample(inputs.logits, inputs.weights, combine=combine, **keys, **setting)
-    exact, off = inputs.mixtures[combine]
-    context = (combine, setting, keys, got, inputs)
+    got = impl.mixture_sample(inputs.logits, mixture.weights, combine=combine, top_logprobs=count, **keys, **given)
+    exact, off = mixture.mixtures[combine]
+    context = (combine, given, count, keys, got, inputs)
     valid, tokens = got.valid.numpy(), got.tokens.numpy()
     expect((valid == ~np.isnan(exact).any(-1)).all(), "valid", *context)
     expect(
         (tokens[~valid] == -1).all() and got.log_probs[~got.valid].isnan().all(), "a row that is not valid", *context
     )
     expect(got.expert_log_probs[:, ~got.valid].isnan().all(), "experts of a row that is not valid", *context)
+    expect(
+        (got.top_tokens[~got.valid] == -1).all() and got.top_log_probs[~got.valid].isnan().all(),
+        "the likeliest of a row that is not valid",
+        *context,
+    )
     rows = np.nonzero(valid)[0]
     tokens = tokens[rows]
     expect(((tokens >= 0) & (tokens < inputs.size)).all(), "no token", *context)
     close(got.log_probs[rows], exact[rows, tokens], off[rows, tokens], "token's log-probability", *context)
-    active = inputs.shares > 0
-    each = inputs.own[active][:, rows, tokens]
+    active = mixture.active[:, rows, 0]
+    each = np.where(active, inputs.own[:, rows, tokens], 0.0)
+    ours = torch.where(torch.from_numpy(active), got.expert_log_probs[:, rows], 0.0)
+    close(ours, each, 2e-6 + 6e-7 * np.abs(each), "experts' log-probabilities", *context)
+    best_likeliest(exact[rows], off[rows], got.top_tokens.numpy()[rows], got.top_log_probs[rows], context)
+    greedy = asked["temperature"][rows, 0] < COLDEST
+    for some, check in ((greedy, best_greedily), (~greedy, best_token)):
+        here = rows[some]
+        of_rows = {name: values[here] for name, values in asked.items()}
+        check(exact[here], off[here], mixture.z[:, here], inputs.noise[here], tokens[some], of_rows, context)
+
+
+def best_likeliest(exact: Array, off: Array, tokens: Array, log_probs: Tensor, context: Any) -> None:
+    """Refuse tokens that are not the likeliest, within rounding, each once and falling."""
+    count = tokens.shape[-1]
+    order = np.argsort(-exact, -1, kind="stable")[:, :count]
+    room = np.maximum.accumulate(np.where(np.take_along_axis(exact, order, -1) > -np.inf, 1.0, 0.0)
+                                 * np.nan_to_num(np.take_along_axis(off, order, -1), posinf=np.inf), -1)  # fmt: skip
+    close(log_probs, np.take_along_axis(exact, order, -1), 2 * room, "log-probabilities of the likeliest", *context)
+    values = log_probs.double().numpy()
+    expect((values[:, 1:] <= values[:, :-1]).all(), "the likeliest do not fall", *context)
+    expect(((tokens == -1) == (values == -np.inf)).all(), "impossible tokens among the likeliest", *context)
+    at = np.where(tokens >= 0, tokens, 0)
+    there, slack = np.take_along_axis(exact, at, -1), np.take_along_axis(off, at, -1)
     close(
-        got.expert_log_probs[active][:, rows], each, 2e-6 + 6e-7 * np.abs(each), "experts' log-probabilities", *context
-    )
-    best_token(inputs, exact[rows], off[rows], rows, tokens, setting, context)
+        torch.where(torch.from_numpy(tokens >= 0), log_probs, 0.0),
+        np.where(tokens >= 0, there, 0.0), slack, "a likely token's log-probability", *context,
+    )  # fmt: skip
+    for row in tokens:
+        found = row[row >= 0]
+        expect(len(set(found)) == len(found), "a token stands twice among the likeliest", *context)
 
 
-def best_token(
-    inputs: Inputs, exact: Array, off: Array, rows: Array, tokens: Array, setting: dict[str, Any], context: Any
-) -> None:
+def best_greedily(exact: Array, off: Array, z: Array, noise: Array, tokens: Array, asked: Asked, context: Any) -> None:
+    """Refuse a token that another one beats by more than rounding, or that is not the lowest of equals."""
+    here = np.arange(len(tokens))
+    off = np.where(exact > -np.inf, off, 0.0)
+    expect((exact[here, tokens] > -np.inf).all(), "an impossible token", *context)
+    rivals = np.where(exact > -np.inf, exact - off, -np.inf)
+    beaten = rivals.max(-1, initial=-np.inf) > exact[here, tokens] + off[here, tokens]
+    expect(not beaten.any(), "another token is likelier", *context)
+    if len(tokens):
+        lower = (z == z[:, here, tokens][..., None]).all(0) & (np.arange(exact.shape[-1]) < tokens[:, None])
+        expect(not lower.any() or context[0] == "vote", "a lower id is as likely", *context)
+
+
+def best_token(exact: Array, off: Array, z: Array, noise: Array, tokens: Array, asked: Asked, context: Any) -> None:
     """Refuse a token that another one beats by more than rounding, or that the filters remove."""
     off = np.where(exact > -np.inf, off, 0.0)
-    if setting["temperature"] < COLDEST:
-        sure = maybe = exact > -np.inf
-        scores, slack = exact, off
-    else:
-        equals = inputs.equals(exact, inputs.z[inputs.shares > 0][:, rows])
-        sure, maybe = supports(inputs, exact, off, equals, setting)
-        scores = (exact - exact.max(-1, keepdims=True)) / setting["temperature"] + inputs.noise[rows]
-        slack = off / setting["temperature"] + 5e-5 + 1e-6 * np.minimum(np.abs(scores), 1e6)
+    if not len(tokens):
+        return
+    sure, maybe = supports(exact, off, equals_of(exact, z), asked)
+    scores = (exact - exact.max(-1, keepdims=True)) / asked["temperature"] + noise
+    slack = off / asked["temperature"] + 5e-5 + 1e-6 * np.minimum(np.abs(scores), 1e6)
     here = np.arange(len(tokens))
     expect(maybe[here, tokens].all(), "the filters remove the token", *context)
     rivals = np.where(sure, scores - slack, -np.inf)
     beaten = rivals.max(-1, initial=-np.inf) > scores[here, tokens] + slack[here, tokens]
     expect(not beaten.any(), "another token is better", *context)
-    # Of equals the lowest id, where there is no noise to decide.
-    if setting["temperature"] < COLDEST and len(tokens):
-        z = inputs.z[inputs.shares > 0][:, rows]
-        lower = (z == z[:, here, tokens][..., None]).all(0) & (np.arange(inputs.size) < tokens[:, None])
-        expect(not lower.any() or context[0] == "vote", "a lower id is as likely", *context)
 
 
 def label_scores(got: Any, log_probs: Array, off: Array, z: Array, inputs: Inputs, *context: object) -> None:
@@ -425,7 +530,7 @@ def label_scores(got: Any, log_probs: Array, off: Array, z: Array, inputs: Input
     entropy = np.where(read, np.where(usable, -terms.sum(-1), np.nan), 0.0)
     weighed = np.where(p > 0, p * off * (1 + np.abs(np.where(p > 0, log_probs, 0.0))), 0.0).sum(-1)
     close(got.entropy, entropy, 4e-6 + 4e-6 * np.abs(entropy) + 2 * weighed, "entropy", *context, inputs)
-    equals = inputs.equals(log_probs, z)
+    equals = equals_of(log_probs, z)
     near = log_probs >= (log_probs.max(-1) - 2 * off.min(-1))[:, None]
     clear = ~(near & ~equals).any(-1)
     wrong = (got.correct.numpy() != ((equals.argmax(-1) == labels) & read & usable)) & (clear | ~usable | ~read)
@@ -439,13 +544,12 @@ def token_scores(inputs: Inputs, impl: Any) -> None:
 
 
 def mixture_scores(inputs: Inputs, impl: Any) -> None:
-    combine = str(inputs.random.choice(COMBINES))
-    got = impl.mixture_scores(inputs.logits, inputs.weights, inputs.labels, combine)
-    if combine == "vote":  # a vote for each expert's first argmax: no columns to compare
-        z = np.zeros((1, inputs.rows, inputs.size)) + inputs.mixtures[combine][0]
-    else:
-        z = inputs.z[inputs.shares > 0]
-    label_scores(got, *inputs.mixtures[combine], z, inputs, combine)
+    combine, mixture = str(inputs.random.choice(COMBINES)), inputs.any_mixture()
+    got = impl.mixture_scores(inputs.logits, mixture.weights, inputs.labels, combine)
+    log_probs, off = mixture.mixtures[combine]
+    # A vote is for each expert's first argmax: no columns to compare.
+    z = log_probs[None] if combine == "vote" else mixture.z
+    label_scores(got, log_probs, off, z, inputs, combine)
 
 
 # ---- losses ----
@@ -699,6 +803,7 @@ def arguments_of(name: str) -> dict[str, Any]:
         "top_k": 0,
         "top_p": 1.0,
         "min_p": 0.0,
+        "top_logprobs": 0,
         "combine": "prob",
     }
     if name in ("token_scores", "weighted_cross_entropy"):
@@ -708,7 +813,7 @@ def arguments_of(name: str) -> dict[str, Any]:
     }
 
 
-NUMBERS = ("temperature", "top_k", "top_p", "min_p")
+NUMBERS = ("temperature", "top_k", "top_p", "min_p", "top_logprobs")
 NO_NUMBERS = (None, "1", 1j, [1.0], torch.ones(2), True, float("nan"), float("inf"), -1, 10**5000, -(10**5000), 2**63)
 NO_TENSORS = (None, 3, "logits", b"x", {}, [], [None], ["x"], object(), 1j, np.zeros(2))
 
@@ -721,15 +826,25 @@ def bad_tensors(good: Tensor) -> list[Any]:
     return [*wrong, good.double() if good.dtype == torch.int64 else good.long()]
 
 
+def bad_rows(argument: str, values: list[Any]) -> list[Any]:
+    """Values for a setting that each of two rows may have of its own: what is no number, and wrong tensors."""
+    good = torch.ones(2, dtype=torch.int64 if argument == "top_k" else torch.float32)
+    values = [x for x in values if not isinstance(x, Tensor)]
+    bad = [x for x in bad_tensors(good) if x.dtype != torch.float64 or x.shape != good.shape]
+    return [*values, *bad, good.half(), torch.ones(3), good * -1, good * torch.tensor([1, -(2**30)]).to(good.dtype)]
+
+
 def bad_values(name: str, argument: str, good: Any) -> list[Any]:
     """Values that the op must refuse for an argument."""
     if argument in NUMBERS:
-        return [x for x in NO_NUMBERS if argument != "temperature" or x is not NO_NUMBERS[-1]]
+        values = [x for x in NO_NUMBERS if argument != "temperature" or x is not NO_NUMBERS[-1]]
+        return values if name != "mixture_sample" or argument == "top_logprobs" else bad_rows(argument, values)
     if argument == "combine":
         return [None, "mean", 0, ["prob"], "prob" * 10_000]
+    values: list[Any]
     if isinstance(good, list):
         return [*NO_TENSORS, [good[0], None], *([good[0], x] for x in bad_tensors(good[1]) if x.device.type != "meta")]
-    values: list[Any] = [*NO_TENSORS, *bad_tensors(good)]
+    values = [*NO_TENSORS, *bad_tensors(good)]
     if name == "mixture_log_probs" and argument == "logits":
         values = [x for x in values if not (isinstance(x, Tensor) and x.dim() == 4)]  # any leading axes are right
     if argument == "weights":
@@ -765,6 +880,12 @@ def _is_like(value: Any, good: Any) -> bool:
     return alike and value.layout == good.layout
 
 
+def _is_of_rows(argument: str, value: Any) -> bool:
+    """Whether nothing is wrong with a tensor of two rows' settings but the values in it."""
+    dtypes = (torch.int32, torch.int64) if argument == "top_k" else (torch.float32, torch.float64)
+    return argument in NUMBERS and any(_is_like(value, torch.ones(2, dtype=dtype)) for dtype in dtypes)
+
+
 def refuse_bad_arguments(impl: Any) -> int:
     """Every bad value of every argument of every op; returns how many there were."""
     tried = 0
@@ -772,7 +893,7 @@ def refuse_bad_arguments(impl: Any) -> int:
         for argument, good in arguments_of(name).items():
             for value in bad_values(name, argument, good):
                 # Triton's kernels look at no value inside a tensor, since the host would have to wait for it.
-                if impl.impl != "triton" or not _is_like(value, good):
+                if impl.impl != "triton" or not (_is_like(value, good) or _is_of_rows(argument, value)):
                     is_refused(name, argument, value, impl)
                     tried += 1
     return tried
@@ -807,7 +928,7 @@ class EmulatedCuda:
         return self.kernels.mixture_log_probs([dense(x) for x in logits], weights.contiguous(), combine)
 
     def mixture_sample(self, logits: list[Tensor], weights: Tensor, **settings: Any) -> Any:
-        settings |= {name: settings[name].contiguous() for name in ("seeds", "positions")}
+        settings |= {name: x.contiguous() for name, x in settings.items() if isinstance(x, Tensor)}
         return self.kernels.mixture_sample([dense(x) for x in logits], weights.contiguous(), **settings)
 
 
@@ -824,7 +945,7 @@ def make_calls(impl: Any, calls: int, seed: int, *, large: bool = True) -> int:
             random = np.random.default_rng([seed, index])
             inputs = Inputs(random, large=large)
             index += 1
-            if inputs.is_borderline():
+            if inputs.shared.is_borderline() or inputs.of_rows.is_borderline():
                 continue
             for _ in range(CALLS_PER_INPUT):
                 name = impl.names[random.integers(len(impl.names))]

@@ -14,7 +14,15 @@ from ensemw2s.ops import available_backends, mixture_log_probs, mixture_sample, 
 from ensemw2s.ops.checks import COMBINES
 from tests.ops.helpers import DTYPES
 from tests.ops.test_losses import NAMES, Case
-from tests.ops.test_mixture_sample import SETTINGS, inputs, is_decided
+from tests.ops.test_mixture_sample import (
+    ROWS,
+    SETTINGS,
+    inputs,
+    is_decided,
+    one_row,
+    settings_of_rows,
+    weights_of_rows,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -113,6 +121,37 @@ def test_losses(generator, name, dtype):
 
 
 @pytest.mark.parametrize("impl", backends_of("mixture_sample"))
+@pytest.mark.parametrize("combine", COMBINES)
+def test_rows_of_their_own(generator, impl, combine):
+    """Each row its own settings and weights, and the likeliest tokens beside: what the row is alone."""
+    size, settings = SIZES[-1], settings_of_rows()
+    logits, _, keys = inputs(generator, 3, len(ROWS), size)
+    weights = weights_of_rows(generator, len(ROWS), 3)
+    moved = {name: value.to(DEVICE) for name, value in (keys | settings).items()}
+    got = mixture_sample(on_device(*logits), weights.to(DEVICE), combine=combine, impl=impl, top_logprobs=5, **moved)
+    assert bool(got.valid.all())
+    tokens = got.tokens.cpu()
+    for row in range(len(ROWS)):
+        z, w, rest = one_row(row, [x.double() for x in logits], weights.double(), keys, settings)
+        log_probs = mixture_log_probs(z, w, combine)
+        if is_decided(log_probs, **rest).item():
+            assert tokens[row] == mixture_sample(z, w, combine=combine, **rest).tokens.item(), ROWS[row]
+        torch.testing.assert_close(
+            got.top_log_probs[row].cpu().double(), log_probs[0].topk(5).values, atol=1e-5, rtol=2e-6
+        )
+        picked = log_probs[0, got.top_tokens[row].cpu().clamp(min=0)].masked_fill(
+            got.top_tokens[row].cpu() < 0, -torch.inf
+        )
+        torch.testing.assert_close(got.top_log_probs[row].cpu().double(), picked, atol=1e-5, rtol=2e-6)
+    bad = {name: value[:2].to(DEVICE) for name, value in keys.items()}
+    broken = mixture_sample(
+        [x[:2].to(DEVICE) for x in logits], torch.ones(3, device=DEVICE), impl=impl,
+        top_p=torch.tensor([0.9, 0.0], device=DEVICE), **bad,
+    )  # fmt: skip
+    assert broken.valid.tolist() == [True, False] and int(broken.tokens[1]) == -1
+
+
+@pytest.mark.parametrize("impl", backends_of("mixture_sample"))
 def test_broken_rows(impl):
     logits = torch.zeros(2, 6, 700)
     logits[0, 1, 5] = torch.nan
@@ -137,7 +176,8 @@ def small_calls(impl):
     labels = torch.randint(0, 5003, (8,), generator=draw).to(DEVICE)
     calls = {"mixture_log_probs": lambda: mixture_log_probs(logits, weights, impl=impl)}
     calls["mixture_sample"] = lambda: [
-        mixture_sample(logits, weights, impl=impl, **keys, **setting).tokens for setting in SETTINGS
+        mixture_sample(logits, weights, impl=impl, **keys, **setting).tokens
+        for setting in (*SETTINGS, {"temperature": torch.ones(8, device=DEVICE), "top_logprobs": 3})
     ]
     calls["token_scores"] = lambda: token_scores(logits[0], labels, impl=impl).entropy
     calls["mixture_scores"] = lambda: mixture_scores(logits, weights, labels, impl=impl).entropy

@@ -308,7 +308,8 @@ class TestLayouts:
         raw = torch.ops.ensemw2s
         logits, one = [torch.randn(3, 20)], torch.ones(2)[::2]
         keys_of_any_stride = torch.tensor([5]).expand(3)
-        settings = (1.0, 0, 1.0, 0.0, keys_of_any_stride, keys_of_any_stride, 0)
+        of_rows = (torch.tensor([0.5]).expand(3), torch.arange(6)[::2], torch.ones(3, 2)[:, 0].double(), None)
+        settings = (1.0, 0, 1.0, 0.0, *of_rows, keys_of_any_stride, keys_of_any_stride, 0, 0)
         assert bool(raw.mixture_sample(logits, one, *settings)[3].all())
         labels, weights = torch.tensor([4]).expand(3), torch.tensor([1.0]).expand(3)
         losses = raw.weighted_cross_entropy(logits[0], labels, weights, False)[0]

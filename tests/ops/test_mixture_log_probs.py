@@ -110,6 +110,66 @@ class TestEveryBackend:
         assert mixture_log_probs(stacked[:, :0], weights, combine, impl=impl).shape == (0, 4, 9)
 
 
+@pytest.mark.parametrize("impl", ["reference", pytest.param("cpp", marks=needs_cpp)])
+@pytest.mark.parametrize("combine", COMBINES)
+class TestWeightsOfRows:
+    def test_a_row_is_what_its_weights_alone_make_it(self, combine, impl, generator):
+        logits = [torch.randn(2, 3, 70, generator=generator) for _ in range(3)]
+        weights = torch.rand(2, 3, 3, generator=generator)
+        weights[0, 1] = torch.tensor([0.0, 2.0, 1.0])
+        logits[0][0, 1] = float("nan")  # of an expert that has no say there
+        got = mixture_log_probs(logits, weights, combine, impl=impl)
+        for i, j in ((i, j) for i in range(2) for j in range(3)):
+            alone = mixture_log_probs([x[i, j] for x in logits], weights[i, j], combine, impl=impl)
+            torch.testing.assert_close(got[i, j], alone, rtol=0, atol=0 if impl == "cpp" else 1e-6)
+
+    def test_a_row_without_weight_is_nan_and_alone(self, combine, impl, generator):
+        logits, _ = inputs(generator, 2, (3, 70))
+        got = mixture_log_probs(logits, torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.5, 0.5]]), combine, impl=impl)
+        assert got.isnan().any(-1).tolist() == got.isnan().all(-1).tolist() == [False, True, False]
+
+    def test_weights_that_float32_cannot_hold(self, combine, impl, generator):
+        logits, _ = inputs(generator, 2, (2, 70))
+        weights = torch.tensor([[1e200, 3e200], [1e-300, 3e-300]], dtype=torch.float64)
+        got = mixture_log_probs(logits, weights, combine, impl=impl)
+        torch.testing.assert_close(got, mixture_log_probs(logits, [1.0, 3.0], combine, impl=impl), atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf")])
+    def test_bad_weights_are_named_with_their_row(self, combine, impl, value):
+        weights = torch.ones(3, 2)
+        weights[2, 1] = value
+        with pytest.raises(ValueError, match=rf"weights must be finite and non-negative, got {value} in row 2"):
+            mixture_log_probs(torch.zeros(2, 3, 5), weights, combine, impl=impl)
+        with pytest.raises(ValueError, match=r"weights must have shape \(2,\).*or \(3, 2\), those of each row"):
+            mixture_log_probs(torch.zeros(2, 3, 5), torch.ones(2, 2), combine, impl=impl)
+
+
+@pytest.mark.parametrize("combine", ["prob", "logprob"])
+def test_gradcheck_of_the_reference_with_weights_of_rows(generator, combine):
+    logits = [torch.randn(2, 5, dtype=torch.double, generator=generator).requires_grad_() for _ in range(3)]
+    weights = (torch.rand(2, 3, dtype=torch.double, generator=generator) + 0.1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda w, *z: mixture_log_probs(z, w, combine), (weights, *logits))
+
+
+@needs_cpp
+@pytest.mark.parametrize("combine", ["prob", "logprob"])
+def test_kernel_gradients_with_weights_of_rows_match_float64(generator, combine):
+    logits, _ = inputs(generator, 3, (4, 2, 130))
+    weights = torch.rand(4, 2, 3, generator=generator) + 0.1
+    weights[0, 1, 2] = 0.0
+    upstream = torch.randn(4, 2, 130, generator=generator)
+    exact = gradients([x.double() for x in logits], weights.double(), combine, upstream)
+    got = gradients(logits, weights, combine, upstream, impl="cpp")
+    for ours, theirs in zip(got, exact, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=3e-5 * float(theirs.abs().max()), rtol=2e-5)
+    # An expert that has no say may hold NaN; the other experts' gradients do not see it.
+    logits[2][0, 1] = float("nan")
+    broken = gradients(logits, weights, combine, upstream, impl="cpp")
+    assert bool(broken[0].isfinite().all())
+    torch.testing.assert_close(broken[1], got[1])
+    torch.testing.assert_close(broken[0][..., :2][weights[..., 2] > 0], got[0][..., :2][weights[..., 2] > 0])
+
+
 @pytest.mark.parametrize("combine", ["prob", "logprob"])
 def test_gradcheck_of_the_reference(generator, combine):
     logits = [torch.randn(2, 5, dtype=torch.double, generator=generator).requires_grad_() for _ in range(3)]
@@ -150,6 +210,8 @@ def test_opcheck(generator, combine):
     for tensor in (weights, *logits):
         tensor.requires_grad_()
     torch.library.opcheck(torch.ops.ensemw2s.mixture_log_probs, (logits, weights, combine))
+    of_rows = torch.rand(3, 2, generator=generator).requires_grad_()
+    torch.library.opcheck(torch.ops.ensemw2s.mixture_log_probs, (logits, of_rows, combine))
 
 
 @pytest.mark.parametrize("impl", ["reference", pytest.param("cpp", marks=needs_cpp)])

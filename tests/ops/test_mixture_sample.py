@@ -33,6 +33,50 @@ SETTINGS = (
 SIZES = (1, 33, 257, 8195)
 
 
+# Rows of every kind side by side: greedy, plain, sharpened, cold, by count, by mass, by ratio, all together.
+ROWS = (
+    {"temperature": 0.0, "top_k": 7, "top_p": 0.5},
+    {},
+    {"temperature": 0.7},
+    {"temperature": 1e-4},
+    {"top_k": 5},
+    {"top_k": 2**40},
+    {"top_p": 0.9},
+    {"top_p": 0.8, "temperature": 1.5},
+    {"min_p": 0.05},
+    {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.02},
+)
+OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+def settings_of_rows(rows=ROWS, real=torch.float32, whole=torch.int64):
+    """A tensor of each setting; in float32 the values that rows have alone are those that it holds."""
+    return {
+        name: torch.tensor([row.get(name, off) for row in rows], dtype=whole if name == "top_k" else real)
+        for name, off in OFF.items()
+    }
+
+
+def setting_of_row(settings, row):
+    """The numbers of one row; what is a number already is every row's."""
+    return {name: x[row].item() if isinstance(x, torch.Tensor) else x for name, x in settings.items()}
+
+
+def weights_of_rows(generator, rows, experts):
+    """Weights [rows, experts] in which some experts have no say."""
+    weights = torch.rand(rows, experts, generator=generator) + 0.1
+    idle = torch.rand(rows, experts, generator=generator) < 0.4
+    idle[:, 0] &= ~idle.all(-1)
+    return weights.masked_fill(idle, 0.0)
+
+
+def one_row(row, logits, weights, keys, settings):
+    """The arguments of one row of a batch, alone, with numbers as settings."""
+    own = weights[row] if weights.dim() > 1 else weights
+    alone = {name: value[row : row + 1] for name, value in keys.items()}
+    return [x[row : row + 1] for x in logits], own, alone | setting_of_row(settings, row)
+
+
 def inputs(generator, experts, rows, size, dtype=torch.float32, scale=3.0):
     logits = [(torch.randn(rows, size, generator=generator) * scale).to(dtype) for _ in range(experts)]
     weights = torch.rand(experts, generator=generator) + 0.1
@@ -77,6 +121,26 @@ def test_kernel_draws_what_float64_draws(generator, dtype, combine):
                 each = torch.stack([x.log_softmax(-1).gather(-1, got.tokens[:, None])[:, 0] for x in double])
                 torch.testing.assert_close(got.expert_log_probs.double(), each, atol=2e-6, rtol=1e-6)
     assert decided > 0.9 * len(SIZES) * 3 * len(SETTINGS) * 3 or combine == "vote"
+
+
+def assert_likeliest(tokens, log_probs, exact, count):
+    """The likeliest of ``exact``, falling; rounding may change the order of those that are nearly as likely."""
+    ordered = exact.sort(dim=-1, descending=True, stable=True)
+    want, ids = ordered.values[:, :count], ordered.indices[:, :count]
+    assert tokens.shape == log_probs.shape == want.shape
+    torch.testing.assert_close(log_probs.double(), want, atol=2e-6, rtol=1e-6)
+    assert bool((log_probs[:, 1:] <= log_probs[:, :-1]).all())
+    possible = want > -torch.inf
+    assert torch.equal(tokens == -1, ~possible)
+    picked = exact.gather(-1, tokens.clamp(min=0)).masked_fill(~possible, -torch.inf)
+    torch.testing.assert_close(picked, want, atol=4e-6, rtol=2e-6)
+    assert all(len(set(row[row >= 0].tolist())) == int((row >= 0).sum()) for row in tokens)
+    # A token that is clearly apart from its neighbours stands where it belongs.
+    wider = exact.sort(-1, descending=True).values[:, : count + 1]
+    gaps = torch.cat([wider[:, :1] * 0 + 1, wider[:, :-1] - wider[:, 1:]], -1).nan_to_num(nan=1.0)
+    after = gaps[:, 1:] if wider.shape[1] > count else torch.cat([gaps[:, 1:], gaps[:, :1] * 0 + 1], -1)
+    clear = (gaps[:, :count] > 1e-4) & (after > 1e-4) & possible
+    assert torch.equal(tokens[clear], ids[clear])
 
 
 def warped(log_probs, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -265,17 +329,220 @@ def test_a_row_depends_on_nothing_but_itself(data):
     setting = data.draw(st.sampled_from(SETTINGS))
     combine = data.draw(st.sampled_from(COMBINES))
     logits, weights, keys = inputs(generator, 2, rows, size)
-    whole = mixture_sample(logits, weights, combine=combine, impl="cpp", **keys, **setting)
+    whole = mixture_sample(logits, weights, combine=combine, impl="cpp", top_logprobs=3, **keys, **setting)
     order = torch.tensor(data.draw(st.permutations(range(rows)))[: data.draw(st.integers(1, rows))])
     some = {name: value[order] for name, value in keys.items()}
     padded = [torch.cat([x, torch.full((rows, 3), 99.0)], 1)[order, :size] for x in logits]
     threads = torch.get_num_threads()
     for number in (1, 2):
         torch.set_num_threads(number)
-        part = mixture_sample(padded, weights, combine=combine, impl="cpp", **some, **setting)
-        for got, expected in zip(part, whole, strict=True):
-            assert torch.equal(got, expected[..., order])
+        part = mixture_sample(padded, weights, combine=combine, impl="cpp", top_logprobs=3, **some, **setting)
+        for name, got, expected in zip(part._fields, part, whole, strict=True):
+            assert torch.equal(got, expected[order] if name.startswith("top") else expected[..., order])
     torch.set_num_threads(threads)
+
+
+class TestRowsOfTheirOwn:
+    """Each row its own settings and weights."""
+
+    @needs_cpp
+    @pytest.mark.parametrize("combine", COMBINES)
+    @pytest.mark.parametrize(("real", "whole"), [(torch.float32, torch.int32), (torch.float64, torch.int64)])
+    def test_a_row_is_what_it_is_alone(self, generator, combine, real, whole):
+        """Bit for bit, whatever the other rows are asked for, in any order and on any number of threads."""
+        rows = ROWS if whole == torch.int64 else [row for row in ROWS if row.get("top_k", 0) < 2**31]
+        settings = settings_of_rows(rows, real, whole)
+        for size in SIZES:
+            logits, _, keys = inputs(generator, 3, len(rows), size)
+            weights = weights_of_rows(generator, len(rows), 3)
+            threads = torch.get_num_threads()
+            for number in (1, 2):
+                torch.set_num_threads(number)
+                whole_batch = mixture_sample(
+                    logits, weights, combine=combine, impl="cpp", top_logprobs=min(4, size), **keys, **settings
+                )
+                for row in range(len(rows)):
+                    z, w, rest = one_row(row, logits, weights, keys, settings)
+                    alone = mixture_sample(z, w, combine=combine, impl="cpp", top_logprobs=min(4, size), **rest)
+                    for name, ours, theirs in zip(alone._fields, whole_batch, alone, strict=True):
+                        mine = ours[:, row : row + 1] if name == "expert_log_probs" else ours[row : row + 1]
+                        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+            torch.set_num_threads(threads)
+
+    @pytest.mark.parametrize("impl", IMPLS)
+    @pytest.mark.parametrize("combine", COMBINES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_rows_draw_what_float64_draws(self, generator, impl, combine, dtype):
+        settings = settings_of_rows(real=torch.float64)
+        decided = 0
+        for size in SIZES:
+            logits, _, keys = inputs(generator, 3, len(ROWS), size, dtype)
+            weights = weights_of_rows(generator, len(ROWS), 3)
+            got = mixture_sample(logits, weights, combine=combine, impl=impl, **keys, **settings)
+            assert bool(got.valid.all())
+            for row in range(len(ROWS)):
+                z, w, rest = one_row(row, [x.double() for x in logits], weights.double(), keys, settings)
+                exact = mixture_sample(z, w, combine=combine, **rest)
+                log_probs = mixture_log_probs(z, w, combine)
+                token = int(got.tokens[row])
+                if is_decided(log_probs, **rest).item():
+                    decided += 1
+                    assert token == exact.tokens.item(), (size, ROWS[row])
+                assert abs(float(got.log_probs[row]) - float(log_probs[0, token])) < 2e-6 + 1e-6 * abs(
+                    float(log_probs[0, token])
+                )
+                each = torch.stack([x.log_softmax(-1)[0, token] for x in z]).masked_fill(w == 0, torch.nan)
+                torch.testing.assert_close(
+                    got.expert_log_probs[:, row].double(), each, atol=2e-6, rtol=1e-6, equal_nan=True
+                )
+        assert decided > 0.8 * len(SIZES) * len(ROWS) or combine == "vote"
+
+    @pytest.mark.parametrize("impl", IMPLS)
+    def test_numbers_beside_tensors_and_rows_that_lie_apart(self, generator, impl):
+        logits, weights, keys = inputs(generator, 2, 4, 300)
+        temperature = torch.tensor([[0.0, 9.0], [0.7, 9.0], [1.0, 9.0], [1.3, 9.0]])[:, 0]
+        top_k = torch.tensor([3]).expand(4)
+        mixed = mixture_sample(logits, weights, temperature=temperature, top_k=top_k, top_p=0.9, impl=impl, **keys)
+        full = {"temperature": temperature, "top_k": top_k.int(), "top_p": torch.full((4,), 0.9).double()}
+        assert torch.equal(mixed.tokens, mixture_sample(logits, weights, impl=impl, **full, **keys).tokens)
+        for row in range(4):
+            z, w, rest = one_row(row, logits, weights, keys, full)
+            assert mixed.tokens[row] == mixture_sample(z, w, impl=impl, **rest).tokens.item()
+
+    @pytest.mark.parametrize("impl", IMPLS)
+    @pytest.mark.parametrize("combine", COMBINES)
+    def test_an_expert_without_weight_in_a_row_is_not_read_there(self, generator, impl, combine):
+        logits, _, keys = inputs(generator, 3, 3, 200)
+        weights = torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+        for row, expert in zip(*torch.where(weights == 0), strict=True):
+            logits[expert][row] = float("nan")
+        for setting in SETTINGS:
+            got = mixture_sample(logits, weights, combine=combine, impl=impl, top_logprobs=2, **keys, **setting)
+            assert got.valid.tolist() == [True, True, False]
+            assert got.expert_log_probs.isnan().T.tolist() == (weights == 0).tolist()
+            assert got.tokens[2] == -1 and bool(got.log_probs[2].isnan())
+            assert got.top_tokens[2].tolist() == [-1, -1] and bool(got.top_log_probs[2].isnan().all())
+            want = mixture_sample(
+                [logits[0][:1], logits[2][:1]], [1.0, 1.0], combine=combine, impl=impl,
+                **{name: value[:1] for name, value in keys.items()}, **setting,
+            )  # fmt: skip
+            assert got.tokens[0] == want.tokens[0]
+
+    @pytest.mark.parametrize("impl", IMPLS)
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"top_p": torch.tensor([1.0, 0.5, 0.9, 0.0])}, r"top_p must be in \(0, 1\].*got 0.* in row 3"),
+            ({"top_p": torch.tensor([1.0, 1.5, 0.9, 0.0]).double()}, r"top_p must be .*got 1\.5 in row 1"),
+            ({"temperature": torch.tensor([1.0, float("nan"), 0.9, 1.0])}, r"temperature must be .*got nan in row 1"),
+            ({"temperature": torch.tensor([1.0, 1.0, -0.5, 1.0])}, r"temperature must be .*got -0\.5 in row 2"),
+            ({"temperature": torch.tensor([float("inf"), 1.0, 1, 1])}, r"temperature must be .*got inf in row 0"),
+            ({"top_k": torch.tensor([0, 1, -3, 4])}, r"top_k must be .*got -3 in row 2"),
+            ({"min_p": torch.tensor([0.0, 0.1, 0.2, 1.25])}, r"min_p must be .*got 1\.25 in row 3"),
+            ({"min_p": torch.tensor([0.0, float("nan"), 0.2, 1.0])}, r"min_p must be .*got nan in row 1"),
+            ({"weights": torch.tensor([[1.0, 1.0]] * 3 + [[1.0, -0.5]])}, r"weights must be .*got -0\.5 in row 3"),
+            ({"weights": torch.tensor([[1.0, float("inf")]] + [[1.0, 0.5]] * 3)}, r"weights .*got inf in row 0"),
+        ],
+    )
+    def test_bad_values_are_named_with_their_row(self, impl, change, words):
+        keys = {"seeds": torch.zeros(4, dtype=torch.int64), "positions": torch.zeros(4, dtype=torch.int64)}
+        with pytest.raises(ValueError, match=words):
+            mixture_sample(torch.zeros(2, 4, 5), **{"weights": [1.0, 1.0]} | change, impl=impl, **keys)
+
+    @pytest.mark.parametrize("impl", IMPLS)
+    @pytest.mark.parametrize(
+        ("change", "error", "words"),
+        [
+            ({"temperature": torch.ones(3)}, ValueError, r"temperature must be .* shape \(2,\), got \(3,\)"),
+            ({"top_p": torch.tensor(0.9)}, ValueError, r"top_p must be .* shape \(2,\), got \(\)"),
+            (
+                {"top_p": torch.ones(2).half()},
+                TypeError,
+                "top_p must be a number, or of torch.float32 or torch.float64",
+            ),
+            ({"min_p": torch.zeros(2, dtype=torch.int64)}, TypeError, "min_p must be a number, or of torch.float32"),
+            ({"top_k": torch.zeros(2)}, TypeError, "top_k must be an int, or of torch.int32 or torch.int64"),
+            ({"top_k": torch.zeros(2, dtype=torch.bool)}, TypeError, "top_k must be an int.*torch.bool"),
+            ({"top_k": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, "top_k is on meta"),
+            ({"weights": torch.ones(3, 2)}, ValueError, r"weights must have shape \(2,\).*or \(2, 2\)"),
+        ],
+    )
+    def test_bad_tensors_are_named(self, impl, change, error, words):
+        keys = {"seeds": torch.zeros(2, dtype=torch.int64), "positions": torch.zeros(2, dtype=torch.int64)}
+        with pytest.raises(error, match=words):
+            mixture_sample(torch.zeros(2, 2, 5), **{"weights": [1.0, 1.0]} | change, impl=impl, **keys)
+
+    @pytest.mark.parametrize("impl", IMPLS)
+    def test_compiles_whole(self, impl, generator, fresh_compiler):
+        logits, _, keys = inputs(generator, 2, len(ROWS), 33)
+        settings, weights = settings_of_rows(), weights_of_rows(generator, len(ROWS), 2)
+        compiled = torch.compile(mixture_sample, fullgraph=True, backend="aot_eager")
+        got = compiled(logits, weights, impl=impl, top_logprobs=3, **keys, **settings)
+        want = mixture_sample(logits, weights, impl=impl, top_logprobs=3, **keys, **settings)
+        assert torch.equal(got.tokens, want.tokens) and torch.equal(got.top_tokens, want.top_tokens)
+
+
+class TestTopLogprobs:
+    @needs_cpp
+    @pytest.mark.parametrize("combine", COMBINES)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_they_are_the_likeliest_before_temperature_and_filters(self, generator, dtype, combine):
+        for size in SIZES:
+            logits, weights, keys = inputs(generator, 3, 3, size, dtype)
+            exact = mixture_log_probs([x.double() for x in logits], weights.double(), combine)
+            for count in {1, min(5, size), min(64, size)}:
+                for setting in ({"temperature": 0.0}, {"temperature": 1.7}, {"top_k": 2, "top_p": 0.5}):
+                    got = mixture_sample(
+                        logits, weights, combine=combine, impl="cpp", top_logprobs=count, **keys, **setting
+                    )
+                    assert_likeliest(got.top_tokens, got.top_log_probs, exact, count)
+                    if setting == {"temperature": 0.0}:
+                        assert torch.equal(got.top_tokens[:, 0], got.tokens)
+                        assert torch.equal(got.top_log_probs[:, 0], got.log_probs)
+
+    @pytest.mark.parametrize("impl", IMPLS)
+    def test_equals_stand_in_the_order_of_their_ids(self, impl):
+        logits = torch.zeros(1, 2, 300)
+        logits[0, 0, [299, 7, 130]] = 4.0
+        keys = {"seeds": torch.zeros(2, dtype=torch.int64), "positions": torch.zeros(2, dtype=torch.int64)}
+        got = mixture_sample(logits, [1.0], top_logprobs=5, impl=impl, **keys)
+        assert got.top_tokens.tolist() == [[7, 130, 299, 0, 1], [0, 1, 2, 3, 4]]
+
+    @pytest.mark.parametrize("impl", IMPLS)
+    def test_where_fewer_are_possible(self, impl, generator):
+        logits = torch.full((2, 2, 90), -torch.inf)
+        logits[..., 33], logits[..., 5] = 1.0, 2.0
+        logits[0, 1, 0] = float("nan")
+        keys = {"seeds": torch.zeros(2, dtype=torch.int64), "positions": torch.zeros(2, dtype=torch.int64)}
+        for combine in COMBINES:
+            got = mixture_sample(logits, [0.5, 0.5], combine=combine, top_logprobs=4, impl=impl, **keys)
+            possible = [5] if combine == "vote" else [5, 33]
+            assert got.top_tokens.tolist() == [possible + [-1] * (4 - len(possible)), [-1] * 4]
+            assert (got.top_log_probs[0] == -torch.inf).tolist() == [i >= len(possible) for i in range(4)]
+            assert bool(got.top_log_probs[1].isnan().all())
+
+    @pytest.mark.parametrize("impl", IMPLS)
+    def test_none_are_asked_for(self, impl, generator):
+        logits, weights, keys = inputs(generator, 2, 3, 20)
+        got = mixture_sample(logits, weights, impl=impl, **keys)
+        assert got.top_tokens.shape == got.top_log_probs.shape == (3, 0)
+        assert got.top_tokens.dtype == torch.int64 and got.top_log_probs.dtype == torch.float32
+
+    @pytest.mark.parametrize("impl", IMPLS)
+    @pytest.mark.parametrize(
+        ("count", "size", "error", "words"),
+        [
+            (-1, 100, ValueError, r"top_logprobs=-1 must be between 0 \(off\) and 64"),
+            (65, 100, ValueError, r"top_logprobs=65 must be between 0 \(off\) and 64"),
+            (6, 5, ValueError, r"top_logprobs=6 .* and 5, the size of the vocabulary"),
+            (2.0, 5, TypeError, "top_logprobs must be an int, got float"),
+            (True, 5, TypeError, "top_logprobs must be an int, got bool"),
+        ],
+    )
+    def test_bad_counts(self, impl, count, size, error, words):
+        keys = {"seeds": torch.zeros(2, dtype=torch.int64), "positions": torch.zeros(2, dtype=torch.int64)}
+        with pytest.raises(error, match=words):
+            mixture_sample(torch.zeros(1, 2, size), [1.0], top_logprobs=count, impl=impl, **keys)
 
 
 SCRIPT = """
@@ -312,7 +579,7 @@ def test_draws_do_not_depend_on_the_instruction_set():
 @pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[-1]])
 def test_opcheck(generator, setting):
     logits, weights, keys = inputs(generator, 2, 3, 20)
-    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    values = (defaults | setting).values()
-    arguments = (logits, weights, *values, keys["seeds"], keys["positions"], 0)
-    torch.library.opcheck(torch.ops.ensemw2s.mixture_sample, arguments)
+    values = (OFF | setting).values()
+    for rows, own, count in (((None,) * 4, weights, 0), (settings_of_rows(ROWS[:3]).values(), weights.expand(3, 2), 4)):
+        arguments = (logits, own, *values, *rows, keys["seeds"], keys["positions"], 0, count)
+        torch.library.opcheck(torch.ops.ensemw2s.mixture_sample, arguments)

@@ -174,6 +174,20 @@ class TestEveryBackend:
                 torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("combine", COMBINES)
+def test_weights_of_rows(impl, combine, generator):
+    logits, labels = torch.randn(2, 4, 50, generator=generator), torch.tensor([1, -100, 7, 9])
+    weights = torch.tensor([[0.3, 0.7], [0.5, 0.5], [0.0, 1.0], [0.0, 0.0]])
+    logits[0, 2] = float("nan")
+    got = mixture_scores(logits, weights, labels, combine, impl=impl)
+    for row in range(3):
+        alone = mixture_scores(logits[:, row : row + 1], weights[row], labels[row : row + 1], combine, impl=impl)
+        for ours, theirs in zip(got, alone, strict=True):
+            torch.testing.assert_close(ours[row : row + 1], theirs)
+    assert bool(got.log_probs[3].isnan()) and bool(got.entropy[3].isnan()) and not got.correct[3]
+
+
 @needs_cpp
 def test_opcheck(generator):
     logits, labels = torch.randn(2, 3, 20, generator=generator), torch.tensor([1, -100, 7])

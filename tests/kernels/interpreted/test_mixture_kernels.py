@@ -16,7 +16,16 @@ from ensemw2s.ops.checks import COMBINES
 from ensemw2s.ops.mixture_sample import filtered_scores
 from ensemw2s.ops.randomness import gumbel_noise, philox
 from tests.ops.helpers import DTYPES, assert_as_good_as_torch, needs_cpp
-from tests.ops.test_mixture_sample import SETTINGS, inputs, is_decided
+from tests.ops.test_mixture_sample import (
+    ROWS,
+    SETTINGS,
+    assert_likeliest,
+    inputs,
+    is_decided,
+    one_row,
+    settings_of_rows,
+    weights_of_rows,
+)
 from tests.ops.test_scores import labels_for
 
 # 1: one token; 33: below a group; 257: two groups and one token; 4099: two tiles and three tokens.
@@ -306,6 +315,82 @@ class TestSampleEdges:
         got = sample(torch.zeros(3, 0, 9), [1.0, 1.0, 1.0], seeds=empty, positions=empty)
         assert got.tokens.shape == (0,) and got.expert_log_probs.shape == (3, 0)
 
+    @pytest.mark.parametrize("combine", COMBINES)
+    @pytest.mark.parametrize("wide", [False, True])
+    def test_rows_of_their_own_are_what_they_are_alone(self, combine, wide, generator):
+        rows = [row for row in ROWS if wide or row.get("top_k", 0) < 2**31][wide::2]
+        settings = settings_of_rows(rows, *((torch.float64, torch.int64) if wide else (torch.float32, torch.int32)))
+        logits, _, keys = inputs(generator, 3, len(rows), 2500)
+        weights = weights_of_rows(generator, len(rows), 3)
+        together = sample(logits, weights, combine=combine, top_logprobs=2, **keys, **settings)
+        assert bool(together.valid.all())
+        for row in range(len(rows)):
+            z, w, rest = one_row(row, logits, weights, keys, settings)
+            alone = sample(z, w, combine=combine, top_logprobs=2, **rest)
+            for name, ours, theirs in zip(alone._fields, together, alone, strict=True):
+                mine = ours[:, row : row + 1] if name == "expert_log_probs" else ours[row : row + 1]
+                torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+            exact = mixture_sample([x.double() for x in z], w.double(), combine=combine, **rest)
+            if is_decided(mixture_log_probs([x.double() for x in z], w.double(), combine), **rest).item():
+                assert torch.equal(alone.tokens, exact.tokens), rows[row]
+
+    @pytest.mark.parametrize("combine", COMBINES)
+    def test_an_expert_without_weight_in_a_row_is_not_read_there(self, combine, generator):
+        logits, _, keys = inputs(generator, 3, 3, 200)
+        weights = torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+        labels = torch.tensor([3, 4, 5])
+        clean = (
+            mixture_log_probs(logits, weights, combine, impl="triton"),
+            *mixture_scores(logits, weights, labels, combine, impl="triton"),
+        )
+        for row, expert in zip(*torch.where(weights == 0), strict=True):
+            logits[expert][row] = NAN
+        again = (
+            mixture_log_probs(logits, weights, combine, impl="triton"),
+            *mixture_scores(logits, weights, labels, combine, impl="triton"),
+        )
+        for ours, theirs in zip(again, clean, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+            assert ours.dtype == torch.bool or bool(ours[2].isnan().all())
+        exact = mixture_log_probs(logits, weights, combine, impl="reference")
+        torch.testing.assert_close(again[0], exact, equal_nan=True, atol=2e-6, rtol=1e-6)
+        for setting in SETTINGS[::2]:
+            got = sample(logits, weights, combine=combine, top_logprobs=2, **keys, **setting)
+            assert got.valid.tolist() == [True, True, False]
+            assert got.expert_log_probs.isnan().T.tolist() == (weights == 0).tolist()
+            assert got.tokens[2] == -1 and got.top_tokens[2].tolist() == [-1, -1]
+
+    @pytest.mark.parametrize("combine", COMBINES)
+    def test_rows_with_bad_values_are_not_valid_and_alone(self, combine, generator):
+        bad = {
+            "temperature": torch.tensor([0.8, NAN, -1.0, float("inf")]),
+            "top_k": torch.tensor([5, -1, -(2**60), 3]),
+            "top_p": torch.tensor([0.9, 0.0, 1.5, NAN], dtype=torch.float64),
+            "min_p": torch.tensor([0.1, -0.1, 1.5, NAN]),
+        }
+        logits, weights, keys = inputs(generator, 2, 4, 300)
+        for name, values in bad.items():
+            got = sample(logits, weights, combine=combine, top_logprobs=2, **keys, **{name: values})
+            assert got.valid.tolist() == [True, False, False, name == "top_k"], name
+            assert ((got.tokens == -1) == ~got.valid).all() and bool(got.log_probs[~got.valid].isnan().all())
+            assert bool((got.top_tokens[~got.valid] == -1).all()) and bool(got.top_log_probs[~got.valid].isnan().all())
+        of_rows = weights.repeat(4, 1)
+        of_rows[1, 1], of_rows[2, 0], of_rows[3, 1] = -0.5, NAN, float("inf")
+        assert sample(logits, of_rows, combine=combine, **keys).valid.tolist() == [True, False, False, False]
+
+    @pytest.mark.parametrize("combine", COMBINES)
+    def test_the_likeliest_tokens(self, combine, generator):
+        for size, setting in ((1, {}), (257, {"temperature": 0.0}), (4099, {"top_p": 0.5}), (2500, {"min_p": 0.1})):
+            logits, weights, keys = inputs(generator, 2, 2, size)
+            exact = mixture_log_probs([x.double() for x in logits], weights.double(), combine)
+            count = min(size, 5)
+            got = sample(logits, weights, combine=combine, top_logprobs=count, **keys, **setting)
+            assert_likeliest(got.top_tokens, got.top_log_probs, exact, count)
+            assert torch.equal(got.tokens, sample(logits, weights, combine=combine, **keys, **setting).tokens)
+        tied = torch.zeros(1, 1, 700)
+        tied[..., [699, 7]] = 3.0
+        assert sample(tied, [1.0], top_logprobs=4, **zero_keys(1)).top_tokens.tolist() == [[7, 699, 0, 1]]
+
     @pytest.mark.parametrize("weights", [[-1.0, 2.0], [NAN, 1.0], [0.0, 0.0], [float("inf"), 1.0]])
     def test_weights_that_cannot_be_checked_make_rows_invalid(self, weights, generator):
         """As on a GPU, where nothing looks into a tensor before the kernel runs."""
@@ -481,8 +566,11 @@ def test_ops_accept_the_kernels(generator):
     logits, weights, keys = inputs(generator, 2, 3, 20)
     labels = torch.tensor([1, -100, 7])
     ops = torch.ops.ensemw2s
-    for setting in ((0.0, 0, 1.0, 0.0), (0.8, 5, 0.9, 0.02)):
-        arguments = (logits, weights, *setting, keys["seeds"], keys["positions"], 0)
+    for setting, rows, count in (
+        ((0.0, 0, 1.0, 0.0), (None,) * 4, 0),
+        ((0.8, 5, 0.9, 0.02), (torch.tensor([0.0, 0.5, 1.0]), None, torch.tensor([0.9, 0.5, 1.0]).double(), None), 2),
+    ):
+        arguments = (logits, weights.expand(3, 2), *setting, *rows, keys["seeds"], keys["positions"], 0, count)
         torch.library.opcheck(ops.mixture_sample_triton, arguments)
     torch.library.opcheck(ops.token_scores_triton, (logits[0], labels))
     torch.library.opcheck(ops.mixture_scores_triton, (logits, weights, labels, 0))
