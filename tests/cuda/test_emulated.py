@@ -92,11 +92,17 @@ def test_threads_may_run_in_any_order(kernels, generator, combine):
 def test_a_row_does_not_depend_on_its_batch(kernels, generator, combine):
     logits, weights, keys = inputs(generator, 3, 5, 1100, torch.bfloat16)
     for setting in SETTINGS:
-        together = kernels.mixture_sample(logits, weights, combine=combine, **keys, **setting)
+        together = kernels.mixture_sample(logits, weights, combine=combine, top_logprobs=2, **keys, **setting)
         alone = kernels.mixture_sample(
-            [x[3:4] for x in logits], weights, combine=combine, **{k: v[3:4] for k, v in keys.items()}, **setting
+            [x[3:4] for x in logits],
+            weights,
+            combine=combine,
+            top_logprobs=2,
+            **{k: v[3:4] for k, v in keys.items()},
+            **setting,
         )
-        assert_same([x[..., 3:4] for x in together], alone)
+        mine = [x[:, 3:4] if x is together.expert_log_probs else x[3:4] for x in together]
+        assert_same(mine, alone)
 
 
 @pytest.mark.parametrize("combine", COMBINES)
@@ -341,11 +347,12 @@ def run_cases(program: Path) -> str:
                 return f"wrong log-probabilities: {combine}"
             continue
         token = int.from_bytes(found[:8], sys.byteorder, signed=True)
-        top_tokens = torch.frombuffer(bytearray(found[8:]), dtype=torch.int64)[: top_count_of(order)][None]
-        found = found[8 + 8 * top_count_of(order) :]
+        count = top_count_of(order)
+        top_tokens = torch.tensor([struct.unpack(f"{count}q", found[8 : 8 + 8 * count])], dtype=torch.int64)
+        found = found[8 + 8 * count :]
         possible = log_probs.gather(-1, top_tokens.clamp(min=0)).masked_fill(top_tokens < 0, -torch.inf)
         if not torch.allclose(
-            possible, log_probs.sort(-1, descending=True).values[:, : top_count_of(order)], atol=1e-5
+            possible, log_probs.sort(-1, descending=True).values[:, :count], atol=1e-5
         ):
             return f"wrong likeliest tokens: {combine}"
         exact = mixture_sample(double, weights.double(), combine=combine, **keys, **setting).tokens.item()
