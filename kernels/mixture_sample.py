@@ -810,7 +810,6 @@ _TILED = {"T": 5, "TILES": 128}
 _TILE = {"TILE": TILE, "GROUP": GROUP}
 _GROUPS = _TILE | {"GROUPS": 128 * TILE // GROUP}
 _MIXED = (0, LOGPROB.value)
-_SEARCHED = (GREEDY.value, RACE.value)
 # Each row its own.
 _NARROW = {"temperature": "*fp32", "top_k": "*i32", "top_p": "*fp32", "min_p": "*fp32"}
 _WIDE = {"temperature": "*fp64", "top_k": "*i64", "top_p": "*fp64", "min_p": "*fp64"}
@@ -829,13 +828,14 @@ AHEAD_OF_TIME = [
         for combine in _MIXED
     ),
     *(
-        entry
-        for mode, types in (*((mode, {}) for mode in _SEARCHED), (ANY.value, _NARROW))
+        ahead_of_time(search_kernel, types=types, MODE=mode, **_rows(types), T=5, COMBINE=combine, **_TILE)
+        for mode, types in ((GREEDY.value, {}), (RACE.value, {}), (ANY.value, _NARROW))
         for combine in _MIXED
-        for entry in (
-            ahead_of_time(search_kernel, types=types, MODE=mode, **_rows(types), T=5, COMBINE=combine, **_TILE),
-            ahead_of_time(finish_kernel, types=types, MODE=mode, **_rows(types), COMBINE=combine, **_GROUPS, **_TILED),
-        )
+    ),
+    *(
+        ahead_of_time(finish_kernel, types=types, MODE=mode, **_rows(types), COMBINE=combine, **_GROUPS, **_TILED)
+        for mode, types in ((RACE.value, {}), (ANY.value, _NARROW))
+        for combine in _MIXED
     ),
     *(
         ahead_of_time(collect_kernel, WRITE=write, COMBINE=combine, **_TILE, **_TILED)

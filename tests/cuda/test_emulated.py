@@ -351,9 +351,7 @@ def run_cases(program: Path) -> str:
         top_tokens = torch.tensor([struct.unpack(f"{count}q", found[8 : 8 + 8 * count])], dtype=torch.int64)
         found = found[8 + 8 * count :]
         possible = log_probs.gather(-1, top_tokens.clamp(min=0)).masked_fill(top_tokens < 0, -torch.inf)
-        if not torch.allclose(
-            possible, log_probs.sort(-1, descending=True).values[:, :count], atol=1e-5
-        ):
+        if not torch.allclose(possible, log_probs.sort(-1, descending=True).values[:, :count], atol=1e-5):
             return f"wrong likeliest tokens: {combine}"
         exact = mixture_sample(double, weights.double(), combine=combine, **keys, **setting).tokens.item()
         if token != exact and bool(is_decided(log_probs, **keys, **setting).all()):
