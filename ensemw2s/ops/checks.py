@@ -73,7 +73,7 @@ def expert_list(logits: Tensor | Sequence[Tensor], name: str = "logits") -> list
         is_dense = isinstance(expert, Tensor) and expert.layout is torch.strided and not expert.is_nested
         if not (is_dense and expert.shape == shape and expert.device == device and expert.dtype is dtype):
             _refuse_expert(expert, index, first, name)
-    return [with_last_stride_one(expert) for expert in experts]
+    return [expert if expert.stride(-1) == 1 else with_last_stride_one(expert) for expert in experts]
 
 
 def _refuse_expert(expert: Any, index: int, first: Tensor, name: str) -> NoReturn:
