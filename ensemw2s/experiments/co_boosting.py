@@ -10,6 +10,7 @@ on them, with token weights that follow the errors of the mixture so far [choice
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from datasets import Dataset
 from ensemw2s.boosting import algorithm
 from ensemw2s.boosting.config import BoostingConfig
 from ensemw2s.boosting.trainer import BoostingTrainer
-from ensemw2s.data.questions import check_questions
+from ensemw2s.data.questions import check_disjoint, check_questions
 from ensemw2s.data.shapes import as_dataset, dataset_of
 from ensemw2s.experiments.config import LabellingConfig
 from ensemw2s.models.identity import describe_model
@@ -42,6 +43,7 @@ from ensemw2s.runtime.meter import Ledger, total
 from ensemw2s.runtime.store import Store
 from ensemw2s.student.relabel import enough_agree
 from ensemw2s.student.trainer import StudentConfig, StudentTrainer
+from ensemw2s.training.arguments import require_arguments
 from ensemw2s.training.fine_tune import PRESENTATION
 
 if TYPE_CHECKING:
@@ -176,7 +178,8 @@ class CoBoostingTrainer:
             `model_init_kwargs`, and what it passes on itself.
 
     Raises:
-        TypeError, ValueError: what `BoostingTrainer`, `StudentTrainer` and `check_questions` refuse; another recipe.
+        TypeError, ValueError: what `BoostingTrainer`, `StudentTrainer` and `check_questions` refuse; another recipe; an
+            unlabelled question that is among those with answers.
     """
 
     def __init__(
@@ -191,6 +194,7 @@ class CoBoostingTrainer:
         store: Store | None = None,
         **options: Any,
     ) -> None:
+        require_arguments("CoBoostingTrainer", args, BoostingConfig)
         if args.recipe != "co_boosted":
             raise ValueError(f'args.recipe is {args.recipe!r}, expected "co_boosted": others need BoostingTrainer')
         self.model, self.strong, self.args = model, strong, args
@@ -205,6 +209,8 @@ class CoBoostingTrainer:
         self._trainers: list[BoostingTrainer] = [
             BoostingTrainer(model, first, train_dataset, on_round=self._noted(0), store=store, **options)
         ]
+        known = {"train_dataset": self._trainers[0].train_questions, "eval_dataset": self._trainers[0].eval_questions}
+        check_disjoint({name: own for name, own in known.items() if own is not None} | {"unlabelled": self.unlabelled})
         self.judgements: list[Judgement] = []
 
     @property
@@ -286,7 +292,13 @@ class CoBoostingTrainer:
             processes.on_main(ensemble.save_pretrained, place, **saved_with)
             # It is the same.
             processes.on_main(withdraw, self.folder / "ensemble", "ensemble")
+            if not judged.used and self._on_round is None and processes.is_main():
+                warnings.warn(str(self.stop_reason), stacklevel=2)
             return ensemble
+
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+        """Return how the ensemble answers questions, as `BoostingTrainer.evaluate` does, once trained."""
+        return self._trainers[-1].evaluate(eval_dataset)
 
     def _arguments(self, number: int, epochs: float) -> BoostingConfig:
         """Return the settings of one generation's rounds."""

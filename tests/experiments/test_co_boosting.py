@@ -105,8 +105,11 @@ def test_the_second_generation_learns_what_both_answer_alike(tmp_path: Path, tra
 
 
 def test_later_generations_take_as_many_steps(tmp_path: Path) -> None:
-    one = co_boost(tmp_path, num_train_epochs=3)
-    one.train()
+    validation = questions(6, seed=9, start=200)
+    one = co_boost(tmp_path, num_train_epochs=3, given={"eval_dataset": validation})
+    ensemble = one.train()
+    scores = score_examples(ensemble, tokenize_questions(validation, tokenizer(), FORMAT), pad_token_id=END)
+    assert one.evaluate()["eval_accuracy"] == scores.accuracy
     assert one._trainers[1].args.num_train_epochs == 3 * 12 / (12 + len(AGREED))
     first, second = (sum(r["train_tokens"] for r in one.records if r.get("generation", 0) == g) for g in (0, 1))
     assert second == pytest.approx(first, rel=0.25)
@@ -160,7 +163,8 @@ def test_too_few_agreed_answers_leave_the_generation_before(
 ) -> None:
     monkeypatch.setattr(relabel, name, value)
     one = co_boost(tmp_path)
-    ensemble = one.train(save_to=tmp_path / "saved")
+    with pytest.warns(UserWarning, match="there is no generation 1: 4 of 16 answers to unlabelled questions agree"):
+        ensemble = one.train(save_to=tmp_path / "saved")
     assert one.expert_folders() == [tmp_path / f"generation-0/rounds/{t}/attempt-1/expert" for t in (1, 2)]
     assert "there is no generation 1: 4 of 16 answers" in str(one.stop_reason)
     assert "The ensemble is that of generation 0" in read_json(tmp_path / "saved/boosting.json")["stop_reason"]
@@ -303,6 +307,12 @@ def test_what_it_cannot_use_is_refused(tmp_path: Path) -> None:
         strong(tmp_path, relabel=None)
     with pytest.raises(ValueError, match="relabel_rounds=2, and students that judge answers need 1"):
         strong(tmp_path, relabel_rounds=2)
+    with pytest.raises(TypeError, match="CoBoostingTrainer: args is a StudentConfig, expected a BoostingConfig"):
+        CoBoostingTrainer(base(), strong(tmp_path), strong(tmp_path).args, TRAIN, HARD)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"is in both train_dataset and unlabelled: remove it from one"):
+        co_boost(tmp_path, TRAIN)
+    with pytest.raises(ValueError, match=r"is in both eval_dataset and unlabelled: remove it from one"):
+        co_boost(tmp_path, given={"eval_dataset": HARD})
     with pytest.raises(ValueError, match="unlabelled has no column 'prompt'"):
         co_boost(tmp_path, Dataset.from_dict({"question": ["a"]}))
 
