@@ -172,7 +172,11 @@ def attach_adapter(
     try:
         with unchanged_on_error(base):
             if isinstance(base, PeftModel):
+                in_training = [weight for weight in base.parameters() if weight.requires_grad]
                 base.load_adapter(str(folder), adapter_name=name, is_trainable=trainable, low_cpu_mem_usage=True)
+                # peft 0.20 freezes what is there already.
+                for weight in in_training:
+                    weight.requires_grad_(True)
                 model = base
             else:
                 model = PeftModel.from_pretrained(

@@ -265,6 +265,8 @@ def _backward(ctx: Any, grad_total: Tensor, *unused: Tensor) -> tuple[Any, ...]:
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     # A head's gradient is as large as the head: the usual factor 1 should not copy it.
-    if factor.device.type == "cpu" and not torch.compiler.is_compiling() and float(factor) == 1:
+    # What the compiler traces has no value: torch 2.10 does not say so of backward passes, whose tensors are fakes.
+    has_value = type(factor) is Tensor and not torch.compiler.is_compiling()
+    if has_value and factor.device.type == "cpu" and float(factor) == 1:
         return gradient
     return gradient * factor.to(gradient.dtype)

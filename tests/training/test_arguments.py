@@ -242,7 +242,11 @@ def test_an_evaluation_without_questions_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"compute_metrics": len}, TypeError, "StudentTrainer takes no argument 'compute_metrics': .* score"),
+        (
+            {"compute_metrics": len},
+            TypeError,
+            r"StudentTrainer takes no argument 'compute_metrics': .* call evaluate\(\)",
+        ),
         ({"data_collator": len}, TypeError, "no argument 'data_collator': batches are made"),
         ({"callback": []}, TypeError, "no argument 'callback': there is no such .* passes on callbacks"),
         ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1.0})}, ValueError, "are two learning rates"),
