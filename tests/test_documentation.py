@@ -162,6 +162,7 @@ def outputs(notebook: nbformat.NotebookNode) -> list[tuple[int, set[str], str]]:
     return shown
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_shows_what_it_showed(tmp_path: Path) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     shown = outputs(notebook)

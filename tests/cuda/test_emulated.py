@@ -386,7 +386,7 @@ FAULTS = {
         True,
     ),
 }
-QUICK = ("no barrier before they are written again", "one shared candidate more than there are")
+QUICK = ("no barrier before they are written again",)
 
 
 @pytest.mark.parametrize("fault", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAULTS])

@@ -361,7 +361,7 @@ def test_a_configuration_may_ask_for_tuples(ensemble: TokenEnsemble) -> None:
     assert generate(ensemble, num_beams=2).shape[0] == len(IDS)
 
 
-@pytest.mark.parametrize("kind", ["of_models", "of_adapters"])
+@pytest.mark.parametrize("kind", [pytest.param("of_models", marks=pytest.mark.slow), "of_adapters"])
 def test_it_compiles_for_texts_of_any_length(kind: str, request: pytest.FixtureRequest) -> None:
     ensemble = request.getfixturevalue(kind)[: 2 if kind == "of_models" else 1]
     torch.compiler.reset()

@@ -144,6 +144,7 @@ def test_rolling_log_likelihood_is_the_sum_over_all_tokens(ensemble: TokenEnsemb
         assert sample["filtered_resps"][0] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_command_line_loads_a_saved_ensemble(of_adapters: TokenEnsemble, tasks: Path, tmp_path: Path) -> None:
     of_adapters.save_pretrained(tmp_path / "saved", processing_class=tokenizer())
     script = "import ensemw2s.ensemble, lm_eval.__main__ as m; m.cli_evaluate()"

@@ -158,6 +158,7 @@ def test_cells_side_by_side_give_the_same_records(finished: Path, tmp_path: Path
     assert outcomes(tmp_path / "kept.jsonl") == outcomes(finished)
 
 
+@pytest.mark.slow
 def test_a_killed_study_leaves_no_cell_running(tmp_path: Path) -> None:
     endless = settings(tmp_path)["boosting"] | {"num_train_epochs": 100_000}
     file = write_study(tmp_path, boosting=endless)

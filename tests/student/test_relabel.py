@@ -544,6 +544,7 @@ processes.end()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_relabel_like_one(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     run = launch(tmp_path / "worker.py", tmp_path / "two")

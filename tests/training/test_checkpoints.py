@@ -81,11 +81,11 @@ def assert_equal_runs(one: tuple[nn.Module, TrainingCost], other: tuple[nn.Modul
     [
         # Before any checkpoint, in each epoch, at an epoch's first step, and in the last step.
         (1, None, "group_by_length"),
-        (4, DROPOUT, "group_by_length"),
+        pytest.param(4, DROPOUT, "group_by_length", marks=pytest.mark.slow),
         (6, HEAD, "group_by_length"),
-        (8, None, "group_by_length"),
-        (10, DROPOUT, "group_by_length"),
-        (4, None, "random"),
+        pytest.param(8, None, "group_by_length", marks=pytest.mark.slow),
+        pytest.param(10, DROPOUT, "group_by_length", marks=pytest.mark.slow),
+        pytest.param(4, None, "random", marks=pytest.mark.slow),
         (8, DROPOUT, "random"),
     ],
 )
@@ -193,8 +193,8 @@ def cut(file: Path) -> None:
     "damage",
     [
         lambda folder: cut(folder / "optimizer.pt"),
-        lambda folder: cut(folder / "model.safetensors"),
-        lambda folder: (folder / "scheduler.pt").unlink(),
+        pytest.param(lambda folder: cut(folder / "model.safetensors"), marks=pytest.mark.slow),
+        pytest.param(lambda folder: (folder / "scheduler.pt").unlink(), marks=pytest.mark.slow),
         lambda folder: (folder / "complete.json").unlink(),
         lambda folder: (folder / "complete.json").write_text('{"seco'),
     ],

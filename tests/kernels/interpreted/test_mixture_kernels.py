@@ -158,7 +158,9 @@ def test_draws_are_those_of_float64(generator, size, experts, combine):
 
 
 @needs_cpp
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    "setting", [pytest.param(s, marks=pytest.mark.slow if i % 3 else ()) for i, s in enumerate(SETTINGS)]
+)
 def test_draws_are_those_of_the_cpu_kernel(generator, setting):
     logits, weights, keys = inputs(generator, 3, 4, 5000, torch.bfloat16)
     log_probs = mixture_log_probs([x.double() for x in logits], weights.double())
@@ -174,7 +176,9 @@ def peaked(generator, rows, size):
     return logits.scatter_add(1, likely, torch.rand(rows, 12, generator=generator) * 6 + 8)
 
 
-@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
+@pytest.mark.parametrize(
+    "top_p", [pytest.param(0.3, marks=pytest.mark.slow), 0.9, pytest.param(0.999, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(("temperature", "combine"), [(0.3, "logprob"), (1.0, "prob"), (1.0, "logprob"), (1.7, "prob")])
 def test_the_nucleus_is_found_among_few_candidates(generator, temperature, top_p, combine):
     """Where the candidates are cut down before top-p, the draw is still that of the whole vocabulary."""
@@ -196,7 +200,7 @@ def test_the_nucleus_is_found_among_few_candidates(generator, temperature, top_p
 
 
 @pytest.mark.parametrize("combine", ["prob", "logprob"])
-@pytest.mark.parametrize("temperature", [0.8, 1.0, 1.25])
+@pytest.mark.parametrize("temperature", [0.8, pytest.param(1.0, marks=pytest.mark.slow), 1.25])
 def test_the_tail_counts_in_the_nucleus(temperature, combine):
     """A third of the mass lies in the tail; without it the nucleus would hold one token instead of two."""
     probs = torch.full((4500,), 0.33 / 4497, dtype=torch.double)
