@@ -866,7 +866,7 @@ def _bad_arguments() -> Iterator[Case]:
         "easy must be a number": lambda: split_by_difficulty(None, easy="half"),  # type: ignore[arg-type]
         "hard must be in (0, 1]": lambda: split_by_difficulty(None, hard=float("nan")),  # type: ignore[arg-type]
         "min_values must be a whole number": lambda: split_by_difficulty(None, min_values=2.5),  # type: ignore[arg-type]
-        "split a must have at least 1": lambda: split_questions(None, {"a": True}),  # type: ignore[arg-type]
+        "split a must be a number of questions, at least 1": lambda: split_questions(None, {"a": True}),  # type: ignore[arg-type]
         "num_units must be a whole number": lambda: algorithm.initial_weights("3"),  # type: ignore[arg-type]
         "num_units must be at least 1": lambda: algorithm.initial_weights(0),
         "uniform_mix must be a number": lambda: algorithm.loss_weights(half, sampling="all", uniform_mix=None),  # type: ignore[arg-type]

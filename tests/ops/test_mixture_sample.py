@@ -388,12 +388,12 @@ class TestRowsOfTheirOwn:
                 if is_decided(log_probs, **rest).item():
                     decided += 1
                     assert token == exact.tokens.item(), (size, ROWS[row])
-                assert abs(float(got.log_probs[row]) - float(log_probs[0, token])) < 2e-6 + 1e-6 * abs(
-                    float(log_probs[0, token])
-                )
+                # Plain torch sums in float32, and rounds a little more than the kernels.
+                atol = 1e-5 if impl == "reference" else 2e-6
+                assert float(got.log_probs[row]) == pytest.approx(float(log_probs[0, token]), rel=1e-6, abs=atol)
                 each = torch.stack([x.log_softmax(-1)[0, token] for x in z]).masked_fill(w == 0, torch.nan)
                 torch.testing.assert_close(
-                    got.expert_log_probs[:, row].double(), each, atol=2e-6, rtol=1e-6, equal_nan=True
+                    got.expert_log_probs[:, row].double(), each, atol=atol, rtol=1e-6, equal_nan=True
                 )
         assert decided > 0.8 * len(SIZES) * len(ROWS) or combine == "vote"
 
