@@ -284,7 +284,8 @@ def row_settings(row, temperature, top_k, top_p, min_p, vocabulary, ROWS: tl.con
     mode = tl.where(nucleus < 1, NUCLEUS, mode)
     mode = tl.where(kept > 0, TOP_K, mode)
     mode = tl.where(heat < GREEDILY_COLD, GREEDY, mode)
-    log_min_p = tl.where(least > 0, tl.log(tl.maximum(least, 1e-38)), FARTHEST)
+    # A smaller number than float32 holds would make all of it float64 in some releases of Triton.
+    log_min_p = tl.where(least > 0, tl.log(tl.maximum(least, 1.2e-38)), FARTHEST)
     return tl.maximum(heat, GREEDILY_COLD), kept, nucleus, log_min_p, mode, usable
 
 

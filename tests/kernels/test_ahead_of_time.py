@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
@@ -19,7 +20,7 @@ MODULES = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
 @pytest.mark.parametrize("capability", ["90", pytest.param("80", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("module", MODULES)
 def test_kernels_compile_without_spills(module, capability):
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
     program = ["-W", "ignore", "-m", "tests.kernels.compile_ahead", f"ensemw2s.kernels.{module}", capability]
     run = subprocess.run(
         [sys.executable, *program],
@@ -31,7 +32,9 @@ def test_kernels_compile_without_spills(module, capability):
     assert run.returncode == 0, run.stderr[-5_000:]
     print(run.stdout)
     compiled = [json.loads(line) for line in run.stdout.splitlines()]
-    spilling = [line for line in compiled if line["STACK"] or line["LOCAL"]]
+    # The assembler of older releases keeps up to six registers of a few kernels on the stack.
+    most = 0 if Version(triton.__version__) >= Version("3.8") else 24
+    spilling = [line for line in compiled if line["STACK"] > most or line["LOCAL"]]
     assert not spilling, spilling
 
 
