@@ -17,13 +17,13 @@ from ensemw2s.boosting.config import BoostingConfig
 from ensemw2s.boosting.factory import ExpertFactory
 from ensemw2s.boosting.units import AnswerUnits, informative_tokens
 from ensemw2s.data.questions import check_disjoint, check_questions
-from ensemw2s.data.tokens import QuestionFormat, check_examples, check_processing_class, tokenize_questions
+from ensemw2s.data.tokens import QuestionFormat, check_examples, tokenize_questions
 from ensemw2s.ensemble.model import TokenEnsemble
 from ensemw2s.inference.measuring import measure
 from ensemw2s.inference.scoring import AnswerScores
 from ensemw2s.models.adapters import check_peft_config
 from ensemw2s.models.identity import describe_model
-from ensemw2s.models.loading import load_tokenizer, source_of
+from ensemw2s.models.loading import tokenizer_for
 from ensemw2s.models.own_files import refuse_others, withdraw
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.claims import Kind, claimed, description_of
@@ -35,9 +35,9 @@ from ensemw2s.runtime.records import QUANTILE_LEVELS, IdentityRecord, RoundRecor
 from ensemw2s.runtime.store import Store
 from ensemw2s.training.arguments import (
     check_trainer_options,
+    questions_to_evaluate,
     require_arguments,
     require_eval_dataset,
-    require_questions,
 )
 from ensemw2s.training.checkpoints import discard_checkpoints
 from ensemw2s.training.fine_tune import PRESENTATION, optimizer_described
@@ -129,8 +129,7 @@ class BoostingTrainer:
         self.question_format = question_format or QuestionFormat()
         self.model_init_kwargs = dict(model_init_kwargs or {})
         self.on_round = on_round or self._tell_round
-        check_processing_class(processing_class)
-        self.processing_class = processing_class or load_tokenizer(source_of(self.models[0]))
+        self.processing_class = tokenizer_for(self.models[0], processing_class)
         self.folder = Path(str(args.output_dir))
         self.train_questions = check_questions(train_dataset, "train_dataset")
         self.eval_questions = None if eval_dataset is None else check_questions(eval_dataset, "eval_dataset")
@@ -235,8 +234,7 @@ class BoostingTrainer:
         """
         if not self._accepted():
             raise RuntimeError("there is no ensemble to evaluate yet: call train() first")
-        questions = self.eval_questions if eval_dataset is None else eval_dataset
-        require_questions(questions)
+        questions = questions_to_evaluate(eval_dataset, self.eval_questions)
         batch_size = self.args.per_device_eval_batch_size
         return measure(self._ensemble(), questions, self.processing_class, self.question_format, batch_size)
 

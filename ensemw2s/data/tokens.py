@@ -316,17 +316,6 @@ def format_of(model: Any, asked: QuestionFormat | None = None) -> QuestionFormat
     return asked or trained or QuestionFormat()
 
 
-def check_processing_class(processing_class: Any) -> None:
-    """Raise TypeError unless `processing_class` is a tokenizer, or None."""
-    from transformers import PreTrainedTokenizerBase
-
-    if not isinstance(processing_class, PreTrainedTokenizerBase | None):
-        raise TypeError(
-            f"processing_class is {shown(processing_class)}, expected a tokenizer: load it with "
-            "ensemw2s.load_tokenizer or transformers.AutoTokenizer.from_pretrained"
-        )
-
-
 def to_prompt_completion(answers: Any, question_format: QuestionFormat) -> Dataset:
     """Return questions with answers (`shapes.as_dataset`) as TRL's trainers read them: `prompt` and `completion`.
 

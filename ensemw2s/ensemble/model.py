@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ensemw2s import ops
-from ensemw2s.data.tokens import QuestionFormat, check_processing_class, format_of
+from ensemw2s.data.tokens import QuestionFormat, format_of
 from ensemw2s.ensemble.cache import EnsembleCache
 from ensemw2s.ensemble.config import EnsembleConfig
 from ensemw2s.ensemble.experts import AdapterExperts, ModelExperts, context_lengths
@@ -262,8 +262,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         _, weights = self._now()
         if not -len(weights) <= index < len(weights):
             raise IndexError(f"there is no expert {index}: {len(weights)} experts are numbered from 0")
-        kept = [t for t in range(len(weights)) if t != index % len(weights)]
-        return self.reweighted([weights[t] for t in kept], kept)
+        return self[[t for t in range(len(weights)) if t != index % len(weights)]]
 
     def __len__(self) -> int:
         """Return T, as `num_experts` does."""
@@ -644,7 +643,6 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
                 questions that `check_questions` refuses; or a number outside its range.
             TypeError: questions in another shape; a number that is none, or not a whole one.
         """
-        check_processing_class(processing_class)
         question_format, sampling = format_of(self, question_format), sampling or Sampling()
         settings = LabelSettings(question_format, max_new_tokens, batch_size, sampling, top_logprobs, top_temperature)
         return label_questions(

@@ -17,7 +17,7 @@ from ensemw2s.data.tokens import QuestionFormat, tokenize_questions
 from ensemw2s.inference.scoring import AnswerScores, score_examples
 from ensemw2s.models.adapters import check_peft_config
 from ensemw2s.models.identity import describe_model, digest_tokenizer
-from ensemw2s.models.loading import load_model, load_tokenizer, source_of
+from ensemw2s.models.loading import load_model, tokenizer_for
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.claims import Kind, claimed
 from ensemw2s.runtime.files import read_json, write_json
@@ -81,7 +81,7 @@ def rate_difficulty(
     content = list(zip(questions["prompt"], questions["answer"], strict=True))
     # The order of the examples decides the batches, so they get one of their own.
     order = np.array(sorted(range(len(content)), key=lambda i: random_rank(args.seed, *content[i])))
-    tokenizer = processing_class or load_tokenizer(source_of(model))
+    tokenizer = tokenizer_for(model, processing_class)
     raters = _Raters(model, args, tokenizer, peft_config, question_format or QuestionFormat(), model_init_kwargs or {})
     difficulty = np.empty(len(questions))
     difficulty[order] = raters.rate(questions.select(order), fold[order], folds)

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from ensemw2s import ops
-from ensemw2s.models.loading import CACHE
+from ensemw2s.models.loading import CACHE, check_processing_class
 from ensemw2s.models.mixture import damaged, expert_names, refuse_damaged
 from ensemw2s.runtime.values import check_fields, shown
 
@@ -174,7 +174,11 @@ def require_valid(valid: torch.Tensor, names: Sequence[str], logits: Sequence[to
 
 
 def require_tokenizer(ensemble: ExpertMixture, processing_class: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError unless every token of `processing_class`, its end token above all, is one that experts know."""
+    """Raise ValueError unless every token of `processing_class`, its end token above all, is one that experts know.
+
+    TypeError if it is no tokenizer.
+    """
+    check_processing_class(processing_class)
     size, end = ensemble.config.vocab_size, processing_class.eos_token_id
     if end is None:
         raise ValueError("the tokenizer has no end token, so no answer could end: set processing_class.eos_token")

@@ -26,11 +26,11 @@ from ensemw2s.data.tokens import (
     QuestionFormat,
     answer_lengths,
     check_examples,
-    check_processing_class,
     format_of,
     tokenize_questions,
 )
 from ensemw2s.models.heads import gives_the_logits, only_positions, output_head, own_head, states_before
+from ensemw2s.models.loading import check_processing_class
 from ensemw2s.models.mixture import ExpertMixture, damaged, expert_names, is_mixture, refuse_damaged, repeat_rows
 from ensemw2s.ops import TokenScores
 from ensemw2s.ops.row_losses import CHUNK_ELEMENTS

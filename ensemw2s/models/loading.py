@@ -202,6 +202,30 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_processing_class(processing_class: Any) -> None:
+    """Raise TypeError unless `processing_class` is a tokenizer."""
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"processing_class is {shown(processing_class)}, expected a tokenizer: load it with "
+            "ensemw2s.load_tokenizer or transformers.AutoTokenizer.from_pretrained"
+        )
+
+
+def tokenizer_for(
+    model: str | os.PathLike[str] | PreTrainedModel, processing_class: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that was given, or the one that a model was loaded with; see `load_tokenizer`.
+
+    Raises:
+        TypeError: `processing_class` is no tokenizer.
+        ValueError: there is none, and the model was not loaded from anywhere.
+    """
+    if processing_class is None:
+        return load_tokenizer(source_of(model))
+    check_processing_class(processing_class)
+    return processing_class
+
+
 def source_of(model: str | os.PathLike[str] | PreTrainedModel) -> str | os.PathLike[str]:
     """Return the source itself, or where a model was loaded from; raises ValueError if that was nowhere."""
     source = model.config._name_or_path if isinstance(model, PreTrainedModel) else model

@@ -163,9 +163,10 @@ def _draw(log_probs: Tensor, settings: SampleSettings, seeds: Tensor, positions:
 
 def likeliest(log_probs: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The ``count`` likeliest tokens ``[B, count]`` and their log-probabilities, see ``MixtureSample``."""
+    if not count:
+        return torch.empty_like(log_probs[:, :0], dtype=torch.int64), log_probs[:, :0]
     # torch.topk says nothing of the order of equals.
-    ordered, tokens = log_probs.sort(dim=-1, descending=True, stable=True) if count else (log_probs, log_probs.long())
-    ordered, tokens = ordered[:, :count], tokens[:, :count]
+    ordered, tokens = (each[:, :count] for each in log_probs.sort(dim=-1, descending=True, stable=True))
     tokens = tokens.masked_fill((ordered == -torch.inf) | ~valid[:, None], -1)
     return tokens, ordered.masked_fill(~valid[:, None], torch.nan)
 

@@ -15,7 +15,6 @@ from ensemw2s.data.questions import check_questions, question_key
 from ensemw2s.data.tokens import (
     QuestionFormat,
     answer_lengths,
-    check_processing_class,
     described_format,
     end_tokens,
     tokenize_questions,
@@ -26,7 +25,7 @@ from ensemw2s.inference.labelling import require_probabilities
 from ensemw2s.inference.measuring import measure
 from ensemw2s.models.adapters import ADAPTER_WEIGHTS, attach_adapter, check_peft_config
 from ensemw2s.models.identity import describe_experts, describe_model, digest_tokenizer
-from ensemw2s.models.loading import load_model, load_saved_model, load_tokenizer, require_model, source_of
+from ensemw2s.models.loading import load_model, load_saved_model, require_model, tokenizer_for
 from ensemw2s.models.own_files import own_files, refuse_others, whole
 from ensemw2s.models.saved import read_settings
 from ensemw2s.runtime import processes
@@ -41,9 +40,9 @@ from ensemw2s.student.teacher import LiveTeacher, top_columns, with_columns
 from ensemw2s.training.arguments import (
     AnswerTrainingArguments,
     check_trainer_options,
+    questions_to_evaluate,
     require_arguments,
     require_eval_dataset,
-    require_questions,
 )
 from ensemw2s.training.checkpoints import discard_checkpoints
 from ensemw2s.training.fine_tune import PRESENTATION, TrainingCost, fine_tune, optimizer_described
@@ -225,8 +224,7 @@ class StudentTrainer:
         self.model: Any = model
         if not isinstance(model, PreTrainedModel):
             self.model = on_device(load_model(model, **(model_init_kwargs or {})), args)
-        check_processing_class(processing_class)
-        self.processing_class = processing_class or load_tokenizer(source_of(model))
+        self.processing_class = tokenizer_for(model, processing_class)
         if teacher is not None and teacher.config.vocab_size != len(self.model.get_output_embeddings().weight):
             raise ValueError(
                 f"the teacher has a vocabulary of {teacher.config.vocab_size} tokens, the student one of "
@@ -362,8 +360,7 @@ class StudentTrainer:
         Raises:
             ValueError: no questions, or questions that `check_questions` refuses.
         """
-        questions = self.eval_questions if eval_dataset is None else eval_dataset
-        require_questions(questions)
+        questions = questions_to_evaluate(eval_dataset, self.eval_questions)
         batch_size = self.args.per_device_eval_batch_size
         return measure(self.model.eval(), questions, self.processing_class, self.question_format, batch_size)
 

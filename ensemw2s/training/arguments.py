@@ -200,10 +200,11 @@ def require_arguments(trainer: str, args: Any, kind: type) -> None:
         )
 
 
-def require_questions(questions: Any) -> None:
-    """Raise ValueError where a trainer is to evaluate, and was given nothing to evaluate on."""
-    if questions is None:
+def questions_to_evaluate(given: Any, own: Any) -> Any:
+    """Return the questions given to a trainer's `evaluate`, or else its own; ValueError if there are none."""
+    if given is None and own is None:
         raise ValueError("evaluate() needs questions with answers: pass them, or give the trainer an eval_dataset")
+    return own if given is None else given
 
 
 def _refuse(settings: Any, reasons: Mapping[str, str], prefix: str = "") -> None:
