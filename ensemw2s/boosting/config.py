@@ -131,7 +131,7 @@ class BoostingConfig(AnswerTrainingArguments):
 
     def __new__(cls, *args: Any, **given: Any) -> BoostingConfig:
         """Note what is given, which no recipe changes: a value may be that of the default and still be meant."""
-        config = super().__new__(cls)
+        config = super().__new__(cls, *args, **given)
         config._given = frozenset(given)
         return config
 

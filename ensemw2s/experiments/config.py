@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import json
 import os
 import re
@@ -30,6 +29,7 @@ from ensemw2s.runtime.values import (
     LARGEST,
     IdleSettingError,
     check_fields,
+    check_names,
     check_value,
     has_surrogates,
     shown,
@@ -47,8 +47,6 @@ STUDENTS: dict[str, dict[str, Any]] = {
 }
 SPLITS = ("train", "validation", "test_id", "unlabelled", "test_ood")
 _SOURCES = ("easy", "hard", "questions")
-# Of the keys that may have been meant.
-_MOST_NAMED = 4
 # What a file system and a page have room for, beside what is put around it.
 _LONGEST_NAME = 200
 # The keys of a student that its trainer knows nothing of.
@@ -399,7 +397,7 @@ def build_config(settings: Mapping[str, Any]) -> ExperimentConfig:
     for key in ("output_dir", "store"):
         if getattr(config, key) == "":
             raise ValueError(f"{key} must not be empty: name a folder, or leave it out")
-    _check_keys(config.data.sizes, SPLITS, "data.sizes.")
+    check_names(config.data.sizes, SPLITS, "data.sizes.")
     for split in SPLITS:
         size = config.data.sizes.get(split)
         if type(size) is not int or not 2 <= size <= LARGEST:
@@ -592,26 +590,9 @@ def _source_kind(source: Mapping[str, Any]) -> str | None:
     return next((key for key in SOURCE_KINDS if key in source), None)
 
 
-def _check_keys(settings: Mapping[str, Any], allowed: Sequence[str], prefix: str) -> None:
-    for key in settings:
-        if key not in allowed:
-            near = _nearest(str(key), allowed)
-            meant = " or ".join(f"{prefix}{name}" for name in near)
-            hint = f"did you mean {meant}?" if near else f"valid keys are {', '.join(sorted(allowed))}"
-            raise ValueError(f"unknown key {prefix}{key!s:.100}: {hint}")
-
-
-def _nearest(key: str, allowed: Sequence[str]) -> list[str]:
-    """Return the names that a key may stand for: like it, with these initials, or with it among their words."""
-    alike = difflib.get_close_matches(key, allowed, n=1)
-    initials = [name for name in allowed if "".join(word[0] for word in name.split("_") if word) == key]
-    longer = [name for name in allowed if len(key) > 2 and f"_{key.strip('_')}_" in f"_{name}_"]
-    return list(dict.fromkeys(initials + alike + longer))[:_MOST_NAMED]
-
-
 def _check_settings(settings: Mapping[str, Any], kind: type, prefix: str, allowed: Sequence[str]) -> None:
     """Check keys, and values against the types that the dataclass `kind` declares."""
-    _check_keys(settings, allowed, prefix)
+    check_names(settings, allowed, prefix)
     for key in settings.keys() - _NESTED.keys():
         try:
             check_value(kind, key, settings[key], prefix)

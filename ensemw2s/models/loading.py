@@ -187,9 +187,8 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     except ImportError:
         raise
     except Exception as error:
-        raise ValueError(
-            f"{source} has no tokenizer that can be loaded ({first_line(error)}): save the tokenizer beside the model"
-        ) from error
+        remedy = "save the tokenizer beside the model" if local else "check the name, and the connection to the hub"
+        raise ValueError(f"{source} has no tokenizer that can be loaded ({first_line(error)}): {remedy}") from error
     # As plain data: building the configuration could ask to run code that comes with the model.
     if local:
         config = read_settings(Path(place) / "config.json", f"the model {source}")

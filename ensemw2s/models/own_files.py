@@ -188,8 +188,12 @@ def _digest(file: Path) -> str | None:
     return digest_of(file) if file.is_file() else None
 
 
-def refuse_others(path: str | os.PathLike[str], kind: str) -> None:
-    """Raise FileExistsError if the folder `path` holds another model, or another thing of ours than a `kind`."""
+def refuse_others(path: str | os.PathLike[str], kind: str) -> bool:
+    """Raise FileExistsError if the folder `path` holds another model, or another thing of ours than a `kind`.
+
+    Returns:
+        Whether an earlier `kind` of ours is there.
+    """
     folder = Path(path).expanduser().resolve()
     old = _listed(folder)
     theirs = _manifest(folder).get("kind")
@@ -198,6 +202,7 @@ def refuse_others(path: str | os.PathLike[str], kind: str) -> None:
     for name in _MODELS:
         if os.path.lexists(folder / name) and name not in old:
             _refuse(folder / name, kind)
+    return bool(old)
 
 
 def _leave_out_theirs(folder: Path, aside: Path, kind: str) -> None:

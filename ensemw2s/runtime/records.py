@@ -467,12 +467,15 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is no JSON object, lacks a field, holds a field of another form or NaN, or repeats a figure;
-            names file and line.
+        ValueError: a file that is no .jsonl; a line is no JSON object, lacks a field, holds a field of another form or
+            NaN, or repeats a figure; names file and line.
     """
     path = Path(path)
-    file = path if path.is_file() or path.suffix == ".jsonl" else path / RESULTS_FILE
-    require_file(file, "give the folder of a run (`ensemw2s run` makes one), or the .jsonl file of a study")
+    remedy = "give the folder of a run (`ensemw2s run` makes one), or the .jsonl file of a study"
+    if path.is_file() and path.suffix != ".jsonl":
+        raise ValueError(f"{path} is no file of records: {remedy}")
+    file = path if path.suffix == ".jsonl" else path / RESULTS_FILE
+    require_file(file, remedy)
     records: list[Record] = []
     first_lines: dict[tuple[Any, ...], int] = {}
     # Bytes break at newlines only; text also breaks at U+2028 and the like, which a task's name may hold.

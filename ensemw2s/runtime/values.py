@@ -7,18 +7,21 @@ message begins with that name, so that whoever knows where the setting stands (`
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import numbers
 import reprlib
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 120, 120
 _LONGEST = 200
+# Names that an unknown one may stand for, in one message.
+_MOST_NAMED = 4
 # PyTorch, NumPy and C++ count in 32 bits here and there; no setting means anything beyond.
 LARGEST = 2**31 - 1
 SEEDS = f"[0, {2**32 - 1}]"
@@ -101,6 +104,25 @@ def require_numbers(*, whole: bool = False, **values: Any) -> None:
         # NumPy's numbers are such numbers, too.
         if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
             raise TypeError(f"{name} must be a {'whole ' if whole else ''}number, got {shown(value)}")
+
+
+def check_names(given: Iterable[Any], allowed: Iterable[str], prefix: str = "") -> None:
+    """Raise ValueError for a name of a setting that is not among those allowed; says which one may be meant."""
+    allowed = sorted(allowed)
+    for name in given:
+        if name not in allowed:
+            near = _nearest(str(name), allowed)
+            meant = " or ".join(f"{prefix}{other}" for other in near)
+            hint = f"did you mean {meant}?" if near else f"valid keys are {', '.join(allowed)}"
+            raise ValueError(f"unknown key {prefix}{name!s:.100}: {hint}")
+
+
+def _nearest(name: str, allowed: Sequence[str]) -> list[str]:
+    """Return the names that this one may stand for: like it, with these initials, or with it among their words."""
+    alike = difflib.get_close_matches(name, allowed, n=1)
+    initials = [other for other in allowed if "".join(word[0] for word in other.split("_") if word) == name]
+    longer = [other for other in allowed if len(name) > 2 and f"_{name.strip('_')}_" in f"_{other}_"]
+    return list(dict.fromkeys(initials + alike + longer))[:_MOST_NAMED]
 
 
 def check_fields(settings: Any, inherited: type | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -339,7 +340,9 @@ class StudentTrainer:
         """
         if self.cost is not None:
             raise RuntimeError("this student is trained already: make a new StudentTrainer to train from the start")
-        processes.on_main(refuse_others, save_to or str(self.args.output_dir), "student")
+        place = save_to or str(self.args.output_dir)
+        if processes.on_main(refuse_others, place, "student"):
+            warnings.warn(f"{place} holds a student already, which this one will replace once trained", stacklevel=2)
         if self.args.relabel is not None:
             judged = self.relabel()
             self.train_dataset = judged.select(np.flatnonzero(judged["kept"]))

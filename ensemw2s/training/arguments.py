@@ -6,13 +6,13 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from transformers import IntervalStrategy, TrainingArguments
 
 from ensemw2s.runtime import processes
-from ensemw2s.runtime.values import Uses, check_fields, check_in_use, shown
+from ensemw2s.runtime.values import Uses, check_fields, check_in_use, check_names, shown
 
 # Adapters start from nothing and take about ten times the learning rate that is usual for all weights, which is
 # transformers' default (Schulman et al. 2025, "LoRA without regret") [choice].
@@ -123,6 +123,14 @@ class AnswerTrainingArguments(TrainingArguments):
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
     # transformers would turn the bars off together with its log messages.
     disable_tqdm: bool | None = False
+
+    def __new__(cls, *args: Any, **given: Any) -> Self:
+        """Refuse a setting that there is not before Python does, whose message says nothing of what may be meant."""
+        try:
+            check_names(given, (setting.name for setting in dataclasses.fields(cls) if setting.init))
+        except ValueError as error:
+            raise TypeError(f"{cls.__name__}: {error}") from None
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_fields(self, inherited=TrainingArguments)

@@ -176,6 +176,8 @@ def test_a_hub_model_is_looked_through_like_any_other(tmp_path: Path, monkeypatc
 def test_a_model_that_the_hub_does_not_have_is_named() -> None:
     with pytest.raises(FileNotFoundError, match="someone/nothing is neither a folder here nor a model that the hub"):
         load_model("someone/nothing")
+    with pytest.raises(ValueError, match=r"someone/nothing has no tokenizer .*: check the name, and the connection"):
+        load_tokenizer("someone/nothing")
     with pytest.raises(FileNotFoundError, match="someone/nothing is neither the folder of a saved ensemble nor one"):
         TokenEnsemble.from_pretrained("someone/nothing")
 

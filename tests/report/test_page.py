@@ -207,6 +207,12 @@ def test_a_folder_without_results_is_named(tmp_path):
         read_records(tmp_path)
 
 
+def test_a_file_that_holds_no_records_is_refused_before_it_is_read(tmp_path):
+    (tmp_path / "report.html").write_text("<html>")
+    with pytest.raises(ValueError, match=r"report\.html is no file of records: give the folder of a run"):
+        read_records(tmp_path / "report.html")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -696,6 +696,15 @@ def test_a_student_is_trained_once_and_saved_after_that(tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_a_student_that_is_there_already_is_replaced_with_a_warning_only(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as first:
+        warnings.simplefilter("always")
+        student(tmp_path, peft_config=lora()).train()
+    assert not any("holds a student already" in str(one.message) for one in first)
+    with pytest.warns(UserWarning, match=f"{tmp_path} holds a student already, which this one will replace"):
+        student(tmp_path, peft_config=lora()).train()
+
+
 # What train() leaves
 
 

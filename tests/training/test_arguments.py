@@ -329,3 +329,19 @@ def test_an_adapter_is_made_without_a_warning_that_the_user_could_do_nothing_abo
         warnings.simplefilter("error", FutureWarning)
         peft = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
         fine_tune(llama(0), examples, args, pad_token_id=PAD, seed=3, description="x", peft_config=peft)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "message"),
+    [
+        (BoostingConfig, {"rounds": 3}, r"BoostingConfig: unknown key rounds: did you mean num_rounds or "),
+        (BoostingConfig, {"num_ronds": 3}, r"BoostingConfig: unknown key num_ronds: did you mean num_rounds\?"),
+        (StudentConfig, {"lr": 1e-3}, r"StudentConfig: unknown key lr: did you mean learning_rate or "),
+        (StudentConfig, {"teacher": None}, r"StudentConfig: unknown key teacher: (did you mean|valid keys are)"),
+    ],
+)
+def test_a_setting_that_there_is_not_is_answered_with_the_one_that_may_be_meant(
+    tmp_path: Path, kind: type, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        kind(output_dir=str(tmp_path), **given)
