@@ -33,15 +33,40 @@ void check_settings(const SampleSettings& settings, int64_t rows) {
              [](double value) { return value >= 0 && value <= 1; });
 }
 
+// Refuses adjustments that token_adjustments would not have made.
+void check_adjustments(const Offer& offer, int64_t rows, int64_t vocabulary) {
+  for (int64_t row = 0; row < rows; ++row) {
+    int64_t last = -1;
+    for (int64_t i = 0; i < offer.count; ++i) {
+      const int64_t token = offer.token(row, i);
+      if (token == -1) {
+        last = vocabulary;
+        continue;
+      }
+      ENSEMW2S_CHECK(token > last && token < vocabulary, "the tokens of adjustments must ascend and be below ",
+                     vocabulary, ", got ", token, " in row ", row);
+      ENSEMW2S_CHECK(offer.listed[row * offer.words + token / 32] >> (token % 32) & 1,
+                     "the bits of adjustments lack token ", token, " in row ", row);
+      ENSEMW2S_CHECK(offer.adjustment(rows, row, i).is_usable(), "the values of adjustments for token ", token,
+                     " cannot be used in row ", row);
+      last = token;
+    }
+  }
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixture_sample_cpu(
     std::vector<Tensor> logits, Tensor weights, double temperature, int64_t top_k, double top_p, double min_p,
     std::optional<Tensor> temperatures, std::optional<Tensor> top_ks, std::optional<Tensor> top_ps,
-    std::optional<Tensor> min_ps, Tensor seeds, Tensor positions, int64_t combine, int64_t top_logprobs) {
-  const MixtureOfTensors mixture(logits, weights, combine);
-  ENSEMW2S_CHECK(logits[0].dim() == 2, "logits must be T tensors [B, V]");
-  const int64_t rows = (*mixture).rows;
+    std::optional<Tensor> min_ps, Tensor seeds, Tensor positions, int64_t combine, int64_t top_logprobs,
+    std::optional<Tensor> adjusted_tokens, std::optional<Tensor> adjusted_values,
+    std::optional<Tensor> adjusted_bits, std::optional<Tensor> mask) {
+  ENSEMW2S_CHECK(!logits.empty() && logits[0].dim() == 2, "logits must be T tensors [B, V]");
+  const int64_t rows = logits[0].size(0);
+  const OfferOfTensors offer(adjusted_tokens, adjusted_values, adjusted_bits, mask, rows, logits[0].size(1));
+  check_adjustments(*offer, rows, logits[0].size(1));
+  const MixtureOfTensors mixture(logits, weights, combine, *offer);
   const RealSetting temperature_of(temperature, temperatures, rows, "temperature");
   const CountSetting top_k_of(top_k, top_ks, rows, "top_k");
   const RealSetting top_p_of(top_p, top_ps, rows, "top_p"), min_p_of(min_p, min_ps, rows, "min_p");

@@ -18,7 +18,9 @@ Tensor mixture_log_probs_cpu(std::vector<Tensor> logits, Tensor weights, int64_t
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixture_sample_cpu(
     std::vector<Tensor> logits, Tensor weights, double temperature, int64_t top_k, double top_p, double min_p,
     std::optional<Tensor> temperatures, std::optional<Tensor> top_ks, std::optional<Tensor> top_ps,
-    std::optional<Tensor> min_ps, Tensor seeds, Tensor positions, int64_t combine, int64_t top_logprobs);
+    std::optional<Tensor> min_ps, Tensor seeds, Tensor positions, int64_t combine, int64_t top_logprobs,
+    std::optional<Tensor> adjusted_tokens, std::optional<Tensor> adjusted_values,
+    std::optional<Tensor> adjusted_bits, std::optional<Tensor> mask);
 
 std::tuple<Tensor, Tensor, Tensor> token_scores_cpu(Tensor logits, Tensor labels);
 std::tuple<Tensor, Tensor, Tensor> mixture_scores_cpu(std::vector<Tensor> logits, Tensor weights,

@@ -53,9 +53,11 @@ inline Tensor new_tensor(const Tensor& like, std::vector<int64_t> shape, ScalarT
 }
 
 template <class V>
-constexpr ScalarType kScalarType = std::is_same<V, float>::value ? ScalarType::Float : ScalarType::Long;
+constexpr ScalarType kScalarType = std::is_same<V, float>::value     ? ScalarType::Float
+                                   : std::is_same<V, int32_t>::value ? ScalarType::Int
+                                                                     : ScalarType::Long;
 
-// The elements of a float32 or int64 tensor in order, whatever its strides.
+// The elements of a float32, int32 or int64 tensor in order, whatever its strides.
 template <class V>
 struct Dense {
   Tensor tensor;
@@ -63,7 +65,10 @@ struct Dense {
 
   Dense(const Tensor& given, int64_t count, const char* name) : tensor(torch::stable::contiguous(given)) {
     ENSEMW2S_CHECK(tensor.scalar_type() == kScalarType<V> && tensor.numel() == count, name, " must be ",
-                   std::is_same<V, float>::value ? "float32" : "int64", " and have ", count, " elements");
+                   std::is_same<V, float>::value     ? "float32"
+                   : std::is_same<V, int32_t>::value ? "int32"
+                                                     : "int64",
+                   " and have ", count, " elements");
     data = static_cast<const V*>(tensor.const_data_ptr());
   }
 };
@@ -94,6 +99,42 @@ class SettingOfTensor {
 
 using RealSetting = SettingOfTensor<float, double, ScalarType::Float, ScalarType::Double>;
 using CountSetting = SettingOfTensor<int32_t, int64_t, ScalarType::Int, ScalarType::Long>;
+
+// A mask and the adjustments of mixture_sample, if there are any.
+class OfferOfTensors {
+ public:
+  OfferOfTensors(const std::optional<Tensor>& tokens, const std::optional<Tensor>& values,
+                 const std::optional<Tensor>& listed, const std::optional<Tensor>& mask, int64_t rows,
+                 int64_t vocabulary) {
+    offer_.words = (vocabulary + 31) / 32;
+    if (mask) offer_.mask = bits_of(*mask, rows, "mask");
+    ENSEMW2S_CHECK(tokens.has_value() == values.has_value() && tokens.has_value() == listed.has_value(),
+                   "adjustments are tokens, values and bits together");
+    if (!tokens) return;
+    ENSEMW2S_CHECK(tokens->dim() == 2 && tokens->size(0) == rows, "adjusted tokens must be [B, N] with B = ",
+                   rows);
+    offer_.count = tokens->size(1);
+    offer_.listed = bits_of(*listed, rows, "the bits of adjustments");
+    offer_.tokens = kept(Dense<int32_t>(*tokens, rows * offer_.count, "adjusted tokens"));
+    offer_.values = kept(Dense<float>(*values, 3 * rows * offer_.count, "the values of adjustments"));
+    if (offer_.count == 0) offer_.tokens = nullptr, offer_.listed = nullptr;
+  }
+
+  const Offer& operator*() const { return offer_; }
+
+ private:
+  const uint32_t* bits_of(const Tensor& bits, int64_t rows, const char* name) {
+    return reinterpret_cast<const uint32_t*>(kept(Dense<int32_t>(bits, rows * offer_.words, name)));
+  }
+  template <class V>
+  const V* kept(const Dense<V>& dense) {
+    tensors_.push_back(dense.tensor);
+    return dense.data;
+  }
+
+  std::vector<Tensor> tensors_;
+  Offer offer_;
+};
 
 // What mixture_sample returns.
 class NewSample {
@@ -128,7 +169,8 @@ class NewSample {
 // Owns what a Mixture points to.
 class MixtureOfTensors {
  public:
-  MixtureOfTensors(const std::vector<Tensor>& logits, const Tensor& weights, int64_t combine) {
+  MixtureOfTensors(const std::vector<Tensor>& logits, const Tensor& weights, int64_t combine,
+                   const Offer& offer = {}) {
     ENSEMW2S_CHECK(!logits.empty(), "logits hold no expert");
     const Tensor& first = logits[0];
     for (const Tensor& expert : logits) {
@@ -142,7 +184,7 @@ class MixtureOfTensors {
     const bool per_row = weights.dim() > 1;
     read_weights(weights, per_row ? rows : 1, per_row);
     mixture_ = {rows_.data(),          experts,          rows,           vocabulary, weights_.data(),
-                per_row ? experts : 0, Combine(combine), dtype_of(first)};
+                per_row ? experts : 0, Combine(combine), dtype_of(first), offer};
   }
   MixtureOfTensors(const MixtureOfTensors&) = delete;
   MixtureOfTensors& operator=(const MixtureOfTensors&) = delete;

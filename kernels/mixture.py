@@ -25,6 +25,9 @@ WARPS = 8
 PROB = tl.constexpr(0)
 LOGPROB = tl.constexpr(1)
 VOTE = tl.constexpr(2)
+# Bits of what an offer has.
+MASK = tl.constexpr(1)
+ADJUSTED = tl.constexpr(2)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 MASKED = tl.constexpr(-100)
 
@@ -50,6 +53,7 @@ def ahead_of_time(
         "logits": (f"*{dtype}",) * experts,
         "outer": ("i64",) * experts,
         "step": ("i64",) * experts,
+        "offer": ("*i32", "*i32", "*fp32", "*i32", "i32", "i32"),
     }
     signature = {n: "constexpr" if n in constexprs else types.get(n, "*fp32") for n in kernel.arg_names}
     return kernel, signature, constexprs, num_warps
@@ -95,6 +99,34 @@ def _joint_stride(tensor: Tensor, first: int, last: int) -> int | None:
     return axes[-1][1] if axes else 0
 
 
+class Offer(NamedTuple):
+    """Which tokens a row may draw, and at which changed log-probabilities; see ``ops.token_adjustments``.
+
+    Attributes:
+        mask: int32 ``[rows, words]``, a bit for each token that may be drawn, or None.
+        tokens: int32 ``[rows, count]``, adjusted tokens, or None.
+        values: float32 ``[3, rows, count]`` of them, or None.
+        listed: int32 ``[rows, words]``, a bit for each of them, or None.
+    """
+
+    mask: Tensor | None = None
+    tokens: Tensor | None = None
+    values: Tensor | None = None
+    listed: Tensor | None = None
+
+    @property
+    def kind(self) -> int:
+        """The bits of ``MASK`` and ``ADJUSTED``; 0 where all tokens may be drawn as they are."""
+        return MASK.value * (self.mask is not None) + ADJUSTED.value * (self.tokens is not None)
+
+    def arguments(self, other: Tensor) -> tuple[Any, ...]:
+        """One kernel argument, a tuple; ``other`` stands where there is no tensor."""
+        some = self.mask if self.mask is not None else self.listed
+        words = 0 if some is None else some.shape[1]
+        count = 0 if self.tokens is None else self.tokens.shape[1]
+        return *(other if part is None else part.contiguous() for part in self), count, words
+
+
 class Scan(NamedTuple):
     """Scratch of one read of T experts' logits; ``S`` is T, and one more (the product) for ``"logprob"``.
 
@@ -109,6 +141,7 @@ class Scan(NamedTuple):
         tile_sum: float32 ``[S, rows, tiles]``, the sum of ``exp(logit - tile_max)``; NaN in a tile with NaN or +inf.
         tile_first: int32 ``[T, rows, tiles]``, for ``"vote"`` the lowest id of the largest logit.
         group_max: float32 ``[T, rows, groups]``, the largest logit of each group, or ``[1, ...]`` of the product.
+        plain_max: The same of the tokens that may be drawn as they are, where an offer leaves out some.
         top: float32 ``[S, rows]``, the largest logit; of the product the likeliest token's score, see
             ``anchor_product``.
         log_sum: float32 ``[S, rows]``, log of the sum of ``exp(logit - top)``; NaN without finite logits.
@@ -123,6 +156,7 @@ class Scan(NamedTuple):
     tile_sum: Tensor
     tile_first: Tensor
     group_max: Tensor
+    plain_max: Tensor
     top: Tensor
     log_sum: Tensor
     shift: Tensor
@@ -148,13 +182,20 @@ def _with_step(weights: Tensor) -> tuple[Tensor, int]:
     return weights, weights.shape[-1] if weights.dim() > 1 else 0
 
 
-def scan(logits: Sequence[Tensor], weights: Tensor, combine: int, labels: Tensor | None = None) -> Scan:
+def scan(
+    logits: Sequence[Tensor],
+    weights: Tensor,
+    combine: int,
+    labels: Tensor | None = None,
+    offer: Offer | None = None,
+) -> Scan:
     """Read the logits once, but not experts of weight 0, nor rows whose label (int64 ``[rows]``) is masked."""
     rows, weights = rows_of(logits), weights.contiguous()
     tiles = triton.cdiv(rows.vocabulary, TILE)
     experts = len(logits)
     is_product, is_vote = combine == LOGPROB.value, combine == VOTE.value
     slots = experts + is_product
+    offer = offer or Offer()
     like = {"dtype": torch.float32, "device": weights.device}
     out = Scan(
         rows,
@@ -164,7 +205,10 @@ def scan(logits: Sequence[Tensor], weights: Tensor, combine: int, labels: Tensor
         torch.empty((slots + is_product, rows.count, tiles), **like),
         torch.empty((slots, rows.count, tiles), **like),
         torch.empty((experts, rows.count, tiles) if is_vote else 1, dtype=torch.int32, device=weights.device),
-        torch.empty((1 if is_product else experts, rows.count, tiles * (TILE // GROUP)), **like),
+        *(
+            torch.empty((1 if is_product else experts, rows.count, tiles * (TILE // GROUP)) if is_kept else 1, **like)
+            for is_kept in (True, bool(offer.kind))
+        ),
         *(torch.empty((slots, rows.count), **like) for _ in range(3)),
     )
     scan_kernel[(rows.count * tiles,)](
@@ -175,12 +219,15 @@ def scan(logits: Sequence[Tensor], weights: Tensor, combine: int, labels: Tensor
         out.tile_sum,
         out.tile_first,
         out.group_max,
+        out.plain_max,
+        offer.arguments(weights),
         rows.count,
         rows.vocabulary,
         tiles,
         T=experts,
         COMBINE=combine,
         HAS_LABELS=labels is not None,
+        OFFER=offer.kind,
         TILE=TILE,
         GROUP=GROUP,
         num_warps=WARPS,
@@ -243,10 +290,60 @@ def scan_groups(z, slot, row, tile, group_max, rows, tiles, TILE: tl.constexpr, 
 
 
 @triton.jit
+def bits_of(packed, tokens, inside, row, words):
+    """The bits of some tokens in a row of an int32 ``[rows, words]``."""
+    word = tl.load(packed + row * words + tokens // 32, mask=inside, other=0)
+    return ((word >> (tokens % 32)) & 1) != 0
+
+
+@triton.jit
+def is_plain(tokens, inside, row, offer, OFFER: tl.constexpr):
+    """Whether tokens may be drawn, and as they are."""
+    plain = inside
+    if MASK & OFFER:
+        plain = plain & bits_of(offer[0], tokens, inside, row, offer[5])
+    if ADJUSTED & OFFER:
+        plain = plain & (bits_of(offer[3], tokens, inside, row, offer[5]) == 0)
+    return plain
+
+
+@triton.jit
+def changed(found, place, inside, row, rows, offer):
+    """What the log-probabilities of the adjusted tokens at these places of a row's list become."""
+    first = offer[2] + row * offer[4] + place
+    bias = tl.load(first, mask=inside, other=0.0)
+    repetition = tl.load(first + rows * offer[4], mask=inside, other=1.0)
+    penalty = tl.load(first + 2 * rows * offer[4], mask=inside, other=0.0)
+    shifted = found + bias
+    return tl.minimum(tl.where(shifted < 0, shifted * repetition, shifted / repetition) - penalty, -LOWEST)
+
+
+@triton.jit
+def offered(found, tokens, inside, row, rows, offer, OFFER: tl.constexpr):
+    """The log-probabilities at which tokens are offered, out of the mixture's; -inf where they may not be drawn."""
+    result = found
+    if ADJUSTED & OFFER:
+        listed = bits_of(offer[3], tokens, inside, row, offer[5])
+        low, high = tl.zeros_like(tokens), tl.zeros_like(tokens) + offer[4]
+        for _ in range(32):
+            middle = (low + high) // 2
+            searching = listed & (low < high)
+            other = tl.load(offer[1] + row * offer[4] + middle, mask=searching, other=-1)
+            is_before = searching & (other >= 0) & (other < tokens)
+            low = tl.where(is_before, middle + 1, low)
+            high = tl.where(searching & (is_before == 0), middle, high)
+        result = tl.where(listed, changed(found, low, listed & (low < offer[4]), row, rows, offer), found)
+    if MASK & OFFER:
+        result = tl.where(bits_of(offer[0], tokens, inside, row, offer[5]), result, -float("inf"))
+    return result
+
+
+@triton.jit
 def scan_kernel(
-    logits, outer, step, inner, weights, weight_step, labels, tile_max, tile_sum, tile_first, group_max,
-    rows, vocabulary, tiles,
-    T: tl.constexpr, COMBINE: tl.constexpr, HAS_LABELS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    logits, outer, step, inner, weights, weight_step, labels, tile_max, tile_sum, tile_first, group_max, plain_max,
+    offer, rows, vocabulary, tiles,
+    T: tl.constexpr, COMBINE: tl.constexpr, HAS_LABELS: tl.constexpr, OFFER: tl.constexpr,
+    TILE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of one row, all experts. Grid: rows * tiles."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
@@ -257,6 +354,8 @@ def scan_kernel(
     if HAS_LABELS:
         end = unmasked(tl.load(labels + row), vocabulary)
     inside = tokens < end
+    if OFFER:
+        plain = is_plain(tokens, inside, row, offer, OFFER)
     if COMBINE == LOGPROB:
         largest, total, _ = weight_total(weights, T)
         product = tl.zeros((TILE,), tl.float32)
@@ -270,6 +369,8 @@ def scan_kernel(
             product += tl.where(share > 0, product_term(share, z, top), 0.0)
         else:
             scan_groups(z, t, row, tile, group_max, rows, tiles, TILE, GROUP)
+            if OFFER:
+                scan_groups(tl.where(plain, z, -float("inf")), t, row, tile, plain_max, rows, tiles, TILE, GROUP)
         if COMBINE == VOTE:
             first = tl.min(tl.where(z == top, tokens, vocabulary), axis=0)
             tl.store(tile_first + (t * rows + row) * tiles + tile, first)
@@ -277,6 +378,8 @@ def scan_kernel(
         product = tl.where(inside, product, -float("inf"))
         scan_tile(product, T, row, tile, tile_max, tile_sum, rows, tiles)
         scan_groups(product, 0, row, tile, group_max, rows, tiles, TILE, GROUP)
+        if OFFER:
+            scan_groups(tl.where(plain, product, -float("inf")), 0, row, tile, plain_max, rows, tiles, TILE, GROUP)
 
 
 @triton.jit
@@ -444,6 +547,13 @@ def first_argmax(score, token):
 
 
 AHEAD_OF_TIME = [
-    ahead_of_time(scan_kernel, T=t, COMBINE=combine, HAS_LABELS=True, TILE=TILE, GROUP=GROUP)
-    for t, combine in ((1, PROB.value), (5, PROB.value), (5, LOGPROB.value), (5, VOTE.value))
+    ahead_of_time(scan_kernel, T=t, COMBINE=combine, HAS_LABELS=True, OFFER=kind, TILE=TILE, GROUP=GROUP)
+    for t, combine, kind in (
+        (1, PROB.value, 0),
+        (5, PROB.value, 0),
+        (5, LOGPROB.value, 0),
+        (5, VOTE.value, 0),
+        (5, PROB.value, MASK.value + ADJUSTED.value),
+        (5, LOGPROB.value, MASK.value + ADJUSTED.value),
+    )
 ]

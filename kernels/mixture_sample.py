@@ -13,19 +13,25 @@ import triton.language as tl
 from torch import Tensor
 
 from ensemw2s.kernels.mixture import (
+    ADJUSTED,
     GROUP,
     LOGPROB,
     LOWEST,
+    MASK,
     TILE,
     VOTE,
     WARPS,
+    Offer,
     Scan,
     ahead_of_time,
     anchor_product,
+    bits_of,
+    changed,
     first_argmax,
     group_bounds,
     log_prob,
     merge_tiles,
+    offered,
     row_offset,
     scan,
     slack,
@@ -54,8 +60,9 @@ HOTTEST, LEAST_TOP_P = tl.constexpr(3e38), tl.constexpr(1e-37)
 LARGEST_GUMBEL = tl.constexpr(22.9)
 # Mass that may be left out of a total: far less than what moves the edge of top-p by rounding.
 NEGLIGIBLE = tl.constexpr(1e-6)
-# A plan is small, unless it races a tile: then alone in its row, with as many threads as help. Votes are a handful.
-_PLAN_WARPS, _RACING_PLAN_WARPS, _VOTE_WARPS = 4, 16, 2
+# A plan is small, unless it races a tile: then alone in its row, with as many threads as help, and as registers allow
+# where it looks for adjusted tokens as well. Votes are a handful.
+_PLAN_WARPS, _RACING_PLAN_WARPS, _VOTE_WARPS = 8, 16, 2
 # With more of them ptxas keeps registers in memory.
 _SELECT_WARPS = 4
 # Candidates at a time: most draws have fewer.
@@ -79,6 +86,10 @@ def mixture_sample(
     positions: Tensor,
     combine: int,
     top_logprobs: int,
+    adjusted_tokens: Tensor | None,
+    adjusted_values: Tensor | None,
+    adjusted_bits: Tensor | None,
+    mask: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """The six results of the op for T logits ``[B, V]``; a tensor ``[B]`` takes the place of the number of its name."""
     batch, device = logits[0].shape[0], weights.device
@@ -99,8 +110,10 @@ def mixture_sample(
                 )
             )
         )
+        offer = Offer(mask, adjusted_tokens, adjusted_values, adjusted_bits)
         with torch.cuda.device_of(weights):
-            _Draw(scan(logits, weights, combine), settings, seeds, positions, top_logprobs).run(outputs)
+            scratch = scan(logits, weights, combine, offer=offer)
+            _Draw(scratch, settings, offer, seeds, positions, top_logprobs).run(outputs)
     return outputs
 
 
@@ -117,21 +130,22 @@ def _mode(settings: SampleSettings) -> int:
     return MIN_P.value if min_p > 0 or temperature < COLD.value else RACE.value
 
 
-def _plan_warps(mode: int) -> int:
-    return _RACING_PLAN_WARPS if mode in (RACE.value, ANY.value) else _PLAN_WARPS
+def _plan_warps(mode: int, offer: int) -> int:
+    return _RACING_PLAN_WARPS if mode in (RACE.value, ANY.value) and not offer else _PLAN_WARPS
 
 
 class _Draw:
     """One call's scratch and launches after the scan."""
 
     def __init__(
-        self, scratch: Scan, settings: SampleSettings, seeds: Tensor, positions: Tensor, top_logprobs: int
+        self, scratch: Scan, settings: SampleSettings, offer: Offer, seeds: Tensor, positions: Tensor, top_logprobs: int
     ) -> None:
         self.scratch = scratch
         self.rows, self.tiles = scratch.rows, scratch.tiles
         self.mode = _mode(settings)
         of_rows = sum(1 << bit for bit, value in enumerate(settings) if isinstance(value, Tensor))
         self.asked = {"MODE": self.mode, "ROWS": of_rows}
+        self.offer, self.offer_kind = offer.arguments(scratch.weights), {"OFFER": offer.kind}
         self.is_vote = scratch.combine == VOTE.value
         self.keys = seeds.contiguous(), positions.contiguous()
         self.top_logprobs = top_logprobs
@@ -153,6 +167,8 @@ class _Draw:
         per_row = self.rows.count
         self.valid = self._empty(per_row, dtype=torch.bool)
         self.upper = self._empty(per_row, self.tiles * (TILE // GROUP))
+        # Of all tokens as they are, for the likeliest.
+        self.upper_of_all = torch.empty_like(self.upper) if offer.kind and top_logprobs else self.upper
         self.anchor = self._empty(per_row)
         # What the search, the filters' candidates and those for the likeliest tokens have to reach.
         self.search_floor, self.filter_floor, self.top_floor = self.floors = self._empty(3, per_row)
@@ -167,7 +183,7 @@ class _Draw:
         if selects or self.top_logprobs:
             self._make_room()
         if self.is_vote:
-            self._count_votes()
+            self._count_votes(self.valid, self.offer_kind)
         else:
             self._plan()
         if self.top_logprobs:
@@ -188,37 +204,43 @@ class _Draw:
     def _plan(self) -> None:
         scratch, rows = self.scratch, self.rows
         plan_kernel[(rows.count,)](
-            *scratch.experts, *scratch.partials, scratch.group_max, *self.keys,
-            self.valid, self.upper, self.anchor, self.floors, *self.settings, self.top_logprobs,
+            *scratch.experts, *scratch.partials, scratch.group_max, scratch.plain_max, *self.keys, self.offer,
+            self.valid, self.upper, self.upper_of_all, self.anchor, self.floors, *self.settings, self.top_logprobs,
             rows.count, rows.vocabulary, self.tiles,
-            **self.asked, **self.groups, **self.shape | {"num_warps": _plan_warps(self.mode)},
+            **self.asked, **self.offer_kind, CHUNK=CHUNK, **self.groups,
+            **self.shape | {"num_warps": _plan_warps(self.mode, self.offer_kind["OFFER"])},
         )  # fmt: skip
 
-    def _count_votes(self) -> None:
+    def _count_votes(self, valid: Tensor, offer_kind: dict[str, int]) -> None:
         scratch, rows = self.scratch, self.rows
         votes_kernel[(rows.count,)](
-            *scratch.partials, scratch.tile_first, self.valid, self.counts, self.ids, self.log_probs, *self.settings,
-            rows.count, rows.vocabulary, self.tiles, ROWS=self.asked["ROWS"],
+            *scratch.partials, scratch.tile_first, self.offer, valid, self.counts, self.ids, self.log_probs,
+            *self.settings, rows.count, rows.vocabulary, self.tiles, ROWS=self.asked["ROWS"], **offer_kind, CHUNK=CHUNK,
             EXPERTS=triton.next_power_of_2(self.shape["T"]), **self.shape | {"num_warps": _VOTE_WARPS},
         )  # fmt: skip
 
-    def _collect(self, floor: Tensor) -> None:
+    def _collect(self, floor: Tensor, upper: Tensor, offer_kind: dict[str, int]) -> None:
         """Write down the tokens that reach the floor of their row, in ascending order."""
         scratch, rows = self.scratch, self.rows
         for write in (False, True):
             collect_kernel[(rows.count * self.tiles,)](
-                *scratch.experts, *scratch.normalisers, self.upper, floor, self.counts, self.ids, self.log_probs,
-                rows.count, rows.vocabulary, self.tiles, WRITE=write, TILE=TILE, GROUP=GROUP, **self.shape,
+                *scratch.experts, *scratch.normalisers, self.offer, upper, floor, self.counts, self.ids, self.log_probs,
+                rows.count, rows.vocabulary, self.tiles, WRITE=write, **offer_kind, TILE=TILE, GROUP=GROUP,
+                **self.shape,
             )  # fmt: skip
 
     def _find_likeliest(self, top_tokens: Tensor, top_log_probs: Tensor) -> None:
         if not self.is_vote:
-            self._collect(self.top_floor)
+            self._collect(self.top_floor, self.upper_of_all, {"OFFER": 0})
+        elif self.offer_kind["OFFER"]:
+            self._count_votes(torch.empty_like(self.valid), {"OFFER": 0})
         likeliest_kernel[(self.rows.count,)](
             self.counts, self.ids, self.log_probs, self.valid, top_tokens, top_log_probs, self.top_logprobs,
             self.capacity, self.segments, SEGMENTS=triton.next_power_of_2(self.segments), CHUNK=CHUNK,
             num_warps=_PLAN_WARPS,
         )  # fmt: skip
+        if self.is_vote and self.offer_kind["OFFER"]:
+            self._count_votes(self.valid, self.offer_kind)
 
     def _search(self, outputs: tuple[Tensor, ...]) -> None:
         """Greedy and plain sampling: every tile's best token, then the best of them."""
@@ -226,25 +248,27 @@ class _Draw:
         score = self._empty(rows.count, self.tiles)
         token = self._empty(rows.count, self.tiles, dtype=torch.int32)
         search_kernel[(rows.count * self.tiles,)](
-            *scratch.experts, *scratch.normalisers, *self.keys, self.upper, self.anchor, self.search_floor,
+            *scratch.experts, *scratch.normalisers, *self.keys, self.offer, self.upper, self.anchor, self.search_floor,
             *self.settings, score, token, rows.count, rows.vocabulary, self.tiles,
-            **self.asked, T=self.shape["T"], COMBINE=scratch.combine, TILE=TILE, GROUP=GROUP, num_warps=WARPS,
+            **self.asked, **self.offer_kind, T=self.shape["T"], COMBINE=scratch.combine, TILE=TILE, GROUP=GROUP,
+            num_warps=WARPS,
         )  # fmt: skip
         finish_kernel[(rows.count,)](
-            *scratch.experts, *scratch.normalisers, score, token, self.valid, self.upper, *outputs,
-            *self.settings, rows.count, rows.vocabulary, self.tiles, **self.asked, **self.groups, **self.shape,
+            *scratch.experts, *scratch.normalisers, self.offer, score, token, self.valid, self.upper, *outputs,
+            *self.settings, rows.count, rows.vocabulary, self.tiles, **self.asked, **self.offer_kind, **self.groups,
+            **self.shape,
         )  # fmt: skip
 
     def _select(self, outputs: tuple[Tensor, ...]) -> None:
         """Filters and votes: the draw among the candidates."""
         if not self.is_vote:
-            self._collect(self.filter_floor)
+            self._collect(self.filter_floor, self.upper, self.offer_kind)
         scratch, rows = self.scratch, self.rows
         select_kernel[(rows.count,)](
-            *scratch.experts, *scratch.normalisers, scratch.tile_max, scratch.tile_first, *self.keys,
+            *scratch.experts, *scratch.normalisers, scratch.tile_max, scratch.tile_first, *self.keys, self.offer,
             self.counts, self.ids, self.log_probs, self.valid, self.upper, *outputs, *self.settings,
             rows.count, rows.vocabulary, self.tiles, self.capacity, self.segments,
-            **self.asked, SEGMENTS=triton.next_power_of_2(self.segments), CHUNK=CHUNK, **self.groups,
+            **self.asked, **self.offer_kind, SEGMENTS=triton.next_power_of_2(self.segments), CHUNK=CHUNK, **self.groups,
             **self.shape | {"num_warps": _SELECT_WARPS},
         )  # fmt: skip
 
@@ -336,9 +360,9 @@ def key_of(value):
 
 @triton.jit
 def race_tile(
-    row, tile, best, logits, outer, step, inner, weights, top, log_sum, shift, seeds, positions, upper, anchor,
+    row, tile, best, logits, outer, step, inner, weights, top, log_sum, shift, seeds, positions, offer, upper, anchor,
     temperature, rows, vocabulary, tiles,
-    T: tl.constexpr, COMBINE: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    OFFER: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The tile's highest ``(log_prob - anchor) / temperature + noise`` and its token, if it may reach ``best``.
 
@@ -361,6 +385,7 @@ def race_tile(
             found = log_prob(
                 tokens, near, row, logits, outer, step, inner, weights, top, log_sum, shift, rows, T, COMBINE
             )
+            found = offered(found, tokens, near, row, rows, offer, OFFER)
             scores = tl.where(
                 near & (found > -float("inf")), (found - anchor) / temperature + gumbel(words), -float("inf")
             )
@@ -384,14 +409,15 @@ def top_k_edge(lower, top_k):
 
 @triton.jit
 def nucleus_floor(
-    row, anchor, temperature, top_p, weights, tile_max, tile_sum, top, log_sum, shift, rows, tiles,
-    T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
+    row, anchor, temperature, top_p, weights, tile_max, tile_sum, top, log_sum, shift, count, rows, tiles,
+    OFFER: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A log-probability below which no token can be in the nucleus, and what lies below it can be left out of sums.
 
     The n tokens of a tile that are below a floor f have together at most the tile's mass and at most ``n exp(f)``. That
     bounds the sum of ``p ** (1 / temperature)`` over them: below 1 by ``exp(f) ** (1 / temperature - 1)`` times
-    theirs, above 1 by n times the power of the mean (Jensen). All relative to the likeliest token.
+    theirs, above 1 by n times the power of the mean (Jensen). Each of the ``count`` adjusted tokens has at most
+    ``exp(f)``. All relative to the likeliest token.
     """
     tile = tl.arange(0, TILES)
     mass = tl.zeros((TILES,), tl.float32)
@@ -408,8 +434,9 @@ def nucleus_floor(
     log_mass = tl.log(mass)
     log_size = tl.log(TILE * 1.0)
     inverse = 1.0 / temperature
-    # At temperature 1 the total is known to be 1, whatever is left out.
-    allowed = tl.where(temperature == 1.0, 1.0 - top_p - 1e-4, tl.minimum(NEGLIGIBLE, 0.5 * (1.0 - top_p)))
+    # At temperature 1 the total of tokens as they are is known to be 1, whatever is left out.
+    weighs_one = (temperature == 1.0) & (OFFER == 0)
+    allowed = tl.where(weighs_one, 1.0 - top_p - 1e-4, tl.minimum(NEGLIGIBLE, 0.5 * (1.0 - top_p)))
     low, high = -100.0, 0.0
     for _ in range(24):
         middle = 0.5 * (low + high)
@@ -417,18 +444,66 @@ def nucleus_floor(
         cold = middle * (inverse - 1.0) + below - anchor * inverse
         hot = log_size + (below - log_size - anchor) * inverse
         left_out = tl.sum(tl.exp(tl.where(temperature <= 1.0, cold, hot)), axis=0)
-        scaled = tl.where(temperature == 1.0, left_out * tl.exp(anchor), left_out)
+        if ADJUSTED & OFFER:
+            left_out += count * tl.exp((middle - anchor) * inverse)
+        scaled = tl.where(weighs_one, left_out * tl.exp(anchor), left_out)
         low = tl.where(scaled <= allowed, middle, low)
         high = tl.where(scaled <= allowed, high, middle)
     return tl.where(low > -100.0, low, LOWEST)
 
 
+@triton.jit
+def are_adjustments_usable(row, rows, vocabulary, offer, CHUNK: tl.constexpr):
+    """Whether a row's adjustments are such as ``token_adjustments`` makes."""
+    good = True
+    for start in range(0, offer[4], CHUNK):
+        place = start + tl.arange(0, CHUNK)
+        inside = place < offer[4]
+        tokens = tl.load(offer[1] + row * offer[4] + place, mask=inside, other=-1)
+        last = tl.load(offer[1] + row * offer[4] + place - 1, mask=inside & (place > 0), other=-2)
+        first = offer[2] + row * offer[4] + place
+        bias = tl.load(first, mask=inside, other=0.0)
+        repetition = tl.load(first + rows * offer[4], mask=inside, other=1.0)
+        penalty = tl.load(first + 2 * rows * offer[4], mask=inside, other=0.0)
+        right = (bias < float("inf")) & (repetition > 0) & (repetition < float("inf")) & (penalty > -float("inf"))
+        follows = (place == 0) | ((last >= 0) & (last < tokens))
+        right = (right & follows & (tokens < vocabulary)) | (tokens < 0)
+        good = good & (tl.min(right.to(tl.int32), axis=0) > 0)
+    return good
+
+
+@triton.jit
+def bound_adjusted(
+    row, logits, outer, step, inner, weights, top, log_sum, shift, offer, upper, rows, vocabulary,
+    OFFER: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Raise the row's group bounds ``upper`` to what its adjusted tokens are offered at; return the largest of that."""
+    # The bounds were written by other threads.
+    tl.debug_barrier()
+    best = -float("inf")
+    for start in range(0, offer[4], CHUNK):
+        place = start + tl.arange(0, CHUNK)
+        tokens = tl.load(offer[1] + row * offer[4] + place, mask=place < offer[4], other=-1)
+        is_real = (tokens >= 0) & (tokens < vocabulary)
+        if MASK & OFFER:
+            is_real = is_real & bits_of(offer[0], tokens, is_real, row, offer[5])
+        found = log_prob(
+            tokens, is_real, row, logits, outer, step, inner, weights, top, log_sum, shift, rows, T, COMBINE
+        )
+        value = tl.where(is_real, changed(found, place, is_real, row, rows, offer), -float("inf"))
+        tl.atomic_max(upper + tokens // GROUP, value, mask=value > -float("inf"))
+        best = tl.maximum(best, tl.max(value, axis=0))
+    tl.debug_barrier()
+    return best
+
+
 @triton.jit(do_not_specialize=["top_k", "top_count"])
 def plan_kernel(
-    logits, outer, step, inner, weights, weight_step, tile_max, tile_sum, top, log_sum, shift, group_max,
-    seeds, positions, valid, upper, anchor, floors, temperature, top_k, top_p, min_p, top_count,
+    logits, outer, step, inner, weights, weight_step, tile_max, tile_sum, top, log_sum, shift, group_max, plain_max,
+    seeds, positions, offer, valid, upper, upper_of_all, anchor, floors, temperature, top_k, top_p, min_p, top_count,
     rows, vocabulary, tiles,
-    MODE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    MODE: tl.constexpr, ROWS: tl.constexpr, OFFER: tl.constexpr, CHUNK: tl.constexpr,
+    TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Bounds of one row, and the log-probabilities (or the race's score) that its searches must reach. Grid: rows."""
@@ -445,17 +520,31 @@ def plan_kernel(
             row, logits, outer, step, inner, weights, tile_max, top, group_max, rows, vocabulary, tiles,
             T, TILES, TILE, GROUP,
         )  # fmt: skip
-    high, low = group_bounds(row, group_max, tile_max, top, log_sum, shift, rows, groups, tiles, T, COMBINE, GROUPS)
+    maxima = plain_max if OFFER else group_max
+    high, low = group_bounds(row, maxima, tile_max, top, log_sum, shift, rows, groups, tiles, T, COMBINE, GROUPS)
     group = tl.arange(0, GROUPS)
     tl.store(upper + row * groups + group, high, mask=group < groups)
     likeliest = tl.max(low, axis=0)
+    if ADJUSTED & OFFER:
+        best = bound_adjusted(
+            row, logits, outer, step, inner, weights, top, log_sum, shift, offer, upper + row * groups, rows,
+            vocabulary, OFFER, T, COMBINE, GROUP, CHUNK,
+        )  # fmt: skip
+        likeliest = tl.maximum(likeliest, best)
+        usable = usable & are_adjustments_usable(row, rows, vocabulary, offer, CHUNK)
     # Experts without a common token leave no bound to stand on.
     usable = usable & (likeliest > -float("inf")) & in_range
     tl.store(valid + row, usable)
     tl.store(anchor + row, likeliest)
     reach = likeliest - slack(likeliest, row, top, rows, T, COMBINE)
     if top_count > 0:
-        top_edge = top_k_edge(low, top_count)
+        low_of_all = low
+        if OFFER:
+            high_of_all, low_of_all = group_bounds(
+                row, group_max, tile_max, top, log_sum, shift, rows, groups, tiles, T, COMBINE, GROUPS
+            )
+            tl.store(upper_of_all + row * groups + group, high_of_all, mask=group < groups)
+        top_edge = top_k_edge(low_of_all, top_count)
         top_reach = tl.maximum(top_edge - slack(top_edge, row, top, rows, T, COMBINE), LOWEST)
         tl.store(floors + 2 * rows + row, tl.where(usable, top_reach, float("inf")))
     if mode == TOP_K:
@@ -463,8 +552,8 @@ def plan_kernel(
         reach = tl.maximum(edge - slack(edge, row, top, rows, T, COMBINE), LOWEST)
     if mode == NUCLEUS:
         reach = nucleus_floor(
-            row, likeliest, temperature, top_p, weights, tile_max, tile_sum, top, log_sum, shift, rows, tiles,
-            T, COMBINE, TILES, TILE,
+            row, likeliest, temperature, top_p, weights, tile_max, tile_sum, top, log_sum, shift, offer[4], rows, tiles,
+            OFFER, T, COMBINE, TILES, TILE,
         )  # fmt: skip
     if mode == MIN_P:
         reach = tl.maximum(reach + temperature * log_min_p, LOWEST)
@@ -473,19 +562,21 @@ def plan_kernel(
         tl.debug_barrier()
         _, first = first_argmax(high, group)
         reach, _ = race_tile(
-            row, tl.where(usable, first // (TILE // GROUP), 0), LOWEST, logits, outer, step, inner,
-            weights, top, log_sum, shift, seeds, positions, upper, likeliest, temperature, rows, vocabulary, tiles,
-            T, COMBINE, TILE, GROUP,
+            row, tl.where(usable & (first != NO_TOKEN), first // (TILE // GROUP), 0), LOWEST,
+            logits, outer, step, inner, weights, top, log_sum, shift, seeds, positions, offer, upper, likeliest, temperature, rows, vocabulary,
+            tiles, OFFER, T, COMBINE, TILE, GROUP,
         )  # fmt: skip
+        # Where no plain token is possible.
+        reach = tl.maximum(reach, LOWEST)
     tl.store(floors + row, tl.where(usable & is_searched(mode), reach, float("inf")))
     tl.store(floors + rows + row, tl.where(usable & (is_searched(mode) == 0), reach, float("inf")))
 
 
 @triton.jit(do_not_specialize=["top_k"])
 def search_kernel(
-    logits, outer, step, inner, weights, weight_step, top, log_sum, shift, seeds, positions, upper, anchor, floor,
-    temperature, top_k, top_p, min_p, score, token, rows, vocabulary, tiles,
-    MODE: tl.constexpr, ROWS: tl.constexpr,
+    logits, outer, step, inner, weights, weight_step, top, log_sum, shift, seeds, positions, offer, upper, anchor,
+    floor, temperature, top_k, top_p, min_p, score, token, rows, vocabulary, tiles,
+    MODE: tl.constexpr, ROWS: tl.constexpr, OFFER: tl.constexpr,
     T: tl.constexpr, COMBINE: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The best token of one tile of one row. Grid: rows * tiles."""
@@ -499,8 +590,8 @@ def search_kernel(
     if mode == RACE:
         if reach < float("inf"):
             best, winner = race_tile(
-                row, tile, reach, logits, outer, step, inner, weights, top, log_sum, shift, seeds, positions, upper,
-                tl.load(anchor + row), temperature, rows, vocabulary, tiles, T, COMBINE, TILE, GROUP,
+                row, tile, reach, logits, outer, step, inner, weights, top, log_sum, shift, seeds, positions, offer,
+                upper, tl.load(anchor + row), temperature, rows, vocabulary, tiles, OFFER, T, COMBINE, TILE, GROUP,
             )  # fmt: skip
     else:
         bound = tl.load(upper + (row * tiles + tile) * (TILE // GROUP) + tl.arange(0, TILE // GROUP))
@@ -510,6 +601,7 @@ def search_kernel(
                 tokens, tokens < vocabulary, row, logits, outer, step, inner, weights, top, log_sum, shift, rows,
                 T, COMBINE,
             )  # fmt: skip
+            found = offered(found, tokens, tokens < vocabulary, row, rows, offer, OFFER)
             best, winner = first_argmax(found, tokens)
     tl.store(score + row * tiles + tile, best)
     tl.store(token + row * tiles + tile, winner)
@@ -517,8 +609,8 @@ def search_kernel(
 
 @triton.jit
 def collect_kernel(
-    logits, outer, step, inner, weights, weight_step, top, log_sum, shift, upper, floor, counts, ids, log_probs,
-    rows, vocabulary, tiles, WRITE: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    logits, outer, step, inner, weights, weight_step, top, log_sum, shift, offer, upper, floor, counts, ids, log_probs,
+    rows, vocabulary, tiles, WRITE: tl.constexpr, OFFER: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
     T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Count the candidates in one tile of one row, or write them after those before. Grid: rows * tiles."""
@@ -533,6 +625,7 @@ def collect_kernel(
         found = log_prob(
             tokens, tokens < vocabulary, row, logits, outer, step, inner, weights, top, log_sum, shift, rows, T, COMBINE
         )
+        found = offered(found, tokens, tokens < vocabulary, row, rows, offer, OFFER)
         kept = (found >= reach).to(tl.int32)
         count = tl.sum(kept, axis=0)
         if WRITE:
@@ -547,9 +640,10 @@ def collect_kernel(
 
 @triton.jit(do_not_specialize=["top_k"])
 def votes_kernel(
-    weights, weight_step, tile_max, tile_sum, top, log_sum, shift, tile_first, valid, counts, ids, log_probs,
+    weights, weight_step, tile_max, tile_sum, top, log_sum, shift, tile_first, offer, valid, counts, ids, log_probs,
     temperature, top_k, top_p, min_p, rows, vocabulary, tiles,
-    ROWS: tl.constexpr, EXPERTS: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
+    ROWS: tl.constexpr, OFFER: tl.constexpr, CHUNK: tl.constexpr, EXPERTS: tl.constexpr,
+    T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """The tokens that some expert votes for, each once, in ascending order. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
@@ -557,7 +651,8 @@ def votes_kernel(
     _, _, _, _, _, in_range = row_settings(row, temperature, top_k, top_p, min_p, vocabulary, ROWS)
     usable = merge_tiles(row, weights, tile_max, tile_sum, top, log_sum, shift, rows, tiles, T, COMBINE, TILES)
     usable = usable & in_range
-    tl.store(valid + row, usable)
+    if ADJUSTED & OFFER:
+        usable = usable & are_adjustments_usable(row, rows, vocabulary, offer, CHUNK)
     expert = tl.arange(0, EXPERTS)
     winners = tl.full((EXPERTS,), -1, tl.int32)
     shares = tl.zeros((EXPERTS,), tl.float32)
@@ -571,10 +666,15 @@ def votes_kernel(
     earlier = expert[:, None] < expert[None, :]
     is_first = tl.sum((same & earlier).to(tl.int32), axis=0) == 0
     counted = (is_first & (winners >= 0)).to(tl.int32)
+    if OFFER:
+        shares = offered(shares, winners, winners >= 0, row, rows, offer, OFFER)
+        counted = tl.where(shares > -float("inf"), counted, 0)
     rank = tl.sum((winners[:, None] < winners[None, :]).to(tl.int32) * counted[:, None], axis=0)
     tl.store(ids + row * T + rank, winners, mask=counted > 0)
     tl.store(log_probs + row * T + rank, shares, mask=counted > 0)
-    tl.store(counts + row, tl.where(usable, tl.sum(counted, axis=0), 0))
+    count = tl.where(usable, tl.sum(counted, axis=0), 0)
+    tl.store(counts + row, count)
+    tl.store(valid + row, count > 0)
 
 
 @triton.jit(do_not_specialize=["top_count"])
@@ -689,8 +789,9 @@ def write_sample(
 
 @triton.jit
 def likeliest_of_best_group(
-    row, upper, logits, outer, step, inner, weights, top, log_sum, shift, rows, vocabulary, tiles,
-    T: tl.constexpr, COMBINE: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    row, offer, upper, logits, outer, step, inner, weights, top, log_sum, shift, rows, vocabulary, tiles,
+    OFFER: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr,
+    TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """The token of a valid row in which nothing won: rounding alone ruled all out, of logits as large as floats get."""
     groups = tiles * (TILE // GROUP)
@@ -700,15 +801,17 @@ def likeliest_of_best_group(
     found = log_prob(
         tokens, tokens < vocabulary, row, logits, outer, step, inner, weights, top, log_sum, shift, rows, T, COMBINE
     )
+    found = offered(found, tokens, tokens < vocabulary, row, rows, offer, OFFER)
     _, winner = first_argmax(found, tokens)
     return winner
 
 
 @triton.jit(do_not_specialize=["top_k"])
 def finish_kernel(
-    logits, outer, step, inner, weights, weight_step, top, log_sum, shift, score, token, valid, upper,
+    logits, outer, step, inner, weights, weight_step, top, log_sum, shift, offer, score, token, valid, upper,
     out_tokens, out_log_probs, out_experts, out_valid, temperature, top_k, top_p, min_p, rows, vocabulary, tiles,
-    MODE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    MODE: tl.constexpr, ROWS: tl.constexpr, OFFER: tl.constexpr,
+    TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """The best of one row's tiles. Grid: rows."""
@@ -725,8 +828,8 @@ def finish_kernel(
     usable = tl.load(valid + row)
     if usable & (winner == NO_TOKEN):
         winner = likeliest_of_best_group(
-            row, upper, logits, outer, step, inner, weights, top, log_sum, shift, rows, vocabulary, tiles,
-            T, COMBINE, TILE, GROUP, GROUPS,
+            row, offer, upper, logits, outer, step, inner, weights, top, log_sum, shift, rows, vocabulary, tiles,
+            OFFER, T, COMBINE, TILE, GROUP, GROUPS,
         )  # fmt: skip
     one = tl.zeros((1,), tl.int32) + winner
     found = log_prob(
@@ -741,9 +844,9 @@ def finish_kernel(
 @triton.jit(do_not_specialize=["top_k"])
 def select_kernel(
     logits, outer, step, inner, weights, weight_step, top, log_sum, shift, tile_max, tile_first, seeds, positions,
-    counts, ids, log_probs, valid, upper, out_tokens, out_log_probs, out_experts, out_valid,
+    offer, counts, ids, log_probs, valid, upper, out_tokens, out_log_probs, out_experts, out_valid,
     temperature, top_k, top_p, min_p, rows, vocabulary, tiles, capacity, segments,
-    MODE: tl.constexpr, ROWS: tl.constexpr, SEGMENTS: tl.constexpr, CHUNK: tl.constexpr,
+    MODE: tl.constexpr, ROWS: tl.constexpr, OFFER: tl.constexpr, SEGMENTS: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
@@ -771,7 +874,7 @@ def select_kernel(
             total = weight_from(least, log_probs, count, largest, temperature, True, CHUNK)
             if COMBINE != VOTE:
                 # Some tokens may be missing from the candidates, but all together weigh 1.
-                weighs_one = (mode == NUCLEUS) & (temperature == 1.0)
+                weighs_one = (mode == NUCLEUS) & (temperature == 1.0) & (OFFER == 0)
                 total = tl.where(weighs_one, tl.maximum(total, tl.exp(-largest)), total)
             target = top_p * total
             edge = find_edge(target, least, log_probs, count, largest, temperature, True, CHUNK)
@@ -789,8 +892,8 @@ def select_kernel(
             )  # fmt: skip
         else:
             winner = likeliest_of_best_group(
-                row, upper, logits, outer, step, inner, weights, top, log_sum, shift, rows, vocabulary, tiles,
-                T, COMBINE, TILE, GROUP, GROUPS,
+                row, offer, upper, logits, outer, step, inner, weights, top, log_sum, shift, rows, vocabulary, tiles,
+                OFFER, T, COMBINE, TILE, GROUP, GROUPS,
             )  # fmt: skip
     if COMBINE == VOTE:
         picked = votes_for(winner, row, weights, shift, tile_max, tile_first, top, rows, tiles, T, TILES)
@@ -810,77 +913,81 @@ def select_kernel(
 _TILED = {"T": 5, "TILES": 128}
 _TILE = {"TILE": TILE, "GROUP": GROUP}
 _GROUPS = _TILE | {"GROUPS": 128 * TILE // GROUP}
+_PLANNED = _GROUPS | {"CHUNK": CHUNK}
 _MIXED = (0, LOGPROB.value)
 # Each row its own.
 _NARROW = {"temperature": "*fp32", "top_k": "*i32", "top_p": "*fp32", "min_p": "*fp32"}
 _WIDE = {"temperature": "*fp64", "top_k": "*i64", "top_p": "*fp64", "min_p": "*fp64"}
 
 
-def _rows(types: dict[str, str]) -> dict[str, int]:
-    return {"ROWS": 15 if types else 0}
+def _rows(types: dict[str, str], offer: int = 0) -> dict[str, int]:
+    return {"ROWS": 15 if types else 0, "OFFER": offer}
 
 
+# Settings of every kind, once with all that an offer may have.
+_ALL = MASK.value + ADJUSTED.value
 AHEAD_OF_TIME = [
     *(
         ahead_of_time(
-            plan_kernel, _plan_warps(mode), types=types, MODE=mode, **_rows(types), COMBINE=combine, **_GROUPS, **_TILED
+            plan_kernel, _plan_warps(mode, offer), types=types, MODE=mode, **_rows(types, offer), COMBINE=combine, **_PLANNED,
+            **_TILED,
         )
-        for mode, types in (*((mode, {}) for mode in range(ANY.value)), (ANY.value, _NARROW), (ANY.value, _WIDE))
+        for mode, types, offer in (
+            *((mode, {}, 0) for mode in range(ANY.value)), (ANY.value, _NARROW, 0), (ANY.value, _WIDE, 0),
+            (NUCLEUS.value, {}, _ALL), (ANY.value, _NARROW, _ALL),
+        )
         for combine in _MIXED
     ),
     *(
-        ahead_of_time(search_kernel, types=types, MODE=mode, **_rows(types), T=5, COMBINE=combine, **_TILE)
-        for mode, types in ((GREEDY.value, {}), (RACE.value, {}), (ANY.value, _NARROW))
+        ahead_of_time(search_kernel, types=types, MODE=mode, **_rows(types, offer), T=5, COMBINE=combine, **_TILE)
+        for mode, types, offer in (
+            (GREEDY.value, {}, 0), (RACE.value, {}, 0), (ANY.value, _NARROW, 0), (ANY.value, _NARROW, _ALL),
+        )
         for combine in _MIXED
     ),
     *(
-        ahead_of_time(finish_kernel, types=types, MODE=mode, **_rows(types), COMBINE=combine, **_GROUPS, **_TILED)
-        for mode, types in ((RACE.value, {}), (ANY.value, _NARROW))
+        ahead_of_time(
+            finish_kernel, types=types, MODE=mode, **_rows(types, offer), COMBINE=combine, **_GROUPS, **_TILED
+        )
+        for mode, types, offer in ((RACE.value, {}, 0), (ANY.value, _NARROW, 0), (ANY.value, _NARROW, _ALL))
         for combine in _MIXED
     ),
     *(
-        ahead_of_time(collect_kernel, WRITE=write, COMBINE=combine, **_TILE, **_TILED)
+        ahead_of_time(collect_kernel, WRITE=write, OFFER=offer, COMBINE=combine, **_TILE, **_TILED)
         for write in (False, True)
         for combine in _MIXED
+        for offer in (0, _ALL)
     ),
     # Triton compiles arguments that are 1 as constants.
-    ahead_of_time(plan_kernel, MODE=TOP_K.value, ROWS=0, GROUPS=16, COMBINE=0, T=1, TILES=1, **_TILE, rows=1, tiles=1),
     ahead_of_time(
-        select_kernel,
-        _SELECT_WARPS,
-        MODE=TOP_K.value,
-        ROWS=0,
-        SEGMENTS=1,
-        CHUNK=CHUNK,
-        COMBINE=0,
-        T=1,
-        TILES=1,
-        rows=1,
-        GROUPS=16,
-        **_TILE,
+        plan_kernel, MODE=TOP_K.value, **_rows({}), GROUPS=16, CHUNK=CHUNK, COMBINE=0, T=1, TILES=1, **_TILE, rows=1,
+        tiles=1,
     ),
-    ahead_of_time(votes_kernel, _VOTE_WARPS, types=_NARROW, ROWS=15, EXPERTS=8, COMBINE=VOTE.value, **_TILED),
+    ahead_of_time(
+        select_kernel, _SELECT_WARPS, MODE=TOP_K.value, **_rows({}), SEGMENTS=1, CHUNK=CHUNK, COMBINE=0, T=1, TILES=1,
+        rows=1, GROUPS=16, **_TILE,
+    ),
+    *(
+        ahead_of_time(
+            votes_kernel, _VOTE_WARPS, types=_NARROW, **_rows(_NARROW, offer), CHUNK=CHUNK, EXPERTS=8,
+            COMBINE=VOTE.value, **_TILED,
+        )
+        for offer in (0, _ALL)
+    ),
     ahead_of_time(likeliest_kernel, _PLAN_WARPS, SEGMENTS=128, CHUNK=CHUNK),
     *(
         ahead_of_time(
-            select_kernel,
-            _SELECT_WARPS,
-            types=types,
-            MODE=mode,
-            **_rows(types),
-            SEGMENTS=128,
-            CHUNK=CHUNK,
-            COMBINE=combine,
-            **_GROUPS,
-            **_TILED,
+            select_kernel, _SELECT_WARPS, types=types, MODE=mode, **_rows(types, offer), SEGMENTS=128, COMBINE=combine,
+            **_PLANNED, **_TILED,
         )
-        for mode, combine, types in (
-            (TOP_K.value, 0, {}),
-            (NUCLEUS.value, LOGPROB.value, {}),
-            (GREEDY.value, VOTE.value, {}),
-            (ANY.value, 0, _NARROW),
-            (ANY.value, LOGPROB.value, _NARROW),
-            (ANY.value, VOTE.value, _WIDE),
+        for mode, combine, types, offer in (
+            (TOP_K.value, 0, {}, 0),
+            (NUCLEUS.value, LOGPROB.value, {}, 0),
+            (GREEDY.value, VOTE.value, {}, 0),
+            (ANY.value, 0, _NARROW, 0),
+            (ANY.value, LOGPROB.value, _NARROW, 0),
+            (ANY.value, VOTE.value, _WIDE, 0),
+            (ANY.value, 0, _NARROW, _ALL),
         )
     ),
-]
+]  # fmt: skip

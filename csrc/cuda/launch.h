@@ -22,6 +22,7 @@ struct DeviceMixture {
   int64_t weight_stride;  // from row to row; 0 if all rows share them
   Combine combine;
   Dtype dtype;
+  Offer offer;
 };
 
 // Gives scratch memory of so many bytes, aligned to 16, that stays until the launched kernels are done.

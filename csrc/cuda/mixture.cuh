@@ -44,6 +44,7 @@ struct Partial {
 struct ScanResults {
   Partial* partials;      // [rows, T + 1, chunks]; the last one is the product of experts
   float* group_max;       // [rows, T, groups]; for the product of experts [rows, 1, groups]
+  float* plain_max;       // like group_max, of the tokens that may be drawn as they are; null if all may
   uint32_t* least_words;  // [rows, groups], the least Philox word of each group; null if not needed
 };
 
@@ -94,6 +95,22 @@ ENSEMW2S_DEVICE void load_group(const T* row, int vocabulary, int group, float* 
 
 // ---- scan ----
 
+// The group's largest value among tokens that may be drawn as they are.
+template <class T>
+ENSEMW2S_DEVICE float largest_plain(const DeviceMixture& mixture, int64_t row, int group, const float* values) {
+  float top = -kInfinity;
+#pragma unroll
+  for (int i = 0; i < kGroup; i += kVector<T>) {
+    const int first = token_of<T>(group, i);
+    if (first >= mixture.vocabulary) continue;
+    const uint32_t bits = mixture.offer.plain_word(row, first / 32) >> (first % 32);
+#pragma unroll
+    for (int e = 0; e < kVector<T>; ++e)
+      if (bits >> e & 1) top = fmaxf(top, values[i + e]);
+  }
+  return top;
+}
+
 // The group's largest value into *group_max, the warp's normaliser into *partial; returns the warp's largest
 // value.
 ENSEMW2S_DEVICE float reduce_chunk(const float* values, float* group_max, Partial* partial) {
@@ -137,7 +154,9 @@ ENSEMW2S_DEVICE void scan_expert(const DeviceMixture& mixture, const ScanResults
   const int group = chunk * kWarp + lane_index();
   float logits[kGroup];
   load_group(row_of<T>(mixture, expert, row), mixture.vocabulary, group, logits);
-  reduce_chunk(logits, &results.group_max[(row * mixture.num_experts + expert) * shape.groups + group],
+  const int64_t place = (row * mixture.num_experts + expert) * shape.groups + group;
+  if (results.plain_max) results.plain_max[place] = largest_plain<T>(mixture, row, group, logits);
+  reduce_chunk(logits, &results.group_max[place],
                &results.partials[(row * (mixture.num_experts + 1) + expert) * shape.chunks + chunk]);
 }
 
@@ -162,6 +181,8 @@ ENSEMW2S_DEVICE void scan_product(const DeviceMixture& mixture, const ScanResult
       for (int i = 0; i < kGroup; ++i) scores[i] += product_term(weight, logits[i], top);
     }
   }
+  if (results.plain_max)
+    results.plain_max[row * shape.groups + group] = largest_plain<T>(mixture, row, group, scores);
   reduce_chunk(scores, group_max, partials + int64_t(mixture.num_experts) * shape.chunks);
 }
 
@@ -424,6 +445,9 @@ inline ScanResults allocate_scan(const DeviceMixture& mixture, bool with_noise, 
   results.partials = static_cast<Partial*>(memory(rows * (experts + 1) * shape.chunks, sizeof(Partial)));
   results.group_max =
       static_cast<float*>(memory(rows * (is_product(mixture) ? 1 : experts) * shape.groups, sizeof(float)));
+  if (!mixture.offer.is_everything() && mixture.combine != Combine::kVote)
+    results.plain_max =
+        static_cast<float*>(memory(rows * (is_product(mixture) ? 1 : experts) * shape.groups, sizeof(float)));
   if (with_noise) results.least_words = static_cast<uint32_t*>(memory(rows * shape.groups, sizeof(uint32_t)));
   return results;
 }

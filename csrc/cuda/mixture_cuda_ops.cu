@@ -95,6 +95,8 @@ class MixtureOnDevice {
   const DeviceMixture& operator*() const { return mixture_; }
   int32_t device() const { return logits_[0].get_device_index(); }
 
+  void offer(const Offer& offer) { mixture_.offer = offer; }
+
   void* allocate(int64_t bytes) {
     scratch_.push_back(new_tensor(logits_[0], {bytes}, ScalarType::Byte));
     return scratch_.back().mutable_data_ptr();
@@ -143,7 +145,9 @@ Tensor mixture_log_probs_cuda(std::vector<Tensor> logits, Tensor weights, int64_
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixture_sample_cuda(
     std::vector<Tensor> logits, Tensor weights, double temperature, int64_t top_k, double top_p, double min_p,
     std::optional<Tensor> temperatures, std::optional<Tensor> top_ks, std::optional<Tensor> top_ps,
-    std::optional<Tensor> min_ps, Tensor seeds, Tensor positions, int64_t combine, int64_t top_logprobs) {
+    std::optional<Tensor> min_ps, Tensor seeds, Tensor positions, int64_t combine, int64_t top_logprobs,
+    std::optional<Tensor> adjusted_tokens, std::optional<Tensor> adjusted_values,
+    std::optional<Tensor> adjusted_bits, std::optional<Tensor> mask) {
   MixtureOnDevice mixture(logits, weights, combine);
   const DeviceGuard guard(mixture.device());
   const Tensor& first = logits[0];
@@ -152,7 +156,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixture_sample_cuda(
   check_device(top_ks, first, "top_k");
   check_device(top_ps, first, "top_p");
   check_device(min_ps, first, "min_p");
+  check_device(adjusted_tokens, first, "adjustments");
+  check_device(mask, first, "mask");
   const int64_t rows = first.size(0);
+  const OfferOfTensors offer(adjusted_tokens, adjusted_values, adjusted_bits, mask, rows, first.size(1));
+  mixture.offer(*offer);
   const RealSetting temperature_of(temperature, temperatures, rows, "temperature");
   const CountSetting top_k_of(top_k, top_ks, rows, "top_k");
   const RealSetting top_p_of(top_p, top_ps, rows, "top_p"), min_p_of(min_p, min_ps, rows, "min_p");

@@ -104,7 +104,9 @@ struct RowSampler {
   int64_t row;
   int groups;
   const Partial* partials;
-  const float* group_max;
+  const float* all_max;  // the groups' largest logits
+  const float* maxima;   // those of the tokens that count
+  bool is_restricted;    // whether some tokens may not be drawn, or not as they are
   const uint32_t* least_words;
   float *upper, *lower;
   int32_t* spilled_ids;
@@ -122,21 +124,29 @@ struct RowSampler {
         row(a_row),
         groups(shape_of(a_mixture).groups),
         partials(results.partials + row * (mixture.num_experts + 1) * shape_of(a_mixture).chunks),
-        group_max(results.group_max + row * groups * (is_product(mixture) ? 1 : mixture.num_experts)),
+        all_max(maxima_of(results.group_max)),
+        maxima(results.plain_max ? maxima_of(results.plain_max) : all_max),
+        is_restricted(!mixture.offer.is_everything()),
         least_words(results.least_words + row * groups),
         upper(scratch.upper + row * groups),
         lower(scratch.lower + row * groups),
         spilled_ids(scratch.ids + row * mixture.vocabulary),
         spilled_log_probs(scratch.log_probs + row * mixture.vocabulary) {}
 
+  ENSEMW2S_DEVICE const float* maxima_of(const float* of_rows) const {
+    return of_rows + row * groups * (is_product(mixture) ? 1 : mixture.num_experts);
+  }
+
   ENSEMW2S_DEVICE bool is_vote() const { return mixture.combine == Combine::kVote; }
 
-  // The row is valid: it has a likeliest token, and that is the one where the race has no winner.
+  // The scan found the row valid. The token, which is the likeliest where the race has no winner, or -1 if no
+  // token that may be drawn is possible.
   ENSEMW2S_DEVICE int draw() {
     if (is_vote())
       collect_votes();
     else
       bound_groups();
+    if (is_restricted && !offers_something()) return -1;
     const int winner = settings.is_greedy() ? -1 : race();
     if (winner >= 0) return winner;
     return is_vote() ? most_voted() : most_probable();
@@ -176,6 +186,57 @@ struct RowSampler {
     return largest + log(sum);
   }
 
+  // ---- what is offered (by single threads) ----
+
+  ENSEMW2S_DEVICE bool is_plain(int token) const {
+    return !is_restricted || (mixture.offer.plain_word(row, token / 32) >> (token % 32) & 1);
+  }
+
+  // The place of an adjusted token in the row's list; -1 if it has none there.
+  ENSEMW2S_DEVICE int64_t place_of(int token) const {
+    int64_t low = 0, high = mixture.offer.count;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      const int32_t other = mixture.offer.token(row, middle);
+      if (other >= 0 && other < token)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low < mixture.offer.count && mixture.offer.token(row, low) == token ? low : -1;
+  }
+
+  // The log-probability at which a token is offered; -inf if it may not be drawn.
+  ENSEMW2S_DEVICE double offered(int token) const {
+    if (is_plain(token)) return log_prob(token);
+    const int64_t place = place_of(token);
+    if (place < 0 || !mixture.offer.is_allowed(row, token)) return -kInfinity;
+    return mixture.offer.adjustment(mixture.rows, row, place).of(log_prob(token));
+  }
+
+  // visit(token, upper bound on the log-probability at which it is offered) for the adjusted tokens that may
+  // be drawn.
+  template <class Visit>
+  ENSEMW2S_DEVICE void visit_adjusted(const Visit& visit) const {
+    if (!is_restricted) return;
+    for (int64_t i = thread_index(); i < mixture.offer.count; i += kRowThreads) {
+      const int token = mixture.offer.token(row, i);
+      if (token < 0 || !mixture.offer.is_allowed(row, token)) continue;
+      const float value = quick_log_prob(token);
+      const float bound = mixture.offer.adjustment(mixture.rows, row, i).of(value + slack(value));
+      visit(token, bound + 1e-6f * fabsf(bound));
+    }
+  }
+
+  ENSEMW2S_DEVICE bool offers_something() const {
+    if (is_vote()) return shared.count > 0;
+    bool found = largest_lower > -kInfinity;
+    visit_adjusted([&](int token, float bound) {
+      found = found || (bound > -kInfinity && float(offered(token)) > -kInfinity);
+    });
+    return reduce_block<kRowThreads>(int(found), [](int a, int b) { return a | b; }) != 0;
+  }
+
   // Rounding that a bound or a float32 log-probability of this size may have.
   ENSEMW2S_DEVICE float slack(float log_prob) const {
     const float of_product =
@@ -190,14 +251,14 @@ struct RowSampler {
     for (int g = thread_index(); g < groups; g += kRowThreads) {
       if (is_product(mixture)) {
         const double fall = descent(mixture, state, partials, g / kWarp) - state.product_max;
-        upper[g] = lower[g] = group_max[g] + float(fall - state.log_sum[mixture.num_experts]);
+        upper[g] = lower[g] = maxima[g] + float(fall - state.log_sum[mixture.num_experts]);
       } else {
         float term = -kInfinity;
         for (int t = 0; t < mixture.num_experts; ++t)
           if (state.weight[t] > 0)
-            term = fmaxf(term, (group_max[int64_t(t) * groups + g] - state.max[t]) + state.shift[t]);
+            term = fmaxf(term, (maxima[int64_t(t) * groups + g] - state.max[t]) + state.shift[t]);
         lower[g] = term;  // one token of the group has this term
-        upper[g] = float_log_prob(mixture, state, [&](int t) { return group_max[int64_t(t) * groups + g]; });
+        upper[g] = float_log_prob(mixture, state, [&](int t) { return maxima[int64_t(t) * groups + g]; });
       }
       largest = fmaxf(largest, lower[g]);
     }
@@ -205,14 +266,15 @@ struct RowSampler {
     largest_lower = reduce_block<kRowThreads>(largest, [](float a, float b) { return fmaxf(a, b); });
   }
 
-  // visit(token, group) for every token of the groups with is_near(group): a warp looks at a group together.
+  // visit(token, group) for every token that may be drawn as it is, of the groups with is_near(group): a warp
+  // looks at a group together.
   template <class Near, class Visit>
   ENSEMW2S_DEVICE void visit_groups(const Near& is_near, const Visit& visit) const {
     for (int start = warp_index() * kWarp; start < groups; start += kRowThreads) {
       uint32_t near = ballot(is_near(start + lane_index()));
       for (; near != 0; near &= near - 1) {
         const int group = start + lowest_bit(near), token = token_of<T>(group, lane_index());
-        if (token < mixture.vocabulary) visit(token, group);
+        if (token < mixture.vocabulary && is_plain(token)) visit(token, group);
       }
     }
   }
@@ -226,6 +288,9 @@ struct RowSampler {
                  [&](int token, int) {
                    if (quick_log_prob(token) >= limit) best = better(best, {log_prob(token), token, 0});
                  });
+    visit_adjusted([&](int token, float bound) {
+      if (bound >= limit) best = better(best, {offered(token), token, 0});
+    });
     best = reduce_block<kRowThreads>(best, better);
     return best.token >= 0 ? best.token : most_probable_of_best_group();
   }
@@ -241,7 +306,7 @@ struct RowSampler {
   ENSEMW2S_DEVICE int most_voted() {
     Best best{0, -1, 0};
     for (int i = thread_index(); i < shared.count; i += kRowThreads)
-      best = better(best, {log_prob(shared.ids[i]), shared.ids[i], 0});
+      best = better(best, {offered(shared.ids[i]), shared.ids[i], 0});
     return reduce_block<kRowThreads>(best, better).token;
   }
 
@@ -272,7 +337,8 @@ struct RowSampler {
       bool is_first = state.winner[t] >= 0;
       for (int earlier = 0; earlier < t; ++earlier)
         is_first = is_first && state.winner[earlier] != state.winner[t];
-      if (is_first) add_candidate(state.winner[t], float(log_votes(mixture, state, state.winner[t])));
+      const float value = is_first ? float(offered(state.winner[t])) : -kInfinity;
+      if (value > -kInfinity) add_candidate(state.winner[t], value);
     }
     barrier();
   }
@@ -287,11 +353,18 @@ struct RowSampler {
                    const float value = quick_log_prob(token);
                    if (value >= limit) add_candidate(token, value);
                  });
+    visit_adjusted([&](int token, float bound) {
+      const float value = bound >= limit ? float(offered(token)) : -kInfinity;
+      if (value >= limit) add_candidate(token, value);
+    });
     barrier();
   }
 
   // Most nuclei hold no token that is exp(9) times less likely than the first.
   static constexpr float kNucleusDepth = 9.0f;
+
+  // Whether all tokens together weigh 1, which is then known without a look at them.
+  ENSEMW2S_DEVICE bool weighs_one() const { return settings.temperature == 1 && !is_restricted; }
 
   // Keeps what top-k and top-p may let through; true if the mass of what was left out is known: all tokens
   // together then weigh 1.
@@ -300,7 +373,7 @@ struct RowSampler {
       collect(floor_of(settings.top_k));
       return false;
     }
-    if (settings.temperature == 1) {
+    if (weighs_one()) {
       collect(largest_lower - kNucleusDepth);
       const float top = largest_candidate();
       const double kept =
@@ -308,7 +381,7 @@ struct RowSampler {
       if (kept * exp(double(top)) >= (settings.top_p + 1e-4) * kMassUnit) return true;
     }
     collect(-kInfinity);
-    return settings.temperature == 1;
+    return weighs_one();
   }
 
   // At least `count` tokens reach this: each group holds one that reaches its lower bound.
@@ -334,9 +407,16 @@ struct RowSampler {
 
   // ---- the likeliest tokens ----
 
-  // After draw(), whose bounds it uses: those likelier than all others, the likeliest first.
+  // After draw(), whose bounds it uses where they are those of all tokens: those likelier than all others, the
+  // likeliest first.
   ENSEMW2S_DEVICE void write_likeliest(const SampleOutputs& outputs) {
     const int count = int(outputs.top_count);
+    if (is_restricted) {
+      barrier();
+      maxima = all_max;
+      is_restricted = false;
+      if (!is_vote()) bound_groups();
+    }
     if (is_vote())
       collect_votes();
     else
@@ -384,7 +464,7 @@ struct RowSampler {
     const float top = largest_candidate();
     if (count == 0) return -1;
     const auto key = [&](int i) { return ascending_bits(candidate_log_prob(i)); };
-    anchor = log_prob(likeliest_candidate());
+    anchor = offered(likeliest_candidate());
     Kept kept{0, mixture.vocabulary};
     if (settings.top_k > 0 && settings.top_k < count)
       kept.key = select_key(count, uint64_t(settings.top_k), key, [](int) { return 1; });
@@ -429,7 +509,7 @@ struct RowSampler {
   ENSEMW2S_DEVICE void enter(Best& best, int token, float upper_bound, double floor) const {
     const uint32_t word = philox(settings.seed, settings.position, uint32_t(token));
     if (best.token >= 0 && highest_score(upper_bound, word) < best.score) return;
-    const double value = log_prob(token);
+    const double value = offered(token);
     if (value >= floor && value > -kInfinity)
       best = better(best, {(value - anchor) / settings.temperature + gumbel(word), token, 0});
   }
@@ -452,7 +532,7 @@ struct RowSampler {
   ENSEMW2S_DEVICE int race_all() {
     double floor = -kInfinity;
     if (settings.min_p > 0 || settings.temperature < kCold) {
-      anchor = log_prob(most_probable());
+      anchor = offered(most_probable());
       floor = anchor + settings.temperature * (settings.min_p > 0 ? log(settings.min_p) : kFarthest);
     }
     const auto reaches_floor = [&](int g) {
@@ -462,11 +542,11 @@ struct RowSampler {
     for (int g = thread_index(); g < groups; g += kRowThreads)
       if (reaches_floor(g)) group = better(group, {highest_score(upper[g], least_words[g]), g, 0});
     group = reduce_block<kRowThreads>(group, better);
-    if (group.token < 0) return -1;
     // The group of the highest bound first: few others can beat what it holds.
     Best best{0, -1, 0};
-    const int token = token_of<T>(group.token, lane_index());
-    if (warp_index() == 0 && token < mixture.vocabulary) enter(best, token, upper[group.token], floor);
+    const int token = group.token < 0 ? mixture.vocabulary : token_of<T>(group.token, lane_index());
+    if (warp_index() == 0 && token < mixture.vocabulary && is_plain(token))
+      enter(best, token, upper[group.token], floor);
     best = reduce_block<kRowThreads>(best, better);
     visit_groups(
         [&](int g) {
@@ -474,9 +554,26 @@ struct RowSampler {
                  (best.token < 0 || highest_score(upper[g], least_words[g]) >= best.score);
         },
         [&](int other, int g) { enter(best, other, upper[g], floor); });
+    visit_adjusted([&](int other, float bound) { enter(best, other, bound, floor); });
     return reduce_block<kRowThreads>(best, better).token;
   }
 };
+
+// Whether a row's adjustments are such as token_adjustments makes. By all threads of the row's block; all find
+// the same.
+ENSEMW2S_DEVICE bool are_adjustments_usable(const DeviceMixture& mixture, int64_t row) {
+  const Offer& offer = mixture.offer;
+  if (offer.count == 0) return true;
+  bool good = true;
+  for (int64_t i = thread_index(); i < offer.count; i += kRowThreads) {
+    const int token = offer.token(row, i), last = i > 0 ? offer.token(row, i - 1) : -1;
+    const bool in_order = i == 0 || (last >= 0 && last < token);
+    if (token >= 0)
+      good = good && token < mixture.vocabulary && in_order &&
+             offer.adjustment(mixture.rows, row, i).is_usable();
+  }
+  return reduce_block<kRowThreads>(int(good), [](int a, int b) { return a & b; }) != 0;
+}
 
 // By all threads of an invalid row's block.
 ENSEMW2S_DEVICE void write_no_likeliest(const SampleOutputs& outputs, int64_t row) {
@@ -495,13 +592,15 @@ sample_kernel(const DeviceMixture mixture, const SampleSettings settings, const 
   merge_partials<T>(mixture, results, row, shared.state);
   barrier();
   const RowSettings asked = settings.of(row, mixture.vocabulary);
-  const bool valid = is_valid(mixture, shared.state, row) && asked.are_usable();
+  const bool is_usable =
+      is_valid(mixture, shared.state, row) && asked.are_usable() && are_adjustments_usable(mixture, row);
   RowSampler<T> sampler(mixture, asked, results, scratch, shared, row);
-  if (valid && mixture.combine == Combine::kVote) {
+  if (is_usable && mixture.combine == Combine::kVote) {
     find_winners<T>(mixture, results, row, shared.state);
     barrier();
   }
-  const int token = valid ? sampler.draw() : -1;
+  const int token = is_usable ? sampler.draw() : -1;
+  const bool valid = token >= 0;
   for (int t = thread_index(); t < mixture.num_experts; t += kRowThreads)
     outputs.expert_log_probs[t * mixture.rows + row] =
         valid && shared.state.usable[t] ? float(sampler.expert_log_prob(t, token)) : NAN;

@@ -1,11 +1,51 @@
 // What the mixture kernels take and give, on raw pointers.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "types.h"
 
 namespace ensemw2s {
+
+// What an adjusted token's log-probability becomes (ensemw2s/ops/token_adjustments.py says it in words).
+struct Adjustment {
+  float bias, repetition, penalty;
+
+  template <class V>
+  ENSEMW2S_HOST_DEVICE V of(V log_prob) const {
+    const V shifted = log_prob + bias;
+    const V changed = (shifted < 0 ? shifted * repetition : shifted / repetition) - penalty;
+    return changed < V(FLT_MAX) ? changed : V(FLT_MAX);
+  }
+  // False for NaN, too.
+  ENSEMW2S_HOST_DEVICE bool is_usable() const {
+    return bias <= FLT_MAX && repetition > 0 && repetition <= FLT_MAX && penalty >= -FLT_MAX;
+  }
+};
+
+// Which tokens of a row may be drawn, and which of them at another log-probability than the mixture's.
+struct Offer {
+  const uint32_t* mask = nullptr;    // [rows, words], a bit for each token that may be drawn; null: all may
+  const int32_t* tokens = nullptr;   // [rows, count], adjusted tokens, ascending, -1 behind the last; null: none
+  const float* values = nullptr;     // [3, rows, count], the members of their Adjustments
+  const uint32_t* listed = nullptr;  // [rows, words], a bit for each of them
+  int64_t count = 0, words = 0;
+
+  ENSEMW2S_HOST_DEVICE bool is_everything() const { return !mask && !tokens; }
+  // The bits of 32 tokens that may be drawn as they are.
+  ENSEMW2S_HOST_DEVICE uint32_t plain_word(int64_t row, int64_t word) const {
+    return (mask ? mask[row * words + word] : ~0u) & (listed ? ~listed[row * words + word] : ~0u);
+  }
+  ENSEMW2S_HOST_DEVICE bool is_allowed(int64_t row, int64_t token) const {
+    return !mask || (mask[row * words + token / 32] >> (token % 32) & 1);
+  }
+  ENSEMW2S_HOST_DEVICE int32_t token(int64_t row, int64_t i) const { return tokens[row * count + i]; }
+  ENSEMW2S_HOST_DEVICE Adjustment adjustment(int64_t rows, int64_t row, int64_t i) const {
+    const float* first = values + row * count + i;
+    return {first[0], first[rows * count], first[2 * rows * count]};
+  }
+};
 
 // T experts' logits [rows, vocabulary] and their weights, which sum to 1 (or to 0, in a row that has none).
 struct Mixture {
@@ -17,6 +57,7 @@ struct Mixture {
   int64_t weight_stride;  // from row to row; 0 if all rows share them
   Combine combine;
   Dtype dtype;
+  Offer offer;
 
   const double* weights_of(int64_t row) const { return weights + row * weight_stride; }
 };

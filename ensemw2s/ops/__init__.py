@@ -13,12 +13,14 @@ from ensemw2s.ops.mixture_log_probs import mixture_log_probs
 from ensemw2s.ops.mixture_sample import MixtureSample, mixture_sample
 from ensemw2s.ops.mixture_scores import mixture_scores
 from ensemw2s.ops.randomness import draw_seeds
+from ensemw2s.ops.token_adjustments import TokenAdjustments, pack_mask, token_adjustments
 from ensemw2s.ops.token_scores import TokenScores, token_scores
 from ensemw2s.ops.topk_kl import topk_kl
 from ensemw2s.ops.weighted_cross_entropy import weighted_cross_entropy
 
 __all__ = [
     "MixtureSample",
+    "TokenAdjustments",
     "TokenScores",
     "available_backends",
     "backend_for",
@@ -30,6 +32,8 @@ __all__ = [
     "mixture_log_probs",
     "mixture_sample",
     "mixture_scores",
+    "pack_mask",
+    "token_adjustments",
     "token_scores",
     "topk_kl",
     "weighted_cross_entropy",

@@ -20,6 +20,7 @@ from ensemw2s.ops.checks import (
 from ensemw2s.ops.mixture_log_probs import combined, expert_log_probs
 from ensemw2s.ops.randomness import gumbel_noise
 from ensemw2s.ops.sample_settings import SampleSettings, check_top_logprobs, sample_settings
+from ensemw2s.ops.token_adjustments import TokenAdjustments, adjusted, check_adjustments, check_mask, unpack_mask
 
 # A temperature below this is 0: float32 has no room for what log-probabilities become when they are divided by it.
 COLDEST = 1e-30
@@ -30,13 +31,16 @@ class MixtureSample(NamedTuple):
 
     Attributes:
         tokens: int64 ``[B]``; -1 in a row that is not valid.
-        log_probs: float32 ``[B]``, the token's log-probability under the mixture before temperature and filters.
+        log_probs: float32 ``[B]``, the token's log-probability under the mixture, before adjustments, mask,
+            temperature and filters.
         expert_log_probs: float32 ``[T, B]``, the same under each expert alone; NaN for an expert that has weight 0 in
             the row, since it is not read.
         valid: bool ``[B]``; False where a positive-weight expert has NaN, +inf or no finite logit, or where the
-            experts allow no common token (``"logprob"``). The row's log-probabilities are then NaN.
-        top_tokens: int64 ``[B, n]``, the n likeliest tokens of the mixture before temperature and filters, the
-            likeliest first, of equals the lowest id; -1 where fewer are possible, and in a row that is not valid.
+            experts allow no common token (``"logprob"``), or the mask none that is possible. The row's
+            log-probabilities are then NaN.
+        top_tokens: int64 ``[B, n]``, the n likeliest tokens of the mixture, before adjustments, mask, temperature and
+            filters, the likeliest first, of equals the lowest id; -1 where fewer are possible, and in a row that is not
+            valid.
         top_log_probs: float32 ``[B, n]``, their log-probabilities, falling; -inf where fewer are possible, and NaN in
             a row that is not valid.
     """
@@ -61,13 +65,17 @@ def mixture_sample(
     positions: Tensor,
     combine: str = "prob",
     top_logprobs: int = 0,
+    adjustments: TokenAdjustments | None = None,
+    mask: Tensor | None = None,
     impl: str | None = None,
 ) -> MixtureSample:
     """Draw one token per row from the combined distribution of T experts, without writing anything of size V.
 
     Equivalent to, with transformers' warpers and Gumbel noise keyed by (seed of the row, position, token)::
 
-        scores = mixture_log_probs(logits, weights, combine) / temperature
+        scores = mixture_log_probs(logits, weights, combine)
+        scores = adjusted(scores, adjustments); scores[~mask] = -inf
+        scores = scores / temperature
         scores = top_k_warper(scores); scores = top_p_warper(scores); scores = min_p_warper(scores)
         tokens = argmax(scores + gumbel(seeds, positions))
 
@@ -92,6 +100,9 @@ def mixture_sample(
         positions: int64 ``[B]``, the index of the token to be drawn in its sequence; its low 32 bits count.
         combine: ``"prob"``, ``"logprob"`` or ``"vote"``, see ``mixture_log_probs``.
         top_logprobs: How many of the likeliest tokens to return, at most 64 and at most V; 0 is off.
+        adjustments: Biases and penalties of single tokens, from ``token_adjustments``.
+        mask: int32 ``[B, ceil(V / 32)]``, as grammar libraries fill it: token v may be drawn if bit ``v % 32`` of word
+            ``v // 32`` is 1. ``pack_mask`` makes one of a bool ``[B, V]``.
         impl: Backend, see ``ensemw2s.ops``.
 
     Returns:
@@ -113,12 +124,14 @@ def mixture_sample(
     check_integers(positions, (batch,), first, "positions")
     code = combine_code(combine)
     count = check_top_logprobs(top_logprobs, vocabulary)
+    mask = check_mask(mask, first)
+    changes = check_adjustments(adjustments, first)
     chosen = backend._choose("mixture_sample", impl, first.device.type, first.dtype)
     if chosen == "reference":
         check_weight_values(weights)
         settings.check_values()
-        return reference(experts, weights, settings, seeds, positions, combine, count)
-    inputs = (experts, weights, *settings.arguments(), seeds, positions, code, count)
+        return reference(experts, weights, settings, seeds, positions, combine, count, adjustments, mask)
+    inputs = (experts, weights, *settings.arguments(), seeds, positions, code, count, *changes, mask)
     return MixtureSample(*backend.run("mixture_sample", chosen, *inputs))
 
 
@@ -130,12 +143,21 @@ def reference(
     positions: Tensor,
     combine: str,
     top_logprobs: int,
+    adjustments: TokenAdjustments | None = None,
+    mask: Tensor | None = None,
 ) -> MixtureSample:
     """Plain torch, any device; in float64 for float64 logits, else in float32."""
     own = expert_log_probs(experts)
     log_probs = combined(experts, own, weights, combine)
     valid = ~log_probs.isnan().any(dim=-1) & settings.usable()
-    tokens = _draw(log_probs, settings, seeds, positions)
+    offered = log_probs
+    if adjustments is not None:
+        offered, is_usable = adjusted(log_probs, adjustments)
+        valid = valid & is_usable
+    if mask is not None:
+        offered = offered.masked_fill(~unpack_mask(mask, offered.shape[-1]), -torch.inf)
+    valid = valid & (offered > -torch.inf).any(dim=-1)
+    tokens = _draw(offered, settings, seeds, positions)
     picked = log_probs.gather(-1, tokens[:, None])[:, 0]
     each = own.gather(-1, tokens[None, :, None].expand(len(experts), -1, 1))[..., 0]
     is_read = weights.T != 0 if weights.dim() > 1 else weights[:, None] != 0
@@ -225,6 +247,10 @@ def _fake(
     positions: Tensor,
     combine: int,
     top_logprobs: int,
+    adjusted_tokens: Tensor | None,
+    adjusted_values: Tensor | None,
+    adjusted_bits: Tensor | None,
+    mask: Tensor | None,
 ) -> tuple[Tensor, ...]:
     batch = logits[0].shape[0]
     return (
@@ -242,7 +268,8 @@ backend.declare(
     "mixture_sample",
     "(Tensor[] logits, Tensor weights, float temperature, int top_k, float top_p, float min_p, "
     "Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, Tensor seeds, Tensor positions, "
-    "int combine, int top_logprobs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int combine, int top_logprobs, Tensor? adjusted_tokens, Tensor? adjusted_values, Tensor? adjusted_bits, "
+    "Tensor? mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
 backend.implement_in_triton("mixture_sample")

@@ -16,6 +16,7 @@ from torch import Tensor
 from ensemw2s.ops.checks import COMBINES
 from ensemw2s.ops.mixture_sample import MixtureSample
 from ensemw2s.ops.sample_settings import SampleSettings
+from ensemw2s.ops.token_adjustments import TokenAdjustments
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "csrc" / "cuda"
@@ -59,15 +60,28 @@ class _Settings(ctypes.Structure):
         ("wide", ctypes.c_bool * 4),
         ("seeds", ctypes.c_void_p),
         ("positions", ctypes.c_void_p),
+        ("mask", ctypes.c_void_p),
+        ("tokens", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("listed", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
     )
 
 
-def _settings(settings: SampleSettings, seeds: Tensor, positions: Tensor) -> _Settings:
+def _settings(
+    settings: SampleSettings,
+    seeds: Tensor,
+    positions: Tensor,
+    adjustments: TokenAdjustments | None,
+    mask: Tensor | None,
+) -> _Settings:
     numbers, tensors = settings.arguments()[:4], settings.arguments()[4:]
     rows = [x.data_ptr() if x is not None else None for x in tensors]
     wide = [x is not None and x.element_size() == 8 for x in tensors]
     keys = (_pointer(seeds), _pointer(positions))
-    return _Settings(*numbers, (ctypes.c_void_p * 4)(*rows), (ctypes.c_bool * 4)(*wide), *keys)
+    offer = [None if x is None else _pointer(x) for x in (mask, *(adjustments or (None,) * 3))]
+    count = 0 if adjustments is None else adjustments.tokens.shape[1]
+    return _Settings(*numbers, (ctypes.c_void_p * 4)(*rows), (ctypes.c_bool * 4)(*wide), *keys, *offer, count)
 
 
 class EmulatedKernels:
@@ -101,6 +115,8 @@ class EmulatedKernels:
         min_p: float | Tensor = 0.0,
         combine: str = "prob",
         top_logprobs: int = 0,
+        adjustments: TokenAdjustments | None = None,
+        mask: Tensor | None = None,
     ) -> MixtureSample:
         """As the op; ``logits`` are T tensors ``[rows, V]``, ``weights`` float32 ``[T]`` or ``[rows, T]``."""
         rows = logits[0].shape[0]
@@ -112,7 +128,9 @@ class EmulatedKernels:
             torch.full((rows, top_logprobs), -7),
             torch.full((rows, top_logprobs), 7.0),
         )
-        settings = _settings(SampleSettings(temperature, top_k, top_p, min_p), seeds, positions)
+        if adjustments is not None:
+            adjustments = TokenAdjustments(*(x.contiguous() for x in adjustments))
+        settings = _settings(SampleSettings(temperature, top_k, top_p, min_p), seeds, positions, adjustments, mask)
         inputs = self._inputs(logits, weights, combine)
         count = ctypes.c_int64(top_logprobs)
         self._check(self.library.emulated_sample(*inputs, ctypes.byref(settings), count, *map(_pointer, out)))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ensemw2s.ops import mixture_log_probs, mixture_sample
+from ensemw2s.ops import TokenAdjustments, mixture_log_probs, mixture_sample, token_adjustments
 from ensemw2s.ops.checks import COMBINES
 from tests.cuda.emulated import DTYPES, KERNELS, SANITIZE, compile_emulation
 from tests.ops.helpers import assert_as_good_as_torch
@@ -25,6 +25,11 @@ from tests.ops.test_mixture_sample import (
     one_row,
     settings_of_rows,
     weights_of_rows,
+)
+from tests.ops.test_token_adjustments import (
+    assert_draws_what_float64_draws,
+    check_extremes,
+    check_rows_without_a_token,
 )
 
 # 1: one token; 33: past a group, rows that are not aligned; 257: the same for 16-bit types; 1031: past a chunk;
@@ -357,6 +362,39 @@ def run_cases(program: Path) -> str:
         if token != exact and bool(is_decided(log_probs, **keys, **setting).all()):
             return f"wrong token: {combine}, {setting}"
     return ""
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offers(kernels, generator, dtype, combine):
+    assert_draws_what_float64_draws(kernels.mixture_sample, generator, combine, dtype, sizes=(33, 1031))
+
+
+def test_offers_at_their_edges(kernels):
+    check_rows_without_a_token(kernels.mixture_sample)
+    check_extremes(kernels.mixture_sample)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": torch.tensor([[3, 2]])},
+        {"tokens": torch.tensor([[3, 50]])},
+        {"tokens": torch.tensor([[-1, 3]])},
+        {"values": torch.zeros(3, 1, 2)},
+        {"values": torch.full((3, 1, 2), torch.nan)},
+        {"values": torch.full((3, 1, 2), torch.inf)},
+    ],
+)
+def test_adjustments_that_nobody_made_spoil_their_row(kernels, change):
+    made = token_adjustments(50, prompt=torch.tensor([[3, 5]]), repetition_penalty=2.0)
+    kept = {name: x.float() if name == "values" else x.int() for name, x in change.items()}
+    keys = {"seeds": torch.zeros(2, dtype=torch.int64), "positions": torch.zeros(2, dtype=torch.int64)}
+    both = TokenAdjustments(
+        *(torch.cat((mine, its), mine.dim() - 2) for mine, its in zip(made._replace(**kept), made, strict=True))
+    )
+    got = kernels.mixture_sample(torch.zeros(1, 2, 50), torch.ones(1), adjustments=both, **keys)
+    assert got.valid.tolist() == [False, True] and got.tokens[0] == -1
 
 
 def test_no_access_out_of_bounds(tmp_path):

@@ -55,6 +55,10 @@ SampleSettings settings_of(const EmulatedSettings& given) {
           given.positions};
 }
 
+Offer offer_of(const EmulatedSettings& given, int vocabulary) {
+  return {given.mask, given.tokens, given.values, given.listed, given.count, (vocabulary + 31) / 32};
+}
+
 }  // namespace
 }  // namespace ensemw2s::cuda
 
@@ -79,9 +83,11 @@ extern "C" const char* emulated_sample(uint64_t order, const void* const* logits
                                        int64_t* top_tokens, float* top_log_probs) {
   emulation::set_seed(order);
   ScratchMemory scratch;
+  DeviceMixture mixture =
+      mixture_of(logits, row_strides, num_experts, rows, vocabulary, weights, weight_stride, combine, dtype);
+  mixture.offer = offer_of(*settings, vocabulary);
   return mixture_sample(
-      mixture_of(logits, row_strides, num_experts, rows, vocabulary, weights, weight_stride, combine, dtype),
-      settings_of(*settings),
+      mixture, settings_of(*settings),
       {tokens, log_probs, expert_log_probs, valid, top_tokens, top_log_probs, top_count},
       [&](int64_t bytes) { return scratch.allocate(bytes); }, nullptr);
 }

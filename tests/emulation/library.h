@@ -18,6 +18,12 @@ struct EmulatedSettings {
   const void* rows[4];
   bool wide[4];
   const int64_t *seeds, *positions;
+  // A mask and adjustments, as in Offer; null where there are none.
+  const uint32_t* mask;
+  const int32_t* tokens;
+  const float* values;
+  const uint32_t* listed;
+  int64_t count;
 };
 
 extern "C" const char* emulated_sample(uint64_t order, const void* const* logits, const int64_t* row_strides,

@@ -73,6 +73,21 @@ const char* run_case(const Header& h, std::istream& cases, std::ostream& results
       positions.as<int64_t>()};
   Array* of_rows[] = {&temperature, &top_k, &top_p, &min_p};
   for (int i = 0; i < 4 && h.order % 2; ++i) settings.rows[i] = of_rows[i]->as<void>();
+  // All tokens are allowed and the last one is adjusted by nothing, which takes other paths to the same draw.
+  const int64_t words = (h.vocabulary + 31) / 32;
+  Array mask = filled(h.rows * words, ~0u), tokens_of_rows = filled(h.rows, int32_t(h.vocabulary - 1));
+  Array listed = filled(h.rows * words, 0u), values = filled(3 * h.rows, 0.0f);
+  for (int64_t row = 0; row < h.rows; ++row) {
+    listed.as<uint32_t>()[(row + 1) * words - 1] = 1u << (h.vocabulary - 1) % 32;
+    values.as<float>()[h.rows + row] = 1;
+  }
+  if (h.order % 3 == 0) {
+    settings.mask = mask.as<uint32_t>();
+    settings.tokens = tokens_of_rows.as<int32_t>();
+    settings.values = values.as<float>();
+    settings.listed = listed.as<uint32_t>();
+    settings.count = 1;
+  }
   const char* error = emulated_sample(
       h.order, pointers.data(), strides.data(), h.experts, h.rows, h.vocabulary, weights.as<float>(),
       h.experts, h.combine, h.dtype, &settings, h.top_count, tokens.as<int64_t>(), log_probs.as<float>(),

@@ -581,5 +581,5 @@ def test_opcheck(generator, setting):
     logits, weights, keys = inputs(generator, 2, 3, 20)
     values = (OFF | setting).values()
     for rows, own, count in (((None,) * 4, weights, 0), (settings_of_rows(ROWS[:3]).values(), weights.expand(3, 2), 4)):
-        arguments = (logits, own, *values, *rows, keys["seeds"], keys["positions"], 0, count)
+        arguments = (logits, own, *values, *rows, keys["seeds"], keys["positions"], 0, count, *(None,) * 4)
         torch.library.opcheck(torch.ops.ensemw2s.mixture_sample, arguments)

@@ -27,6 +27,7 @@ from tests.ops.test_mixture_sample import (
     weights_of_rows,
 )
 from tests.ops.test_scores import labels_for
+from tests.ops.test_token_adjustments import check_extremes, check_rows_without_a_token, offered, offers, part
 
 # 1: one token; 33: below a group; 257: two groups and one token; 4099: two tiles and three tokens.
 SIZES = (1, 33, 257, 4099)
@@ -236,6 +237,48 @@ def test_a_row_depends_on_nothing_but_itself(generator, combine, setting):
     part = sample(padded, weights, combine=combine, top_logprobs=2, **some, **setting)
     for name, got, expected in zip(part._fields, part, whole, strict=True):
         assert torch.equal(got, expected[order] if name.startswith("top") else expected[..., order])
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("size", [33, pytest.param(4099, marks=pytest.mark.slow)])
+def test_rows_of_their_own_offers(generator, combine, size):
+    """In one launch rows of all settings, which the interpreter would take minutes for one after the other."""
+    logits, _, keys = inputs(generator, 2, len(ROWS), size, torch.bfloat16)
+    weights, of_rows = weights_of_rows(generator, len(ROWS), 2), settings_of_rows(real=torch.float64)
+    decided = 0
+    for offer in offers(generator, len(ROWS), size):
+        batch = sample(logits, weights, combine=combine, top_logprobs=2, **keys, **of_rows, **offer)
+        for row in range(len(ROWS)):
+            z, w, rest = one_row(row, [x.double() for x in logits], weights.double(), keys, of_rows)
+            own = part(offer, slice(row, row + 1))
+            exact = mixture_sample(z, w, combine=combine, top_logprobs=2, **rest, **own)
+            assert bool(batch.valid[row]) == exact.valid.item(), (size, ROWS[row], offer)
+            if not exact.valid.item():
+                continue
+            log_probs = mixture_log_probs(z, w, combine)
+            if is_decided(offered(log_probs, **own), **rest).item():
+                decided += 1
+                assert batch.tokens[row] == exact.tokens.item(), (size, ROWS[row], offer)
+            picked = log_probs[0, int(batch.tokens[row])]
+            assert float(batch.log_probs[row]) == pytest.approx(float(picked), rel=1e-6, abs=2e-6)
+            assert_likeliest(batch.top_tokens[row, None], batch.top_log_probs[row, None], log_probs, 2)
+    assert decided > 30 or combine == "vote"
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_offers_in_every_mode(generator, setting):
+    logits, weights, keys = inputs(generator, 2, 2, 300)
+    for offer in offers(generator, 2, 300)[3:]:
+        got = sample(logits, weights, **keys, **setting, **offer)
+        double, shares = [x.double() for x in logits], weights.double()
+        exact = mixture_sample(double, shares, **keys, **setting, **offer)
+        rows = is_decided(offered(mixture_log_probs(double, shares), **offer), **keys, **setting)
+        assert bool(got.valid.all()) and torch.equal(got.tokens[rows], exact.tokens[rows])
+
+
+def test_offers_at_their_edges():
+    check_rows_without_a_token(sample, SETTINGS[:3])
+    check_extremes(sample, [SETTINGS[1], SETTINGS[-1]])
 
 
 class TestSampleEdges:
