@@ -563,8 +563,8 @@ def plan_kernel(
         _, first = first_argmax(high, group)
         reach, _ = race_tile(
             row, tl.where(usable & (first != NO_TOKEN), first // (TILE // GROUP), 0), LOWEST,
-            logits, outer, step, inner, weights, top, log_sum, shift, seeds, positions, offer, upper, likeliest, temperature, rows, vocabulary,
-            tiles, OFFER, T, COMBINE, TILE, GROUP,
+            logits, outer, step, inner, weights, top, log_sum, shift, seeds, positions, offer, upper, likeliest,
+            temperature, rows, vocabulary, tiles, OFFER, T, COMBINE, TILE, GROUP,
         )  # fmt: skip
         # Where no plain token is possible.
         reach = tl.maximum(reach, LOWEST)
@@ -929,8 +929,8 @@ _ALL = MASK.value + ADJUSTED.value
 AHEAD_OF_TIME = [
     *(
         ahead_of_time(
-            plan_kernel, _plan_warps(mode, offer), types=types, MODE=mode, **_rows(types, offer), COMBINE=combine, **_PLANNED,
-            **_TILED,
+            plan_kernel, _plan_warps(mode, offer), types=types, MODE=mode, **_rows(types, offer), COMBINE=combine,
+            **_PLANNED, **_TILED,
         )
         for mode, types, offer in (
             *((mode, {}, 0) for mode in range(ANY.value)), (ANY.value, _NARROW, 0), (ANY.value, _WIDE, 0),
