@@ -55,7 +55,7 @@ def mixture_kl(
 
     Returns:
         A float32 scalar (float64 if any logits are float64), differentiable in ``student_logits`` and
-        ``token_weights``; the teachers get no gradient.
+        ``token_weights``, by compiled backends once; the teachers get no gradient.
 
     Raises:
         ValueError: Shapes, devices, ``temperature`` or the values of ``weights`` are wrong.
@@ -110,9 +110,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     save_gradient(ctx, inputs[0], output)
 
 
-def _backward(ctx: Any, grad_losses: Tensor, grad_gradient: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_losses: Tensor | None, grad_gradient: Tensor | None) -> tuple[Any, ...]:
     """``KL = sum p log p - sum p log q`` and ``dlog q_v/dz_u = [u = v] - q_u``, hence ``dKL/dz = q - p``."""
-    return scaled_gradient(ctx, grad_losses), [None] * ctx.num_experts, None, None, None
+    return scaled_gradient(ctx, grad_losses, grad_gradient), [None] * ctx.num_experts, None, None, None
 
 
 backend.declare(

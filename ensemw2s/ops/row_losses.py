@@ -39,12 +39,29 @@ def fake_row_losses(logits: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor
 
 def save_gradient(ctx: Any, logits: Tensor, output: tuple[Tensor, Tensor]) -> None:
     """Keep what ``scaled_gradient`` needs."""
+    # A gradient of what was kept is then told from none; see ``refuse_second_derivative``.
+    ctx.set_materialize_grads(False)
     ctx.dtype = logits.dtype
     ctx.save_for_backward(*output)
 
 
-def scaled_gradient(ctx: Any, grad_losses: Tensor) -> Tensor:
+def refuse_second_derivative(*gradients: Tensor | None) -> None:
+    """Raise RuntimeError if a gradient arrives for what a kernel made beside the losses, the gradient above all.
+
+    It is a constant to torch, and so its derivatives would be 0 without a word.
+    """
+    if any(gradient is not None for gradient in gradients):
+        raise RuntimeError(
+            "the compiled losses can be differentiated once only, and a second derivative was asked for: call the op "
+            'with impl="reference", or without create_graph=True'
+        )
+
+
+def scaled_gradient(ctx: Any, grad_losses: Tensor | None, grad_gradient: Tensor | None) -> Tensor | None:
     """Gradient of the logits."""
+    refuse_second_derivative(grad_gradient)
+    if grad_losses is None:
+        return None
     losses, gradient = ctx.saved_tensors
     if gradient.numel() == 0 and losses.numel() > 0:
         raise RuntimeError("the gradient of a row loss was asked for, but it ran with with_gradient=False")
@@ -240,14 +257,18 @@ def _fake_in_chunks(hidden: Tensor, head: Tensor, *inputs: Any) -> tuple[Tensor,
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
     ctx.head_dtype = inputs[1].dtype
     targets = _separated(inputs[2:])[0]
     ctx.of_targets = [[None] * len(values) if isinstance(values, list | tuple) else None for values in targets]
     ctx.save_for_backward(*output[1:])
 
 
-def _backward(ctx: Any, grad_total: Tensor, *unused: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_total: Tensor | None, *of_the_rest: Tensor | None) -> tuple[Any, ...]:
     """With ``G = dL/dlogits`` of the rows that count, ``dL/dhidden = G head`` and ``dL/dhead = G^T hidden``."""
+    refuse_second_derivative(*of_the_rest)
+    if grad_total is None:
+        return (None,) * len(ctx.needs_input_grad)
     losses, grad_hidden, grad_head = ctx.saved_tensors
     gradients = (
         # None where none was made.

@@ -39,8 +39,8 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, token_weights: Tensor
         impl: Backend, see ``ensemw2s.ops``.
 
     Returns:
-        A float32 scalar (float64 for float64 logits). Differentiable in ``logits`` and ``token_weights``; a token
-        that is left out sends no gradient to its weight.
+        A float32 scalar (float64 for float64 logits). Differentiable in ``logits`` and ``token_weights``, by compiled
+        backends once; a token that is left out sends no gradient to its weight.
 
     Raises:
         ValueError: Shapes or devices differ, or a label is out of range.
@@ -77,9 +77,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     save_gradient(ctx, inputs[0], output)
 
 
-def _backward(ctx: Any, grad_losses: Tensor, grad_gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_losses: Tensor | None, grad_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
     """``CE = log sum exp(z) - z_label``, hence ``dCE/dz = softmax(z) - one_hot(label)``; the kernel made it."""
-    return scaled_gradient(ctx, grad_losses), None, None, None
+    return scaled_gradient(ctx, grad_losses, grad_gradient), None, None, None
 
 
 backend.declare(

@@ -205,6 +205,23 @@ class TestEveryBackend:
         case.labels, case.ids, case.top = case.labels[:0], case.ids[:0], case.top[:0]
         assert case.call(leaves[0][:0], *middle, leaves[-1][:0], impl=impl) == 0
 
+    def test_a_second_derivative_is_right_or_refused(self, name, impl, generator):
+        case = Case(name, generator, 9)
+        leaves = [x.double() if impl == "reference" else x for x in case.leaves]
+        *tensors, weights = [x.clone().requires_grad_() for x in leaves]
+        gradient, *_ = torch.autograd.grad(case.call(*tensors, weights, impl=impl), tensors, create_graph=True)
+        penalty = gradient.square().sum()
+        if impl == "reference":
+            found = torch.autograd.grad(penalty, tensors)
+            *others, weight = [x.clone().requires_grad_() for x in leaves]
+            expected, *_ = torch.autograd.grad(case.define(*others, weight), others, create_graph=True)
+            for ours, theirs in zip(found, torch.autograd.grad(expected.square().sum(), others), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+        else:
+            for wanted in tensors:
+                with pytest.raises(RuntimeError, match='differentiated once only.* impl="reference"'):
+                    torch.autograd.grad(penalty, wanted, retain_graph=True)
+
     def test_without_gradient(self, name, impl, generator):
         case = Case(name, generator, 65)
         with torch.no_grad():
