@@ -33,7 +33,7 @@ _HOME = {
     "load_model": "models.loading",
     "load_tokenizer": "models.loading",
     "Sampling": "inference.decoding",
-    "score_answers": "inference.scoring",
+    "score_answers": "inference.measuring",
 }
 
 __all__ = ["__version__", *_HOME]
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from ensemw2s.experiments.config import LabellingConfig as LabellingConfig
     from ensemw2s.experiments.rating import rate_difficulty as rate_difficulty
     from ensemw2s.inference.decoding import Sampling as Sampling
-    from ensemw2s.inference.scoring import score_answers as score_answers
+    from ensemw2s.inference.measuring import score_answers as score_answers
     from ensemw2s.models.loading import load_model as load_model
     from ensemw2s.models.loading import load_tokenizer as load_tokenizer
     from ensemw2s.student.answers import with_gold as with_gold

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 
 IGNORED = -100
-
+# The key of a format in the description of pseudo-answers.
+_FORMAT_OF_ANSWERS = "question_format"
 
 # Texts behind which what follows is tokenised where the prompt will not do. Nothing in front is right for byte-level
 # tokenizers; SentencePiece's need something, which must not become one token with what follows.
@@ -314,6 +316,26 @@ def format_of(model: Any, asked: QuestionFormat | None = None) -> QuestionFormat
             stacklevel=3,
         )
     return asked or trained or QuestionFormat()
+
+
+def asked_in(answers: Dataset, question_format: QuestionFormat) -> Dataset:
+    """Return answers whose description (`Dataset.info`) says in which format they were asked for.
+
+    What is selected, filtered or mapped of them keeps it; files of rows do not.
+    """
+    answers.info.description = json.dumps({_FORMAT_OF_ANSWERS: question_format.describe()})
+    return answers
+
+
+def format_of_answers(answers: Any) -> QuestionFormat:
+    """Return the format in which answers were asked for (`asked_in`), or the default one where they do not say it."""
+    described: Any = getattr(getattr(answers, "info", None), "description", None)
+    try:
+        described = json.loads(described or "null")
+    except ValueError:  # somebody else's words
+        described = None
+    own = described.get(_FORMAT_OF_ANSWERS) if isinstance(described, dict) else None
+    return QuestionFormat(**(described_format(own, "the description of the answers") or {}))
 
 
 def to_prompt_completion(answers: Any, question_format: QuestionFormat) -> Dataset:

@@ -17,7 +17,7 @@ from ensemw2s import ops
 from ensemw2s.data.batches import batches_by_length, pad_prompts
 from ensemw2s.data.questions import check_questions
 from ensemw2s.data.shapes import dataset_of
-from ensemw2s.data.tokens import QuestionFormat, end_tokens, require_readable, tokenize_prompts
+from ensemw2s.data.tokens import QuestionFormat, asked_in, end_tokens, require_readable, tokenize_prompts
 from ensemw2s.inference.choices import choose_answers, tokenize_choices
 from ensemw2s.inference.decoding import MixtureDecoder, Sampling, require_plain, require_tokenizer, require_valid
 from ensemw2s.inference.label_files import TOP_COLUMNS, LabelFile
@@ -130,7 +130,8 @@ def label_questions(
     with held_file(output_file):
         file = None if output_file is None else LabelFile(Path(output_file), partial(_description, task), questions)
         rows = _answered(task, file, description)
-    return dataset_of([rows[row_id] for row_id in prompts["id"]], "labels")
+    answers = dataset_of([rows[row_id] for row_id in prompts["id"]], "labels")
+    return asked_in(answers, settings.question_format)
 
 
 def decoding_work(

@@ -1,17 +1,64 @@
-"""How well a model answers questions, as the trainers' `evaluate` says it."""
+"""How well a model answers questions: `score_answers`, and what the trainers' `evaluate` says of it."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from ensemw2s.data.questions import check_questions
+from ensemw2s.data.shapes import as_dataset
+from ensemw2s.data.tokens import QuestionFormat, format_of, tokenize_questions
 from ensemw2s.inference.choices import ChoiceSettings, score_choices
-from ensemw2s.inference.scoring import score_answers
+from ensemw2s.inference.scoring import AnswerScores, score_examples
+from ensemw2s.models.loading import check_processing_class
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
-    from ensemw2s.data.tokens import QuestionFormat
+
+def score_answers(
+    model: torch.nn.Module,
+    questions: Any,
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    question_format: QuestionFormat | None = None,
+    batch_size: int = 32,
+    description: str | None = None,
+) -> AnswerScores:
+    """Score the answers to questions under a causal language model or a `TokenEnsemble`.
+
+    `score_answers(...).accuracy` is the share of answers that greedy decoding would give, or of questions with
+    `choices` the share whose likeliest choice is the answer.
+
+    Args:
+        model: anything with `.logits` of shape [batch, length, V]; a `TokenEnsemble` is scored by its mixture.
+        questions: columns `prompt` and `answer`, in any shape that `shapes.as_dataset` takes; or what
+            `tokenize_questions` has made of them, whose choices are gone.
+        processing_class: the model's tokenizer.
+        question_format: how a question becomes tokens; None is the ensemble's own (`TokenEnsemble.question_format`),
+            that of a student from `StudentTrainer`, or the default for another model.
+        batch_size: answers, or choices, in one forward pass.
+        description: the name of a progress bar; None shows none.
+
+    Raises:
+        FloatingPointError: the model, or an expert, gives NaN, +inf or no finite logit for a token of an answer; names
+            which and the row.
+        TypeError, ValueError: questions that `tokenize_questions` refuses; names the row.
+    """
+    check_processing_class(processing_class)
+    pad = processing_class.eos_token_id
+    examples = as_dataset(questions, "questions")
+    if "input_ids" in examples.column_names:
+        return score_examples(model, examples, pad_token_id=pad, batch_size=batch_size, description=description)
+    checked, asked = check_questions(examples, "questions"), format_of(model, question_format)
+    examples = tokenize_questions(checked, processing_class, asked, "questions")
+    scores = score_examples(model, examples, pad_token_id=pad, batch_size=batch_size, description=description)
+    if "choices" not in checked.column_names:
+        return scores
+    settings = ChoiceSettings(asked, batch_size=batch_size, description=description)
+    chosen = score_choices(model, checked, processing_class, settings)
+    return dataclasses.replace(scores, chosen_right=chosen.correct)
 
 
 def measure(
@@ -31,10 +78,9 @@ def measure(
         batch_size: answers, or choices, in one forward pass.
 
     Returns:
-        `eval_accuracy` (the share of questions whose greedy answer is right in every token, or, of questions with
-        `choices`, whose likeliest choice is the answer), `eval_token_error` (the share of answer tokens that are not
-        the likeliest) and `eval_loss` (mean cross entropy of an answer token, nats; infinite for an ensemble that
-        votes otherwise than the answer).
+        `eval_accuracy` (see `score_answers`), `eval_token_error` (the share of answer tokens that are not the
+        likeliest) and `eval_loss` (mean cross entropy of an answer token, nats; infinite for an ensemble that votes
+        otherwise than the answer).
 
     Raises:
         FloatingPointError: see `score_answers`.
@@ -42,14 +88,8 @@ def measure(
     """
     questions = check_questions(questions, "eval_dataset")
     scores = score_answers(model, questions, processing_class, question_format=question_format, batch_size=batch_size)
-    accuracy = scores.accuracy
-    if "choices" in questions.column_names:
-        settings = ChoiceSettings(question_format, batch_size=batch_size)
-        correct = score_choices(model, questions, processing_class, settings).correct
-        assert correct is not None
-        accuracy = float(correct.mean())
     return {
-        "eval_accuracy": accuracy,
+        "eval_accuracy": scores.accuracy,
         "eval_token_error": scores.token_error,
         "eval_loss": -float(scores.token_log_probs.mean(dtype=float)),
     }

@@ -21,16 +21,8 @@ from tqdm.auto import tqdm
 
 from ensemw2s import ops
 from ensemw2s.data.batches import AnswerCollator, batches_by_length, next_token_mask
-from ensemw2s.data.shapes import as_dataset
-from ensemw2s.data.tokens import (
-    QuestionFormat,
-    answer_lengths,
-    check_examples,
-    format_of,
-    tokenize_questions,
-)
+from ensemw2s.data.tokens import answer_lengths, check_examples
 from ensemw2s.models.heads import gives_the_logits, only_positions, output_head, own_head, states_before
-from ensemw2s.models.loading import check_processing_class
 from ensemw2s.models.mixture import ExpertMixture, damaged, expert_names, is_mixture, refuse_damaged, repeat_rows
 from ensemw2s.ops import TokenScores
 from ensemw2s.ops.row_losses import CHUNK_ELEMENTS
@@ -40,7 +32,6 @@ from ensemw2s.runtime.values import check_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -51,65 +42,32 @@ class AnswerScores:
         lengths: int64 [N], tokens of each answer.
         token_wrong: bool [n], whether the argmax differs from the answer's token.
         token_log_probs: float32 [n], log-probability of the answer's token (nats).
+        chosen_right: bool [N], whether the likeliest of a question's `choices` is its answer; None where the choices
+            were not compared.
     """
 
     lengths: np.ndarray
     token_wrong: np.ndarray
     token_log_probs: np.ndarray
+    chosen_right: np.ndarray | None = None
 
     @property
     def correct(self) -> np.ndarray:
-        """Return bool [N]: no token of the answer is wrong (greedy exact match)."""
+        """Return bool [N]: the likeliest choice is the answer; without choices, no token is wrong (greedy match)."""
+        if self.chosen_right is not None:
+            return self.chosen_right
         starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
         return ~np.logical_or.reduceat(self.token_wrong, starts)
 
     @property
     def accuracy(self) -> float:
-        """Return the share of answers that are right in every token."""
+        """Return the share of answers that are `correct`."""
         return float(self.correct.mean())
 
     @property
     def token_error(self) -> float:
         """Return the share of answer tokens that are wrong."""
         return float(self.token_wrong.mean())
-
-
-def score_answers(
-    model: torch.nn.Module,
-    questions: Any,
-    processing_class: PreTrainedTokenizerBase,
-    *,
-    question_format: QuestionFormat | None = None,
-    batch_size: int = 32,
-    description: str | None = None,
-) -> AnswerScores:
-    """Score the answers to questions under a causal language model or a `TokenEnsemble`.
-
-    `score_answers(...).accuracy` is the share of answers that greedy decoding would give. Questions with `choices` are
-    scored by their answers alone; `score_choices` compares the choices.
-
-    Args:
-        model: anything with `.logits` of shape [batch, length, V]; a `TokenEnsemble` is scored by its mixture.
-        questions: columns `prompt` and `answer`, in any shape that `shapes.as_dataset` takes; or what
-            `tokenize_questions` has made of them.
-        processing_class: the model's tokenizer.
-        question_format: how a question becomes tokens; None is the ensemble's own (`TokenEnsemble.question_format`),
-            that of a student from `StudentTrainer`, or the default for another model.
-        batch_size: answers per forward pass.
-        description: the name of a progress bar; None shows none.
-
-    Raises:
-        FloatingPointError: the model, or an expert, gives NaN, +inf or no finite logit for a token of an answer; names
-            which and the row.
-        TypeError, ValueError: questions that `tokenize_questions` refuses; names the row.
-    """
-    check_processing_class(processing_class)
-    examples = as_dataset(questions, "questions")
-    if "input_ids" not in examples.column_names:
-        asked = format_of(model, question_format)
-        examples = tokenize_questions(examples, processing_class, asked, "questions")
-    pad = processing_class.eos_token_id
-    return score_examples(model, examples, pad_token_id=pad, batch_size=batch_size, description=description)
 
 
 def score_examples(

@@ -18,6 +18,7 @@ from ensemw2s.data.tokens import (
     answer_lengths,
     described_format,
     end_tokens,
+    format_of_answers,
     tokenize_questions,
 )
 from ensemw2s.ensemble.model import TokenEnsemble
@@ -171,7 +172,8 @@ class StudentTrainer:
             `shapes.as_dataset` takes; see `usable_answers` for the rows that are left out.
         processing_class: the student's tokenizer; None loads the one that `model` was loaded with.
         peft_config: train an adapter with this configuration; None trains all weights.
-        question_format: how a question becomes tokens.
+        question_format: how a question becomes tokens; None is the format in which the answers were asked for, if the
+            dataset comes from `TokenEnsemble.label`, and else the default.
         model_init_kwargs: passed on to `loading.load_model`.
         description: shown beside the progress bar.
         teacher: for "soft", the ensemble whose distributions are learned.
@@ -232,7 +234,7 @@ class StudentTrainer:
                 f'{len(self.model.get_output_embeddings().weight)}: variant="soft" compares them token by token and '
                 'needs the same; use variant="sft" with this teacher'
             )
-        self.question_format = question_format or QuestionFormat()
+        self.question_format = question_format or format_of_answers(train_dataset)
         self._examples = self._tokenized(self.train_dataset)
         # Gold answers take no steps of their own.
         self._plain = int((~gold_rows(self.train_dataset)).sum()) or len(self.train_dataset)

@@ -15,7 +15,8 @@ from ensemw2s import BoostingConfig, BoostingTrainer, StudentConfig, TokenEnsemb
 from ensemw2s.boosting import algorithm
 from ensemw2s.boosting.trainer import closing_identity
 from ensemw2s.data.tokens import QuestionFormat, tokenize_questions
-from ensemw2s.inference.scoring import score_answers, score_examples
+from ensemw2s.inference.measuring import score_answers
+from ensemw2s.inference.scoring import score_examples
 from ensemw2s.runtime.files import read_array, read_json, write_array, write_json
 from ensemw2s.runtime.store import Store
 from ensemw2s.training.trainer import AnswerTrainer

@@ -17,7 +17,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import GenerationConfig
 
 from ensemw2s import StudentConfig, StudentTrainer, TokenEnsemble
-from ensemw2s.data.tokens import QuestionFormat, tokenize_questions
+from ensemw2s.data.tokens import QuestionFormat, format_of_answers, tokenize_questions
 from ensemw2s.experiments.config import build_config
 from ensemw2s.experiments.experiment import Experiment
 from ensemw2s.inference import decoding, labelling
@@ -219,6 +219,7 @@ def test_a_student_ends_its_answers_in_its_own_way(tmp_path: Path) -> None:
         lambda row: row["finished"] and row["answer"].strip()
     )
     assert len({ids[-1] for ids in answers["answer_ids"]}) > 1
+    assert format_of_answers(answers) == FORMAT
     student = llama(3)
     student.generation_config.eos_token_id = [END, 5, 9, 17]
     for variant in ("soft", "sft"):

@@ -219,7 +219,7 @@ class TestEveryBackend:
                 torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
         else:
             for wanted in tensors:
-                with pytest.raises(RuntimeError, match='differentiated once only.* impl="reference"'):
+                with pytest.raises(RuntimeError, match=r'differentiated once only.* impl="reference"'):
                     torch.autograd.grad(penalty, wanted, retain_graph=True)
 
     def test_without_gradient(self, name, impl, generator):

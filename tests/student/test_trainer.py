@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Training
 
 from ensemw2s import TokenEnsemble
 from ensemw2s.data.batches import AnswerCollator, next_token_mask
-from ensemw2s.data.tokens import QuestionFormat, tokenize_questions
+from ensemw2s.data.tokens import QuestionFormat, asked_in, tokenize_questions
 from ensemw2s.inference.choices import ChoiceSettings, score_choices
-from ensemw2s.inference.scoring import score_answers, score_examples
+from ensemw2s.inference.measuring import score_answers
+from ensemw2s.inference.scoring import score_examples
 from ensemw2s.models.loading import load_model
 from ensemw2s.runtime.files import DiskFullError, write_json
 from ensemw2s.student import losses as student_losses
@@ -162,6 +163,22 @@ def test_choices_are_evaluated_by_likelihood(tmp_path: Path) -> None:
     assert found == score_choices(llama(1), data, tokenizer(), settings).correct.mean()
     examples = tokenize_questions(data, tokenizer(), FORMAT)
     assert found != score_examples(llama(1), examples, pad_token_id=END).accuracy
+    # Whoever scores the model by hand finds the same.
+    scores = score_answers(llama(1), data, tokenizer(), question_format=FORMAT)
+    assert scores.accuracy == found and scores.correct.dtype == bool
+    bare = score_answers(llama(1), data.remove_columns("choices"), tokenizer(), question_format=FORMAT)
+    assert bare.accuracy != found and np.array_equal(bare.token_wrong, scores.token_wrong)
+
+
+def test_a_student_asks_as_the_answers_were_asked_for(tmp_path: Path) -> None:
+    odd = QuestionFormat("q {prompt} a", "")
+    answers = asked_in(pseudo_answers(), odd).filter(lambda row: len(row["answer"]) < 100)
+    for given, expected in ((None, odd), (FORMAT, FORMAT)):
+        trainer = StudentTrainer(llama(1), config(tmp_path), answers, tokenizer(), question_format=given)
+        assert trainer.question_format == expected
+    answers.info.description = "Answers that I found."
+    plain = StudentTrainer(llama(1), config(tmp_path), answers, tokenizer())
+    assert plain.question_format == QuestionFormat()
 
 
 def test_the_question_format_reaches_the_student(tmp_path: Path) -> None:
