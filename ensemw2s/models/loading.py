@@ -174,13 +174,14 @@ def check_dtype(dtype: str | torch.dtype) -> None:
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model source; see `load_model`.
+    """Load the tokenizer of a model source (see `load_model`), or of a saved ensemble or student in a folder.
 
     Returns:
         The tokenizer, whose `model_max_length` is at most the tokens that the model reads: many tokenizers name no
         limit of their own, and `tokens.tokenize_questions` refuses what is longer.
     """
-    place = _resolve(source)
+    folder = Path(source).expanduser()
+    place = str(folder) if folder.is_dir() else _resolve(source)
     local = Path(place).is_dir()
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=local)
@@ -191,7 +192,8 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         raise ValueError(f"{source} has no tokenizer that can be loaded ({first_line(error)}): {remedy}") from error
     # As plain data: building the configuration could ask to run code that comes with the model.
     if local:
-        config = read_settings(Path(place) / "config.json", f"the model {source}")
+        settings = Path(place) / "config.json"  # beside an adapter there is none
+        config = read_settings(settings, f"the model {source}") if settings.is_file() else {}
     else:
         config, _ = PreTrainedConfig.get_config_dict(place)
     inner = config.get("text_config")

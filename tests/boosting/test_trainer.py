@@ -17,6 +17,7 @@ from ensemw2s.boosting.trainer import closing_identity
 from ensemw2s.data.tokens import QuestionFormat, tokenize_questions
 from ensemw2s.inference.measuring import score_answers
 from ensemw2s.inference.scoring import score_examples
+from ensemw2s.models.loading import load_tokenizer
 from ensemw2s.runtime.files import read_array, read_json, write_array, write_json
 from ensemw2s.runtime.store import Store
 from ensemw2s.training.trainer import AnswerTrainer
@@ -130,6 +131,7 @@ def test_the_ensemble_is_evaluated_as_its_experts_were_asked(model: Path, tmp_pa
         runner.evaluate()
     ensemble = runner.train()
     assert ensemble.question_format == FORMAT
+    assert load_tokenizer(tmp_path / "ensemble").get_vocab() == tokenizer().get_vocab()
     found = runner.evaluate()
     assert found["eval_accuracy"] == runner.records[-1]["validation"]["ensemble"]
     assert found["eval_token_error"] == runner.records[-1]["validation"]["token_error"]

@@ -44,6 +44,9 @@ def test_a_tokenizer_knows_the_context_of_its_model(tmp_path: Path) -> None:
     # It names no limit of its own, as SmolLM2's does.
     assert tokenizer().model_max_length > 10**9
     assert load_tokenizer(saved_model(tmp_path / "model")).model_max_length == 128
+    # Beside an adapter, or in a folder of its own, there is no model.
+    tokenizer().save_pretrained(tmp_path / "alone")
+    assert load_tokenizer(tmp_path / "alone")("abc")["input_ids"] == tokenizer()("abc")["input_ids"]
     # GPT-2 has another name for it.
     gpt2().save_pretrained(tmp_path / "gpt2")
     limited = tokenizer()
