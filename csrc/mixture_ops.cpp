@@ -62,10 +62,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixture_sample_cpu(
     std::optional<Tensor> min_ps, Tensor seeds, Tensor positions, int64_t combine, int64_t top_logprobs,
     std::optional<Tensor> adjusted_tokens, std::optional<Tensor> adjusted_values,
     std::optional<Tensor> adjusted_bits, std::optional<Tensor> mask) {
-  ENSEMW2S_CHECK(!logits.empty() && logits[0].dim() == 2, "logits must be T tensors [B, V]");
-  const int64_t rows = logits[0].size(0);
-  const OfferOfTensors offer(adjusted_tokens, adjusted_values, adjusted_bits, mask, rows, logits[0].size(1));
-  check_adjustments(*offer, rows, logits[0].size(1));
+  ENSEMW2S_CHECK(!logits.empty(), "logits hold no expert");
+  const int64_t vocabulary = vocabulary_of(logits[0]), rows = logits[0].numel() / vocabulary;
+  const OfferOfTensors offer(adjusted_tokens, adjusted_values, adjusted_bits, mask, rows, vocabulary);
+  check_adjustments(*offer, rows, vocabulary);
   const MixtureOfTensors mixture(logits, weights, combine, *offer);
   const RealSetting temperature_of(temperature, temperatures, rows, "temperature");
   const CountSetting top_k_of(top_k, top_ks, rows, "top_k");
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixture_sample_cpu(
   const SampleSettings settings{*temperature_of, *top_k_of,        *top_p_of,
                                 *min_p_of,       dense_seeds.data, dense_positions.data};
   check_settings(settings, rows);
-  const NewSample sample(logits[0], int64_t(logits.size()), top_logprobs);
+  const NewSample sample(logits[0], rows, int64_t(logits.size()), top_logprobs);
   mixture_sample(*mixture, settings, sample.pointers());
   return sample.tensors();
 }

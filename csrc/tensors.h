@@ -33,6 +33,12 @@ inline Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
+inline int64_t vocabulary_of(const Tensor& logits) {
+  const int64_t vocabulary = logits.dim() > 0 ? logits.size(logits.dim() - 1) : 0;
+  ENSEMW2S_CHECK(vocabulary >= 1, "the logits' vocabulary is empty");
+  return vocabulary;
+}
+
 inline Rows rows_of(const Tensor& tensor) {
   const int leading = int(tensor.dim()) - 1;
   ENSEMW2S_CHECK(leading >= 0 && leading <= Rows::kMaxDims, "logits have ", tensor.dim(), " dimensions");
@@ -139,14 +145,14 @@ class OfferOfTensors {
 // What mixture_sample returns.
 class NewSample {
  public:
-  NewSample(const Tensor& logits, int64_t experts, int64_t top_count)
+  NewSample(const Tensor& logits, int64_t rows, int64_t experts, int64_t top_count)
       : top_count_(top_count),
-        tokens_(new_tensor(logits, {logits.size(0)}, ScalarType::Long)),
-        log_probs_(new_tensor(logits, {logits.size(0)}, ScalarType::Float)),
-        expert_log_probs_(new_tensor(logits, {experts, logits.size(0)}, ScalarType::Float)),
-        valid_(new_tensor(logits, {logits.size(0)}, ScalarType::Bool)),
-        top_tokens_(new_tensor(logits, {logits.size(0), top_count}, ScalarType::Long)),
-        top_log_probs_(new_tensor(logits, {logits.size(0), top_count}, ScalarType::Float)) {}
+        tokens_(new_tensor(logits, {rows}, ScalarType::Long)),
+        log_probs_(new_tensor(logits, {rows}, ScalarType::Float)),
+        expert_log_probs_(new_tensor(logits, {experts, rows}, ScalarType::Float)),
+        valid_(new_tensor(logits, {rows}, ScalarType::Bool)),
+        top_tokens_(new_tensor(logits, {rows, top_count}, ScalarType::Long)),
+        top_log_probs_(new_tensor(logits, {rows, top_count}, ScalarType::Float)) {}
 
   SampleOutputs pointers() const {
     return {static_cast<int64_t*>(tokens_.mutable_data_ptr()),
@@ -178,8 +184,7 @@ class MixtureOfTensors {
       rows_.push_back(rows_of(expert));
     }
     ENSEMW2S_CHECK(combine >= 0 && combine <= 2, "combine must be 0, 1 or 2, got ", combine);
-    const int64_t vocabulary = first.size(first.dim() - 1);
-    ENSEMW2S_CHECK(vocabulary >= 1, "the logits' vocabulary is empty");
+    const int64_t vocabulary = vocabulary_of(first);
     const int64_t rows = first.numel() / vocabulary, experts = int64_t(rows_.size());
     const bool per_row = weights.dim() > 1;
     read_weights(weights, per_row ? rows : 1, per_row);

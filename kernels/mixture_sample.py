@@ -91,8 +91,8 @@ def mixture_sample(
     adjusted_bits: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """The six results of the op for T logits ``[B, V]``; a tensor ``[B]`` takes the place of the number of its name."""
-    batch, device = logits[0].shape[0], weights.device
+    """The six results of the op for T logits ``[..., V]``; a tensor of rows takes the place of its number."""
+    batch, device = logits[0].shape[:-1].numel(), weights.device
     outputs = (
         torch.empty(batch, dtype=torch.int64, device=device),
         torch.empty(batch, dtype=torch.float32, device=device),

@@ -69,8 +69,8 @@ class MixtureOnDevice {
                    kMaxExperts, " experts, got ", logits_.size(), "; use impl='reference'");
     ENSEMW2S_CHECK(combine >= 0 && combine <= 2, "combine must be 0, 1 or 2, got ", combine);
     const Tensor& first = logits_[0];
-    const int64_t vocabulary = first.dim() > 0 ? first.size(first.dim() - 1) : 0;
-    ENSEMW2S_CHECK(vocabulary >= 1 && vocabulary <= kMaxVocabulary,
+    const int64_t vocabulary = vocabulary_of(first);
+    ENSEMW2S_CHECK(vocabulary <= kMaxVocabulary,
                    "the CUDA kernels take vocabularies of 1 to ", kMaxVocabulary, " tokens, got ",
                    vocabulary);
     const int64_t experts = int64_t(logits_.size()), rows = first.numel() / vocabulary;
@@ -116,10 +116,10 @@ class MixtureOnDevice {
   DeviceMixture mixture_{};
 };
 
-Dense<int64_t> keys_of(const Tensor& tensor, const Tensor& logits, const char* name) {
+Dense<int64_t> keys_of(const Tensor& tensor, int64_t rows, const Tensor& logits, const char* name) {
   ENSEMW2S_CHECK(tensor.is_cuda() && tensor.get_device_index() == logits.get_device_index(), name,
                  " must be on the logits' device");
-  return {tensor, logits.size(0), name};
+  return {tensor, rows, name};
 }
 
 void check_device(const std::optional<Tensor>& rows, const Tensor& logits, const char* name) {
@@ -151,24 +151,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixture_sample_cuda(
   MixtureOnDevice mixture(logits, weights, combine);
   const DeviceGuard guard(mixture.device());
   const Tensor& first = logits[0];
-  ENSEMW2S_CHECK(first.dim() == 2, "logits must be T tensors [B, V]");
   check_device(temperatures, first, "temperature");
   check_device(top_ks, first, "top_k");
   check_device(top_ps, first, "top_p");
   check_device(min_ps, first, "min_p");
   check_device(adjusted_tokens, first, "adjustments");
   check_device(mask, first, "mask");
-  const int64_t rows = first.size(0);
-  const OfferOfTensors offer(adjusted_tokens, adjusted_values, adjusted_bits, mask, rows, first.size(1));
+  const int64_t rows = (*mixture).rows;
+  const OfferOfTensors offer(adjusted_tokens, adjusted_values, adjusted_bits, mask, rows, vocabulary_of(first));
   mixture.offer(*offer);
   const RealSetting temperature_of(temperature, temperatures, rows, "temperature");
   const CountSetting top_k_of(top_k, top_ks, rows, "top_k");
   const RealSetting top_p_of(top_p, top_ps, rows, "top_p"), min_p_of(min_p, min_ps, rows, "min_p");
-  const Dense<int64_t> dense_seeds = keys_of(seeds, first, "seeds");
-  const Dense<int64_t> dense_positions = keys_of(positions, first, "positions");
+  const Dense<int64_t> dense_seeds = keys_of(seeds, rows, first, "seeds");
+  const Dense<int64_t> dense_positions = keys_of(positions, rows, first, "positions");
   const SampleSettings settings{*temperature_of, *top_k_of,        *top_p_of,
                                 *min_p_of,       dense_seeds.data, dense_positions.data};
-  const NewSample sample(first, int64_t(logits.size()), top_logprobs);
+  const NewSample sample(first, rows, int64_t(logits.size()), top_logprobs);
   check_launch(mixture_sample(
       *mixture, settings, sample.pointers(), [&](int64_t bytes) { return mixture.allocate(bytes); },
       current_stream(mixture.device())));

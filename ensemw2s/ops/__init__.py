@@ -6,12 +6,14 @@ on interchangeable backends, chosen by ``impl`` (or the environment variable ``E
 """
 
 from ensemw2s.ops.backend import available_backends, backend_for, build_info
+from ensemw2s.ops.expert_first import draw_experts
 from ensemw2s.ops.linear_mixture_kl import linear_mixture_kl
 from ensemw2s.ops.linear_weighted_cross_entropy import linear_weighted_cross_entropy
 from ensemw2s.ops.mixture_kl import mixture_kl
 from ensemw2s.ops.mixture_log_probs import mixture_log_probs
 from ensemw2s.ops.mixture_sample import MixtureSample, mixture_sample
 from ensemw2s.ops.mixture_scores import mixture_scores
+from ensemw2s.ops.mixture_verify import MixtureVerification, mixture_verify
 from ensemw2s.ops.randomness import draw_seeds
 from ensemw2s.ops.token_adjustments import TokenAdjustments, pack_mask, token_adjustments
 from ensemw2s.ops.token_scores import TokenScores, token_scores
@@ -20,11 +22,13 @@ from ensemw2s.ops.weighted_cross_entropy import weighted_cross_entropy
 
 __all__ = [
     "MixtureSample",
+    "MixtureVerification",
     "TokenAdjustments",
     "TokenScores",
     "available_backends",
     "backend_for",
     "build_info",
+    "draw_experts",
     "draw_seeds",
     "linear_mixture_kl",
     "linear_weighted_cross_entropy",
@@ -32,6 +36,7 @@ __all__ = [
     "mixture_log_probs",
     "mixture_sample",
     "mixture_scores",
+    "mixture_verify",
     "pack_mask",
     "token_adjustments",
     "token_scores",

@@ -192,6 +192,8 @@ def backend_for(
     """
     if op not in _DECLARED:
         raise ValueError(f"op={shown(op)} is not one of {', '.join(_DECLARED)}")
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"device must be a torch.device or its name, got {type(device).__name__}: give tensor.device")
     return _choose(op, impl, torch.device(device).type, dtype)
 
 

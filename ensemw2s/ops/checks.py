@@ -158,7 +158,8 @@ def expert_weights(
         raise TypeError(f"weights must be floating point, got {weights.dtype}")
     shape, of_rows = tuple(weights.shape), (*like.shape[:-1], num_experts)
     if shape != (num_experts,) and not (per_row and shape == of_rows):
-        expected = f"({num_experts},), one per expert" + (f", or {of_rows}, those of each row" if per_row else "")
+        in_rows = per_row and len(of_rows) > 1
+        expected = f"({num_experts},), one per expert" + (f", or {of_rows}, those of each row" if in_rows else "")
         raise ValueError(f"weights must have shape {expected}, got {shape}")
     check_same_device(weights, like, "weights")
     if weights.dtype != dtype:
@@ -213,8 +214,8 @@ def check_same_device(tensor: Tensor, like: Tensor, name: str) -> None:
         raise ValueError(f"{name} is on {tensor.device}, the logits are on {like.device}")
 
 
-def check_integers(tensor: Tensor, shape: tuple[int, ...], like: Tensor, name: str, hint: str = "") -> None:
-    """Refuse anything but a dense int64 tensor of ``shape`` on the device of ``like``; ``hint`` says who makes one."""
+def check_integers(tensor: Any, shape: tuple[int, ...], like: Tensor, name: str, hint: str = "") -> Tensor:
+    """The tensor, if it is a dense int64 one of ``shape`` on the device of ``like``; ``hint`` says who makes one."""
     if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64:
         found = getattr(tensor, "dtype", type(tensor).__name__)
         raise TypeError(f"{name} must be an int64 tensor, got {found}" + (f"; {hint}" if hint else ""))
@@ -222,6 +223,7 @@ def check_integers(tensor: Tensor, shape: tuple[int, ...], like: Tensor, name: s
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     check_same_device(tensor, like, name)
+    return tensor
 
 
 def check_label_values(labels: Tensor, vocabulary: int) -> None:

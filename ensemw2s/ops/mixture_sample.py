@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from ensemw2s.ops.checks import (
     expert_weights,
     without_gradient,
 )
+from ensemw2s.ops.expert_first import of_drawn_experts, refuse_beside_expert_first
 from ensemw2s.ops.mixture_log_probs import combined, expert_log_probs
 from ensemw2s.ops.randomness import gumbel_noise
 from ensemw2s.ops.sample_settings import SampleSettings, check_top_logprobs, sample_settings
@@ -61,12 +62,13 @@ def mixture_sample(
     top_k: int | Tensor = 0,
     top_p: float | Tensor = 1.0,
     min_p: float | Tensor = 0.0,
-    seeds: Tensor,
-    positions: Tensor,
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
     combine: str = "prob",
     top_logprobs: int = 0,
     adjustments: TokenAdjustments | None = None,
     mask: Tensor | None = None,
+    sample: str = "mixture",
     impl: str | None = None,
 ) -> MixtureSample:
     """Draw one token per row from the combined distribution of T experts, without writing anything of size V.
@@ -96,13 +98,17 @@ def mixture_sample(
         top_k: 0 is off. A tensor is int32 or int64.
         top_p: In (0, 1]; 1 is off. A tensor is float32 or float64.
         min_p: In [0, 1]; 0 is off. A tensor is float32 or float64.
-        seeds: int64 ``[B]``, such as ``draw_seeds`` gives.
-        positions: int64 ``[B]``, the index of the token to be drawn in its sequence; its low 32 bits count.
+        seeds: int64 ``[B]``, such as ``draw_seeds`` gives; only ``temperature=0`` for all rows does without.
+        positions: int64 ``[B]``, the index of the token to be drawn in its sequence; its low 32 bits count. Goes
+            with ``seeds``.
         combine: ``"prob"``, ``"logprob"`` or ``"vote"``, see ``mixture_log_probs``.
         top_logprobs: How many of the likeliest tokens to return, at most 64 and at most V; 0 is off.
         adjustments: Biases and penalties of single tokens, from ``token_adjustments``.
         mask: int32 ``[B, ceil(V / 32)]``, as grammar libraries fill it: token v may be drawn if bit ``v % 32`` of word
             ``v // 32`` is 1. ``pack_mask`` makes one of a bool ``[B, V]``.
+        sample: ``"mixture"``, or ``"expert_first"``, which draws an expert by its weight (``draw_experts``) and the
+            token from that expert alone: the same distribution, where temperature is 1 and nothing else is asked for.
+            Only the drawn expert is read; log-probabilities are its own, and NaN for the others.
         impl: Backend, see ``ensemw2s.ops``.
 
     Returns:
@@ -120,18 +126,52 @@ def mixture_sample(
     batch, vocabulary = first.shape
     weights = without_gradient(expert_weights(weights, len(experts), first, per_row=True))
     settings = sample_settings(temperature, top_k, top_p, min_p, first)
-    check_integers(seeds, (batch,), first, "seeds", "ops.draw_seeds(B) makes them")
-    check_integers(positions, (batch,), first, "positions")
-    code = combine_code(combine)
+    if seeds is None and positions is None and is_greedy(settings.temperature):
+        seeds = positions = torch.zeros(batch, dtype=torch.int64, device=first.device)
+    keys = {
+        "seeds": check_integers(seeds, (batch,), first, "seeds", "ops.draw_seeds(B) makes them"),
+        "positions": check_integers(positions, (batch,), first, "positions"),
+    }
+    combine_code(combine)
     count = check_top_logprobs(top_logprobs, vocabulary)
-    mask = check_mask(mask, first)
-    changes = check_adjustments(adjustments, first)
+    if sample != "mixture":
+        refuse_beside_expert_first(sample, combine, settings, count, adjustments, mask)
+        weights = of_drawn_experts(weights, **keys)
+    return sample_rows(experts, weights, settings, keys, combine, count, adjustments, mask, impl)
+
+
+def sample_rows(
+    experts: list[Tensor],
+    weights: Tensor,
+    settings: SampleSettings,
+    keys: Mapping[str, Tensor],
+    combine: str,
+    top_logprobs: int,
+    adjustments: TokenAdjustments | None,
+    mask: Tensor | None,
+    impl: str | None,
+) -> MixtureSample:
+    """``mixture_sample`` of checked arguments, for experts ``[..., V]`` whose leading axes are the rows, in order."""
+    first, code = experts[0], combine_code(combine)
+    rows = first.shape[:-1].numel()
+    mask = check_mask(mask, rows, first)
+    changes = check_adjustments(adjustments, rows, first)
     chosen = backend._choose("mixture_sample", impl, first.device.type, first.dtype)
     if chosen == "reference":
         check_weight_values(weights)
         settings.check_values()
-        return reference(experts, weights, settings, seeds, positions, combine, count, adjustments, mask)
-    inputs = (experts, weights, *settings.arguments(), seeds, positions, code, count, *changes, mask)
+        flat = [expert.reshape(rows, expert.shape[-1]) for expert in experts]
+        return reference(
+            flat,
+            weights,
+            settings,
+            **keys,
+            combine=combine,
+            top_logprobs=top_logprobs,
+            adjustments=adjustments,
+            mask=mask,
+        )
+    inputs = (experts, weights, *settings.arguments(), *keys.values(), code, top_logprobs, *changes, mask)
     return MixtureSample(*backend.run("mixture_sample", chosen, *inputs))
 
 
@@ -170,9 +210,14 @@ def reference(
     )
 
 
+def is_greedy(temperature: float | Tensor) -> bool:
+    """Whether one temperature for all rows leaves nothing to be drawn."""
+    return not isinstance(temperature, Tensor) and temperature < COLDEST
+
+
 def _draw(log_probs: Tensor, settings: SampleSettings, seeds: Tensor, positions: Tensor) -> Tensor:
     temperature = settings.temperature
-    if not isinstance(temperature, Tensor) and temperature < COLDEST:
+    if is_greedy(temperature):
         return log_probs.argmax(dim=-1)
     ids = torch.arange(log_probs.shape[-1], device=log_probs.device)
     noise = gumbel_noise(seeds[:, None], positions[:, None], ids)
@@ -252,7 +297,7 @@ def _fake(
     adjusted_bits: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    batch = logits[0].shape[0]
+    batch = logits[0].shape[:-1].numel()
     return (
         seeds.new_empty(batch),
         logits[0].new_empty(batch, dtype=torch.float32),

@@ -62,6 +62,11 @@ class SampleSettings(NamedTuple):
         numbers = [_KINDS[name].default if isinstance(x, Tensor) else x for name, x in self._asdict().items()]
         return (*numbers, *(x if isinstance(x, Tensor) else None for x in self))
 
+    def repeated(self, times: int) -> SampleSettings:
+        """The settings of rows that are each there so many times, one behind the other."""
+        values: Any = (x.repeat_interleave(times) if isinstance(x, Tensor) else x for x in self)
+        return SampleSettings(*values)
+
     def check_values(self) -> None:
         """Refuse tensors with a value out of its range; on CPU only, since elsewhere it would synchronise."""
         for name, value in zip(_KINDS, self, strict=True):

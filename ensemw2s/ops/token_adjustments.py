@@ -97,8 +97,8 @@ def token_adjustments(
     return _listed_once(vocabulary, groups, biases, *rates)
 
 
-def check_mask(mask: Any, logits: Tensor) -> Tensor | None:
-    """A mask for logits ``[B, V]`` as kernels take it, or None."""
+def check_mask(mask: Any, rows: int, logits: Tensor) -> Tensor | None:
+    """A mask for logits ``[..., V]`` of so many rows as kernels take it, or None."""
     if mask is None:
         return None
     check_tensor(mask, "mask")
@@ -106,25 +106,27 @@ def check_mask(mask: Any, logits: Tensor) -> Tensor | None:
         raise TypeError(
             f"mask must be int32, 32 tokens to a number, got {mask.dtype}; ops.pack_mask(allowed) makes one"
         )
-    return _packed(mask, "mask", logits)
+    return _packed(mask, "mask", rows, logits)
 
 
-def check_adjustments(adjustments: Any, logits: Tensor) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
-    """The parts of adjustments for logits ``[B, V]`` as kernels take them, or nothing."""
+def check_adjustments(
+    adjustments: Any, rows: int, logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+    """The parts of adjustments for logits ``[..., V]`` of so many rows as kernels take them, or nothing."""
     if adjustments is None:
         return None, None, None
     if not isinstance(adjustments, TokenAdjustments):
         raise TypeError(f"adjustments must be what ops.token_adjustments returns, got {type(adjustments).__name__}")
     tokens, values, listed = adjustments
-    if tokens.shape[:1] != logits.shape[:1]:
-        raise ValueError(f"adjustments are of {len(tokens)} rows, the logits have {len(logits)}")
+    if len(tokens) != rows:
+        raise ValueError(f"adjustments are of {len(tokens)} rows, the logits have {rows}")
     check_same_device(tokens, logits, "adjustments")
-    return tokens, values, _packed(listed, "adjustments.listed", logits)
+    return tokens, values, _packed(listed, "adjustments.listed", rows, logits)
 
 
-def _packed(bits: Tensor, name: str, logits: Tensor) -> Tensor:
-    batch, vocabulary = logits.shape
-    shape = (batch, -(-vocabulary // _WORD))
+def _packed(bits: Tensor, name: str, rows: int, logits: Tensor) -> Tensor:
+    vocabulary = logits.shape[-1]
+    shape = (rows, -(-vocabulary // _WORD))
     if bits.shape != shape:
         raise ValueError(
             f"{name} must have shape {shape}, a bit for each of {vocabulary} tokens, got {tuple(bits.shape)}"

@@ -11,7 +11,7 @@ from scipy import stats
 from ensemw2s.kernels.mixture import rows_of
 from ensemw2s.kernels.mixture_sample import gumbel, philox_words, philox_words_in_a_row
 from ensemw2s.kernels.token_scores import token_scores as token_scores_kernel
-from ensemw2s.ops import draw_seeds, mixture_log_probs, mixture_sample, mixture_scores, token_scores
+from ensemw2s.ops import draw_seeds, mixture_log_probs, mixture_sample, mixture_scores, mixture_verify, token_scores
 from ensemw2s.ops.checks import COMBINES
 from ensemw2s.ops.mixture_sample import filtered_scores
 from ensemw2s.ops.randomness import gumbel_noise, philox
@@ -274,6 +274,18 @@ def test_offers_in_every_mode(generator, setting):
         exact = mixture_sample(double, shares, **keys, **setting, **offer)
         rows = is_decided(offered(mixture_log_probs(double, shares), **offer), **keys, **setting)
         assert bool(got.valid.all()) and torch.equal(got.tokens[rows], exact.tokens[rows])
+
+
+def test_drafts_are_verified_on_logits_of_a_longer_text(generator):
+    text = [torch.randn(2, 7, 300, generator=generator) for _ in range(2)]
+    weights, keys = torch.rand(2, 2, generator=generator) + 0.1, {"seeds": draw_seeds(2), "positions": torch.arange(2)}
+    asked = {"temperature": torch.tensor([0.0, 0.8]), "top_p": 0.9} | keys
+    drafted = torch.full((2, 2), -1)
+    for i in range(3):
+        got = mixture_verify([x[:, 4:] for x in text], weights, drafted, impl="triton", **asked)
+        want = mixture_verify([x[:, 4:] for x in text], weights, drafted, impl="reference", **asked)
+        assert got.accepted.tolist() == [i, i] and torch.equal(got.tokens, want.tokens)
+        drafted[:, i : i + 1] = got.tokens[:, i : i + 1]
 
 
 def test_offers_at_their_edges():
