@@ -7,13 +7,14 @@ import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from benchmarks.measure import Case, rotating
-from ensemw2s.ops import draw_seeds, mixture_log_probs, mixture_sample
+from ensemw2s.ops import draw_seeds, mixture_log_probs, mixture_sample, pack_mask, token_adjustments
 
 GREEDY, TOP_K_TOP_P = {"temperature": 0.0}, {"top_k": 50, "top_p": 0.9}
 SETTINGS = {
     "greedy": GREEDY,
     "top-k 50 + top-p 0.9": TOP_K_TOP_P,
     "top-p 0.9": {"top_p": 0.9},
+    "top-p 0.9 at 0.7": {"top_p": 0.9, "temperature": 0.7},
     "min-p 0.05": {"min_p": 0.05},
     "plain": {},
     "temperature 0.7": {"temperature": 0.7},
@@ -124,12 +125,38 @@ def test_settings_of_rows(benchmark, results, name, rows):
     assert ratios["settings of rows"] <= 1.1
 
 
+@pytest.mark.parametrize("rows", [8, 64])
+@pytest.mark.parametrize("name", ["greedy", "plain", "top-k 50 + top-p 0.9"])
+def test_offers(benchmark, results, name, rows):
+    """A grammar's mask, which allows most tokens as inside a string, and penalties over 1,000 seen tokens."""
+    size, experts, setting = 49152, 8, SETTINGS[name]
+    weights = torch.softmax(torch.randn(experts), 0)
+    keys = {"seeds": draw_seeds(rows), "positions": torch.zeros(rows, dtype=torch.int64)}
+    mask = pack_mask(torch.rand(rows, size) < 0.95)
+    text = torch.randint(0, size, (rows, 1000))
+    penalties = {"repetition_penalty": 1.1, "frequency_penalty": 0.1}
+    changes = token_adjustments(size, generated=text, **penalties)
+    bytes_read = experts * rows * size * 4
+    buffers = rotating(lambda: peaked(experts, rows, size), bytes_read)
+    variants = {
+        "op": lambda logits: mixture_sample(logits, weights, **setting, **keys),
+        "mask": lambda logits: mixture_sample(logits, weights, mask=mask, **setting, **keys),
+        "penalties": lambda logits: mixture_sample(logits, weights, adjustments=changes, **setting, **keys),
+        "penalties counted anew": lambda logits: mixture_sample(
+            logits, weights, adjustments=token_adjustments(size, generated=text, **penalties), **setting, **keys
+        ),
+        "read": lambda logits: [x.amax(-1) for x in logits],
+    }
+    case = Case("mixture_sample", f"{name}, offers", torch.float32, experts, rows, size, bytes_read)
+    results.compare(benchmark, case, variants, buffers, rounds=15)
+
+
 def test_host_time(benchmark, results):
     """What a call costs beside its reads: eight experts with hardly a token."""
     logits, weights = list(torch.randn(8, 1, 16)), torch.ones(8)
     keys = {"seeds": draw_seeds(1), "positions": torch.zeros(1, dtype=torch.int64)}
     of_rows = {"temperature": torch.ones(1), "top_k": torch.zeros(1, dtype=torch.int64)}
-    raw = (logits, weights, 1.0, 0, 1.0, 0.0, None, None, None, None, *keys.values(), 0, 0)
+    raw = (logits, weights, 1.0, 0, 1.0, 0.0, None, None, None, None, *keys.values(), 0, 0, None, None, None, None)
 
     def calls(call):
         return lambda _: [call() for _ in range(1000)]
