@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -328,9 +328,16 @@ def load_config(
 
 
 def read_settings(
-    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, quick: bool = False
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    quick: bool = False,
+    not_inherited: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Return the keys and values of a file after the overrides, unchecked; see `load_config`."""
+    """Return the keys and values of a file after the overrides, unchecked; see `load_config`.
+
+    Keys that are `not_inherited` count where the file itself has them, and not where its base does.
+    """
     if not os.fspath(path):
         raise ValueError("the name of the configuration is empty: give a YAML or JSON file, or the folder of a run")
     path = Path(path)
@@ -339,7 +346,7 @@ def read_settings(
     folder = absolute(path.parent if in_run else path) if in_run or path.is_dir() else None
     path = path if folder is None else folder / CONFIG_FILE
     require_file(path, "give a YAML or JSON file, or the folder of an earlier run")
-    settings = _parse_with_base(path)
+    settings = _parse_with_base(path, not_inherited)
     if folder is not None:
         # Wherever it was made.
         settings |= {"name": folder.name, "output_dir": str(folder.parent)}
@@ -545,7 +552,7 @@ def _culprit(kind: type, settings: Mapping[str, Any]) -> str:
     return ""
 
 
-def _parse_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _parse_with_base(path: Path, not_inherited: Collection[str], above: tuple[Path, ...] = ()) -> dict[str, Any]:
     settings = _parse(path)
     base = settings.pop("base", None)
     if base is None:
@@ -564,7 +571,8 @@ def _parse_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]
         raise ValueError(
             f"{path}: base: {base} is the {len(above)}th in a chain of bases: expected at most {_MOST_BASES}"
         )
-    return _parse_with_base(file, above) | settings
+    inherited = _parse_with_base(file, not_inherited, above)
+    return {key: value for key, value in inherited.items() if key not in not_inherited} | settings
 
 
 def _parse(path: Path) -> dict[str, Any]:
