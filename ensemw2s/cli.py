@@ -255,12 +255,12 @@ def _add_report(commands: Any) -> None:
         "pooled; others stand side by side. The page is written unless --plot is all that is asked of the paths.",
     )  # fmt: skip
     report.add_argument(
-        "paths", nargs="+", type=_text, metavar="PATH", help="folders of runs, or .jsonl files of studies"
+        "paths", nargs="+", type=_text, metavar="PATH", help="folders of runs or studies, or .jsonl files of studies"
     )
     report.add_argument(
         "--output",
         type=_text,
-        help="the HTML file (default: report.html in the first run's folder, or beside the first study)",
+        help="the HTML file (default: report.html in the first folder, or beside the first .jsonl file)",
     )
     report.add_argument("--plot", type=_text, metavar="FILE", help="draw the comparisons to this .svg or .png file")
     report.set_defaults(command=_report)

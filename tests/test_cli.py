@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,11 +78,17 @@ def test_a_study_is_reported_and_drawn(tmp_path: Path, capsys: pytest.CaptureFix
     write_json_lines(study, study_records(seeds=2, n=10))
     assert main(["report", str(study)]) == 0
     assert (tmp_path / "pair.html").exists()
+    folder = tmp_path / "my_study"
+    folder.mkdir()
+    shutil.copy(study, folder / "records.jsonl")
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.html").read_text() == (tmp_path / "pair.html").read_text()
     assert main(["report", str(study), "--plot", str(tmp_path / "a.svg")]) == 0
     assert main(["report", str(study), "--plot", str(tmp_path / "a.svg"), "--output", str(tmp_path / "b.html")]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"pair.jsonl", "pair.html", "a.svg", "b.html"}
+    assert {path.name for path in tmp_path.iterdir()} == {"pair.jsonl", "pair.html", "my_study", "a.svg", "b.html"}
     assert capsys.readouterr().out.split("\n") == [
-        str(tmp_path / "pair.html"), str(tmp_path / "a.svg"), str(tmp_path / "a.svg"), str(tmp_path / "b.html"), "",
+        str(tmp_path / "pair.html"), str(folder / "report.html"), str(tmp_path / "a.svg"), str(tmp_path / "a.svg"),
+        str(tmp_path / "b.html"), "",
     ]  # fmt: skip
 
 

@@ -51,6 +51,8 @@ _SOURCES = ("easy", "hard", "questions")
 _LONGEST_NAME = 200
 # The keys of a student that its trainer knows nothing of.
 _OF_ARM = ("teacher", "easy_answers")
+# What makes a file a study's; see `study.load_study`.
+_OF_STUDY = ("tasks", "seeds", "comparisons", "primary_split")
 _MOST_BASES = 20
 
 
@@ -321,10 +323,22 @@ def load_config(
 
     Raises:
         FileNotFoundError: no such file, or a folder that is no run.
-        ValueError: unparsable text, files that are each other's base, an unknown key (names the nearest one), a
-            missing key, or a bad value.
+        ValueError: unparsable text, files that are each other's base, a study in place of an experiment, an unknown key
+            (names the nearest one), a missing key, or a bad value.
     """
-    return build_config(read_settings(path, overrides, quick=quick))
+    settings = read_settings(path, overrides, quick=quick)
+    _refuse_study(path, settings, overrides)
+    return build_config(settings)
+
+
+def _refuse_study(path: str | os.PathLike[str], settings: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    overridden = {override.partition("=")[0] for override in overrides}
+    found = [key for key in _OF_STUDY if key in settings and key not in overridden]
+    if found:
+        raise ValueError(
+            f"{path} is a study, of many experiments, by its keys {', '.join(found)}: `ensemw2s study {path}` runs it. "
+            "Other commands take one experiment: its base, a file without these keys, or the folder of one of its cells"
+        )
 
 
 def read_settings(

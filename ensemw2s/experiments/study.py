@@ -25,6 +25,7 @@ from ensemw2s.runtime.claims import Kind, claim_shared, held_file
 from ensemw2s.runtime.files import read_json_lines, write_json_lines
 from ensemw2s.runtime.fingerprint import digest_json
 from ensemw2s.runtime.records import (
+    STUDY_FILE,
     TEST_SPLITS,
     AnswersRecord,
     ArmRecord,
@@ -142,7 +143,7 @@ class Study:
     ) -> None:
         self.config = config
         self.cells = list(config.cells())
-        self.file = Path(records) if records is not None else self.cells[0].config.folder.parent / "records.jsonl"
+        self.file = Path(records) if records is not None else self.cells[0].config.folder.parent / STUDY_FILE
         self.say = say
 
     def missing(self) -> list[Cell]:
@@ -246,7 +247,10 @@ def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     tasks, seeds = settings.pop("tasks", None), settings.pop("seeds", None)
     comparisons, split = settings.pop("comparisons", []), settings.pop("primary_split", "ood")
     if not isinstance(tasks, Mapping) or not tasks or not all(isinstance(task, Mapping) for task in tasks.values()):
-        raise ValueError(f"{path}: tasks must be a mapping of names to settings of an experiment, got {shown(tasks)}")
+        alone = " (one experiment without tasks is for `ensemw2s run`)" if tasks is None else ""
+        raise ValueError(
+            f"{path}: tasks must be a mapping of names to settings of an experiment, got {shown(tasks)}{alone}"
+        )
     if not isinstance(split, str) or split not in TEST_SPLITS:
         raise ValueError(f'{path}: primary_split must be "id" or "ood", got {shown(split)}')
     if not isinstance(settings.get("name"), str):

