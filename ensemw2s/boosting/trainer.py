@@ -17,7 +17,7 @@ from ensemw2s.boosting.config import BoostingConfig
 from ensemw2s.boosting.factory import ExpertFactory
 from ensemw2s.boosting.units import AnswerUnits, informative_tokens
 from ensemw2s.data.questions import check_disjoint, check_questions
-from ensemw2s.data.tokens import QuestionFormat, check_examples, tokenize_questions
+from ensemw2s.data.tokens import QuestionFormat, check_examples, checked_format, tokenize_questions
 from ensemw2s.ensemble.model import TokenEnsemble
 from ensemw2s.inference.measuring import measure
 from ensemw2s.inference.scoring import AnswerScores
@@ -86,7 +86,7 @@ class BoostingTrainer:
             same folder must be given as well) and `optimizer_cls_and_kwargs`.
 
     Raises:
-        TypeError: a `trainer_options` that is not passed on; says why.
+        TypeError: a `trainer_options` that is not passed on; says why. A `question_format` that is none.
         ValueError: bad data or settings; a `peft_config` whose adapters cannot be experts; settings that need
             validation questions without `eval_dataset`; a question in both datasets; too few models; an `output_dir`
             that belongs to another configuration.
@@ -127,7 +127,7 @@ class BoostingTrainer:
         require_eval_dataset(args, eval_dataset)
         self.args = args.for_training(adapters=peft_config is not None)
         self.peft_config = peft_config
-        self.question_format = question_format or QuestionFormat()
+        self.question_format = checked_format(question_format)
         self.model_init_kwargs = dict(model_init_kwargs or {})
         self.on_round = on_round or self._tell_round
         self.processing_class = tokenizer_for(self.models[0], processing_class)

@@ -288,6 +288,19 @@ class QuestionFormat:
         return prompt.read(list(ids)).removeprefix(self.answer_prefix)
 
 
+def checked_format(question_format: Any) -> QuestionFormat:
+    """Return a format that somebody gave, or the default one for None; TypeError for anything else."""
+    if question_format is None:
+        return QuestionFormat()
+    if not isinstance(question_format, QuestionFormat):
+        template = shown(question_format) if isinstance(question_format, str) else "'{prompt}='"
+        raise TypeError(
+            f"question_format is {shown(question_format)}, expected a QuestionFormat: give "
+            f"QuestionFormat(prompt_template={template}), with answer_prefix='' if nothing stands before the answer"
+        )
+    return question_format
+
+
 def described_format(described: Any, where: str) -> dict[str, Any] | None:
     """Return the checked description of a format (`QuestionFormat.describe`); `where` begins the error for another."""
     if described is None:
@@ -304,7 +317,11 @@ def format_of(model: Any, asked: QuestionFormat | None = None) -> QuestionFormat
     """Return the format `asked` for, or the one in which a model was trained by its configuration, or the default one.
 
     A format that is not the one in which the model was trained comes with a warning.
+
+    Raises:
+        TypeError: see `checked_format`.
     """
+    asked = None if asked is None else checked_format(asked)
     own = getattr(getattr(model, "config", None), "question_format", None)
     trained = None if own is None else QuestionFormat(**own)
     if None not in (asked, trained) and asked != trained:
@@ -323,8 +340,9 @@ def to_prompt_completion(answers: Any, question_format: QuestionFormat) -> Datas
     any; else they are texts, in which the template is filled and the prefix stands.
 
     Raises:
-        TypeError, ValueError: see `check_questions` and `QuestionFormat.input`.
+        TypeError, ValueError: see `check_questions`, `checked_format` and `QuestionFormat.input`.
     """
+    question_format = checked_format(question_format)
     rows = []
     for row in check_questions(answers, "answers"):
         completion: Any = question_format.answer_prefix + row["answer"]
@@ -361,13 +379,13 @@ def tokenize_questions(
         `id`, `input_ids` (list of int: prompt, answer, end token) and `prompt_length` (int: where the answer starts).
 
     Raises:
-        TypeError, ValueError: see `check_questions`; a tokenizer without an end token, an answer of no tokens or one
-            that the tokenizer changes, a prompt of no tokens, or more tokens than `question_format.max_length` (or the
-            tokenizer's `model_max_length`); names the row.
+        TypeError, ValueError: see `check_questions` and `checked_format`; a tokenizer without an end token, an answer
+            of no tokens or one that the tokenizer changes, a prompt of no tokens, or more tokens than
+            `question_format.max_length` (or the tokenizer's `model_max_length`); names the row.
     """
     from datasets import Dataset
 
-    question_format = question_format or QuestionFormat()
+    question_format = checked_format(question_format)
     rows = []
     for index, row in enumerate(check_questions(dataset, name)):
         place = f"{name}, id {row['id']}"

@@ -206,7 +206,9 @@ class CoBoostingTrainer:
             raise ValueError(f'args.recipe is {args.recipe!r}, expected "co_boosted": others need BoostingTrainer')
         _check_strong(strong)
         if not isinstance(labelling, LabellingConfig | None):
-            raise TypeError(f"labelling is {shown(labelling)}, expected a LabellingConfig(max_new_tokens=32), for example")
+            raise TypeError(
+                f"labelling is {shown(labelling)}, expected a LabellingConfig(max_new_tokens=32), for example"
+            )
         self.model, self.strong, self.args = model, strong, args
         self.labelling = labelling or LabellingConfig()
         self.store, self._on_round, self._options = store, on_round, options

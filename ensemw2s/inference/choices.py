@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from ensemw2s import ops
 from ensemw2s.data.batches import by_length, pad_prompts
 from ensemw2s.data.questions import check_questions, warn_of_unknown
-from ensemw2s.data.tokens import QuestionFormat, answer_with_end, fitted_prompt
+from ensemw2s.data.tokens import QuestionFormat, answer_with_end, checked_format, fitted_prompt
 from ensemw2s.inference.decoding import run_experts
 from ensemw2s.models.mixture import Mixture, OneModel, damaged, expert_names, is_mixture, refuse_damaged
 from ensemw2s.runtime import processes
@@ -121,6 +121,9 @@ class ChoiceSettings:
     length_normalised: bool = False
     batch_size: int = 32
     description: str | None = None
+
+    def __post_init__(self) -> None:
+        checked_format(self.question_format)
 
 
 def score_choices(

@@ -17,7 +17,7 @@ from ensemw2s import ops
 from ensemw2s.data.batches import batches_by_length, pad_prompts
 from ensemw2s.data.questions import check_questions
 from ensemw2s.data.shapes import dataset_of
-from ensemw2s.data.tokens import QuestionFormat, end_tokens, require_readable, tokenize_prompts
+from ensemw2s.data.tokens import QuestionFormat, checked_format, end_tokens, require_readable, tokenize_prompts
 from ensemw2s.inference.choices import choose_answers, tokenize_choices
 from ensemw2s.inference.decoding import MixtureDecoder, Sampling, require_plain, require_tokenizer, require_valid
 from ensemw2s.inference.label_files import TOP_COLUMNS, LabelFile
@@ -64,6 +64,7 @@ class LabelSettings:
     top_temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        checked_format(self.question_format)
         check_number("max_new_tokens", self.max_new_tokens, whole=True)
         check_number("batch_size", self.batch_size, whole=True)
         if self.top_logprobs is not None:
