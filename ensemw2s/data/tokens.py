@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from ensemw2s.data.questions import check_questions, warn_of_unknown
+from ensemw2s.data.questions import check_questions, row_name, warn_of_unknown
 from ensemw2s.data.shapes import Prompt, as_dataset, dataset_of
 from ensemw2s.runtime.values import check_fields, shown, shown_names
 
@@ -386,9 +386,10 @@ def tokenize_questions(
     from datasets import Dataset
 
     question_format = checked_format(question_format)
-    rows = []
+    rows, row_names = [], []
     for index, row in enumerate(check_questions(dataset, name)):
-        place = f"{name}, id {row['id']}"
+        row_names.append(row_name(row, index))
+        place = f"{name}, {row_names[-1]}"
         prompt = question_format.prompt(row["prompt"], processing_class)
         if answer_ids is None:
             answer = answer_with_end(row["answer"], prompt, question_format, place)
@@ -398,8 +399,8 @@ def tokenize_questions(
                 raise ValueError(f"{place}: the answer {shown(row['answer'])} has no tokens in answer_ids")
         ids = fitted_prompt(prompt, len(answer), question_format, place)
         rows.append({"id": row["id"], "input_ids": [*ids, *answer], "prompt_length": len(ids)})
-    answers = ((row["id"], row["input_ids"][row["prompt_length"] :]) for row in rows)
-    warn_of_unknown(answers, processing_class, name)
+    answers = (row["input_ids"][row["prompt_length"] :] for row in rows)
+    warn_of_unknown(zip(row_names, answers, strict=True), processing_class, name)
     return Dataset.from_list(rows)
 
 
@@ -461,9 +462,9 @@ def tokenize_prompts(
     """
     _end_token(processing_class)
     rows = []
-    for row in check_questions(dataset, name, answered=False):
+    for index, row in enumerate(check_questions(dataset, name, answered=False)):
         prompt = question_format.prompt(row["prompt"], processing_class)
-        ids, _ = _cut_prompt(prompt, answer_length, question_format, f"{name}, id {row['id']}")
+        ids, _ = _cut_prompt(prompt, answer_length, question_format, f"{name}, {row_name(row, index)}")
         rows.append({"id": row["id"], "input_ids": ids})
     return dataset_of(rows, name)
 
@@ -519,7 +520,7 @@ def check_examples(examples: Any, name: str) -> Dataset:
     for what, bad in (("answer", answer_lengths(examples) < 1), ("prompt", starts < 1)):
         if bad.any():
             row = int(bad.argmax())
-            label = f"id {examples[row]['id']}" if "id" in examples.column_names else f"row {row}"
+            label = row_name(examples[row], row) if "id" in examples.column_names else f"row {row}"
             raise ValueError(
                 f"{name}, {label}: the {what} has no tokens (prompt_length {starts[row]} of "
                 f"{len(examples[row]['input_ids'])} tokens): leave the row out"
