@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ensemw2s.cli import main
+from ensemw2s.cli import EXAMPLES, main
 from ensemw2s.experiments import experiment
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.files import write_json_lines
@@ -66,6 +67,47 @@ def test_overrides_may_stand_before_and_behind_options(tmp_path: Path, capsys: p
 def test_a_missing_config_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "nowhere.yaml"]) == 2
     assert "nowhere.yaml does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["run", "a.yaml", "--seed", "1"], "seed=1"),
+        (["run", "--seed", "1", "a.yaml"], "seed=1"),
+        (["plan", "a.yaml", "--output-dir=there", "--seed"], "output_dir=there seed=VALUE"),
+        (["study", "a.yaml", "--seeds", "3"], "seeds=3"),
+        (["run", "a.yaml", "--boosting.num_rounds", "5"], "boosting.num_rounds=5"),
+        (
+            ["run", "a.yaml", "--num_rounds=5", "--max-new-tokens", "8"],
+            "boosting.num_rounds=5 labelling.max_new_tokens=8",
+        ),
+        (["boost", "a.yaml", "--learning-rate", "1e-3"], "boosting.learning_rate=1e-3 or student.learning_rate=1e-3"),
+    ],
+)
+def test_a_setting_that_is_written_as_an_option_is_told_from_one(
+    words: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert said.endswith(f". Settings of the configuration are given without dashes, as KEY=VALUE: {meant}")
+
+
+@pytest.mark.parametrize(
+    "words", [["run", "a.yaml", "--sed", "1"], ["run", "a.yaml", "--seeds"], ["env", "--seed", "1"]]
+)
+def test_other_options_are_refused_without_that_hint(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "unrecognized arguments" in (said := capsys.readouterr().err) and "KEY=VALUE" not in said
+
+
+def test_the_page_on_the_command_line_has_every_exit_code() -> None:
+    codes = re.findall(r"(?:^  |; )([0-9]+) ", EXAMPLES.partition("exit codes:")[2], flags=re.MULTILINE)
+    page = Path(__file__).parents[1] / "docs" / "reference" / "command-line.md"
+    assert codes == ["0", "1", "2", "130", "141"]
+    assert re.findall(r"^\| ([0-9]+) \|", page.read_text(), flags=re.MULTILINE) == codes
 
 
 def test_a_phase_alone_needs_the_ones_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

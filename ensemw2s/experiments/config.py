@@ -534,6 +534,21 @@ def settable(kind: type) -> list[str]:
     return [f.name for f in dataclasses.fields(kind) if f.init and f.name not in ("output_dir", "seed", "overwrite")]
 
 
+def keys_called(name: str, *, study: bool = False) -> list[str]:
+    """Return the dotted keys of an experiment, or of a study, that are called `name`, in any of its sections."""
+    sections = {"": {f.name for f in dataclasses.fields(ExperimentConfig)} | set(_OF_STUDY if study else ())}
+    sections |= {"boosting": set(settable(BoostingConfig)), "student": set(settable(StudentConfig))}
+    sections |= {
+        key: {f.name for f in dataclasses.fields(kind)} for key, kind in _NESTED.items() if key in sections[""]
+    }
+    if study:
+        sections[""] -= {"seed", "task"}
+    section, _, last = name.rpartition(".")
+    if section:
+        return [name] if last in sections.get(section, ()) else []
+    return [f"{section}.{name}".lstrip(".") for section, keys in sections.items() if name in keys]
+
+
 @contextmanager
 def _checked(prefix: str, kind: type, settings: Mapping[str, Any]) -> Iterator[None]:
     """Check the keys and values of a section, from which the block then builds arguments; see `_named`."""
