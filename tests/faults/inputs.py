@@ -812,7 +812,7 @@ _COMMANDS: list[tuple[list[str], str]] = [
     (["report"], "the following arguments are required: PATH"),
     (["report", ""], "must not be empty"),
     (["report", "{folder}/study"], "results.jsonl does not exist"),
-    (["report", "{config}"], "line 1 is not valid JSON"),
+    (["report", "{config}"], "is no file of records"),
     (["report", "{records}", "--output", ""], "argument --output: must not be empty"),
     (["report", "{records}", "--output", "{folder}"], "A folder is where a file should be"),
     (["report", "{records}", "--output", "{records}/a.html"], "A file is where a folder should be"),
