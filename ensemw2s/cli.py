@@ -162,10 +162,28 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     # argparse stops collecting key=value words at the first option; those behind it are meant the same way.
     if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(options, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        hint = _meant_settings(options, arguments, rest)
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:
         options.overrides += rest
     return options
+
+
+def _meant_settings(options: argparse.Namespace, arguments: Sequence[str], rest: Sequence[str]) -> str:
+    """Say how settings are given that somebody wrote as options; "" where no option has the name of a setting."""
+    words = [word for word in rest if word.startswith("--") and hasattr(options, "overrides")]
+    if not words:
+        return ""
+    from ensemw2s.experiments.config import keys_called
+
+    meant = []
+    for word in words:
+        name, _, value = word[2:].partition("=")
+        behind = [*arguments[arguments.index(word) + 1 :], "VALUE"][0] if word in arguments else "VALUE"
+        value = value or ("VALUE" if behind.startswith("-") or "=" in behind else behind)
+        keys = keys_called(name.replace("-", "_"), study=options.command is _study)
+        meant += [" or ".join(f"{key}={value}" for key in keys)] if keys else []
+    return f". Settings of the configuration are given without dashes, as KEY=VALUE: {' '.join(meant)}" if meant else ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -255,12 +273,12 @@ def _add_report(commands: Any) -> None:
         "pooled; others stand side by side. The page is written unless --plot is all that is asked of the paths.",
     )  # fmt: skip
     report.add_argument(
-        "paths", nargs="+", type=_text, metavar="PATH", help="folders of runs, or .jsonl files of studies"
+        "paths", nargs="+", type=_text, metavar="PATH", help="folders of runs or studies, or .jsonl files of studies"
     )
     report.add_argument(
         "--output",
         type=_text,
-        help="the HTML file (default: report.html in the first run's folder, or beside the first study)",
+        help="the HTML file (default: report.html in the first folder, or beside the first .jsonl file)",
     )
     report.add_argument("--plot", type=_text, metavar="FILE", help="draw the comparisons to this .svg or .png file")
     report.set_defaults(command=_report)

@@ -6,6 +6,8 @@ import contextlib
 import errno
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ensemw2s.cli import main
+from ensemw2s.cli import EXAMPLES, main
 from ensemw2s.experiments import experiment
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.files import write_json_lines
@@ -67,6 +69,47 @@ def test_a_missing_config_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere.yaml does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["run", "a.yaml", "--seed", "1"], "seed=1"),
+        (["run", "--seed", "1", "a.yaml"], "seed=1"),
+        (["plan", "a.yaml", "--output-dir=there", "--seed"], "output_dir=there seed=VALUE"),
+        (["study", "a.yaml", "--seeds", "3"], "seeds=3"),
+        (["run", "a.yaml", "--boosting.num_rounds", "5"], "boosting.num_rounds=5"),
+        (
+            ["run", "a.yaml", "--num_rounds=5", "--max-new-tokens", "8"],
+            "boosting.num_rounds=5 labelling.max_new_tokens=8",
+        ),
+        (["boost", "a.yaml", "--learning-rate", "1e-3"], "boosting.learning_rate=1e-3 or student.learning_rate=1e-3"),
+    ],
+)
+def test_a_setting_that_is_written_as_an_option_is_told_from_one(
+    words: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert said.endswith(f". Settings of the configuration are given without dashes, as KEY=VALUE: {meant}")
+
+
+@pytest.mark.parametrize(
+    "words", [["run", "a.yaml", "--sed", "1"], ["run", "a.yaml", "--seeds"], ["env", "--seed", "1"]]
+)
+def test_other_options_are_refused_without_that_hint(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "unrecognized arguments" in (said := capsys.readouterr().err) and "KEY=VALUE" not in said
+
+
+def test_the_page_on_the_command_line_has_every_exit_code() -> None:
+    codes = re.findall(r"(?:^  |; )([0-9]+) ", EXAMPLES.partition("exit codes:")[2], flags=re.MULTILINE)
+    page = Path(__file__).parents[1] / "docs" / "reference" / "command-line.md"
+    assert codes == ["0", "1", "2", "130", "141"]
+    assert re.findall(r"^\| ([0-9]+) \|", page.read_text(), flags=re.MULTILINE) == codes
+
+
 def test_a_phase_alone_needs_the_ones_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["label", write(tmp_path, settings(tmp_path))]) == 2
     assert "run data first" in capsys.readouterr().err
@@ -77,11 +120,17 @@ def test_a_study_is_reported_and_drawn(tmp_path: Path, capsys: pytest.CaptureFix
     write_json_lines(study, study_records(seeds=2, n=10))
     assert main(["report", str(study)]) == 0
     assert (tmp_path / "pair.html").exists()
+    folder = tmp_path / "my_study"
+    folder.mkdir()
+    shutil.copy(study, folder / "records.jsonl")
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.html").read_text() == (tmp_path / "pair.html").read_text()
     assert main(["report", str(study), "--plot", str(tmp_path / "a.svg")]) == 0
     assert main(["report", str(study), "--plot", str(tmp_path / "a.svg"), "--output", str(tmp_path / "b.html")]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"pair.jsonl", "pair.html", "a.svg", "b.html"}
+    assert {path.name for path in tmp_path.iterdir()} == {"pair.jsonl", "pair.html", "my_study", "a.svg", "b.html"}
     assert capsys.readouterr().out.split("\n") == [
-        str(tmp_path / "pair.html"), str(tmp_path / "a.svg"), str(tmp_path / "a.svg"), str(tmp_path / "b.html"), "",
+        str(tmp_path / "pair.html"), str(folder / "report.html"), str(tmp_path / "a.svg"), str(tmp_path / "a.svg"),
+        str(tmp_path / "b.html"), "",
     ]  # fmt: skip
 
 

@@ -65,8 +65,8 @@ class BoostingConfig(AnswerTrainingArguments):
         prior: "pretrained" (the paper: the error of the model before fine-tuning), "uniform" (SAMME) or a number in
             (0, 1).
         num_classes: K for prior="uniform"; None takes the size of the vocabulary.
-        unit: what shares one weight: "token", "window" or "sequence".
-        window: tokens in a window, for unit="window".
+        unit: what shares one weight: "token", "window" (of as many tokens as `window` says) or "sequence".
+        window: tokens in a window, at least 1, which unit="window" needs.
         combine: how the ensemble combines distributions: "prob", "logprob" or "vote".
         effective_sample_size_floor: an update goes only so far (its shrinkage is lowered) that the effective sample
             size of the weights stays at this share of the units, in (0, 1); 0 is no floor.

@@ -17,14 +17,15 @@ from ensemw2s.boosting.config import BoostingConfig
 from ensemw2s.boosting.factory import ExpertFactory
 from ensemw2s.boosting.units import AnswerUnits, informative_tokens
 from ensemw2s.data.questions import check_disjoint, check_questions
-from ensemw2s.data.tokens import QuestionFormat, check_examples, tokenize_questions
+from ensemw2s.data.tokens import QuestionFormat, check_examples, checked_format, tokenize_questions
 from ensemw2s.ensemble.model import TokenEnsemble
 from ensemw2s.inference.measuring import measure
 from ensemw2s.inference.scoring import AnswerScores
 from ensemw2s.models.adapters import check_peft_config
 from ensemw2s.models.identity import describe_model
 from ensemw2s.models.loading import tokenizer_for
-from ensemw2s.models.own_files import refuse_others, withdraw
+from ensemw2s.models.own_files import refuse_others, whole, withdraw
+from ensemw2s.models.saved import read_settings
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.claims import Kind, claimed, description_of
 from ensemw2s.runtime.console import say
@@ -85,7 +86,7 @@ class BoostingTrainer:
             same folder must be given as well) and `optimizer_cls_and_kwargs`.
 
     Raises:
-        TypeError: a `trainer_options` that is not passed on; says why.
+        TypeError: a `trainer_options` that is not passed on; says why. A `question_format` that is none.
         ValueError: bad data or settings; a `peft_config` whose adapters cannot be experts; settings that need
             validation questions without `eval_dataset`; a question in both datasets; too few models; an `output_dir`
             that belongs to another configuration.
@@ -126,7 +127,7 @@ class BoostingTrainer:
         require_eval_dataset(args, eval_dataset)
         self.args = args.for_training(adapters=peft_config is not None)
         self.peft_config = peft_config
-        self.question_format = question_format or QuestionFormat()
+        self.question_format = checked_format(question_format)
         self.model_init_kwargs = dict(model_init_kwargs or {})
         self.on_round = on_round or self._tell_round
         self.processing_class = tokenizer_for(self.models[0], processing_class)
@@ -189,6 +190,9 @@ class BoostingTrainer:
         """Run or continue the rounds, save the ensemble of the accepted experts, and return it.
 
         It is saved with tokenizer and `record()` in the folder `save_to`; None is `ensemble` in `args.output_dir`.
+        An ensemble that an earlier call has saved there is replaced, with a warning if it has more experts. So it is
+        with fewer `num_rounds` than before: further rounds stay in `args.output_dir`, and a call with as many rounds as
+        then finds them there and saves the larger ensemble again.
 
         Raises:
             FileExistsError: another model is where the ensemble would be saved; nothing is trained.
@@ -218,9 +222,32 @@ class BoostingTrainer:
             if self.stop_reason and self.on_round == self._tell_round:
                 warnings.warn(f"{self.stop_reason}. The ensemble has {len(self._accepted())} experts", stacklevel=2)
             ensemble = self._ensemble()
+            if shrinks := processes.on_main(self._shrinks, Path(place), ensemble.num_experts):
+                warnings.warn(shrinks, stacklevel=2)
             saved_with = {"processing_class": self.processing_class, "record": self.record()}
             processes.on_main(ensemble.save_pretrained, place, **saved_with)
             return ensemble
+
+    def _shrinks(self, place: Path, count: int) -> str | None:
+        """Say that the ensemble saved in `place` has more experts than the `count` of the one to be saved; or None."""
+        if not refuse_others(place, "ensemble"):
+            return None
+        try:
+            before = len(read_settings(whole(place.expanduser()) / "config.json", "the ensemble")["expert_weights"])
+        except (OSError, ValueError, KeyError, TypeError):
+            # One that is damaged is replaced as any other.
+            return None
+        if before <= count:
+            return None
+        last = max(int(file.parts[-3]) for file in self.folder.glob("rounds/*/attempt-*/record.json"))
+        kept = (
+            f". Rounds {self.args.num_rounds + 1} to {last} stay in {self.folder / 'rounds'}: train() with "
+            f"num_rounds={last} finds them there and saves all of them again"
+        )
+        return (
+            f"the ensemble of {before} experts in {place} is replaced by one of {count}"
+            f"{kept if last > self.args.num_rounds else ''}"
+        )
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
         """Return `eval_accuracy`, `eval_token_error` and `eval_loss` of the trained ensemble; see `measuring.measure`.

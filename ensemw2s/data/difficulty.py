@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ensemw2s.data.questions import check_disjoint, check_questions, question_key
+from ensemw2s.data.questions import check_disjoint, check_questions, question_key, row_name
 from ensemw2s.runtime.fingerprint import digest_json
 from ensemw2s.runtime.values import check_number, is_finite_number, shown, shown_names
 
@@ -153,10 +153,10 @@ def _difficulties(questions: Dataset) -> np.ndarray:
             f"the questions have no column 'difficulty', only {shown_names(questions.column_names)}: rate them with "
             "rate_difficulty (in an experiment: data.difficulty.folds=5), or map yours with check_questions"
         )
-    for row in questions.select_columns(["id", "difficulty"]):
+    for index, row in enumerate(questions.select_columns(["id", "prompt", "difficulty"])):
         if not is_finite_number(row["difficulty"]):
             raise ValueError(
-                f"questions, id {row['id']:.60}: difficulty is {shown(row['difficulty'])}, expected a finite number. "
-                "Fill it in, or leave the row out"
+                f"questions, {row_name(row, index)}: difficulty is {shown(row['difficulty'])}, expected a finite "
+                "number. Fill it in, or leave the row out"
             )
     return np.array(questions["difficulty"], dtype=np.float64)

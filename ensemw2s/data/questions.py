@@ -41,6 +41,12 @@ _UNANSWERED = (
 _OPTIONS = ("columns", "schema", "context", "choices", "binary", "prompt_regex")
 # A generator is asked for this many batches of questions before its distinct prompts count as exhausted.
 _MAX_TRIES = 8
+# What `_content_ids` makes; nobody knows a row by it.
+_MADE_UP = re.compile(r"[0-9a-f]{16}(-[0-9]+)?")
+_LETTERS_OF_PROMPT = 40
+# Of a text that stands for a choice: its letter, or its place.
+_FOR_A_CHOICE = re.compile(r"\(?([A-Za-z]|[0-9]{1,2})[.)]?")
+_TEXT_OF_CHOICE = "a letter or an index has to become the text of the choice itself"
 
 
 def load_questions(
@@ -170,6 +176,7 @@ def _read_json(path: Path) -> Dataset:
 def _read_csv(path: Path) -> Dataset:
     """Read every field as text: a reader that guesses types turns the answer 007 into 7."""
     text = read_text(path)
+    _require_commas(path, text.partition("\n")[0].strip())
     # A prompt may be as long as the file, which is in memory already.
     limit = csv.field_size_limit(max(len(text), 1))
     try:
@@ -187,6 +194,15 @@ def _read_csv(path: Path) -> Dataset:
         if None in row:
             raise ValueError(f"{path}, row {index} has more fields than the header: quote fields that contain a comma")
     return dataset_of(rows, str(path))
+
+
+def _require_commas(path: Path, header: str) -> None:
+    found = [mark for mark in (";", "\t", "|") if mark in header]
+    if found and "," not in header:
+        raise ValueError(
+            f"{path}: its first line {shown(header)} has {shown(found[0])} where commas are expected: write the file "
+            f"with commas, e.g. by pandas.read_csv(file, sep={shown(found[0])}, dtype=str).to_csv(file, index=False)"
+        )
 
 
 def _read_parquet(path: Path) -> Dataset:
@@ -333,7 +349,7 @@ def check_questions(
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(
                     f"{name}, row {index}: {column} is {shown(value)}, expected text that is not empty"
-                    + (": make numbers text, with str()" if isinstance(value, numbers.Number) else "")
+                    + (_remedy_of_number(column, dataset) if isinstance(value, numbers.Number) else "")
                 )
     if "id" not in dataset.column_names:
         dataset = dataset.add_column("id", _numbered(_content_ids(dataset)))
@@ -346,6 +362,15 @@ def check_questions(
     if "choices" in dataset.column_names:
         check_choices(dataset, name)
     return dataset
+
+
+def row_name(row: Mapping[str, Any], index: int) -> str:
+    """Return how errors name a row of checked questions: by its id, or by its place and prompt if we made the id up."""
+    if not _MADE_UP.fullmatch(str(row["id"])):
+        return f"id {row['id']!s:.60}"
+    prompt = row.get("prompt")
+    text = prompt[-1]["content"] if isinstance(prompt, list) else prompt
+    return f"row {index}" if text is None else f"row {index} ({shown(text[:_LETTERS_OF_PROMPT])})"
 
 
 def _checked_id(value: Any, place: str) -> str:
@@ -361,11 +386,11 @@ def check_choices(dataset: Dataset, name: str) -> None:
 
     Raises:
         ValueError: choices that are no list of texts, fewer than 2 of them, one of them empty or there twice, or an
-            answer that is not among them; names the row by its `id`.
+            answer that is not among them; names the row as `row_name` does.
     """
-    columns = [column for column in ("id", "choices", "answer") if column in dataset.column_names]
-    for row in dataset.select_columns(columns):
-        choices, place = row["choices"], f"{name}, id {row['id']!s:.60}"
+    columns = [column for column in ("id", "prompt", "choices", "answer") if column in dataset.column_names]
+    for index, row in enumerate(dataset.select_columns(columns)):
+        choices, place = row["choices"], f"{name}, {row_name(row, index)}"
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
             raise ValueError(
                 f"{place}: choices is {shown(choices)}, expected a list of texts. Fill it in every row, or remove the "
@@ -381,8 +406,14 @@ def check_choices(dataset: Dataset, name: str) -> None:
         if row.get("answer", choices[0]) not in choices:
             raise ValueError(
                 f"{place}: the answer {shown(row['answer'])} is not among the choices {shown(choices)}: write it "
-                "exactly as there"
+                f"exactly as there{f'; {_TEXT_OF_CHOICE}' if _FOR_A_CHOICE.fullmatch(row['answer'].strip()) else ''}"
             )
+
+
+def _remedy_of_number(column: str, dataset: Dataset) -> str:
+    if column == "answer" and "choices" in dataset.column_names:
+        return f": {_TEXT_OF_CHOICE}"
+    return ": make numbers text, with str()"
 
 
 def _content_id(*parts: Any) -> str:
@@ -469,15 +500,15 @@ def split_questions(dataset: Any, sizes: Mapping[str, int], seed: int = 0) -> Da
 def warn_of_unknown(
     answers: Iterable[tuple[str, Sequence[int]]], processing_class: PreTrainedTokenizerBase, name: str
 ) -> None:
-    """Warn of answers, given as ids and tokens, with letters that the tokenizer does not know."""
+    """Warn of answers, given as names of their rows (`row_name`) and tokens, with letters that no token stands for."""
     token = processing_class.unk_token_id
     # In some tokenizers it is the end token too.
     last = -1 if token == processing_class.eos_token_id else None
-    unknown = [row_id for row_id, ids in answers if token in ids[:last]]
+    unknown = [row for row, ids in answers if token in ids[:last]]
     if unknown:
         warnings.warn(
             f"{name}: {len(unknown)} answers have letters that this tokenizer does not know, the first of them that of "
-            f"id {unknown[0]}. They become {processing_class.unk_token!r}, which says nothing: leave these rows out, "
+            f"{unknown[0]}. They become {processing_class.unk_token!r}, which says nothing: leave these rows out, "
             "or use another tokenizer",
             stacklevel=3,
         )

@@ -102,7 +102,9 @@ def _renamed(dataset: Dataset, columns: Mapping[str, str], name: str) -> Dataset
         )
     for ours, theirs in columns.items():
         if ours not in COLUMNS:
-            raise ValueError(f"columns: {shown(ours)} is none of our columns {', '.join(COLUMNS)}")
+            turned = f': our names come first, {{"{theirs}": "{ours!s:.60}"}} ({theirs}={ours!s:.60} in --columns)'
+            hint = turned if theirs in COLUMNS else ""
+            raise ValueError(f"columns: {shown(ours)} is none of our columns {', '.join(COLUMNS)}{hint}")
         if theirs not in dataset.column_names:
             raise ValueError(
                 f"{name} has no column {shown(theirs)} (for {ours}); its columns are "

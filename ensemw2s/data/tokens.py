@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from ensemw2s.data.questions import check_questions, warn_of_unknown
+from ensemw2s.data.questions import check_questions, row_name, warn_of_unknown
 from ensemw2s.data.shapes import Prompt, as_dataset, dataset_of
 from ensemw2s.runtime.values import check_fields, shown, shown_names
 
@@ -290,6 +290,19 @@ class QuestionFormat:
         return prompt.read(list(ids)).removeprefix(self.answer_prefix)
 
 
+def checked_format(question_format: Any) -> QuestionFormat:
+    """Return a format that somebody gave, or the default one for None; TypeError for anything else."""
+    if question_format is None:
+        return QuestionFormat()
+    if not isinstance(question_format, QuestionFormat):
+        template = shown(question_format) if isinstance(question_format, str) else "'{prompt}='"
+        raise TypeError(
+            f"question_format is {shown(question_format)}, expected a QuestionFormat: give "
+            f"QuestionFormat(prompt_template={template}), with answer_prefix='' if nothing stands before the answer"
+        )
+    return question_format
+
+
 def described_format(described: Any, where: str) -> dict[str, Any] | None:
     """Return the checked description of a format (`QuestionFormat.describe`); `where` begins the error for another."""
     if described is None:
@@ -306,7 +319,11 @@ def format_of(model: Any, asked: QuestionFormat | None = None) -> QuestionFormat
     """Return the format `asked` for, or the one in which a model was trained by its configuration, or the default one.
 
     A format that is not the one in which the model was trained comes with a warning.
+
+    Raises:
+        TypeError: see `checked_format`.
     """
+    asked = None if asked is None else checked_format(asked)
     own = getattr(getattr(model, "config", None), "question_format", None)
     trained = None if own is None else QuestionFormat(**own)
     if None not in (asked, trained) and asked != trained:
@@ -345,8 +362,9 @@ def to_prompt_completion(answers: Any, question_format: QuestionFormat) -> Datas
     any; else they are texts, in which the template is filled and the prefix stands.
 
     Raises:
-        TypeError, ValueError: see `check_questions` and `QuestionFormat.input`.
+        TypeError, ValueError: see `check_questions`, `checked_format` and `QuestionFormat.input`.
     """
+    question_format = checked_format(question_format)
     rows = []
     for row in check_questions(answers, "answers"):
         completion: Any = question_format.answer_prefix + row["answer"]
@@ -383,16 +401,17 @@ def tokenize_questions(
         `id`, `input_ids` (list of int: prompt, answer, end token) and `prompt_length` (int: where the answer starts).
 
     Raises:
-        TypeError, ValueError: see `check_questions`; a tokenizer without an end token, an answer of no tokens or one
-            that the tokenizer changes, a prompt of no tokens, or more tokens than `question_format.max_length` (or the
-            tokenizer's `model_max_length`); names the row.
+        TypeError, ValueError: see `check_questions` and `checked_format`; a tokenizer without an end token, an answer
+            of no tokens or one that the tokenizer changes, a prompt of no tokens, or more tokens than
+            `question_format.max_length` (or the tokenizer's `model_max_length`); names the row.
     """
     from datasets import Dataset
 
-    question_format = question_format or QuestionFormat()
-    rows = []
+    question_format = checked_format(question_format)
+    rows, row_names = [], []
     for index, row in enumerate(check_questions(dataset, name)):
-        place = f"{name}, id {row['id']}"
+        row_names.append(row_name(row, index))
+        place = f"{name}, {row_names[-1]}"
         prompt = question_format.prompt(row["prompt"], processing_class)
         if answer_ids is None:
             answer = answer_with_end(row["answer"], prompt, question_format, place)
@@ -402,8 +421,8 @@ def tokenize_questions(
                 raise ValueError(f"{place}: the answer {shown(row['answer'])} has no tokens in answer_ids")
         ids = fitted_prompt(prompt, len(answer), question_format, place)
         rows.append({"id": row["id"], "input_ids": [*ids, *answer], "prompt_length": len(ids)})
-    answers = ((row["id"], row["input_ids"][row["prompt_length"] :]) for row in rows)
-    warn_of_unknown(answers, processing_class, name)
+    answers = (row["input_ids"][row["prompt_length"] :] for row in rows)
+    warn_of_unknown(zip(row_names, answers, strict=True), processing_class, name)
     return Dataset.from_list(rows)
 
 
@@ -465,9 +484,9 @@ def tokenize_prompts(
     """
     _end_token(processing_class)
     rows = []
-    for row in check_questions(dataset, name, answered=False):
+    for index, row in enumerate(check_questions(dataset, name, answered=False)):
         prompt = question_format.prompt(row["prompt"], processing_class)
-        ids, _ = _cut_prompt(prompt, answer_length, question_format, f"{name}, id {row['id']}")
+        ids, _ = _cut_prompt(prompt, answer_length, question_format, f"{name}, {row_name(row, index)}")
         rows.append({"id": row["id"], "input_ids": ids})
     return dataset_of(rows, name)
 
@@ -523,7 +542,7 @@ def check_examples(examples: Any, name: str) -> Dataset:
     for what, bad in (("answer", answer_lengths(examples) < 1), ("prompt", starts < 1)):
         if bad.any():
             row = int(bad.argmax())
-            label = f"id {examples[row]['id']}" if "id" in examples.column_names else f"row {row}"
+            label = row_name(examples[row], row) if "id" in examples.column_names else f"row {row}"
             raise ValueError(
                 f"{name}, {label}: the {what} has no tokens (prompt_length {starts[row]} of "
                 f"{len(examples[row]['input_ids'])} tokens): leave the row out"

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ensemw2s import ops
-from ensemw2s.data.tokens import QuestionFormat, format_of
+from ensemw2s.data.tokens import QuestionFormat, checked_format, format_of
 from ensemw2s.ensemble.cache import EnsembleCache
 from ensemw2s.ensemble.config import EnsembleConfig
 from ensemw2s.ensemble.experts import AdapterExperts, ModelExperts, context_lengths
@@ -188,7 +188,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
 
     @question_format.setter
     def question_format(self, question_format: QuestionFormat) -> None:
-        self.config.question_format = question_format.describe()
+        self.config.question_format = checked_format(question_format).describe()
 
     def mixture_weights(self, device: torch.device | None = None) -> torch.Tensor:
         """Return the expert weights as float32 [T] on `device`, not normalised."""

@@ -41,10 +41,11 @@ from ensemw2s.runtime.files import (
 from ensemw2s.runtime.fingerprint import digest_columns
 from ensemw2s.runtime.meter import Ledger, total
 from ensemw2s.runtime.store import Store
-from ensemw2s.student.relabel import enough_agree
+from ensemw2s.runtime.values import shown
+from ensemw2s.student.relabel import enough_agree, enough_in_words
 from ensemw2s.student.trainer import StudentConfig, StudentTrainer
 from ensemw2s.training.arguments import require_arguments
-from ensemw2s.training.fine_tune import PRESENTATION
+from ensemw2s.training.fine_tune import PRESENTATION, TrainingCost
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -68,6 +69,7 @@ class StrongModel:
         model_init_kwargs: passed on to `loading.load_model`.
 
     Raises:
+        TypeError: `args` that are no `StudentConfig`.
         ValueError: `args` without `relabel`, or with a variant, a filter or rounds that a judge has no use for.
     """
 
@@ -78,6 +80,7 @@ class StrongModel:
     model_init_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        require_arguments("StrongModel", self.args, StudentConfig)
         wanted = {"relabel": "cross_fit", "relabel_keep": "agree", "relabel_rounds": 1, "variant": "sft"}
         wanted |= {"min_confidence": None, "keep_fraction": None, "keep_unfinished": False}
         for name, value in wanted.items():
@@ -171,15 +174,19 @@ class CoBoostingTrainer:
         train_dataset: easy questions with answers, as in `BoostingTrainer`.
         unlabelled: hard questions, columns `prompt` and optionally `id` and `choices`; any other column, a true
             `answer` above all, is dropped unread.
-        labelling: how experts answer.
+        labelling: how experts answer; None takes the defaults of `LabellingConfig`.
         on_round: called with each round's record, which has its `generation`; as in `BoostingTrainer`.
         store: where experts, and answers that were judged, are kept for other trainers, and found.
         options: passed on to `BoostingTrainer`: `eval_dataset`, `processing_class`, `peft_config`, `question_format`,
             `model_init_kwargs`, and what it passes on itself.
 
     Raises:
+        TypeError: `strong` or `labelling` of another type.
         TypeError, ValueError: what `BoostingTrainer`, `StudentTrainer` and `check_questions` refuse; another recipe; an
             unlabelled question that is among those with answers.
+
+    `processing_class` and `question_format` are then the experts', and `cost` is what all experts, answers and judges
+    took, once trained.
     """
 
     def __init__(
@@ -197,6 +204,11 @@ class CoBoostingTrainer:
         require_arguments("CoBoostingTrainer", args, BoostingConfig)
         if args.recipe != "co_boosted":
             raise ValueError(f'args.recipe is {args.recipe!r}, expected "co_boosted": others need BoostingTrainer')
+        _check_strong(strong)
+        if not isinstance(labelling, LabellingConfig | None):
+            raise TypeError(
+                f"labelling is {shown(labelling)}, expected a LabellingConfig(max_new_tokens=32), for example"
+            )
         self.model, self.strong, self.args = model, strong, args
         self.labelling = labelling or LabellingConfig()
         self.store, self._on_round, self._options = store, on_round, options
@@ -209,9 +221,12 @@ class CoBoostingTrainer:
         self._trainers: list[BoostingTrainer] = [
             BoostingTrainer(model, first, train_dataset, on_round=self._noted(0), store=store, **options)
         ]
+        self.processing_class = self._trainers[0].processing_class
+        self.question_format = self._trainers[0].question_format
         known = {"train_dataset": self._trainers[0].train_questions, "eval_dataset": self._trainers[0].eval_questions}
         check_disjoint({name: own for name, own in known.items() if own is not None} | {"unlabelled": self.unlabelled})
         self.judgements: list[Judgement] = []
+        self.cost: TrainingCost | None = None
 
     @property
     def folder(self) -> Path:
@@ -220,12 +235,14 @@ class CoBoostingTrainer:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """Return one record per attempt of every round of all generations, numbered through, once trained."""
+        """Return one record per attempt of every round of all generations, once trained.
+
+        Rounds are numbered through, and each record has its `generation`, from 0.
+        """
         found = []
         for number, trainer in enumerate(self._trainers):
-            before = number * self.args.num_rounds
-            more = {"generation": number} if number else {}
-            found += [{**record, "round": before + record["round"], **more} for record in trainer.records]
+            before, own = number * self.args.num_rounds, {"generation": number}
+            found += [{**record, "round": before + record["round"], **own} for record in trainer.records]
         return found
 
     @property
@@ -237,8 +254,8 @@ class CoBoostingTrainer:
         agree = sum(row["agrees"] for row in last.rows)
         return (
             f"there is no generation {last.generation}: {agree} of {len(last.rows)} answers to unlabelled questions "
-            f"agree with those of out-of-fold students, too few to learn from. The ensemble is that of generation "
-            f"{last.generation - 1}"
+            f"agree with those of out-of-fold students, too few to learn from ({enough_in_words()} are needed). The "
+            f"ensemble is that of generation {last.generation - 1}"
         )
 
     def expert_folders(self) -> list[Path]:
@@ -253,10 +270,6 @@ class CoBoostingTrainer:
         """Return the run's account, to be saved with the ensemble."""
         own = {name: getattr(self.args, name) for name in ("recipe", "generations", "generation_weights")}
         return self._trainers[-1].record() | own | {"rounds": self.records, "stop_reason": self.stop_reason}
-
-    def cost(self) -> dict[str, float | None]:
-        """Return `seconds`, `tokens` and `flops` of all experts, answers and judges, once trained."""
-        return dict(processes.on_main(read_json, self.output_dir / "cost.json"))
 
     def train(self, save_to: str | Path | None = None) -> TokenEnsemble:
         """Run or continue all generations, save the last one's ensemble with `record()`, and return it.
@@ -288,7 +301,8 @@ class CoBoostingTrainer:
                 self._trainers.append(self._generation(judged))
                 ensemble = self._trainers[-1].train()
             processes.on_main(self._keep_cost)
-            saved_with = {"processing_class": self._trainers[0].processing_class, "record": self.record()}
+            self.cost = TrainingCost(**processes.on_main(read_json, self.output_dir / "cost.json"))
+            saved_with = {"processing_class": self.processing_class, "record": self.record()}
             processes.on_main(ensemble.save_pretrained, place, **saved_with)
             # It is the same.
             processes.on_main(withdraw, self.folder / "ensemble", "ensemble")
@@ -317,7 +331,7 @@ class CoBoostingTrainer:
 
     def _noted(self, number: int) -> Callable[[dict[str, Any]], None] | None:
         tell = self._on_round
-        return None if tell is None else lambda record: tell({**record, "generation": number} if number else record)
+        return None if tell is None else lambda record: tell({**record, "generation": number})
 
     def _generation(self, judged: Judgement) -> BoostingTrainer:
         """Return the trainer of experts on easy questions and agreed answers."""
@@ -355,8 +369,8 @@ class CoBoostingTrainer:
         with ledger.running():
             answers = ensemble.label(
                 self.unlabelled,
-                self._trainers[0].processing_class,
-                question_format=self._trainers[0].question_format,
+                self.processing_class,
+                question_format=self.question_format,
                 output_file=file,
                 description=None if self.args.disable_tqdm else "answering unlabelled questions",
                 **asdict(self.labelling),
@@ -382,7 +396,7 @@ class CoBoostingTrainer:
             finished,
             processing_class=self.strong.processing_class,
             peft_config=self.strong.peft_config,
-            question_format=self._trainers[0].question_format,
+            question_format=self.question_format,
             model_init_kwargs=self.strong.model_init_kwargs,
             description="judging answers",
         )
@@ -420,6 +434,14 @@ class CoBoostingTrainer:
                 "peft_config": None if strong.peft_config is None else strong.peft_config.to_dict(),
             },
         }
+
+
+def _check_strong(strong: Any) -> None:
+    if not isinstance(strong, StrongModel):
+        raise TypeError(
+            f"strong is {shown(strong)}, expected the model with how its students are trained: give "
+            'StrongModel(source, StudentConfig(output_dir="unused", relabel="cross_fit"))'
+        )
 
 
 def _keep_judged(folder: Path, rows: Sequence[Mapping[str, Any]], costs: Sequence[Any]) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +51,8 @@ _SOURCES = ("easy", "hard", "questions")
 _LONGEST_NAME = 200
 # The keys of a student that its trainer knows nothing of.
 _OF_ARM = ("teacher", "easy_answers")
+# What makes a file a study's; see `study.load_study`.
+_OF_STUDY = ("tasks", "seeds", "comparisons", "primary_split")
 _MOST_BASES = 20
 
 
@@ -321,16 +323,35 @@ def load_config(
 
     Raises:
         FileNotFoundError: no such file, or a folder that is no run.
-        ValueError: unparsable text, files that are each other's base, an unknown key (names the nearest one), a
-            missing key, or a bad value.
+        ValueError: unparsable text, files that are each other's base, a study in place of an experiment, an unknown key
+            (names the nearest one), a missing key, or a bad value.
     """
-    return build_config(read_settings(path, overrides, quick=quick))
+    settings = read_settings(path, overrides, quick=quick)
+    _refuse_study(path, settings, overrides)
+    return build_config(settings)
+
+
+def _refuse_study(path: str | os.PathLike[str], settings: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    overridden = {override.partition("=")[0] for override in overrides}
+    found = [key for key in _OF_STUDY if key in settings and key not in overridden]
+    if found:
+        raise ValueError(
+            f"{path} is a study, of many experiments, by its keys {', '.join(found)}: `ensemw2s study {path}` runs it. "
+            "Other commands take one experiment: its base, a file without these keys, or the folder of one of its cells"
+        )
 
 
 def read_settings(
-    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, quick: bool = False
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    quick: bool = False,
+    not_inherited: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Return the keys and values of a file after the overrides, unchecked; see `load_config`."""
+    """Return the keys and values of a file after the overrides, unchecked; see `load_config`.
+
+    Keys that are `not_inherited` count where the file itself has them, and not where its base does.
+    """
     if not os.fspath(path):
         raise ValueError("the name of the configuration is empty: give a YAML or JSON file, or the folder of a run")
     path = Path(path)
@@ -339,7 +360,7 @@ def read_settings(
     folder = absolute(path.parent if in_run else path) if in_run or path.is_dir() else None
     path = path if folder is None else folder / CONFIG_FILE
     require_file(path, "give a YAML or JSON file, or the folder of an earlier run")
-    settings = _parse_with_base(path)
+    settings = _parse_with_base(path, not_inherited)
     if folder is not None:
         # Wherever it was made.
         settings |= {"name": folder.name, "output_dir": str(folder.parent)}
@@ -513,6 +534,21 @@ def settable(kind: type) -> list[str]:
     return [f.name for f in dataclasses.fields(kind) if f.init and f.name not in ("output_dir", "seed", "overwrite")]
 
 
+def keys_called(name: str, *, study: bool = False) -> list[str]:
+    """Return the dotted keys of an experiment, or of a study, that are called `name`, in any of its sections."""
+    sections = {"": {f.name for f in dataclasses.fields(ExperimentConfig)} | set(_OF_STUDY if study else ())}
+    sections |= {"boosting": set(settable(BoostingConfig)), "student": set(settable(StudentConfig))}
+    sections |= {
+        key: {f.name for f in dataclasses.fields(kind)} for key, kind in _NESTED.items() if key in sections[""]
+    }
+    if study:
+        sections[""] -= {"seed", "task"}
+    section, _, last = name.rpartition(".")
+    if section:
+        return [name] if last in sections.get(section, ()) else []
+    return [f"{section}.{name}".lstrip(".") for section, keys in sections.items() if name in keys]
+
+
 @contextmanager
 def _checked(prefix: str, kind: type, settings: Mapping[str, Any]) -> Iterator[None]:
     """Check the keys and values of a section, from which the block then builds arguments; see `_named`."""
@@ -545,7 +581,7 @@ def _culprit(kind: type, settings: Mapping[str, Any]) -> str:
     return ""
 
 
-def _parse_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _parse_with_base(path: Path, not_inherited: Collection[str], above: tuple[Path, ...] = ()) -> dict[str, Any]:
     settings = _parse(path)
     base = settings.pop("base", None)
     if base is None:
@@ -564,7 +600,8 @@ def _parse_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]
         raise ValueError(
             f"{path}: base: {base} is the {len(above)}th in a chain of bases: expected at most {_MOST_BASES}"
         )
-    return _parse_with_base(file, above) | settings
+    inherited = _parse_with_base(file, not_inherited, above)
+    return {key: value for key, value in inherited.items() if key not in not_inherited} | settings
 
 
 def _parse(path: Path) -> dict[str, Any]:

@@ -69,18 +69,21 @@ def write_configuration(
         require_source(source)
     sizes = {split: int(share * counts["easy"]) for split, share in _EASY.items()}
     sizes |= {split: int(share * counts["hard"]) for split, share in _HARD.items()}
+    # Models of characters are made on lines such as `dig=gid`, and hardly learn what looks otherwise.
+    of_characters = any(source.startswith("scratch:") for source in (weak, strong))
+    asked = QuestionFormat("{prompt}=", "") if of_characters else QuestionFormat()
     template = Environment(
         loader=PackageLoader("ensemw2s.experiments"), undefined=StrictUndefined, keep_trailing_newline=True
     ).get_template("config.yaml")  # fmt: skip
     longest = max(map(len, answers))
     text = template.render(
         file=path, name=re.sub(r"\W", "_", path.stem.lower(), flags=re.ASCII), weak=weak, strong=strong,
-        lora=not weak.startswith("scratch:"), questions={"file": questions, **renamed},
+        lora=not weak.startswith("scratch:"), format=asked, questions={"file": questions, **renamed},
         hard=hard and {"file": hard, **renamed}, sizes=sizes, longest=longest,
         folds=_FOLDS if "difficulty" not in easy.column_names else None,
         # A token has one character at least, nearly always, and the end is a token. So is what stands in front of the
         # answer, and hard answers may be longer.
-        max_new_tokens=min(len(QuestionFormat().answer_prefix) + longest + longest // 2 + 1, 256),
+        max_new_tokens=min(len(asked.answer_prefix) + longest + longest // 2 + 1, 256),
     )  # fmt: skip
     build_config(parse_yaml(text, str(path)))
     with new_file(path) as aside:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ensemw2s.data.difficulty import assign_folds, random_rank
 from ensemw2s.data.questions import check_questions
-from ensemw2s.data.tokens import QuestionFormat, tokenize_questions
+from ensemw2s.data.tokens import QuestionFormat, checked_format, tokenize_questions
 from ensemw2s.inference.scoring import AnswerScores, score_examples
 from ensemw2s.models.adapters import check_peft_config
 from ensemw2s.models.identity import describe_model, digest_tokenizer
@@ -70,6 +70,7 @@ def rate_difficulty(
         they had under these names.
 
     Raises:
+        TypeError: a `question_format` that is none.
         ValueError: bad questions, too few or too many folds, adapters that cannot be trained here, or an `output_dir`
             that belongs to another rating; names what differs.
         FloatingPointError: the training of a fold diverged, or its model gives NaN.
@@ -82,7 +83,7 @@ def rate_difficulty(
     # The order of the examples decides the batches, so they get one of their own.
     order = np.array(sorted(range(len(content)), key=lambda i: random_rank(args.seed, *content[i])))
     tokenizer = tokenizer_for(model, processing_class)
-    raters = _Raters(model, args, tokenizer, peft_config, question_format or QuestionFormat(), model_init_kwargs or {})
+    raters = _Raters(model, args, tokenizer, peft_config, checked_format(question_format), model_init_kwargs or {})
     difficulty = np.empty(len(questions))
     difficulty[order] = raters.rate(questions.select(order), fold[order], folds)
     had = [name for name in ("difficulty", "fold") if name in questions.column_names]

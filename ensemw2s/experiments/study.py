@@ -25,6 +25,7 @@ from ensemw2s.runtime.claims import Kind, claim_shared, held_file
 from ensemw2s.runtime.files import read_json_lines, write_json_lines
 from ensemw2s.runtime.fingerprint import digest_json
 from ensemw2s.runtime.records import (
+    STUDY_FILE,
     TEST_SPLITS,
     AnswersRecord,
     ArmRecord,
@@ -57,6 +58,8 @@ _KIND = Kind("study", "a study", files=("*.log",), setting="name or output_dir")
 _ROUND_SUMMARY = "round_summary"
 # A cell's questions are its own: generators start from another seed in each.
 _SEED_STEP = 1000
+# What every cell has of its own, so that a study has no such key.
+_OF_CELLS = ("seed", "task")
 _MOST_SEEDS = 10_000
 
 
@@ -140,7 +143,7 @@ class Study:
     ) -> None:
         self.config = config
         self.cells = list(config.cells())
-        self.file = Path(records) if records is not None else self.cells[0].config.folder.parent / "records.jsonl"
+        self.file = Path(records) if records is not None else self.cells[0].config.folder.parent / STUDY_FILE
         self.say = say
 
     def missing(self) -> list[Cell]:
@@ -231,26 +234,30 @@ def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
 
     It holds the keys of an experiment and, beside them, `tasks` (name -> keys that replace those of the experiment),
     `seeds` (a number of seeds, from 0 on, or a list), and what is declared beforehand: `comparisons` (pairs of arms)
-    and `primary_split`. Overrides are "dotted.key=value" each, e.g. "seeds=3".
+    and `primary_split`. A `seed` or a `task` of its `base`, an experiment, does not count: the cells have their own.
+    Overrides are "dotted.key=value" each, e.g. "seeds=3".
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: unparsable text, no tasks or seeds, an arm in a comparison that no cell has, or whatever
             `config.build_config` refuses in a cell.
     """
-    settings = read_settings(path, overrides)
+    settings = read_settings(path, overrides, not_inherited=_OF_CELLS)
     settings.pop("quick", None)
     tasks, seeds = settings.pop("tasks", None), settings.pop("seeds", None)
     comparisons, split = settings.pop("comparisons", []), settings.pop("primary_split", "ood")
     if not isinstance(tasks, Mapping) or not tasks or not all(isinstance(task, Mapping) for task in tasks.values()):
-        raise ValueError(f"{path}: tasks must be a mapping of names to settings of an experiment, got {shown(tasks)}")
+        alone = " (one experiment without tasks is for `ensemw2s run`)" if tasks is None else ""
+        raise ValueError(
+            f"{path}: tasks must be a mapping of names to settings of an experiment, got {shown(tasks)}{alone}"
+        )
     if not isinstance(split, str) or split not in TEST_SPLITS:
         raise ValueError(f'{path}: primary_split must be "id" or "ood", got {shown(split)}')
     if not isinstance(settings.get("name"), str):
         raise ValueError(f"{path}: name must be a text: it names the study")
     check_folder_name(settings["name"])
     for section, own in {"": settings, **{f"tasks.{task}.": own for task, own in tasks.items()}}.items():
-        idle = [key for key in ("seed", "task", *(["name"] if section else ())) if own.get(key) is not None]
+        idle = [key for key in (*_OF_CELLS, *(["name"] if section else ())) if own.get(key) is not None]
         if idle:
             raise ValueError(
                 f"{path}: {section}{idle[0]} does nothing in a study, whose cells have names, tasks and seeds of their "

@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 
 from ensemw2s import ops
 from ensemw2s.data.batches import by_length, pad_prompts
-from ensemw2s.data.questions import check_questions, warn_of_unknown
-from ensemw2s.data.tokens import QuestionFormat, answer_with_end, fitted_prompt
+from ensemw2s.data.questions import check_questions, row_name, warn_of_unknown
+from ensemw2s.data.tokens import QuestionFormat, answer_with_end, checked_format, fitted_prompt
 from ensemw2s.inference.decoding import run_experts
 from ensemw2s.models.mixture import Mixture, OneModel, damaged, expert_names, is_mixture, refuse_damaged
 from ensemw2s.runtime import processes
@@ -58,9 +58,10 @@ class ChoiceScores:
 
 @dataclass(frozen=True)
 class _Question:
-    """A question in tokens: int lists, one of them for each choice."""
+    """A question in tokens: int lists, one of them for each choice; errors call it by its `name`."""
 
     row_id: str
+    name: str
     prompt: list[int]
     choices: list[list[int]]
 
@@ -83,14 +84,15 @@ def tokenize_choices(
             f"{', '.join(questions.column_names)}"
         )
     found = []
-    for row in questions.select_columns(["id", "prompt", "choices"]):
-        place = f"{name}, id {row['id']}"
+    for index, row in enumerate(questions.select_columns(["id", "prompt", "choices"])):
+        shown_row = row_name(row, index)
+        place = f"{name}, {shown_row}"
         prompt = question_format.prompt(row["prompt"], processing_class)
         choices = [answer_with_end(choice, prompt, question_format, place) for choice in row["choices"]]
         _refuse_beginnings(row["choices"], choices, place)
         ids = fitted_prompt(prompt, max(map(len, choices)), question_format, place)
-        found.append(_Question(row["id"], ids, choices))
-    warn_of_unknown(((row.row_id, ids) for row in found for ids in row.choices), processing_class, name)
+        found.append(_Question(row["id"], shown_row, ids, choices))
+    warn_of_unknown(((row.name, ids) for row in found for ids in row.choices), processing_class, name)
     return found
 
 
@@ -121,6 +123,9 @@ class ChoiceSettings:
     length_normalised: bool = False
     batch_size: int = 32
     description: str | None = None
+
+    def __post_init__(self) -> None:
+        checked_format(self.question_format)
 
 
 def score_choices(
@@ -298,8 +303,8 @@ def _sums(log_probs: np.ndarray, rows: Sequence[_Question], length_normalised: b
     for row, own in zip(rows, split, strict=True):
         if np.isnan(own).any():
             raise FloatingPointError(
-                f"the experts' mixture gives no token a probability along a choice of question {row.row_id!r}: every "
-                'token is impossible for one of them; combine them by "prob"'
+                f"the experts' mixture gives no token a probability along a choice of the question of {row.name}: "
+                'every token is impossible for one of them; combine them by "prob"'
             )
     return split
 
@@ -316,7 +321,7 @@ def _token_log_probs(
     weights = {name: torch.tensor(values, dtype=torch.float32, device=device) for name, values in mixtures.items()}
     used = [t for t in range(ensemble.num_experts) if any(values[t] > 0 for values in mixtures.values())]
     owners = ["the model"] if isinstance(ensemble, OneModel) else expert_names(used)
-    names = [f"question {row.row_id!r}" for row in rows]
+    names = [f"the question of {row.name}" for row in rows]
     owner = torch.tensor([i for i, row in enumerate(rows) for _ in row.choices], device=device)
     choices = [torch.tensor(choice) for row in rows for choice in row.choices]
     ids = pad_sequence(choices, batch_first=True, padding_value=-1).to(device)

@@ -15,9 +15,16 @@ from tqdm.auto import tqdm
 
 from ensemw2s import ops
 from ensemw2s.data.batches import batches_by_length, pad_prompts
-from ensemw2s.data.questions import check_questions
+from ensemw2s.data.questions import check_questions, row_name
 from ensemw2s.data.shapes import dataset_of
-from ensemw2s.data.tokens import QuestionFormat, asked_in, end_tokens, require_readable, tokenize_prompts
+from ensemw2s.data.tokens import (
+    QuestionFormat,
+    asked_in,
+    checked_format,
+    end_tokens,
+    require_readable,
+    tokenize_prompts,
+)
 from ensemw2s.inference.choices import choose_answers, tokenize_choices
 from ensemw2s.inference.decoding import MixtureDecoder, Sampling, require_plain, require_tokenizer, require_valid
 from ensemw2s.inference.label_files import TOP_COLUMNS, LabelFile
@@ -42,13 +49,13 @@ _AGREES = 0.5
 def require_room(ensemble: ExpertMixture, prompts: Dataset, max_new_tokens: int) -> None:
     """Raise ValueError, naming the question, if a prompt and its answer do not fit the experts' context together."""
     window = ensemble.config.max_position_embeddings
-    for row in prompts if window is not None else ():
+    for index, row in enumerate(prompts if window is not None else ()):
         length = len(row["input_ids"])
         if length + max_new_tokens > window:
             raise ValueError(
-                f"question {row['id']!r} has {length} tokens, which with max_new_tokens={max_new_tokens} is beyond the "
-                f"{window} that the experts read: leave it out, or lower max_new_tokens "
-                "(in a configuration, labelling.max_new_tokens)"
+                f"questions, {row_name(row, index)}: it has {length} tokens, which with "
+                f"max_new_tokens={max_new_tokens} is beyond the {window} that the experts read: leave it out, or lower "
+                "max_new_tokens (in a configuration, labelling.max_new_tokens)"
             )
 
 
@@ -64,6 +71,7 @@ class LabelSettings:
     top_temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        checked_format(self.question_format)
         check_number("max_new_tokens", self.max_new_tokens, whole=True)
         check_number("batch_size", self.batch_size, whole=True)
         if self.top_logprobs is not None:
@@ -229,7 +237,7 @@ def _label_batch(task: _Task, batch: list[int]) -> Iterator[dict[str, Any]]:
     for _ in range(settings.max_new_tokens):
         logits = decoder.logits()
         choice = decoder.choose(logits)
-        require_valid(choice.valid | ~running, [f"question {prompts[i]['id']!r}" for i in batch], logits)
+        require_valid(choice.valid | ~running, [f"the question of {row_name(prompts[i], i)}" for i in batch], logits)
         tokens.append(choice.tokens)
         log_probs.append(choice.log_probs)
         agreement.append((choice.expert_log_probs.exp() > _AGREES).double())

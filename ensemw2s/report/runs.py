@@ -14,7 +14,7 @@ from ensemw2s.runtime.records import CONFIG_FILE, Run, read_records
 def load_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
     """Load runs, each named by its folder, and by the folder's whole path where names repeat."""
     if not paths:
-        raise ValueError("no path: give at least one folder of a run, or a study's .jsonl file")
+        raise ValueError("no path: give at least one folder of a run or a study, or a study's .jsonl file")
     names = [Path(path).resolve().name.removesuffix(".jsonl") for path in paths]
     return [
         Run(name if names.count(name) == 1 else os.fspath(path), read_records(path), _read_config(path))

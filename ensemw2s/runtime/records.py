@@ -25,6 +25,8 @@ from ensemw2s.runtime.parsing import parse_json, require_file
 from ensemw2s.runtime.values import has_surrogates, shown
 
 CONFIG_FILE, RESULTS_FILE, REPORT_FILE = "config.json", "results.jsonl", "report.html"
+# Of a study, in its folder.
+STUDY_FILE = "records.jsonl"
 TEST_SPLITS = {"id": "ID", "ood": "OOD"}
 QUANTILE_LEVELS = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 # Why a question is shown token by token, see `experiments.samples`; of a longer answer the beginning is.
@@ -463,7 +465,9 @@ def questions_digest(ids: Iterable[Any]) -> str:
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
-    """Read the records of a run from `results.jsonl` in its folder, or those of a study from its own file.
+    """Read the records of a run or a study from its folder, or those of a study from its own file.
+
+    In a run's folder that is `results.jsonl`, in a study's `records.jsonl`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -471,10 +475,14 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
             NaN, or repeats a figure; names file and line.
     """
     path = Path(path)
-    remedy = "give the folder of a run (`ensemw2s run` makes one), or the .jsonl file of a study"
+    remedy = (
+        "give the folder of a run or a study (`ensemw2s run` and `ensemw2s study` make them), or a study's .jsonl file"
+    )
     if path.is_file() and path.suffix != ".jsonl":
         raise ValueError(f"{path} is no file of records: {remedy}")
     file = path if path.suffix == ".jsonl" else path / RESULTS_FILE
+    if not file.exists() and (path / STUDY_FILE).is_file():
+        file = path / STUDY_FILE
     require_file(file, remedy)
     records: list[Record] = []
     first_lines: dict[tuple[Any, ...], int] = {}

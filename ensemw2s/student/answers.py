@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ensemw2s.data.questions import check_questions
+from ensemw2s.data.questions import check_questions, row_name
 from ensemw2s.data.shapes import as_dataset, dataset_of
 from ensemw2s.data.tokens import QuestionFormat
 from ensemw2s.inference.label_files import TOP_COLUMNS
@@ -55,8 +55,9 @@ def check_answer_ids(
         text = question_format.answer_text(ids[:-1] if ended else ids, prompt).strip()
         wanted = question_format.end_token and row.get("finished", True)
         if text != row["answer"].strip() or ended is not wanted:
+            place = row_name(row, index) if "id" in row else f"row {index}"
             raise ValueError(
-                f"the answers, id {row.get('id', index)}: {name} reads the teacher's tokens as {text!r}"
+                f"the answers, {place}: {name} reads the teacher's tokens as {text!r}"
                 f"{' and an end token' if ended else ''}, the teacher meant {row['answer']!r}"
                 f"{' and an end token' if wanted else ''}: "
                 'variant="soft" needs a student with the teacher\'s tokenizer (use variant="sft" with another one), '
@@ -163,7 +164,8 @@ def usable_answers(
 
     The settings are those of `StudentConfig`. Rows count as finished where there is no column `finished`. Of equally
     confident rows the earlier ones are kept, and fewer than `keep_fraction` says if fewer are usable. Rows whose answer
-    is ground truth (`gold_rows`) count as finished, are never left out, and have no part in `keep_fraction`.
+    is ground truth (`gold_rows`) count as finished, are never left out, and have no part in `keep_fraction`. More than
+    half of the rows left out, as empty or cut off, or by `min_confidence`, come with a warning.
 
     Raises:
         ValueError: nothing is left, an answer is no text, or there is no `answer` column, or no `confidence` column to
@@ -193,8 +195,10 @@ def usable_answers(
     if not keep_unfinished:
         kept = [i for i in kept if rows[i].get("finished", True)]
     cut = len(rows) - empty - len(kept)
+    unsure: list[int] = []
     if min_confidence is not None:
-        kept = [i for i in kept if gold[i] or confidence[i] >= min_confidence]
+        unsure = [i for i in kept if not gold[i] and not confidence[i] >= min_confidence]
+        kept = sorted(set(kept) - set(unsure))
     if keep_fraction is not None:
         # An unknown confidence, NaN, is never among the most confident.
         ranked = sorted((i for i in kept if confidence[i] <= 0 and not gold[i]), key=lambda i: -confidence[i])
@@ -216,6 +220,15 @@ def usable_answers(
             f"{empty + cut} of the {len(rows)} answers are left out of the training: {empty} are empty, {cut} were cut "
             "off before their end. Let the teacher answer with more max_new_tokens if its answers are long; a teacher "
             "that never ends has not learned to. keep_unfinished=True trains on what was cut off",
+            stacklevel=3,
+        )
+    if 2 * len(unsure) > len(rows):
+        known = confidence[np.isfinite(confidence)]
+        median = f"; the median confidence is {np.median(known):.2g}" if known.size else ""
+        warnings.warn(
+            f"{len(unsure)} of the {len(rows)} answers are left out of the training: min_confidence={min_confidence:g} "
+            f"is above their confidence, a mean log-probability per token{median}. Lower min_confidence, or keep a "
+            "share of the answers with keep_fraction",
             stacklevel=3,
         )
     return check_questions(answers.select(kept), "train_dataset")

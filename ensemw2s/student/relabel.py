@@ -176,7 +176,7 @@ class FoldStudents:
             instead = "those of the folds' students" if self.replaces else "the teacher's, as they are"
             warnings.warn(
                 f"{self.name}: {same} of {asked} answers agree with those of the folds' students, and "
-                f'relabel_keep="agree" needs at least {LEAST_ROWS} and {LEAST_SHARE:.0%}: all answers are used, '
+                f'relabel_keep="agree" needs {enough_in_words()}: all answers are used, '
                 f"{instead}. Where teacher and student hardly agree, they have not learned the task, or there are too "
                 "few questions",
                 stacklevel=2,
@@ -194,6 +194,11 @@ class FoldStudents:
 def enough_agree(same: int, asked: int) -> bool:
     """Say whether so many of the answers that were judged agree that they can stand for all."""
     return same >= LEAST_ROWS and same >= LEAST_SHARE * asked
+
+
+def enough_in_words() -> str:
+    """Return how many answers `enough_agree` asks for."""
+    return f"at least {LEAST_ROWS} and {LEAST_SHARE:.0%}"
 
 
 def _keep_student(folder: Path, trained: Any, cost: TrainingCost) -> None:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ensemw2s import ops
 from ensemw2s.data.batches import AnswerCollator, next_token_mask
 from ensemw2s.data.questions import check_questions
-from ensemw2s.data.tokens import QuestionFormat, end_tokens, tokenize_questions
+from ensemw2s.data.tokens import QuestionFormat, checked_format, end_tokens, tokenize_questions
 from ensemw2s.inference.label_files import TOP_COLUMNS
 from ensemw2s.inference.labelling import require_probabilities, top_tokens
 from ensemw2s.models.heads import linear_of, obstacle, output_head, own_head, states_before
@@ -185,10 +185,11 @@ def cache_teacher(
         (n lists of float32, nats) and `top_temperature` (float), replaced where they were.
 
     Raises:
+        TypeError: a `question_format` that is none.
         ValueError: see `tokens.tokenize_questions`, `check_answer_ids` and `top_tokens`.
         FloatingPointError: an expert gives NaN.
     """
-    question_format = question_format or QuestionFormat()
+    question_format = checked_format(question_format)
     check_number("batch_size", batch_size, whole=True)
     answers = check_questions(answers, "answers")
     known = answers["answer_ids"] if "answer_ids" in answers.column_names else None

@@ -16,6 +16,7 @@ from ensemw2s.data.questions import check_questions, question_key
 from ensemw2s.data.tokens import (
     QuestionFormat,
     answer_lengths,
+    checked_format,
     described_format,
     end_tokens,
     format_of_answers,
@@ -183,7 +184,7 @@ class StudentTrainer:
             where all weights of a given model are trained.
 
     Raises:
-        TypeError: a `trainer_options` that is not passed on; says why.
+        TypeError: a `trainer_options` that is not passed on; says why. A `question_format` that is none.
         ValueError: a `peft_config` that changes the base model; no row is left to train on; a filter by confidence
             without a `confidence` column; no `processing_class` for a model that was not loaded from anywhere; for
             "soft", neither teacher nor cache, a teacher that votes or has another vocabulary, a cache of another
@@ -234,7 +235,8 @@ class StudentTrainer:
                 f'{len(self.model.get_output_embeddings().weight)}: variant="soft" compares them token by token and '
                 'needs the same; use variant="sft" with this teacher'
             )
-        self.question_format = question_format or format_of_answers(train_dataset)
+        own_format = format_of_answers(train_dataset) if question_format is None else question_format
+        self.question_format = checked_format(own_format)
         self._examples = self._tokenized(self.train_dataset)
         # Gold answers take no steps of their own.
         self._plain = int((~gold_rows(self.train_dataset)).sum()) or len(self.train_dataset)

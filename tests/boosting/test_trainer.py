@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,28 @@ def test_more_rounds_continue_a_finished_run(model: Path, tmp_path: Path) -> Non
     after = kept(tmp_path)
     before = {name: content for name, content in before.items() if not name.startswith("ensemble/")}
     assert {name: after[name] for name in before} == before
+
+
+def test_fewer_rounds_replace_a_larger_ensemble_with_a_warning_and_keep_its_rounds(model: Path, tmp_path: Path) -> None:
+    trainer(model, tmp_path, num_rounds=3).train()
+    before = kept(tmp_path)
+    message = (
+        rf"the ensemble of 3 experts in {tmp_path}/ensemble is replaced by one of 2\. Rounds 3 to 3 stay in "
+        rf"{tmp_path}/rounds: train\(\) with num_rounds=3 finds them there"
+    )
+    with pytest.warns(UserWarning, match=message):
+        assert trainer(model, tmp_path, num_rounds=2).train().num_experts == 2
+    assert TokenEnsemble.from_pretrained(tmp_path / "ensemble").num_experts == 2
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the ensemble of")
+        trainer(model, tmp_path, num_rounds=3).train()
+    assert kept(tmp_path) == before
+
+
+def test_another_runs_larger_ensemble_is_replaced_with_a_warning(model: Path, tmp_path: Path) -> None:
+    trainer(model, tmp_path / "a", num_rounds=2).train(save_to=tmp_path / "saved")
+    with pytest.warns(UserWarning, match=r"of 2 experts in .*saved is replaced by one of 1$"):
+        trainer(model, tmp_path / "b", num_rounds=1).train(save_to=tmp_path / "saved")
 
 
 # An expert that is no better than the pre-trained model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from ensemw2s.data.batches import AnswerCollator, pad_prompts
+from ensemw2s.data.difficulty import split_by_difficulty
 from ensemw2s.data.questions import check_disjoint, check_questions, exclude_questions, load_questions, split_questions
 from ensemw2s.data.tokens import IGNORED, QuestionFormat, tokenize_prompts, tokenize_questions
 from tests.tiny import END, FORMAT, questions, tokenizer
@@ -354,3 +356,59 @@ def test_prompts_are_padded_on_the_left() -> None:
     input_ids, attention_mask = pad_prompts([[1, 2, 3], [4]], 9)
     assert input_ids.tolist() == [[1, 2, 3], [9, 9, 4]]
     assert attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+# What errors call a row
+
+
+def test_a_row_is_called_by_its_place_and_prompt_where_it_has_no_id_of_its_own() -> None:
+    rows = [{"prompt": f"which {i} " + "x" * 90, "answer": "a", "choices": ["a", "b"]} for i in range(3)]
+    rows[2]["answer"] = "c"
+    place = r"easy, row 2 \('which 2 x{32}'\): "
+    with pytest.raises(ValueError, match=rf"^{place}the answer 'c' is not among"):
+        check_questions(rows, "easy")
+    talk = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    with pytest.raises(ValueError, match=rf"^{place}the answer 'c' is not among"):
+        check_questions(talk, "easy")
+    with pytest.raises(ValueError, match=r"^easy, id n2: the answer 'c' is not among"):
+        check_questions([{**row, "id": f"n{i}"} for i, row in enumerate(rows)], "easy")
+    # Also once the made-up ids are there, and where a question stands twice.
+    checked = check_questions([{"prompt": "ab", "answer": "a"}] * 2 + [{"prompt": "abcdefgh", "answer": "a"}], "easy")
+    for data in (checked, checked.select([1, 1, 2]).select([1, 2])):
+        with pytest.raises(ValueError, match=rf"^easy, row {len(data) - 1} \('abcdefgh'\): "):
+            tokenize_questions(data, tokenizer(), replace(FORMAT, max_length=6), "easy")
+    graded = [{"prompt": f"what {i}", "answer": "a", "difficulty": None if i == 1 else 1.0} for i in range(3)]
+    with pytest.raises(ValueError, match=r"^questions, row 1 \('what 1'\): difficulty is None, expected a finite"):
+        split_by_difficulty(graded)
+
+
+@pytest.mark.parametrize("answer", ["A", "b", "0", "(C)", "12.", 0, 1])
+def test_a_letter_or_an_index_is_no_choice(answer: Any) -> None:
+    rows = [{"prompt": "which", "answer": answer, "choices": ["red", "blue"]}]
+    with pytest.raises(ValueError, match=r"; a letter or an index has to|: a letter or an index has to") as error:
+        check_questions(rows)
+    assert str(error.value).endswith("become the text of the choice itself")
+
+
+def test_another_word_is_told_to_be_written_as_there() -> None:
+    with pytest.raises(ValueError, match=r"write it exactly as there$"):
+        check_questions([{"prompt": "which", "answer": "green", "choices": ["red", "blue"]}])
+    with pytest.raises(ValueError, match=r"make numbers text, with str\(\)$"):
+        check_questions([{"prompt": "which", "answer": 3}])
+
+
+@pytest.mark.parametrize(("mark", "name"), [(";", "';'"), ("\t", r"'\\t'"), ("|", r"'\|'")])
+def test_a_csv_without_commas_is_told_from_one_with_them(mark: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f'prompt{mark}answer\n"a, b"{mark}c\n')
+    with pytest.raises(
+        ValueError, match=rf"a\.csv: its first line .* has {name} where commas are expected: .*sep={name}"
+    ):
+        load_questions(tmp_path / "a.csv")
+
+
+def test_columns_the_wrong_way_round_are_turned(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("frage,answer\na,b\n")
+    with pytest.raises(ValueError, match=r'our names come first, \{"prompt": "frage"\} \(prompt=frage in --columns\)'):
+        load_questions(tmp_path / "a.csv", columns={"frage": "prompt"})
+    with pytest.raises(ValueError, match=r"'frage' is none of our columns prompt, answer, choices, difficulty, id$"):
+        load_questions(tmp_path / "a.csv", columns={"frage": "text"})

@@ -292,7 +292,9 @@ def test_a_prompt_longer_than_the_context_names_the_expert(of_models: TokenEnsem
 def test_a_damaged_expert_stops_decoding_by_name(of_models: TokenEnsemble) -> None:
     with torch.no_grad():
         of_models.experts.models[1].lm_head.weight[3] = math.nan
-    with pytest.raises(FloatingPointError, match="expert 2 gave NaN, infinity or no finite logit for question 'q0'"):
+    with pytest.raises(
+        FloatingPointError, match="expert 2 gave NaN, infinity or no finite logit for the question of id q0"
+    ):
         of_models.label(questions(1), tokenizer(), question_format=FORMAT, description=None)
 
 
@@ -667,7 +669,7 @@ def test_a_text_beyond_the_context_is_refused(ensemble: TokenEnsemble) -> None:
 
 def test_a_question_that_leaves_no_room_for_its_answer_is_named(of_models: TokenEnsemble) -> None:
     data = questions(3)
-    expected = r"question 'q0' has \d+ tokens, which with max_new_tokens=126 is beyond the 128"
+    expected = r"questions, id q0: it has \d+ tokens, which with max_new_tokens=126 is beyond the 128"
     with pytest.raises(ValueError, match=expected):
         of_models.label(data, tokenizer(), question_format=FORMAT, max_new_tokens=126, description=None)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +92,14 @@ def weights_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_second_generation_learns_what_both_answer_alike(tmp_path: Path, trainings: Trainings) -> None:
-    one = co_boost(tmp_path)
+    told: list[dict[str, Any]] = []
+    one = co_boost(tmp_path, given={"on_round": told.append})
+    assert one.cost is None and one.question_format == FORMAT
+    assert one.processing_class.get_vocab() == tokenizer().get_vocab()
     ensemble = one.train()
+    # By its own tokenizer, format and records, as another trainer's.
+    assert one.evaluate(questions(4, seed=9, start=100))["eval_loss"] > 0
+    assert [record["generation"] for record in told] == [record["generation"] for record in one.records] == [0, 0, 1, 1]
     easy, hard = rows_of(TRAIN), agreed_rows()
     assert [row["rows"] for row in trainings] == [easy, easy, easy + hard, easy + hard]
     assert ensemble.num_experts == 2 and list(ensemble.config.expert_weights) == [1.0, 1.0]
@@ -111,7 +119,7 @@ def test_later_generations_take_as_many_steps(tmp_path: Path) -> None:
     scores = score_examples(ensemble, tokenize_questions(validation, tokenizer(), FORMAT), pad_token_id=END)
     assert one.evaluate()["eval_accuracy"] == scores.accuracy
     assert one._trainers[1].args.num_train_epochs == 3 * 12 / (12 + len(AGREED))
-    first, second = (sum(r["train_tokens"] for r in one.records if r.get("generation", 0) == g) for g in (0, 1))
+    first, second = (sum(r["train_tokens"] for r in one.records if r["generation"] == g) for g in (0, 1))
     assert second == pytest.approx(first, rel=0.25)
 
 
@@ -154,22 +162,25 @@ def test_more_generations_go_on_from_the_last(tmp_path: Path, trainings: Trainin
     one.train()
     assert [judged.generation for judged in one.judgements] == [1, 2] and len(trainings) == 3
     assert one._trainers[2].earlier == one._trainers[1].expert_folders()  # type: ignore[attr-defined]
-    assert [(r.get("generation", 0), r["round"]) for r in one.records] == [(0, 1), (1, 2), (2, 3)]
+    assert [(r["generation"], r["round"]) for r in one.records] == [(0, 1), (1, 2), (2, 3)]
 
 
-@pytest.mark.parametrize(("name", "value"), [("LEAST_ROWS", 5), ("LEAST_SHARE", 0.3)])
+@pytest.mark.parametrize(
+    ("name", "value", "needed"), [("LEAST_ROWS", 5, "at least 5 and 10%"), ("LEAST_SHARE", 0.3, "at least 2 and 30%")]
+)
 def test_too_few_agreed_answers_leave_the_generation_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: float, needed: str
 ) -> None:
     monkeypatch.setattr(relabel, name, value)
     one = co_boost(tmp_path)
-    with pytest.warns(UserWarning, match="there is no generation 1: 4 of 16 answers to unlabelled questions agree"):
+    too_few = rf"there is no generation 1: 4 of 16 answers to unlabelled questions agree .* \({needed} are needed\)"
+    with pytest.warns(UserWarning, match=too_few):
         ensemble = one.train(save_to=tmp_path / "saved")
     assert one.expert_folders() == [tmp_path / f"generation-0/rounds/{t}/attempt-1/expert" for t in (1, 2)]
     assert "there is no generation 1: 4 of 16 answers" in str(one.stop_reason)
     assert "The ensemble is that of generation 0" in read_json(tmp_path / "saved/boosting.json")["stop_reason"]
     assert ensemble.num_experts == 2 and not one.judgements[0].used
-    assert one.cost()["flops"] == pytest.approx(sum_of_parts(tmp_path, one)["flops"])
+    assert cost_of(one)["flops"] == pytest.approx(sum_of_parts(tmp_path, one)["flops"])
 
 
 def test_answers_without_an_end_leave_nothing_to_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,10 +242,15 @@ def test_a_crash_anywhere_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
             crashes += 1
     assert crashes >= 5
     assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole")
-    assert {name: resumed.cost()[name] for name in ("tokens", "flops")} == {
-        name: whole.cost()[name] for name in ("tokens", "flops")
+    assert {name: cost_of(resumed)[name] for name in ("tokens", "flops")} == {
+        name: cost_of(whole)[name] for name in ("tokens", "flops")
     }
     assert resumed.judgements == whole.judgements
+
+
+def cost_of(one: CoBoostingTrainer) -> dict[str, float]:
+    assert one.cost is not None
+    return asdict(one.cost)
 
 
 def sum_of_parts(folder: Path, one: CoBoostingTrainer) -> dict[str, float]:
@@ -253,8 +269,8 @@ def test_its_cost_holds_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     one.train()
     parts = sum_of_parts(tmp_path, one)
     assert len(list(tmp_path.rglob("fold-?/cost.json"))) == 2 and parts["flops"] > 0
-    assert {name: one.cost()[name] for name in parts} == pytest.approx(parts)
-    assert one.cost()["seconds"] > 0  # type: ignore[operator]
+    assert {name: cost_of(one)[name] for name in parts} == pytest.approx(parts)
+    assert cost_of(one)["seconds"] > 0
 
 
 def test_two_arms_share_experts_and_judges(tmp_path: Path, trainings: Trainings) -> None:
@@ -309,6 +325,16 @@ def test_what_it_cannot_use_is_refused(tmp_path: Path) -> None:
         strong(tmp_path, relabel_rounds=2)
     with pytest.raises(TypeError, match="CoBoostingTrainer: args is a StudentConfig, expected a BoostingConfig"):
         CoBoostingTrainer(base(), strong(tmp_path), strong(tmp_path).args, TRAIN, HARD)  # type: ignore[arg-type]
+    named = re.escape(
+        "strong is 'scratch:char-strong', expected the model with how its students are trained: give "
+        'StrongModel(source, StudentConfig(output_dir="unused", relabel="cross_fit"))'
+    )
+    with pytest.raises(TypeError, match=named):
+        co_boost(tmp_path, given={"strong": "scratch:char-strong"})
+    with pytest.raises(TypeError, match="StrongModel: args is a BoostingConfig, expected a StudentConfig"):
+        StrongModel("scratch:char-strong", BoostingConfig(output_dir=str(tmp_path)))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"labelling is \{'max_new_tokens': 6\}, expected a LabellingConfig"):
+        co_boost(tmp_path, given={"labelling": {"max_new_tokens": 6}})
     with pytest.raises(ValueError, match=r"is in both train_dataset and unlabelled: remove it from one"):
         co_boost(tmp_path, TRAIN)
     with pytest.raises(ValueError, match=r"is in both eval_dataset and unlabelled: remove it from one"):

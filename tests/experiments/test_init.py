@@ -68,6 +68,25 @@ def test_it_asks_for_what_is_missing(tmp_path: Path, words: list[str], monkeypat
     assert (config.weak.source, config.strong.source) == (str(tmp_path / "weak"), "scratch:char-strong")
 
 
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [
+        (["scratch:char-weak", "scratch:char-strong"], ("{prompt}=", "", 4)),
+        ([None, "scratch:char-strong"], ("{prompt}=", "", 4)),
+        ([None, None], ("{prompt}\nAnswer:", " ", 5)),
+    ],
+)
+def test_models_of_characters_are_asked_as_they_were_made(
+    words: list[str], models: list[str | None], expected: tuple[str, str, int]
+) -> None:
+    for place, (option, model) in enumerate(zip(("--weak", "--strong"), models, strict=True), start=3):
+        words[place] = words[place] if model is None else f"{option}={model}"
+    assert main(words) == 0
+    config = load_config(words[1])
+    asked = config.data.format
+    assert (asked.prompt_template, asked.answer_prefix, config.labelling.max_new_tokens) == expected
+
+
 def test_a_name_is_text_whatever_is_in_it(tmp_path: Path, words: list[str]) -> None:
     odd = tmp_path / 'it\'s: "odd" #1 ü.jsonl'
     questions(60).to_json(odd)
@@ -88,6 +107,10 @@ def test_a_name_is_text_whatever_is_in_it(tmp_path: Path, words: list[str]) -> N
         ({3: "--weak=./wek"}, "./wek does not exist: give a model folder"),
         ({4: "--strong=wek"}, "wek is neither a folder nor a model that can be found on the hub"),
         ({5: "--columns=question"}, "'question' is not of the form prompt=question,answer=solution"),
+        (
+            {5: "--columns=question=prompt"},
+            'our names come first, {"prompt": "question"} (prompt=question in --columns)',
+        ),
         ({5: "--columns=prompt=question,answer=text"}, "easy.jsonl has no column 'question' (for prompt)"),
     ],
 )

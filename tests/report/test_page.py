@@ -326,7 +326,7 @@ def test_a_study_is_read_from_its_file_and_checked(tmp_path):
         write_json_lines(tmp_path / "bad.jsonl", change(records, "study", **{field: value}))
         with pytest.raises(ValueError, match=f"{field} of a record of kind 'study' must be {form}"):
             read_records(tmp_path / "bad.jsonl")
-    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl does not exist: .* or the \.jsonl file of a study"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl does not exist: .* or a study's \.jsonl file"):
         read_records(tmp_path / "gone.jsonl")
 
 

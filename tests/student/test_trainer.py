@@ -207,8 +207,11 @@ def test_answers_below_the_least_confidence_and_empty_ones_are_left_out(tmp_path
     answers = pseudo_answers()
     assert usable_answers(answers)["id"] == [f"q{i}" for i in range(12) if i % 5 != 4]
     # The bound itself is confident enough.
-    assert usable_answers(answers, min_confidence=-1.5)["id"] == ["q0", "q1", "q2", "q3", "q5", "q6"]
-    assert usable_answers(answers, min_confidence=0)["id"] == ["q0"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert usable_answers(answers, min_confidence=-1.5)["id"] == ["q0", "q1", "q2", "q3", "q5", "q6"]
+    with pytest.warns(UserWarning, match=r"9 of the 12 answers are left out .*: min_confidence=0 is above"):
+        assert usable_answers(answers, min_confidence=0)["id"] == ["q0"]
     blank = [{"id": str(i), "prompt": "ab", "answer": text} for i, text in enumerate([" ", None, "b", "\n\t"])]
     assert usable_answers(Dataset.from_list(blank))["id"] == ["2"]
     trainer = student(tmp_path, args=config(tmp_path, min_confidence=-1.5))
