@@ -28,6 +28,7 @@ from torch import Tensor
 from ensemw2s import ops
 from ensemw2s.ops.checks import COMBINES, MASKED_LABEL, shown
 from ensemw2s.ops.randomness import gumbel_noise
+from ensemw2s.ops.token_adjustments import pack_mask, token_adjustments, unpack_mask
 
 Array = np.ndarray
 Random = np.random.Generator
@@ -431,6 +432,45 @@ def nucleus(log_probs: Array, sure: Array, maybe: Array, either: Array, asked: A
     return np.where(open_rows, False, narrow), wide
 
 
+def any_offer(random: Random, rows: int, size: int) -> dict[str, Any]:
+    """A mask, adjustments, both or neither."""
+    offer: dict[str, Any] = {}
+    if random.random() < 0.3:
+        share = random.choice((0.0, 0.05, 0.5, 0.95, 1.0))
+        offer["mask"] = pack_mask(torch.from_numpy(random.random((rows, size)) < share))
+    if random.random() < 0.3:
+        count = int(random.integers(0, 9))
+        tokens = [torch.from_numpy(random.integers(-2, size, (rows, count))) for _ in range(3)]
+        bias = torch.from_numpy(random.choice((-np.inf, -40.0, -1.0, 0.0, 0.5, 30.0, 1e20), (rows, count)))
+        rates = [float(random.choice(x)) for x in ((1.0, 0.5, 1.3, 40.0), (0.0, -2.0, 1.5), (0.0, 0.25, -1.0))]
+        offer["adjustments"] = token_adjustments(
+            size, bias_tokens=tokens[0], bias=bias, prompt=tokens[1], generated=tokens[2], repetition_penalty=rates[0],
+            presence_penalty=rates[1], frequency_penalty=rates[2],
+        )  # fmt: skip
+    return offer
+
+
+def offered(exact: Array, off: Array, offer: dict[str, Any]) -> tuple[Array, Array, Array]:
+    """The log-probabilities at which tokens are offered, their rounding, and which tokens are offered as they are."""
+    scores, rounding, plain = exact.copy(), np.broadcast_to(off, exact.shape).copy(), np.ones(exact.shape, dtype=bool)
+    if "adjustments" in offer:
+        tokens, values, _ = (x.numpy() for x in offer["adjustments"])
+        bias, repetition, penalty = values.astype(np.float64)
+        for row, place in zip(*np.nonzero(tokens >= 0), strict=True):
+            token, rate = tokens[row, place], repetition[row, place]
+            before = exact[row, token]
+            shifted = before + bias[row, place]
+            after = (shifted * rate if shifted < 0 else shifted / rate) - penalty[row, place]
+            scores[row, token], plain[row, token] = after, False
+            scale = max(rate, 1 / rate)
+            sizes = sum(abs(x) for x in (before, shifted, after) if np.isfinite(x))
+            rounding[row, token] = rounding[row, token] * scale + 1e-6 * (1 + scale * sizes)
+    if "mask" in offer:
+        allowed = unpack_mask(offer["mask"], exact.shape[1]).numpy()
+        scores, plain = np.where(allowed | np.isnan(scores), scores, -np.inf), plain & allowed
+    return scores, rounding, plain
+
+
 def mixture_sample(inputs: Inputs, impl: Any) -> None:
     random = inputs.random
     combine, mixture = str(random.choice(COMBINES)), inputs.any_mixture()
@@ -438,11 +478,18 @@ def mixture_sample(inputs: Inputs, impl: Any) -> None:
     count = int(random.choice((0, 0, 1, 3, 20, 64)))
     count = min(count, inputs.size)
     keys = {"seeds": inputs.seeds, "positions": inputs.positions}
-    got = impl.mixture_sample(inputs.logits, mixture.weights, combine=combine, top_logprobs=count, **keys, **given)
+    offer = any_offer(random, inputs.rows, inputs.size)
+    got = impl.mixture_sample(
+        inputs.logits, mixture.weights, combine=combine, top_logprobs=count, **keys, **given, **offer
+    )
     exact, off = mixture.mixtures[combine]
-    context = (combine, given, count, keys, got, inputs)
+    scores, room, plain = offered(exact, off, offer)
+    context = (combine, given, count, keys, offer, got, inputs)
     valid, tokens = got.valid.numpy(), got.tokens.numpy()
-    expect((valid == ~np.isnan(exact).any(-1)).all(), "valid", *context)
+    usable = ~np.isnan(exact).any(-1)
+    # Whether the least of all numbers are possible is rounding's to say.
+    expect(valid[usable & (scores > LEAST).any(-1)].all(), "a row that is valid", *context)
+    expect(not valid[~usable | ~(scores > -np.inf).any(-1)].any(), "valid", *context)
     expect(
         (tokens[~valid] == -1).all() and got.log_probs[~got.valid].isnan().all(), "a row that is not valid", *context
     )
@@ -465,7 +512,9 @@ def mixture_sample(inputs: Inputs, impl: Any) -> None:
     for some, check in ((greedy, best_greedily), (~greedy, best_token)):
         here = rows[some]
         of_rows = {name: values[here] for name, values in asked.items()}
-        check(exact[here], off[here], mixture.z[:, here], inputs.noise[here], tokens[some], of_rows, context)
+        # What is not offered, or not as it is, is no equal of another token.
+        z = np.where(plain[here], mixture.z[:, here], np.nan)
+        check(scores[here], room[here], z, inputs.noise[here], tokens[some], of_rows, context)
 
 
 def best_likeliest(exact: Array, off: Array, tokens: Array, log_probs: Tensor, context: Any) -> None:
