@@ -365,7 +365,7 @@ def run_cases(program: Path) -> str:
 
 
 @pytest.mark.parametrize("combine", COMBINES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_offers(kernels, generator, dtype, combine):
     assert_draws_what_float64_draws(kernels.mixture_sample, generator, combine, dtype, sizes=(33, 1031))
 

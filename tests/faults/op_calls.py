@@ -389,7 +389,7 @@ def supports(log_probs: Array, off: Array, equals: Array, asked: Asked) -> tuple
     ties = counts & (np.abs(log_probs - edge) <= either) & (log_probs != edge)
     sure = sure & np.where(ties.any(-1, keepdims=True), log_probs > edge + either, log_probs >= edge)
     has_nucleus = asked["top_p"] < 1
-    narrow, wide = nucleus(log_probs, sure, maybe, either, asked)
+    narrow, wide = nucleus(log_probs, sure, maybe, either, equals, asked)
     sure, maybe = np.where(has_nucleus, narrow, sure), np.where(has_nucleus, wide, maybe)
     has_min_p = asked["min_p"] > 0
     edge = likeliest + asked["temperature"] * np.log(np.where(has_min_p, asked["min_p"], 1.0))
@@ -401,7 +401,9 @@ def supports(log_probs: Array, off: Array, equals: Array, asked: Asked) -> tuple
     return sure, maybe
 
 
-def nucleus(log_probs: Array, sure: Array, maybe: Array, either: Array, asked: Asked) -> tuple[Array, Array]:
+def nucleus(
+    log_probs: Array, sure: Array, maybe: Array, either: Array, equals: Array, asked: Asked
+) -> tuple[Array, Array]:
     order = np.argsort(-log_probs, -1, kind="stable")
     likeliest = log_probs.max(-1, keepdims=True)
     reach = either.min(-1, keepdims=True) / asked["temperature"]
@@ -424,10 +426,13 @@ def nucleus(log_probs: Array, sure: Array, maybe: Array, either: Array, asked: A
     # Equals go by their ids, but where others are nearly as likely rounding decides who is an equal.
     near = maybe & (log_probs >= least - either)
     nearly = (near & (log_probs != least) & (log_probs <= least + either)).any(-1, keepdims=True)
-    wide |= near & (nearly | (log_probs != least))
+    # As likely as the likeliest out of other logits: equal in float64, perhaps not in float32.
+    by_chance = (log_probs == likeliest) & ~equals
+    wide |= near & (nearly | by_chance | (log_probs != least))
     edge = np.where(narrow, log_probs, np.inf).min(-1, keepdims=True)
     at_edge = (np.abs(log_probs - edge) <= either) & maybe
-    mixed = (at_edge & ~narrow).any(-1, keepdims=True) & (at_edge & (log_probs != edge)).any(-1, keepdims=True)
+    others = at_edge & ((log_probs != edge) | by_chance)
+    mixed = (at_edge & ~narrow).any(-1, keepdims=True) & others.any(-1, keepdims=True)
     narrow = np.where(mixed, narrow & (log_probs > edge + either), narrow)
     return np.where(open_rows, False, narrow), wide
 
