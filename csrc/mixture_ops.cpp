@@ -43,12 +43,13 @@ void check_adjustments(const Offer& offer, int64_t rows, int64_t vocabulary) {
         last = vocabulary;
         continue;
       }
-      ENSEMW2S_CHECK(token > last && token < vocabulary, "the tokens of adjustments must ascend and be below ",
-                     vocabulary, ", got ", token, " in row ", row);
+      ENSEMW2S_CHECK(token > last && token < vocabulary,
+                     "the tokens of adjustments must ascend and be below ", vocabulary, ", got ", token,
+                     " in row ", row);
       ENSEMW2S_CHECK(offer.listed[row * offer.words + token / 32] >> (token % 32) & 1,
                      "the bits of adjustments lack token ", token, " in row ", row);
-      ENSEMW2S_CHECK(offer.adjustment(rows, row, i).is_usable(), "the values of adjustments for token ", token,
-                     " cannot be used in row ", row);
+      ENSEMW2S_CHECK(offer.adjustment(rows, row, i).is_usable(), "the values of adjustments for token ",
+                     token, " cannot be used in row ", row);
       last = token;
     }
   }

@@ -117,8 +117,8 @@ class OfferOfTensors {
     ENSEMW2S_CHECK(tokens.has_value() == values.has_value() && tokens.has_value() == listed.has_value(),
                    "adjustments are tokens, values and bits together");
     if (!tokens) return;
-    ENSEMW2S_CHECK(tokens->dim() == 2 && tokens->size(0) == rows, "adjusted tokens must be [B, N] with B = ",
-                   rows);
+    ENSEMW2S_CHECK(tokens->dim() == 2 && tokens->size(0) == rows,
+                   "adjusted tokens must be [B, N] with B = ", rows);
     offer_.count = tokens->size(1);
     offer_.listed = bits_of(*listed, rows, "the bits of adjustments");
     offer_.tokens = kept(Dense<int32_t>(*tokens, rows * offer_.count, "adjusted tokens"));
@@ -188,8 +188,8 @@ class MixtureOfTensors {
     const int64_t rows = first.numel() / vocabulary, experts = int64_t(rows_.size());
     const bool per_row = weights.dim() > 1;
     read_weights(weights, per_row ? rows : 1, per_row);
-    mixture_ = {rows_.data(),          experts,          rows,           vocabulary, weights_.data(),
-                per_row ? experts : 0, Combine(combine), dtype_of(first), offer};
+    mixture_ = {rows_.data(),     experts,         rows, vocabulary, weights_.data(), per_row ? experts : 0,
+                Combine(combine), dtype_of(first), offer};
   }
   MixtureOfTensors(const MixtureOfTensors&) = delete;
   MixtureOfTensors& operator=(const MixtureOfTensors&) = delete;

@@ -97,7 +97,8 @@ ENSEMW2S_DEVICE void load_group(const T* row, int vocabulary, int group, float* 
 
 // The group's largest value among tokens that may be drawn as they are.
 template <class T>
-ENSEMW2S_DEVICE float largest_plain(const DeviceMixture& mixture, int64_t row, int group, const float* values) {
+ENSEMW2S_DEVICE float largest_plain(const DeviceMixture& mixture, int64_t row, int group,
+                                    const float* values) {
   float top = -kInfinity;
 #pragma unroll
   for (int i = 0; i < kGroup; i += kVector<T>) {

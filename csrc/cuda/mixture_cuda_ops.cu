@@ -70,9 +70,8 @@ class MixtureOnDevice {
     ENSEMW2S_CHECK(combine >= 0 && combine <= 2, "combine must be 0, 1 or 2, got ", combine);
     const Tensor& first = logits_[0];
     const int64_t vocabulary = vocabulary_of(first);
-    ENSEMW2S_CHECK(vocabulary <= kMaxVocabulary,
-                   "the CUDA kernels take vocabularies of 1 to ", kMaxVocabulary, " tokens, got ",
-                   vocabulary);
+    ENSEMW2S_CHECK(vocabulary <= kMaxVocabulary, "the CUDA kernels take vocabularies of 1 to ",
+                   kMaxVocabulary, " tokens, got ", vocabulary);
     const int64_t experts = int64_t(logits_.size()), rows = first.numel() / vocabulary;
     const bool per_row = weights.dim() > 1;
     ENSEMW2S_CHECK(
@@ -158,7 +157,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixture_sample_cuda(
   check_device(adjusted_tokens, first, "adjustments");
   check_device(mask, first, "mask");
   const int64_t rows = (*mixture).rows;
-  const OfferOfTensors offer(adjusted_tokens, adjusted_values, adjusted_bits, mask, rows, vocabulary_of(first));
+  const OfferOfTensors offer(adjusted_tokens, adjusted_values, adjusted_bits, mask, rows,
+                             vocabulary_of(first));
   mixture.offer(*offer);
   const RealSetting temperature_of(temperature, temperatures, rows, "temperature");
   const CountSetting top_k_of(top_k, top_ks, rows, "top_k");

@@ -407,8 +407,8 @@ struct RowSampler {
 
   // ---- the likeliest tokens ----
 
-  // After draw(), whose bounds it uses where they are those of all tokens: those likelier than all others, the
-  // likeliest first.
+  // After draw(), whose bounds it uses where they are those of all tokens: those likelier than all others,
+  // the likeliest first.
   ENSEMW2S_DEVICE void write_likeliest(const SampleOutputs& outputs) {
     const int count = int(outputs.top_count);
     if (is_restricted) {
@@ -559,8 +559,8 @@ struct RowSampler {
   }
 };
 
-// Whether a row's adjustments are such as token_adjustments makes. By all threads of the row's block; all find
-// the same.
+// Whether a row's adjustments are such as token_adjustments makes. By all threads of the row's block; all
+// find the same.
 ENSEMW2S_DEVICE bool are_adjustments_usable(const DeviceMixture& mixture, int64_t row) {
   const Offer& offer = mixture.offer;
   if (offer.count == 0) return true;

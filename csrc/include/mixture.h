@@ -26,9 +26,10 @@ struct Adjustment {
 
 // Which tokens of a row may be drawn, and which of them at another log-probability than the mixture's.
 struct Offer {
-  const uint32_t* mask = nullptr;    // [rows, words], a bit for each token that may be drawn; null: all may
-  const int32_t* tokens = nullptr;   // [rows, count], adjusted tokens, ascending, -1 behind the last; null: none
-  const float* values = nullptr;     // [3, rows, count], the members of their Adjustments
+  const uint32_t* mask = nullptr;  // [rows, words], a bit for each token that may be drawn; null: all may
+  const int32_t* tokens =
+      nullptr;                    // [rows, count], adjusted tokens, ascending, -1 behind the last; null: none
+  const float* values = nullptr;  // [3, rows, count], the members of their Adjustments
   const uint32_t* listed = nullptr;  // [rows, words], a bit for each of them
   int64_t count = 0, words = 0;
 
