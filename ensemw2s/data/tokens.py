@@ -344,14 +344,25 @@ def asked_in(answers: Dataset, question_format: QuestionFormat) -> Dataset:
     return answers
 
 
-def format_of_answers(answers: Any) -> QuestionFormat:
-    """Return the format in which answers were asked for (`asked_in`), or the default one where they do not say it."""
+def format_of_answers(answers: Any, columns: Sequence[str]) -> QuestionFormat:
+    """Return the format in which answers were asked for (`asked_in`), or the default one where they do not say it.
+
+    Args:
+        answers: what was given.
+        columns: their columns; those that only `TokenEnsemble.label` makes, without a format, come with a warning.
+    """
     described: Any = getattr(getattr(answers, "info", None), "description", None)
     try:
         described = json.loads(described or "null")
     except ValueError:  # somebody else's words
         described = None
     own = described.get(_FORMAT_OF_ANSWERS) if isinstance(described, dict) else None
+    if own is None and {"confidence", "agreement"} <= set(columns):
+        warnings.warn(
+            "these pseudo-answers no longer say in which format they were asked for (files and tables of rows never do) "
+            "and are taught in the default one: pass question_format, such as ensemble.question_format",
+            stacklevel=3,
+        )
     return QuestionFormat(**(described_format(own, "the description of the answers") or {}))
 
 

@@ -247,7 +247,9 @@ def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     tasks, seeds = settings.pop("tasks", None), settings.pop("seeds", None)
     comparisons, split = settings.pop("comparisons", []), settings.pop("primary_split", "ood")
     if not isinstance(tasks, Mapping) or not tasks or not all(isinstance(task, Mapping) for task in tasks.values()):
-        alone = " (one experiment without tasks is for `ensemw2s run`)" if tasks is None else ""
+        alone = ""
+        if tasks is None:
+            alone = " (one experiment over several seeds is `tasks: {any_name: {}}`; with one seed, use `ensemw2s run`)"
         raise ValueError(
             f"{path}: tasks must be a mapping of names to settings of an experiment, got {shown(tasks)}{alone}"
         )

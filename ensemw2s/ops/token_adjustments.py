@@ -136,15 +136,16 @@ def _packed(bits: Tensor, name: str, rows: int, logits: Tensor) -> Tensor:
 
 
 def pack_mask(allowed: Tensor) -> Tensor:
-    """The int32 mask ``[B, ceil(V / 32)]`` of a bool ``[B, V]``: bit ``v % 32`` of word ``v // 32`` is token v's.
+    """The int32 mask ``[..., ceil(V / 32)]`` of a bool ``[..., V]``: bit ``v % 32`` of word ``v // 32`` is token v's.
 
     xgrammar and llguidance fill masks of this form.
     """
     check_tensor(allowed, "allowed")
-    if allowed.dtype != torch.bool or allowed.dim() != 2:
-        raise TypeError(f"allowed must be bool [B, V], got {allowed.dtype} {tuple(allowed.shape)}")
-    words = -(-allowed.shape[1] // _WORD)
-    bits = torch.nn.functional.pad(allowed, (0, words * _WORD - allowed.shape[1])).view(-1, words, _WORD)
+    if allowed.dtype != torch.bool or allowed.dim() < 1:
+        raise TypeError(f"allowed must be bool [..., V], got {allowed.dtype} {tuple(allowed.shape)}")
+    words = -(-allowed.shape[-1] // _WORD)
+    padded = torch.nn.functional.pad(allowed, (0, words * _WORD - allowed.shape[-1]))
+    bits = padded.view(*allowed.shape[:-1], words, _WORD)
     places = torch.arange(_WORD, device=allowed.device, dtype=torch.int32)
     return (bits.to(torch.int32) << places).sum(-1, dtype=torch.int32)
 

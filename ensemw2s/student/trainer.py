@@ -235,8 +235,9 @@ class StudentTrainer:
                 f'{len(self.model.get_output_embeddings().weight)}: variant="soft" compares them token by token and '
                 'needs the same; use variant="sft" with this teacher'
             )
-        own_format = format_of_answers(train_dataset) if question_format is None else question_format
-        self.question_format = checked_format(own_format)
+        if question_format is None:
+            question_format = format_of_answers(train_dataset, self.train_dataset.column_names)
+        self.question_format = checked_format(question_format)
         self._examples = self._tokenized(self.train_dataset)
         # Gold answers take no steps of their own.
         self._plain = int((~gold_rows(self.train_dataset)).sum()) or len(self.train_dataset)

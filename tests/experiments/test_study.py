@@ -186,7 +186,7 @@ def test_a_killed_study_leaves_no_cell_running(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"tasks": {}}, "tasks must be a mapping of names to settings"),
-        ({"tasks": None}, r"got None \(one experiment without tasks is for `ensemw2s run`\)"),
+        ({"tasks": None}, r"got None \(one experiment over several seeds is `tasks: \{any_name: \{\}\}`; with"),
         ({"tasks": {"plain": 3}}, "tasks must be a mapping of names to settings"),
         ({"seeds": None}, "seeds must be a number of seeds, or a list of different whole numbers, .* got None"),
         ({"seeds": []}, "seeds must be a number of seeds"),
@@ -219,6 +219,18 @@ def test_a_seed_of_the_base_does_not_count_in_a_study(base: dict[str, Any], tmp_
     file.write_text("base: base.yaml\nseeds: [5]\nseed: 0\n")
     with pytest.raises(ValueError, match=r"study\.yaml: seed does nothing in a study"):
         load_study(file)
+
+
+def test_a_task_without_keys_is_the_base_itself(tmp_path: Path) -> None:
+    values = yaml.safe_load(write_study(tmp_path).read_text())
+    tasks, seeds = values.pop("tasks"), values.pop("seeds", None)
+    assert seeds is not None
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(values | tasks["letters"]))
+    study = {"base": "base.yaml", "name": "several", "seeds": 2, "tasks": {"own": {}}}
+    (tmp_path / "several.yaml").write_text(yaml.safe_dump(study))
+    cells = list(load_study(tmp_path / "several.yaml").cells())
+    assert [(cell.task, cell.seed) for cell in cells] == [("own", 0), ("own", 1)]
+    assert cells[0].config.data.easy["characters"] == tasks["letters"]["data"]["easy"]["characters"]
 
 
 def test_the_study_of_the_documentation_stands_on_the_real_example(tmp_path: Path) -> None:

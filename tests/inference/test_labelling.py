@@ -219,7 +219,9 @@ def test_a_student_ends_its_answers_in_its_own_way(tmp_path: Path) -> None:
         lambda row: row["finished"] and row["answer"].strip()
     )
     assert len({ids[-1] for ids in answers["answer_ids"]}) > 1
-    assert format_of_answers(answers) == FORMAT
+    assert format_of_answers(answers, answers.column_names) == FORMAT
+    with pytest.warns(UserWarning, match="no longer say in which format they were asked for.* pass question_format"):
+        assert format_of_answers(answers.to_list(), answers.column_names) == QuestionFormat()
     student = llama(3)
     student.generation_config.eos_token_id = [END, 5, 9, 17]
     for variant in ("soft", "sft"):

@@ -117,7 +117,7 @@ def test_masks_adjustments_and_settings_of_rows(impl, generator):
     weights = torch.rand(rows, 2, generator=generator) + 0.1
     seeds, positions = draw_seeds(rows, generator=generator), torch.arange(rows)
     allowed = torch.rand(rows, length + 1, size, generator=generator) < 0.5
-    mask = pack_mask(allowed.flatten(0, 1)).view(rows, length + 1, -1)
+    mask = pack_mask(allowed)
     changes = token_adjustments(size, prompt=torch.arange(9).expand(9, -1), repetition_penalty=3.0)
     asked = {"temperature": torch.tensor([0.0, 0.7, 1.5]), "top_p": 0.9, "top_k": torch.tensor([0, 5, 3])}
     drafted = torch.full((rows, length), -1)

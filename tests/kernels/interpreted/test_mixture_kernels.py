@@ -626,11 +626,13 @@ def test_ops_accept_the_kernels(generator):
     logits, weights, keys = inputs(generator, 2, 3, 20)
     labels = torch.tensor([1, -100, 7])
     ops = torch.ops.ensemw2s
-    for setting, rows, count in (
-        ((0.0, 0, 1.0, 0.0), (None,) * 4, 0),
-        ((0.8, 5, 0.9, 0.02), (torch.tensor([0.0, 0.5, 1.0]), None, torch.tensor([0.9, 0.5, 1.0]).double(), None), 2),
+    offer = offers(generator, 3, 20)[3]
+    of_rows = (torch.tensor([0.0, 0.5, 1.0]), None, torch.tensor([0.9, 0.5, 1.0]).double(), None)
+    for setting, rows, last in (
+        ((0.0, 0, 1.0, 0.0), (None,) * 4, (0, *(None,) * 4)),
+        ((0.8, 5, 0.9, 0.02), of_rows, (2, *offer["adjustments"], offer["mask"])),
     ):
-        arguments = (logits, weights.expand(3, 2), *setting, *rows, keys["seeds"], keys["positions"], 0, count)
+        arguments = (logits, weights.expand(3, 2), *setting, *rows, keys["seeds"], keys["positions"], 0, *last)
         torch.library.opcheck(ops.mixture_sample_triton, arguments)
     torch.library.opcheck(ops.token_scores_triton, (logits[0], labels))
     torch.library.opcheck(ops.mixture_scores_triton, (logits, weights, labels, 0))
