@@ -359,7 +359,7 @@ def format_of_answers(answers: Any, columns: Sequence[str]) -> QuestionFormat:
     own = described.get(_FORMAT_OF_ANSWERS) if isinstance(described, dict) else None
     if own is None and {"confidence", "agreement"} <= set(columns):
         warnings.warn(
-            "these pseudo-answers no longer say in which format they were asked for (files and tables of rows never do) "
+            "these pseudo-answers no longer say in which format they were asked for (files and tables never do) "
             "and are taught in the default one: pass question_format, such as ensemble.question_format",
             stacklevel=3,
         )
