@@ -34,7 +34,7 @@ def draw_experts(weights: Tensor | Sequence[float], seeds: Tensor, positions: Te
         ValueError: Shapes, devices or the values of ``weights`` are wrong.
         TypeError: A dtype is wrong.
     """
-    check_integers(seeds, (len(seeds),) if isinstance(seeds, Tensor) and seeds.dim() else (), seeds, "seeds")
+    check_integers(seeds, (seeds.numel(),) if isinstance(seeds, Tensor) else (), seeds, "seeds")
     check_integers(positions, tuple(seeds.shape), seeds, "positions")
     count = weights.shape[-1] if isinstance(weights, Tensor) and weights.dim() else len(weights)
     like = torch.empty((len(seeds), 1), device=seeds.device)

@@ -132,7 +132,6 @@ def mixture_sample(
         "seeds": check_integers(seeds, (batch,), first, "seeds", "ops.draw_seeds(B) makes them"),
         "positions": check_integers(positions, (batch,), first, "positions"),
     }
-    combine_code(combine)
     count = check_top_logprobs(top_logprobs, vocabulary)
     if sample != "mixture":
         refuse_beside_expert_first(sample, combine, settings, count, adjustments, mask)

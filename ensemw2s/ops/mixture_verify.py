@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ensemw2s.ops.checks import check_integers, combine_code, expert_list, expert_weights, without_gradient
+from ensemw2s.ops.checks import check_integers, expert_list, expert_weights, without_gradient
 from ensemw2s.ops.mixture_sample import sample_rows
 from ensemw2s.ops.sample_settings import sample_settings
 from ensemw2s.ops.token_adjustments import TokenAdjustments
@@ -92,7 +92,6 @@ def mixture_verify(
     check_integers(drafted, (batch, length - 1), first, "drafted")
     check_integers(seeds, (batch,), first, "seeds", "ops.draw_seeds(B) makes them")
     check_integers(positions, (batch,), first, "positions")
-    combine_code(combine)
     shares = without_gradient(expert_weights(weights, len(experts), like, per_row=True))
     settings = sample_settings(temperature, top_k, top_p, min_p, like)
     at = (positions[:, None] + torch.arange(length, device=first.device)).flatten()

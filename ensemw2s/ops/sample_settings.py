@@ -16,6 +16,7 @@ from ensemw2s.ops.checks import check_same_device, check_tensor, number, refuse_
 _LARGEST_INTEGER = 2**63 - 1
 # How many of the likeliest tokens can be asked for: serving APIs allow 20, and a kernel keeps them in order on chip.
 MOST_TOP_LOGPROBS = 64
+REAL_DTYPES = (torch.float32, torch.float64)
 
 
 class _Kind(NamedTuple):
@@ -24,7 +25,7 @@ class _Kind(NamedTuple):
     default: float
     expected: str
     in_range: Callable[[Any], Any]
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
+    dtypes: tuple[torch.dtype, ...] = REAL_DTYPES
 
 
 _KINDS = {
@@ -94,7 +95,7 @@ def sample_settings(temperature: Any, top_k: Any, top_p: Any, min_p: Any, logits
 
 def _real(value: Any, name: str, logits: Tensor) -> float | Tensor:
     if isinstance(value, Tensor):
-        return _of_rows(value, name, logits)
+        return of_rows(value, name, logits)
     found = value if type(value) is float else number(value, name)
     if not _KINDS[name].in_range(found):
         raise ValueError(f"{name}={shown(value)} must be {_KINDS[name].expected}")
@@ -103,7 +104,7 @@ def _real(value: Any, name: str, logits: Tensor) -> float | Tensor:
 
 def _count(value: Any, logits: Tensor) -> int | Tensor:
     if isinstance(value, Tensor):
-        return _of_rows(value, "top_k", logits)
+        return of_rows(value, "top_k", logits, _KINDS["top_k"].dtypes)
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise TypeError(f"top_k must be an int or a tensor of them, got {type(value).__name__}")
     count = int(value)
@@ -112,15 +113,15 @@ def _count(value: Any, logits: Tensor) -> int | Tensor:
     return count
 
 
-def _of_rows(value: Tensor, name: str, logits: Tensor) -> Tensor:
+def of_rows(value: Tensor, name: str, like: Tensor, dtypes: tuple[torch.dtype, ...] = REAL_DTYPES) -> Tensor:
+    """A tensor ``[B]`` of each row's value of a setting, beside ``like`` ``[B, ...]`` and without a gradient."""
     check_tensor(value, name)
-    dtypes = _KINDS[name].dtypes
     if value.dtype not in dtypes:
-        kind = "an int" if name == "top_k" else "a number"
+        kind = "a number" if dtypes[0].is_floating_point else "an int"
         raise TypeError(f"{name} must be {kind}, or of {dtypes[0]} or {dtypes[1]}, got {value.dtype}")
-    if value.shape != logits.shape[:1]:
-        raise ValueError(f"{name} must be one value, or have shape ({logits.shape[0]},), got {tuple(value.shape)}")
-    check_same_device(value, logits, name)
+    if value.shape != like.shape[:1]:
+        raise ValueError(f"{name} must be one value, or have shape ({like.shape[0]},), got {tuple(value.shape)}")
+    check_same_device(value, like, name)
     return without_gradient(value)
 
 

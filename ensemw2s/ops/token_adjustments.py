@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ensemw2s.ops.checks import check_same_device, check_tensor, number, refuse_rows, shown
+from ensemw2s.ops.sample_settings import of_rows
 
 _WORD = 32
 # The largest and the smallest positive float32.
@@ -238,13 +239,7 @@ def _rate(value: Any, name: str, tokens: Tensor, *, positive: bool) -> Tensor:
         if not abs(found) <= _LARGEST or (positive and found < _SMALLEST):
             raise ValueError(f"{name}={shown(value)} must be {expected}")
         return torch.full((1, 1), found, dtype=torch.float32, device=tokens.device)
-    check_tensor(value, name)
-    if value.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name} must be a number, or of torch.float32 or torch.float64, got {value.dtype}")
-    if value.shape != tokens.shape[:1]:
-        raise ValueError(f"{name} must be one value, or have shape ({len(tokens)},), got {tuple(value.shape)}")
-    check_same_device(value, tokens, name)
-    rates = value.detach().to(torch.float32)
+    rates = of_rows(value, name, tokens).to(torch.float32)
     _refuse_values(name, value, rates.isfinite() & ((rates > 0) | (not positive)), expected)
     return rates[:, None]
 

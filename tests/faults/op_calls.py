@@ -492,6 +492,7 @@ def mixture_sample(inputs: Inputs, impl: Any) -> None:
     context = (combine, given, count, keys, offer, got, inputs)
     valid, tokens = got.valid.numpy(), got.tokens.numpy()
     usable = ~np.isnan(exact).any(-1)
+    expect(bool(offer) or (valid == usable).all(), "valid", *context)
     # Whether the least of all numbers are possible is rounding's to say.
     expect(valid[usable & (scores > LEAST).any(-1)].all(), "a row that is valid", *context)
     expect(not valid[~usable | ~(scores > -np.inf).any(-1)].any(), "valid", *context)

@@ -264,6 +264,11 @@ def test_what_cannot_be_drawn_by_expert_first_is_refused(impl, change, words):
         mixture_sample(torch.zeros(2, 2, 9), asked.pop("weights"), impl=impl, **keys, **asked)
 
 
+def test_one_seed_without_an_axis_is_no_batch():
+    with pytest.raises(ValueError, match=r"seeds must have shape \(1,\), got \(\)"):
+        draw_experts([1.0, 2.0], torch.tensor(3), torch.tensor(0))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_greedy_needs_no_seeds(impl, generator):
     logits, weights, keys = inputs(generator, 2, 3, 40)
