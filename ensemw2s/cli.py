@@ -151,10 +151,12 @@ def _check_environment() -> None:
             )
     if not os.environ.get("ENSEMW2S_CACHE", "unset"):
         raise ValueError("the environment variable ENSEMW2S_CACHE is empty: name a folder for models, or unset it")
-    if "ENSEMW2S_IMPL" in os.environ:
+    if not os.environ.keys().isdisjoint(("ENSEMW2S_IMPL", "ENSEMW2S_PRODUCTS")):
         from ensemw2s import ops
+        from ensemw2s.ops.products import product_library
 
         ops.backend_for("mixture_sample")
+        product_library()
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

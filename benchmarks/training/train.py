@@ -106,6 +106,7 @@ def adapted_model(source: str, layers: str | list[str] = "all-linear") -> Any:
 
 def trainer_of(way: str, model: Any, examples: Dataset, folder: str, **settings: Any) -> Trainer:
     trainer_class, collator = WAYS[way]
+    settings = {"learning_rate": 2e-4, **settings}
     args = AnswerTrainingArguments(output_dir=folder, disable_tqdm=True, use_cpu=True, **settings)
     trainer = trainer_class(model=model, args=args, train_dataset=examples, data_collator=collator(PAD))
     for callback in (ProgressCallback, PrinterCallback):

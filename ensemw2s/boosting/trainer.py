@@ -6,6 +6,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from ensemw2s.boosting.units import AnswerUnits, informative_tokens
 from ensemw2s.data.questions import check_disjoint, check_questions
 from ensemw2s.data.tokens import QuestionFormat, check_examples, checked_format, tokenize_questions
 from ensemw2s.ensemble.model import TokenEnsemble
+from ensemw2s.inference.choices import ChoiceSettings, score_choice_mixtures
 from ensemw2s.inference.measuring import measure
 from ensemw2s.inference.scoring import AnswerScores
 from ensemw2s.models.adapters import check_peft_config
@@ -35,6 +37,7 @@ from ensemw2s.runtime.meter import Ledger, total
 from ensemw2s.runtime.records import QUANTILE_LEVELS, IdentityRecord, RoundRecord
 from ensemw2s.runtime.store import Store
 from ensemw2s.training.arguments import (
+    check_resume,
     check_trainer_options,
     questions_to_evaluate,
     require_arguments,
@@ -186,7 +189,9 @@ class BoostingTrainer:
             )
         return None
 
-    def train(self, save_to: str | os.PathLike[str] | None = None) -> TokenEnsemble:
+    def train(
+        self, save_to: str | os.PathLike[str] | None = None, *, resume_from_checkpoint: bool | None = None
+    ) -> TokenEnsemble:
         """Run or continue the rounds, save the ensemble of the accepted experts, and return it.
 
         It is saved with tokenizer and `record()` in the folder `save_to`; None is `ensemble` in `args.output_dir`.
@@ -194,13 +199,16 @@ class BoostingTrainer:
         with fewer `num_rounds` than before: further rounds stay in `args.output_dir`, and a call with as many rounds as
         then finds them there and saves the larger ensemble again.
 
+        `resume_from_checkpoint=True` says what happens anyway: what an interrupted call left is gone on with.
+
         Raises:
             FileExistsError: another model is where the ensemble would be saved; nothing is trained.
             InUseError: another process trains in `args.output_dir`.
             RuntimeError: no expert beat the prior, not even in round 1.
             ValueError: `args.output_dir` belongs to another configuration, holds files that are not ours where ours
-                would be, or ones of ours that are damaged.
+                would be, or ones of ours that are damaged; or `resume_from_checkpoint` is False or a folder.
         """
+        check_resume(resume_from_checkpoint)
         remedy = "pass overwrite=True to delete that run"
         with claimed(self.folder, BOOSTING, self.fingerprint(), overwrite=self.args.overwrite, remedy=remedy):
             place = save_to or self.folder / "ensemble"
@@ -217,7 +225,7 @@ class BoostingTrainer:
             if not self._accepted():
                 raise RuntimeError(
                     f"no expert beats the pre-trained model: {self.stop_reason}. Train longer or with another learning "
-                    f"rate (now {self.args.num_train_epochs:g} epochs at {self.args.learning_rate:g})"
+                    f"rate (now {self.args.duration} at {self.args.learning_rate:g})"
                 )
             if self.stop_reason and self.on_round == self._tell_round:
                 warnings.warn(f"{self.stop_reason}. The ensemble has {len(self._accepted())} experts", stacklevel=2)
@@ -513,15 +521,20 @@ class BoostingTrainer:
         earlier = self._accepted(before=number)
         expert_weights = self._mixing([weight for _, weight in earlier] + [expert_weight])
         mixtures = {"expert": [0.0] * len(earlier) + [1.0], "ensemble": expert_weights}
-        scores = self._score_validation(mixtures, [path for path, _ in earlier] + [folder / "expert"])
+        folders = [path for path, _ in earlier] + [folder / "expert"]
+        ensemble = self._factory.ensemble(folders, [1.0] * len(folders))
+        scores = self._factory.score(ensemble, self._eval, mixtures, "validation")
+        if self.eval_questions is not None and "choices" in self.eval_questions.column_names:
+            settings = ChoiceSettings(self.question_format, batch_size=self.args.per_device_eval_batch_size)
+            asked = self.eval_questions, self.processing_class, mixtures, settings
+            chosen = score_choice_mixtures(ensemble, *asked)
+            scores = {name: replace(scores[name], chosen_right=chosen[name].correct) for name in mixtures}
         accuracies = {name: scores[name].accuracy for name in mixtures}
         return {**accuracies, "token_error": scores["ensemble"].token_error}
 
-    def _score_validation(
-        self, mixtures: Mapping[str, Sequence[float]], folders: list[Path] | None = None
-    ) -> dict[str, AnswerScores]:
-        """Score mixtures of the experts in `folders`; None means all that are accepted."""
-        folders = folders or [folder for folder, _ in self._accepted()]
+    def _score_validation(self, mixtures: Mapping[str, Sequence[float]]) -> dict[str, AnswerScores]:
+        """Score mixtures of all accepted experts on the answers to the validation questions."""
+        folders = [folder for folder, _ in self._accepted()]
         ensemble = self._factory.ensemble(folders, [1.0] * len(folders))
         return self._factory.score(ensemble, self._eval, mixtures, "validation")
 
@@ -621,7 +634,7 @@ def round_line(record: Mapping[str, Any], args: BoostingConfig) -> str:
         if _nothing_is_right(record):
             line += (
                 f" (no question is answered right; {values['token_error']:.0%} of the answers' tokens are wrong. Train "
-                f"longer than {args.num_train_epochs:g} epochs, or with a higher learning rate than "
+                f"longer than {args.duration}, or with a higher learning rate than "
                 f"{args.learning_rate:g})"
             )
     if not record["accepted"]:

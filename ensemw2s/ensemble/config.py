@@ -84,11 +84,16 @@ _EVERY |= PreTrainedConfig().to_dict().keys()
 
 def check_settings(settings: Mapping[str, Any], where: str) -> None:
     """Raise ValueError for settings that no ensemble saves; `where` begins the message."""
+    kind = settings.get("model_type", EnsembleConfig.model_type)
+    if kind != EnsembleConfig.model_type:
+        raise ValueError(
+            f"{where} is of a {shown(kind)} model, not of an ensemble: load it with load_model, or with transformers' "
+            "AutoModelForCausalLM.from_pretrained"
+        )
     unknown = sorted(map(str, settings.keys() - {*_OURS, *_EVERY}))
     if unknown:
         raise ValueError(f"{where}: {shown(unknown[0])} is no setting of an ensemble: delete it, or pass it yourself")
     checks = {
-        "model_type": lambda value: value == EnsembleConfig.model_type,
         "expert_weights": lambda value: (
             isinstance(value, list)
             and all(type(weight) in (int, float) and 0 < weight < float("inf") for weight in value)

@@ -33,6 +33,7 @@ from ensemw2s.models.loading import CACHE, load_model
 from ensemw2s.models.mixture import Experts, Pass, StackedExperts, repeat_rows
 from ensemw2s.models.sharing import turn_of
 from ensemw2s.ops.checks import COMBINES
+from ensemw2s.ops.products import faster_linear_layers
 from ensemw2s.runtime.meter import count
 
 if TYPE_CHECKING:
@@ -180,6 +181,11 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
     def num_experts(self) -> int:
         """Return T."""
         return len(self.experts)
+
+    @property
+    def expert_weights(self) -> list[float]:
+        """Return the T expert weights, not normalised; `reweighted` gives an ensemble with others."""
+        return list(self.config.expert_weights)
 
     @property
     def question_format(self) -> QuestionFormat:
@@ -367,11 +373,12 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
 
         def run(model: torch.nn.Module, index: int) -> torch.Tensor:
             own = {} if cache is None else {CACHE: caches[index]}
-            if positions is None:
-                logits = model(**inputs, **own).logits
-            else:
-                with own_head(model) as mine, only_positions(mine, positions):
-                    logits = mine(**inputs, **own).logits
+            with faster_linear_layers(model, input_ids.numel()):
+                if positions is None:
+                    logits = model(**inputs, **own).logits
+                else:
+                    with own_head(model) as mine, only_positions(mine, positions):
+                        logits = mine(**inputs, **own).logits
             count(experts.carrier(index), input_ids, attention_mask, logits.shape[:-1].numel())
             return logits
 

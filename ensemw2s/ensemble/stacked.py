@@ -17,6 +17,7 @@ from torch import nn
 
 from ensemw2s.ensemble.attached import Adapter, living, plain_model
 from ensemw2s.models.sharing import turn_if_wrapped, view
+from ensemw2s.ops.products import is_for_onednn, linear
 
 # Up to this many rows and on several threads, MKL takes two thirds of the time for (W x^T)^T that it takes for x W^T,
 # since it shares out the rows of its first factor. With more rows, turning the result round costs what is gained.
@@ -194,8 +195,8 @@ def _linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """Return `x W^T + b`, perhaps as a transposed view."""
     rows = x.reshape(-1, layer.in_features)
     few = len(rows) <= _FEW_ROWS and x.dtype == torch.float32 and x.device.type == "cpu"
-    if not few or torch.get_num_threads() == 1 or torch.is_autocast_enabled("cpu"):
-        return nn.functional.linear(x, layer.weight, layer.bias)
+    if not few or torch.get_num_threads() == 1 or torch.is_autocast_enabled("cpu") or is_for_onednn(x, layer.weight):
+        return linear(x, layer.weight, layer.bias)
     # MKL multiplies by one row half as fast as by two.
     twice = rows.repeat(2, 1) if len(rows) == 1 else rows
     result = torch.mm(layer.weight, twice.T).T[: len(rows)]

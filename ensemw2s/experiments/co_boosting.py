@@ -44,7 +44,7 @@ from ensemw2s.runtime.store import Store
 from ensemw2s.runtime.values import shown
 from ensemw2s.student.relabel import enough_agree, enough_in_words
 from ensemw2s.student.trainer import StudentConfig, StudentTrainer
-from ensemw2s.training.arguments import require_arguments
+from ensemw2s.training.arguments import check_resume, require_arguments
 from ensemw2s.training.fine_tune import PRESENTATION, TrainingCost
 
 if TYPE_CHECKING:
@@ -271,11 +271,12 @@ class CoBoostingTrainer:
         own = {name: getattr(self.args, name) for name in ("recipe", "generations", "generation_weights")}
         return self._trainers[-1].record() | own | {"rounds": self.records, "stop_reason": self.stop_reason}
 
-    def train(self, save_to: str | Path | None = None) -> TokenEnsemble:
+    def train(self, save_to: str | Path | None = None, *, resume_from_checkpoint: bool | None = None) -> TokenEnsemble:
         """Run or continue all generations, save the last one's ensemble with `record()`, and return it.
 
         Args:
             save_to: the folder; None is `ensemble` in `args.output_dir`.
+            resume_from_checkpoint: True says what happens anyway; anything else than None is a ValueError.
 
         Raises:
             FileExistsError: another model is where the ensemble would be saved; nothing is trained.
@@ -283,6 +284,7 @@ class CoBoostingTrainer:
             RuntimeError: no expert beat the prior.
             ValueError: `args.output_dir` belongs to another configuration, or holds what is damaged or not ours.
         """
+        check_resume(resume_from_checkpoint)
         remedy = "pass overwrite=True to delete that run"
         with claimed(self.output_dir, CO_BOOSTING, self._fingerprint(), overwrite=self.args.overwrite, remedy=remedy):
             place = save_to or self.output_dir / "ensemble"

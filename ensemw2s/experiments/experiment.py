@@ -23,6 +23,7 @@ from ensemw2s.experiments.config import SPLITS, ExperimentConfig
 from ensemw2s.experiments.evaluation import evaluate
 from ensemw2s.experiments.folder import PHASES, RunFolder
 from ensemw2s.experiments.rating import rate_difficulty
+from ensemw2s.models.loading import require_source
 from ensemw2s.report.arms import TRUTH
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.files import read_json_lines, settle, write_json_lines
@@ -106,6 +107,7 @@ class Experiment:
             threads = self.config.threads or processes.fair_threads()
             if threads is not None:
                 torch.set_num_threads(threads)
+            processes.on_main(self._require_models, phases)
             for phase in phases:
                 processes.on_main(self.files.require_earlier, phase)
                 if phase == "report":
@@ -120,6 +122,18 @@ class Experiment:
                     processes.on_main(self.files.write_records, phase, records)
                 processes.on_main(self.files.collect_results)
             return read_json_lines(self.folder / RESULTS_FILE)
+
+    def _require_models(self, phases: Sequence[str]) -> None:
+        """Refuse models that cannot be loaded, before the hours that the phases in front of theirs take."""
+        left = {phase for phase in phases if phase != "report" and not self.files.records_file(phase).exists()}
+        models = {"weak": self.config.weak} if left else {}
+        if left & {"student", "evaluate"}:
+            models["strong"] = self.config.strong
+        for name, model in models.items():
+            try:
+                require_source(model.source, model.keep_layers)
+            except (ValueError, ImportError, FileNotFoundError) as error:
+                raise type(error)(f"{name}: {error}") from error
 
     def _data(self) -> list[dict[str, Any]]:
         self._check_tokenizers()

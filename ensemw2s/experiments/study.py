@@ -13,16 +13,19 @@ import multiprocessing
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ensemw2s.experiments.config import ExperimentConfig, build_config, check_folder_name, merge_settings, read_settings
 from ensemw2s.runtime.accounts import enter_growing, is_ours
-from ensemw2s.runtime.claims import Kind, claim_shared, held_file
-from ensemw2s.runtime.files import read_json_lines, write_json_lines
+from ensemw2s.runtime.claims import InUseError, Kind, claim_shared, held_file
+from ensemw2s.runtime.files import DiskFullError, read_json_lines, write_json_lines
 from ensemw2s.runtime.fingerprint import digest_json
 from ensemw2s.runtime.records import (
     STUDY_FILE,
@@ -61,6 +64,8 @@ _SEED_STEP = 1000
 # What every cell has of its own, so that a study has no such key.
 _OF_CELLS = ("seed", "task")
 _MOST_SEEDS = 10_000
+# What the next cell would meet as well.
+_END_THE_STUDY = (DiskFullError, InUseError, MemoryError, BrokenProcessPool)
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,10 @@ class Cell:
         return digest_json(self.config.results_key(), 8)
 
 
+class CellError(RuntimeError):
+    """Cells of a study failed; the others were run."""
+
+
 class Study:
     """Run a study's cells and keep their figures in `records` (None: `records.jsonl` in the study's folder).
 
@@ -161,9 +170,12 @@ class Study:
 
         With more than one job each cell has a process of its own; after `minutes` no cell is begun (None runs all).
 
+        A cell that fails does not keep the others from being run.
+
         Raises:
-            InUseError: another process adds to the records, or works in a cell's folder.
-            Exception: what a cell raised; the cells that were running are finished first.
+            CellError: cells failed; names each, and why. What they left is kept for the next call.
+            InUseError: another process adds to the records, or works in a cell's folder; no further cell is begun.
+            DiskFullError, MemoryError, BrokenProcessPool: likewise, since the next cell would meet the same.
         """
         check_number("jobs", jobs, whole=True)
         if minutes is not None:
@@ -176,17 +188,23 @@ class Study:
             waiting = self.missing()
             done = len(self.cells) - len(waiting)
             self.say(f"{self.config.name}: {done} of {len(self.cells)} cells are in {self.file}")
+            failed: list[str] = []
             if jobs == 1:
                 while waiting and time.monotonic() < end:
                     cell = waiting.pop(0)
-                    self._add(cell, _run_cell(cell))
+                    self._add(cell, partial(_run_cell, cell), failed)
             else:
-                self._run_side_by_side(waiting, jobs, end)
+                self._run_side_by_side(waiting, jobs, end, failed)
             if waiting:
                 self.say(f"{len(waiting)} cells are left: the same command goes on with them")
+            if failed:
+                raise CellError(
+                    f"{len(failed)} of {len(self.cells)} cells failed, and the same command runs them again. "
+                    + "; ".join(failed)
+                )
 
-    def _run_side_by_side(self, waiting: list[Cell], jobs: int, end: float) -> None:
-        """Take cells from `waiting` until `end`, `jobs` at a time."""
+    def _run_side_by_side(self, waiting: list[Cell], jobs: int, end: float, failed: list[str]) -> None:
+        """Take cells from `waiting` until `end`, `jobs` at a time; `failed` is told of those that fail."""
         context = multiprocessing.get_context("spawn")
         running: dict[Any, Cell] = {}
         with ProcessPoolExecutor(min(jobs, len(waiting) or 1), mp_context=context, initializer=_start_worker) as pool:
@@ -195,9 +213,19 @@ class Study:
                     cell = waiting.pop(0)
                     running[pool.submit(_run_cell, cell)] = cell
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    self._add(running.pop(future), future.result())
+                    self._add(running.pop(future), future.result, failed)
 
-    def _add(self, cell: Cell, records: Sequence[Mapping[str, Any]]) -> None:
+    def _add(self, cell: Cell, result: Callable[[], list[dict[str, Any]]], failed: list[str]) -> None:
+        """Add the records that `result` returns, or the cell's failure to `failed`."""
+        try:
+            records = result()
+        except _END_THE_STUDY:
+            raise
+        except Exception as error:
+            kind = "" if isinstance(error, ValueError | OSError | RuntimeError) else f"{type(error).__name__}: "
+            failed.append(f"{cell.task}, seed {cell.seed}: {kind}{error}")
+            self.say(f"{cell.task}, seed {cell.seed}, failed: {_log_of(cell)} says where")
+            return
         others = [r for r in self._records() if (r.get("task"), r.get("seed")) != (cell.task, cell.seed)]
         rows = [row for row in others if row["kind"] not in (StudyRecord.kind, EnvironmentRecord.kind)]
         environment = [record for record in records if record["kind"] == EnvironmentRecord.kind]
@@ -320,16 +348,24 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def _log_of(cell: Cell) -> Path:
+    folder = cell.config.folder
+    return folder.with_name(f"{folder.name}.log")
+
+
 def _run_cell(cell: Cell) -> list[dict[str, Any]]:
     from ensemw2s.experiments.experiment import Experiment
     from ensemw2s.experiments.folder import PHASES
 
-    folder = cell.config.folder
-    log_file = folder.with_name(f"{folder.name}.log")
+    log_file = _log_of(cell)
     if log_file.exists() and not is_ours(log_file):
         raise ValueError(f"{log_file} is no log of this study, which would overwrite it: move it away")
     enter_growing(log_file)
     with log_file.open("w") as log, contextlib.redirect_stderr(log):
-        experiment = Experiment(cell.config, overwrite=True, say=lambda line: print(line, file=log))
-        # A study has a report of its own.
-        return experiment.run(tuple(phase for phase in PHASES if phase != "report"))
+        try:
+            experiment = Experiment(cell.config, overwrite=True, say=lambda line: print(line, file=log))
+            # A study has a report of its own.
+            return experiment.run(tuple(phase for phase in PHASES if phase != "report"))
+        except Exception:
+            traceback.print_exc(file=log)
+            raise

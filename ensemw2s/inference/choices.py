@@ -24,7 +24,7 @@ from ensemw2s import ops
 from ensemw2s.data.batches import by_length, pad_prompts
 from ensemw2s.data.questions import check_questions, row_name, warn_of_unknown
 from ensemw2s.data.tokens import QuestionFormat, answer_with_end, checked_format, fitted_prompt
-from ensemw2s.inference.decoding import run_experts
+from ensemw2s.inference.reading import read_prompts, run_experts
 from ensemw2s.models.mixture import Mixture, OneModel, damaged, expert_names, is_mixture, refuse_damaged
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.meter import Work
@@ -327,7 +327,7 @@ def _token_log_probs(
     ids = pad_sequence(choices, batch_first=True, padding_value=-1).to(device)
     prompts, mask = pad_prompts([row.prompt for row in rows], pad_token_id, device)
     cache = ensemble.new_cache()
-    first = [row[:, -1] for row in run_experts(ensemble, prompts, mask, cache, last_only=True)]
+    first = [row[:, -1] for row in read_prompts(ensemble, prompts, mask, cache)]
     refuse_damaged(damaged([first[t] for t in used]), owners, names)
     log_probs = {name: torch.zeros(ids.shape, dtype=torch.float64, device=device) for name in weights}
     for name, values in weights.items():

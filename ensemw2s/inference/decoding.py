@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from ensemw2s import ops
+from ensemw2s.inference.reading import read_prompts, run_experts
 from ensemw2s.models.loading import CACHE, check_processing_class
 from ensemw2s.models.mixture import damaged, expert_names, refuse_damaged
 from ensemw2s.runtime.values import check_fields, shown
@@ -89,16 +90,6 @@ class Sampling:
         return cls(**{"temperature": 1.0, **values})
 
 
-def run_experts(
-    ensemble: Mixture, input_ids: torch.Tensor, attention_mask: torch.Tensor, cache: Cache, *, last_only: bool
-) -> list[torch.Tensor]:
-    """Run all experts on what follows the text in `cache`; see `Mixture.expert_logits`."""
-    places = (attention_mask.cumsum(-1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
-    return ensemble.expert_logits(
-        range(ensemble.num_experts), input_ids, attention_mask, position_ids=places, cache=cache, last_only=last_only
-    )
-
-
 class MixtureDecoder:
     """One batch being decoded: every expert's cache, the attention mask, and the step counter.
 
@@ -132,7 +123,9 @@ class MixtureDecoder:
 
     def logits(self) -> list[torch.Tensor]:
         """Run the experts on what they have not seen and return their T logits [B, V] for the next token."""
-        logits = run_experts(self.ensemble, self.pending, self.attention_mask, self.cache, last_only=True)
+        is_first = self.cache.get_seq_length() == 0
+        read = read_prompts if is_first else run_experts
+        logits = read(self.ensemble, self.pending, self.attention_mask, self.cache)
         return [row[:, -1] for row in logits]
 
     def choose(self, logits: list[torch.Tensor]) -> Any:

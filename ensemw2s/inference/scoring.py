@@ -25,6 +25,7 @@ from ensemw2s.data.tokens import answer_lengths, check_examples
 from ensemw2s.models.heads import gives_the_logits, only_positions, output_head, own_head, states_before
 from ensemw2s.models.mixture import ExpertMixture, damaged, expert_names, is_mixture, refuse_damaged, repeat_rows
 from ensemw2s.ops import TokenScores
+from ensemw2s.ops.products import faster_linear_layers
 from ensemw2s.ops.row_losses import CHUNK_ELEMENTS
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.meter import Work, count
@@ -50,6 +51,9 @@ class AnswerScores:
     token_wrong: np.ndarray
     token_log_probs: np.ndarray
     chosen_right: np.ndarray | None = None
+
+    def __repr__(self) -> str:
+        return f"AnswerScores({len(self.lengths)} answers, {self.accuracy:.1%} of them right)"
 
     @property
     def correct(self) -> np.ndarray:
@@ -200,7 +204,7 @@ class _ModelRun:
         def select(hidden: Tensor) -> Tensor:
             return hidden.unflatten(0, (self.copies, -1))[:, mask.to(hidden.device)]
 
-        with self._model() as model:
+        with self._model() as model, faster_linear_layers(model, inputs["input_ids"].numel()):
             if self.ends_in_head:
                 rows = states_before(output_head(model), model, inputs, select)
             else:
@@ -213,7 +217,7 @@ class _ModelRun:
         """Return, per copy, the logits [n, V] of what `answer_rows` returned."""
         if not self.ends_in_head:
             return list(rows)
-        with self._model() as model:
+        with self._model() as model, faster_linear_layers(model, rows.shape[:-1].numel()):
             return list(output_head(model)(rows))
 
 

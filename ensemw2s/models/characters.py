@@ -70,9 +70,7 @@ def scratch_folder(name: str) -> Path:
         DiskFullError: the disk of the cache folder is full.
         OSError: the model is not there yet and the cache folder cannot be written.
     """
-    if name not in _RECIPES:
-        raise ValueError(f"there is no scratch model {name!r}: expected {' or '.join(_RECIPES)}")
-    recipe = _RECIPES[name]
+    recipe = _recipe(name)
 
     def make(folder: Path) -> None:
         tokenizer = _make_tokenizer()
@@ -81,6 +79,17 @@ def scratch_folder(name: str) -> Path:
         tokenizer.save_pretrained(folder)
 
     return cached_model(f"scratch-{name}-{digest_json([_VERSION, asdict(recipe)], 4)}", make)
+
+
+def scratch_layers(name: str) -> int:
+    """Return the number of decoder layers of a model that `scratch_folder` makes; raises ValueError as it does."""
+    return _recipe(name).num_layers
+
+
+def _recipe(name: str) -> _Recipe:
+    if name not in _RECIPES:
+        raise ValueError(f"there is no scratch model {name!r}: expected {' or '.join(_RECIPES)}")
+    return _RECIPES[name]
 
 
 def _make_tokenizer() -> PreTrainedTokenizerFast:

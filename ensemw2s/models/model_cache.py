@@ -14,6 +14,11 @@ from ensemw2s.runtime.files import cache_folder, new_folder
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
+def cached_folder(name: str) -> Path:
+    """Return where the folder `name` of the model cache is, or would be."""
+    return cache_folder() / name
+
+
 def cached_model(name: str, make: Callable[[Path], None]) -> Path:
     """Return the folder `name` of the model cache, which `make` fills on first use; what is there is only read.
 
@@ -21,7 +26,7 @@ def cached_model(name: str, make: Callable[[Path], None]) -> Path:
         DiskFullError: the disk is full.
         OSError: the folder is not there yet and cannot be written.
     """
-    folder = cache_folder() / name
+    folder = cached_folder(name)
     if is_there(folder, "the model cache"):
         return folder
     try:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ensemw2s.ops.checks import shown
+from ensemw2s.ops.products import product_library
 
 IMPLEMENTATIONS = ("auto", "reference", "cpp", "cuda", "triton")
 COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -215,8 +216,15 @@ def run(name: str, chosen: str, *args: Any) -> Any:
 
 
 def build_info() -> dict[str, str]:
-    """What was compiled and what runs: ``compiled``, ``compiler``, ``instruction_set``, ``triton``."""
-    info = {"compiled": "no" if _WHY_MISSING else "yes", "triton": "yes" if find_spec("triton") else "no"}
+    """What was compiled and what runs: ``compiled``, ``compiler``, ``instruction_set``, ``triton``, ``products``.
+
+    ``products`` is the library that multiplies float32 matrices on the CPU, see ``products.product_library``.
+    """
+    info = {
+        "compiled": "no" if _WHY_MISSING else "yes",
+        "triton": "yes" if find_spec("triton") else "no",
+        "products": product_library(),
+    }
     if _WHY_MISSING:
         return {**info, "reason": _WHY_MISSING}
     host = import_module("ensemw2s._host")

@@ -216,6 +216,8 @@ def check_same_device(tensor: Tensor, like: Tensor, name: str) -> None:
 
 def check_integers(tensor: Any, shape: tuple[int, ...], like: Tensor, name: str, hint: str = "") -> Tensor:
     """The tensor, if it is a dense int64 one of ``shape`` on the device of ``like``; ``hint`` says who makes one."""
+    if tensor is None:
+        raise TypeError(f"{name} is missing: give an int64 tensor {list(shape)}" + (f"; {hint}" if hint else ""))
     if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64:
         found = getattr(tensor, "dtype", type(tensor).__name__)
         raise TypeError(f"{name} must be an int64 tensor, got {found}" + (f"; {hint}" if hint else ""))

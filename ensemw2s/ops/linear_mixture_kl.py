@@ -18,6 +18,7 @@ from ensemw2s.ops.checks import (
     tensor_list,
 )
 from ensemw2s.ops.mixture_kl import reference as kl_reference
+from ensemw2s.ops.products import linear
 from ensemw2s.ops.row_losses import Rows, declare_linear, run_linear, tempered, tempered_states, without_rows
 
 
@@ -101,7 +102,7 @@ def _checked_teachers(
 def _targets_of(targets: Sequence[Any], rows: Rows, temperature: float) -> tuple[list[Tensor], Tensor]:
     expert_hiddens, expert_heads, weights = targets
     experts = zip(expert_hiddens, expert_heads, strict=True)
-    return [tempered(states[rows] @ expert_head.T, temperature) for states, expert_head in experts], weights
+    return [tempered(linear(states[rows], expert_head), temperature) for states, expert_head in experts], weights
 
 
 declare_linear(

@@ -130,7 +130,7 @@ def mixture_sample(
         seeds = positions = torch.zeros(batch, dtype=torch.int64, device=first.device)
     keys = {
         "seeds": check_integers(seeds, (batch,), first, "seeds", "ops.draw_seeds(B) makes them"),
-        "positions": check_integers(positions, (batch,), first, "positions"),
+        "positions": check_integers(positions, (batch,), first, "positions", "the index of each token to be drawn"),
     }
     count = check_top_logprobs(top_logprobs, vocabulary)
     if sample != "mixture":

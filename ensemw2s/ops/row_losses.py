@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ensemw2s.ops import backend
 from ensemw2s.ops.checks import accumulation_dtype
+from ensemw2s.ops.products import linear
 
 RowOp = Callable[..., tuple[Tensor, Tensor]]
 Rows = Tensor | slice  # some rows: their numbers, int64, or a slice of all
@@ -188,11 +189,11 @@ def in_chunks(
     for rows in _row_groups(row_weights, head.shape[0] * min(models, 2)):
         inputs, weights = hidden[rows], row_weights[rows]
         counted = whether_counted(weights)
-        losses[rows], gradient = row_losses(inputs @ head.T, counted, rows, need_hidden or need_head)
+        losses[rows], gradient = row_losses(linear(inputs, head), counted, rows, need_hidden or need_head)
         gradient = gradient.to(hidden.dtype)
         # The weights are multiplied with what is d wide, not V.
         if need_hidden:
-            grad_hidden[rows] = ((gradient @ head) * weights[:, None]).to(hidden.dtype)
+            grad_hidden[rows] = (linear(gradient, head.T) * weights[:, None]).to(hidden.dtype)
         if need_head:
             inputs = without_rows(inputs, weights) if isinstance(rows, slice) else inputs
             _add_product(grad_head, gradient, (inputs * in_units[rows, None]).to(hidden.dtype))

@@ -58,8 +58,9 @@ def _accuracies(runs: list[Run], names: list[str]) -> Rows:
     arms = sorted({arm for pool in pools for arm in pool.arms}, key=arm_order)
     headers, columns = ["Arm"], []
     for split in TEST_SPLITS:
-        headers += [*(f"{split.upper()}, {name}" for name in names), f"{split.upper()}, points gained by {names[1]}"]
         alike = _asked(runs[0], split) == _asked(runs[1], split) != set()
+        gained = f"{split.upper()}, points gained by {names[1]}{'' if alike else ' (not compared: other questions)'}"
+        headers += [*(f"{split.upper()}, {name}" for name in names), gained]
         columns += [[_percent(pool.accuracy(arm, split)) for arm in arms] for pool in pools]
         columns.append([_difference(pools, arm, split) if alike else "" for arm in arms])
     return headers, [list(row) for row in zip(map(arm_name, arms), *columns, strict=True)]

@@ -19,6 +19,7 @@ from ensemw2s.inference.label_files import TOP_COLUMNS
 from ensemw2s.inference.labelling import require_probabilities, top_tokens
 from ensemw2s.models.heads import linear_of, obstacle, output_head, own_head, states_before
 from ensemw2s.models.mixture import Pass, repeat_rows
+from ensemw2s.ops.products import faster_linear_layers, linear
 from ensemw2s.ops.row_losses import CHUNK_ELEMENTS
 from ensemw2s.runtime.meter import count
 from ensemw2s.runtime.values import check_number
@@ -97,7 +98,8 @@ class LiveTeacher:
             return states.chunk(stacked.count)
 
         def alone(model: Any, index: int) -> Tensor:
-            states = states_at(model, inputs, positions)
+            with faster_linear_layers(model, input_ids.numel()):
+                states = states_at(model, inputs, positions)
             count(self.ensemble.experts.carrier(index), input_ids, attention_mask, len(states))
             return states
 
@@ -109,7 +111,7 @@ class LiveTeacher:
         """Return T logits [n, V] at `positions`."""
         if self.heads:
             states = self.states(input_ids, attention_mask, positions)
-            return [rows @ head.T for rows, head in zip(states, self.heads, strict=True)]
+            return [linear(rows, head) for rows, head in zip(states, self.heads, strict=True)]
         every = range(self.ensemble.num_experts)
         return self.ensemble.expert_logits(every, input_ids, attention_mask, positions=positions)
 
@@ -148,7 +150,7 @@ class LiveTeacher:
         size = max(1, CHUNK_ELEMENTS // len(self.heads[0]))
         found = []
         for some in zip(*(rows.split(size) for rows in self.states(*texts)), strict=True):
-            logits = [rows @ head.T for rows, head in zip(some, self.heads, strict=True)]
+            logits = [linear(rows, head) for rows, head in zip(some, self.heads, strict=True)]
             found.append(top_tokens(self.ensemble, logits, count, temperature))
         ids, log_probs = zip(*found, strict=True)
         return torch.cat(ids), torch.cat(log_probs)

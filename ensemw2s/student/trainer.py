@@ -42,6 +42,7 @@ from ensemw2s.student.relabel import FoldStudents, longest_answer, sum_of
 from ensemw2s.student.teacher import LiveTeacher, top_columns, with_columns
 from ensemw2s.training.arguments import (
     AnswerTrainingArguments,
+    check_resume,
     check_trainer_options,
     questions_to_evaluate,
     require_arguments,
@@ -330,19 +331,22 @@ class StudentTrainer:
             return examples.add_column("token_weights", weights)
         return examples
 
-    def train(self, save_to: str | Path | None = None) -> Any:
+    def train(self, save_to: str | Path | None = None, *, resume_from_checkpoint: bool | None = None) -> Any:
         """Train the student, save it as `save_model(save_to)` does, and return it, in evaluation mode.
 
         With `args.relabel` the answers are relabelled first, as `relabel` does, and `train_dataset` then holds those
         that the student was trained on. `cost` counts the student's own tokens, those of the folds' students and of
-        their answering among them; a live teacher's work is in the seconds and FLOPs.
+        their answering among them; a live teacher's work is in the seconds and FLOPs. `resume_from_checkpoint=True`
+        says what happens anyway: with what an interrupted call left, training goes on.
 
         Raises:
             FileExistsError: another model is where the student would be saved; nothing is trained.
             FloatingPointError: the loss or a weight became NaN or infinite, or the teacher gives NaN.
             RuntimeError: it is trained already.
-            ValueError: with `args.relabel`, `args.output_dir` holds a relabelling of another configuration.
+            ValueError: with `args.relabel`, `args.output_dir` holds a relabelling of another configuration; or
+                `resume_from_checkpoint` is False or a folder.
         """
+        check_resume(resume_from_checkpoint)
         if self.cost is not None:
             raise RuntimeError("this student is trained already: make a new StudentTrainer to train from the start")
         place = save_to or str(self.args.output_dir)

@@ -87,6 +87,15 @@ _USES_OF_SETTINGS: Uses = {
 }
 
 
+def check_resume(resume_from_checkpoint: bool | str | None) -> None:
+    """Raise ValueError for what transformers' `train()` can be told and ours cannot honour."""
+    if resume_from_checkpoint not in (None, True):
+        raise ValueError(
+            f"resume_from_checkpoint={shown(resume_from_checkpoint)}: train() goes on by itself with what an earlier "
+            "call left in output_dir; to begin anew, give another output_dir"
+        )
+
+
 @dataclass
 class AnswerTrainingArguments(TrainingArguments):
     """transformers' `TrainingArguments` with the defaults that training on short answers wants.
@@ -141,6 +150,11 @@ class AnswerTrainingArguments(TrainingArguments):
         processes.start()
         super().__post_init__()
         _refuse(self.accelerator_config, _REFUSED_OF_ACCELERATOR, "accelerator_config.")
+
+    @property
+    def duration(self) -> str:
+        """Return in words how long is trained."""
+        return f"{self.max_steps} steps" if self.max_steps > 0 else f"{self.num_train_epochs:g} epochs"
 
     def for_training(self, *, adapters: bool) -> AnswerTrainingArguments:
         """Return a copy with the learning rate for adapters or for all weights, where none was given."""

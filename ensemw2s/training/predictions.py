@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ensemw2s import ops
+from ensemw2s.ops.products import linear
 from ensemw2s.ops.row_losses import CHUNK_ELEMENTS
 from ensemw2s.ops.topk_kl import reference as topk_kl_reference
 
@@ -27,7 +28,7 @@ class HiddenPredictions:
     @property
     def logits(self) -> Tensor:
         """Return [n, V]."""
-        return self.states @ self.head.T
+        return linear(self.states, self.head)
 
     def cross_entropy(self, labels: Tensor, token_weights: Tensor) -> Tensor:
         """Return `sum_i w_i CE_i` for int64 labels [n]."""
@@ -37,7 +38,7 @@ class HiddenPredictions:
     def argmax(self) -> Tensor:
         """Return int64 [n], the likeliest tokens, some rows at a time."""
         rows = self.states.split(max(1, CHUNK_ELEMENTS // len(self.head)))
-        return torch.cat([(some @ self.head.T).argmax(-1) for some in rows])
+        return torch.cat([linear(some, self.head).argmax(-1) for some in rows])
 
     def topk_kl(self, token_ids: Tensor, log_probs: Tensor, token_weights: Tensor, temperature: float) -> Tensor:
         """Return `sum_i w_i KL_i` from a cached top-k; see `ops.topk_kl`."""

@@ -24,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ensemw2s.data.batches import LengthBucketSampler, next_token_mask
 from ensemw2s.data.tokens import answer_lengths
 from ensemw2s.models.heads import for_product, linear_of, obstacle, only_positions, output_head, replaced_head
+from ensemw2s.ops.products import faster_linear_layers
 from ensemw2s.runtime.accounts import enter_growing, is_ours
 from ensemw2s.runtime.files import DiskFullError, is_disk_full
 from ensemw2s.runtime.meter import count, count_before, metered
@@ -168,16 +169,16 @@ class AnswerTrainer(Trainer):
     ) -> tuple[torch.Tensor, Any]:
         """Return the sum of the answer tokens' weighted losses, and the model's outputs if they are wanted."""
         read, mask, positions = self._read(model, inputs, answers)
-        outputs = None
-        if not with_outputs and self._takes_hidden_states(model, read):
-            loss = self._loss_in_place_of_logits(model, read, positions, answers)
-        else:
-            with only_positions(self.accelerator.unwrap_model(model), positions):
-                outputs = model(**read)
-            loss = self._loss_of(model, LogitPredictions(outputs.logits), answers.to(outputs.logits.device))
+        plain, outputs = self.accelerator.unwrap_model(model), None
+        with faster_linear_layers(plain, mask.numel()):
+            if not with_outputs and self._takes_hidden_states(model, read):
+                loss = self._loss_in_place_of_logits(model, read, positions, answers)
+            else:
+                with only_positions(plain, positions):
+                    outputs = model(**read)
+                loss = self._loss_of(model, LogitPredictions(outputs.logits), answers.to(outputs.logits.device))
         if model.training:
-            unwrapped, rows = self.accelerator.unwrap_model(model), len(answers.labels)
-            count(unwrapped, read["input_ids"], mask, rows, training=True)
+            count(plain, read["input_ids"], mask, len(answers.labels), training=True)
         return loss, outputs
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:

@@ -195,6 +195,29 @@ def test_the_validation_figures_are_those_of_the_growing_ensemble(model: Path, t
         }  # fmt: skip
 
 
+def test_with_choices_the_validation_figures_compare_them(model: Path, tmp_path: Path) -> None:
+    asked = [{**row, "choices": [row["answer"], "zz"]} for row in questions(8, seed=9, start=100)]
+    args = BoostingConfig(output_dir=str(tmp_path), num_rounds=2, use_cpu=True, disable_tqdm=True)
+    runner = BoostingTrainer(str(model), args, questions(24), asked, tokenizer(), lora(), FORMAT)
+    ensemble = runner.train()
+    for number, record in enumerate(r for r in runner.records if r["accepted"]):
+        growing = score_answers(ensemble[: number + 1], asked, tokenizer())
+        alone = score_answers(ensemble[[number]], asked, tokenizer())
+        # Some answers are likelier than nonsense that no expert would give.
+        assert growing.accuracy > 0
+        assert record["validation"] == {
+            "expert": alone.accuracy, "ensemble": growing.accuracy, "token_error": growing.token_error,
+        }  # fmt: skip
+
+
+def test_what_transformers_train_can_be_told_is_honoured_or_refused(model: Path, tmp_path: Path) -> None:
+    runner = trainer(model, tmp_path)
+    for asked in (False, str(tmp_path / "checkpoint-1")):
+        with pytest.raises(ValueError, match=r"resume_from_checkpoint=.*: train\(\) goes on by itself"):
+            runner.train(resume_from_checkpoint=asked)
+    assert runner.train(resume_from_checkpoint=True).num_experts
+
+
 @pytest.mark.parametrize("shrinkage", [1.0, 0.3])
 def test_the_closing_identity_holds_in_the_run_s_own_files(model: Path, tmp_path: Path, shrinkage: float) -> None:
     runner = trainer(model, tmp_path, shrinkage=shrinkage, errors="hard", validate=False)

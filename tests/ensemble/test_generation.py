@@ -123,8 +123,8 @@ def test_scores_and_logits_that_are_returned_are_the_mixtures(ensemble: TokenEns
         start = ids[row][mask[row].bool()].tolist()
         expected = slow_mixtures(ensemble, start + out.sequences[row, WIDTH:].tolist())[len(start) - 1 : -1]
         for place in range(len(out.scores)):
-            torch.testing.assert_close(out.scores[place][row].double(), expected[place], rtol=0, atol=2e-5)
-            torch.testing.assert_close(out.logits[place][row].double(), expected[place], rtol=0, atol=2e-5)
+            torch.testing.assert_close(out.scores[place][row].double(), expected[place], rtol=0, atol=5e-5)
+            torch.testing.assert_close(out.logits[place][row].double(), expected[place], rtol=0, atol=5e-5)
             if out.sequences[row, WIDTH + place] == END:
                 break
     assert not out.scores[0].requires_grad

@@ -295,6 +295,28 @@ def test_phases_run_alone_give_what_a_whole_run_gives(finished: Path, tmp_path: 
     assert stable(records) == stable(first)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strong": {"source": "scratch:charstrong"}}, "strong: there is no scratch model 'charstrong'"),
+        ({"strong": {"source": "./nowhere"}}, r"strong: \./nowhere does not exist"),
+        ({"strong": {"source": "scratch:char-strong", "keep_layers": "0-99"}}, "strong: keep_layers '0-99' must name"),
+        ({"strong": {"source": "package:no_such_model"}}, "strong: the package no_such_model is not installed"),
+        ({"weak": {"source": "scratch:char"}}, "weak: there is no scratch model 'char'"),
+    ],
+)
+def test_models_that_cannot_be_loaded_are_refused_before_anything_is_trained(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    experiment = Experiment(build_config({**settings(tmp_path), **changes}))
+    with pytest.raises((ValueError, FileNotFoundError, ImportError), match=message):
+        experiment.run()
+    assert not list(experiment.folder.glob("records/*"))
+    if "strong" in changes:
+        # Its phases are not among these.
+        experiment.run(("data",))
+
+
 def test_a_finished_run_is_not_run_again(finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
     Experiment(load_config(finished)).run()

@@ -15,8 +15,8 @@ import yaml
 
 from ensemw2s.cli import main
 from ensemw2s.experiments import study as experiments_study
-from ensemw2s.experiments.study import Study, load_study
-from ensemw2s.runtime.files import read_complete_lines
+from ensemw2s.experiments.study import CellError, Study, load_study
+from ensemw2s.runtime.files import DiskFullError, read_complete_lines
 from ensemw2s.runtime.records import StudyRecord, of_kind, read_records
 from tests.experiments.test_experiment import settings
 from tests.running import wait_for_files
@@ -128,6 +128,31 @@ def test_a_cell_of_another_configuration_is_measured_anew(tmp_path: Path, monkey
         load_study(file, ["boosting.num_rounds=3", f"output_dir={tmp_path / 'elsewhere'}"]), tmp_path / "kept.jsonl"
     ).run()
     assert len(run) == 8
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_cell_that_fails_is_named_and_keeps_no_other_from_being_run(tmp_path: Path, jobs: int) -> None:
+    said: list[str] = []
+    # Of three questions no test is left.
+    overrides = ["seeds=2", "tasks.letters.data.hard.size=3"]
+    study = Study(load_study(write_study(tmp_path), overrides), tmp_path / "kept.jsonl", say=said.append)
+    with pytest.raises(CellError, match=r"2 of 4 cells failed.* letters, seed 0: .*; letters, seed 1: "):
+        study.run(jobs=jobs)
+    rows = read_complete_lines(tmp_path / "kept.jsonl")
+    assert {(row["task"], row["seed"]) for row in rows if row["kind"] == "arm"} == {("plain", 0), ("plain", 1)}
+    log = tmp_path / "run/tiny/letters-0.log"
+    assert f"letters, seed 0, failed: {log} says where" in said
+    assert "Traceback" in log.read_text()
+    assert [(cell.task, cell.seed) for cell in study.missing()] == [("letters", 0), ("letters", 1)]
+
+
+def test_a_full_disk_ends_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(cell: Any) -> list[dict[str, Any]]:
+        raise DiskFullError(cell.config.folder)
+
+    monkeypatch.setattr("ensemw2s.experiments.study._run_cell", full)
+    with pytest.raises(DiskFullError, match="plain-0"):
+        Study(load_study(write_study(tmp_path)), tmp_path / "kept.jsonl").run()
 
 
 def test_no_cell_begins_after_the_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

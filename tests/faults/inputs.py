@@ -909,6 +909,7 @@ _VARIABLES: list[tuple[dict[str, str], str]] = [
     ({"ENSEMW2S_CACHE": ""}, "ENSEMW2S_CACHE is empty"),
     ({"ENSEMW2S_IMPL": "fast"}, "ENSEMW2S_IMPL='fast' is not one of auto"),
     ({"ENSEMW2S_IMPL": ""}, "ENSEMW2S_IMPL='' is not one of auto"),
+    ({"ENSEMW2S_PRODUCTS": "mkl"}, "ENSEMW2S_PRODUCTS='mkl' is not one of auto, torch, onednn"),
 ]
 
 

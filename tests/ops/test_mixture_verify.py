@@ -174,7 +174,7 @@ def test_logits_of_a_longer_text_are_not_copied_and_broken_rows_are_reported(imp
         ({"logits": torch.zeros(2, 3, 5)}, ValueError, r"\[B, k \+ 1, V\].* got experts of shape \(3, 5\)"),
         ({"drafted": torch.zeros(3, 3, dtype=torch.int64)}, ValueError, r"drafted must have shape \(3, 2\)"),
         ({"drafted": torch.zeros(3, 2)}, TypeError, "drafted must be an int64 tensor"),
-        ({"seeds": None}, TypeError, r"seeds must be an int64 tensor, got NoneType; ops.draw_seeds\(B\)"),
+        ({"seeds": None}, TypeError, r"seeds is missing: give an int64 tensor \[\d+\]; ops.draw_seeds\(B\)"),
         ({"top_p": torch.ones(9)}, ValueError, r"top_p must be one value, or have shape \(3,\), got \(9,\)"),
         ({"weights": torch.ones(9, 2)}, ValueError, r"weights must have shape \(2,\).* or \(3, 2\)"),
         ({"mask": torch.ones(3, 1, dtype=torch.int32)}, ValueError, r"mask must have shape \(9, 1\)"),
@@ -275,5 +275,5 @@ def test_greedy_needs_no_seeds(impl, generator):
     got = mixture_sample(logits, weights, temperature=0.0, impl=impl)
     assert torch.equal(got.tokens, mixture_sample(logits, weights, temperature=0.0, impl=impl, **keys).tokens)
     for asked in ({}, {"temperature": torch.zeros(3)}, {"temperature": 0, "positions": keys["positions"]}):
-        with pytest.raises(TypeError, match=r"seeds must be an int64 tensor, got NoneType; ops.draw_seeds\(B\)"):
+        with pytest.raises(TypeError, match=r"seeds is missing: give an int64 tensor \[\d+\]; ops.draw_seeds\(B\)"):
             mixture_sample(logits, weights, impl=impl, **asked)
