@@ -31,7 +31,7 @@ help:
 setup: $(READY)
 
 $(READY): $(SOURCES)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet "setuptools>=77" packaging "pybind11>=2.13" ninja numpy
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"

@@ -11,7 +11,8 @@ cd "$(dirname "$0")/.."
 present() {
   local python
   for python in "$@"; do
-    command -v "$python" || echo "$python is not here: no wheel is built for it" >&2
+    # A shim of pyenv is there for a version that is not chosen as well, and does not run.
+    { "$python" -c '' 2> /dev/null && command -v "$python"; } || echo "$python is not here: no wheel is built for it" >&2
   done
 }
 
@@ -37,7 +38,7 @@ assert all(wanted.specifier.contains(version(wanted.name)) for wanted in map(Req
     return
   fi
   environment=build/wheels/$("$python" -c 'import sys; print("py{}.{}".format(*sys.version_info))')
-  test -x "$environment/bin/python" || "$python" -m venv "$environment"
+  test -x "$environment/bin/pip" || "$python" -m venv "$environment" >&2
   "$environment/bin/python" -m pip install --quiet "setuptools>=77" "${TORCH:-torch}"
   "$environment/bin/python" -c 'import build_backend; print("\n".join(build_backend.KERNELS))' > "$environment/kernels.txt"
   "$environment/bin/python" -m pip install --quiet --requirement "$environment/kernels.txt"
