@@ -6,6 +6,7 @@ on interchangeable backends, chosen by ``impl`` (or the environment variable ``E
 """
 
 from ensemw2s.ops.backend import available_backends, backend_for, build_info
+from ensemw2s.ops.common_vocabulary import common_vocabulary
 from ensemw2s.ops.expert_first import draw_experts
 from ensemw2s.ops.linear_mixture_kl import linear_mixture_kl
 from ensemw2s.ops.linear_weighted_cross_entropy import linear_weighted_cross_entropy
@@ -28,6 +29,7 @@ __all__ = [
     "available_backends",
     "backend_for",
     "build_info",
+    "common_vocabulary",
     "draw_experts",
     "draw_seeds",
     "linear_mixture_kl",
