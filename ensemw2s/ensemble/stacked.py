@@ -91,7 +91,7 @@ class StackedAdapters:
         for module in _outer_modules(plain):
             if isinstance(module, LoraLinear):
                 inner: Any = module.base_layer
-                product = partial(_linear, inner) if _is_bare(inner) else inner
+                product = partial(_linear if _is_bare(inner) else _own_result, inner)
                 changes[module] = {"forward": partial(_stacked_forward, product, *_stack(module, names, ours))}
             elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
                 # It holds other adapters alone, of which none is to act.
@@ -174,12 +174,20 @@ def _stacked_forward(
     x: torch.Tensor,
 ) -> torch.Tensor:
     """Return `x W^T + s_t x_t A_t^T B_t^T` for the rows `x_t` of each expert t; x is [T * rows, ..., in]."""
-    result = base_layer(x)
+    result = base_layer(x).contiguous()
     if not first.shape[1]:
-        return result.contiguous()
+        return result
     rows = x.reshape(first.shape[0], -1, first.shape[2]).to(first.dtype)
-    added = torch.bmm(torch.bmm(rows, first.mT).mul_(scales), second.mT)
-    return added.view(result.shape).to(result.dtype).add_(result)
+    if is_for_onednn(rows[0], first[0]):
+        inner = torch.stack([linear(*pair) for pair in zip(rows, first, strict=True)])
+    else:
+        inner = torch.bmm(rows, first.mT)
+    each = result.view(first.shape[0], -1, second.shape[1])
+    if result.dtype == second.dtype and not torch.is_autocast_enabled(result.device.type):
+        # Another tensor of this size would take longer to be had than to be filled.
+        each.baddbmm_(inner.mul_(scales), second.mT)
+        return result
+    return (each + torch.bmm(inner.mul_(scales), second.mT)).view(result.shape).to(result.dtype)
 
 
 def _is_bare(module: nn.Module) -> bool:
@@ -189,6 +197,11 @@ def _is_bare(module: nn.Module) -> bool:
         and "forward" not in vars(module)
         and not (module._forward_hooks or module._forward_pre_hooks)
     )
+
+
+def _own_result(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return a layer's result, to be written to; its own may be kept by a hook."""
+    return layer(x).clone()
 
 
 def _linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
