@@ -211,7 +211,7 @@ def demo(options: Options) -> Rows:
             spent = dict.fromkeys(seconds, 0.0)
             loaders = {}
             for way in seconds:
-                settings = {"seed": epoch, "data_seed": epoch, "per_device_train_batch_size": batch}
+                settings = {"seed": epoch, "per_device_train_batch_size": batch}
                 if way == "similar lengths":
                     settings |= {"train_sampling_strategy": "group_by_length", "padding_free": False}
                 kind = "transformers" if way == "transformers" else "this package"

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     from ensemw2s.models.mixture import Mixture
 
-# Positions that all experts read at a time, each counting once for each expert. Five times as many take 1.7 times as
+# Positions that all experts read at a time, each counting once for each expert. Nine times as many take 1.7 times as
 # long for each of them: what a layer makes of them leaves the processor's cache, and its memory comes anew from the
 # system every time.
-_MOST_POSITIONS = 4096
+_MOST_POSITIONS = 2048
 # What one more pass costs beside its positions, in positions.
 _POSITIONS_OF_A_PASS = 128
 
