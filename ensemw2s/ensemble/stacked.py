@@ -17,7 +17,7 @@ from torch import nn
 
 from ensemw2s.ensemble.attached import Adapter, living, plain_model
 from ensemw2s.models.sharing import turn_if_wrapped, view
-from ensemw2s.ops.products import is_for_onednn, linear
+from ensemw2s.ops.products import FrozenWeights, is_for_onednn, linear, product_library
 
 # Up to this many rows and on several threads, MKL takes two thirds of the time for (W x^T)^T that it takes for x W^T,
 # since it shares out the rows of its first factor. With more rows, turning the result round costs what is gained.
@@ -88,16 +88,17 @@ class StackedAdapters:
         plain = base.get_base_model()
         ours = living[plain]
         changes: dict[nn.Module, dict[str, Any]] = {base: {"active_adapter": names[0]}}
+        weights = FrozenWeights()
         for module in _outer_modules(plain):
             if isinstance(module, LoraLinear):
                 inner: Any = module.base_layer
-                product = partial(_linear if _is_bare(inner) else _own_result, inner)
+                product = partial(_linear, weights, inner) if _is_bare(inner) else partial(_own_result, inner)
                 changes[module] = {"forward": partial(_stacked_forward, product, *_stack(module, names, ours))}
             elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
                 # It holds other adapters alone, of which none is to act.
                 changes[module] = {"_disable_adapters": True}
             elif _is_bare(module):
-                changes[module] = {"forward": partial(_contiguous_linear, module)}
+                changes[module] = {"forward": partial(_contiguous_linear, weights, module)}
         self._model = view(base, changes)
 
     @contextmanager
@@ -204,18 +205,18 @@ def _own_result(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return layer(x).clone()
 
 
-def _linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def _linear(weights: FrozenWeights, layer: Any, x: torch.Tensor) -> torch.Tensor:
     """Return `x W^T + b`, perhaps as a transposed view."""
     rows = x.reshape(-1, layer.in_features)
     few = len(rows) <= _FEW_ROWS and x.dtype == torch.float32 and x.device.type == "cpu"
-    if not few or torch.get_num_threads() == 1 or torch.is_autocast_enabled("cpu") or is_for_onednn(x, layer.weight):
-        return linear(x, layer.weight, layer.bias)
+    if not few or torch.get_num_threads() == 1 or torch.is_autocast_enabled("cpu") or product_library() == "onednn":
+        return weights.linear(layer, x)
     # MKL multiplies by one row half as fast as by two.
     twice = rows.repeat(2, 1) if len(rows) == 1 else rows
     result = torch.mm(layer.weight, twice.T).T[: len(rows)]
     return (result if layer.bias is None else result + layer.bias).view(*x.shape[:-1], -1)
 
 
-def _contiguous_linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def _contiguous_linear(weights: FrozenWeights, layer: Any, x: torch.Tensor) -> torch.Tensor:
     """Return `x W^T + b`."""
-    return _linear(layer, x).contiguous()
+    return _linear(weights, layer, x).contiguous()

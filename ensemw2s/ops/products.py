@@ -8,14 +8,16 @@ stopwatch, so that two runs on one machine have the same bits.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -27,6 +29,9 @@ LIBRARIES = ("auto", "torch", "onednn")
 # Multiplications in a product from which on oneDNN is ahead: below, what a call costs counts for more.
 _LEAST_MULTIPLICATIONS = 2**21
 _LEAST_ROWS = 8
+# Weights of at least so many numbers are copied into oneDNN's order, for at most so many rows: with more, both orders
+# are as fast. Of all weights together so many bytes.
+_LEAST_PACKED, _MOST_PACKED_ROWS, _MOST_PACKED_BYTES = 2**16, 64, 2**31
 
 
 def product_library() -> str:
@@ -85,15 +90,21 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def is_for_onednn(input: Tensor, weight: Tensor) -> bool:
     """Return whether ``linear`` multiplies these two by oneDNN."""
-    if torch.compiler.is_compiling() or input.dim() == 0 or weight.dim() != 2 or not weight.numel():
+    if not weight.numel():
         return False
-    rows = input.numel() // weight.shape[1]
+    rows = input.numel() // weight.shape[-1]
+    large = rows >= _LEAST_ROWS and rows * weight.numel() >= _LEAST_MULTIPLICATIONS
+    return large and _can_be_onednns(input, weight)
+
+
+def _can_be_onednns(input: Tensor, weight: Tensor) -> bool:
     return (
-        rows >= _LEAST_ROWS
-        and rows * weight.numel() >= _LEAST_MULTIPLICATIONS
+        not torch.compiler.is_compiling()
+        and input.dim() > 0
+        and weight.dim() == 2
         and input.dtype == weight.dtype == torch.float32
         and input.shape[-1] == weight.shape[1]
-        and all(type(each) in (Tensor, torch.nn.Parameter) for each in (input, weight))
+        and all(type(each) in (Tensor, nn.Parameter) for each in (input, weight))
         and all(each.device.type == "cpu" and each.layout == torch.strided for each in (input, weight))
         and not torch.is_autocast_enabled("cpu")
         # Neither knows oneDNN's product.
@@ -106,6 +117,71 @@ def is_for_onednn(input: Tensor, weight: Tensor) -> bool:
 def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     product: Tensor = torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")
     return product
+
+
+class FrozenWeights:
+    """Layers whose weights do not change while they are used, for passes over few rows.
+
+    Such a pass takes as long as its weights take to be read, which is half as long in oneDNN's own order. Copies in
+    that order are made when they are first of use. All objects share them, at most 2 GiB, and they go with their
+    layers. An object looks once whether a copy is still one of the weight, by the sums of its rows: not every way to
+    write into a tensor leaves a trace (peft merges an adapter through ``weight.data``).
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[nn.Module, tuple[tuple[int, int], Tensor | None]] = {}
+
+    def linear(self, layer: nn.Linear, input: Tensor) -> Tensor:
+        """Compute ``linear`` of a layer, by a copy of its weight where that is faster."""
+        packed = self._packed(layer) if _is_for_packed(input, layer.weight) else None
+        return linear(input, layer.weight, layer.bias) if packed is None else _multiply(input, packed, layer.bias)
+
+    def _packed(self, layer: nn.Linear) -> Tensor | None:
+        state = _state(layer.weight)
+        found = self._found.get(layer)
+        if found is None or found[0] != state:
+            found = self._found[layer] = state, _shared_copy(layer)
+        return found[1]
+
+
+def _is_for_packed(input: Tensor, weight: Tensor) -> bool:
+    return (
+        weight.numel() >= _LEAST_PACKED
+        and 0 < input.numel() <= _MOST_PACKED_ROWS * weight.shape[-1]
+        and not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
+        # It does not count its changes.
+        and not weight.is_inference()
+        and _can_be_onednns(input, weight)
+    )
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    return weight.data_ptr(), weight._version
+
+
+class _Copy(NamedTuple):
+    state: tuple[int, int]
+    sums: Tensor  # of the weight's rows
+    size: int  # in bytes
+    weight: Tensor
+
+
+_copies: WeakKeyDictionary[nn.Module, _Copy] = WeakKeyDictionary()
+_copying = threading.Lock()
+
+
+def _shared_copy(layer: nn.Linear) -> Tensor | None:
+    """Return a layer's weight in oneDNN's order; None where no more may be kept."""
+    with _copying, torch.inference_mode(False), torch.no_grad():
+        weight = layer.weight.detach()
+        sums, known = weight.sum(1), _copies.pop(layer, None)
+        if known is None or known.state != _state(layer.weight) or not torch.equal(known.sums, sums):
+            if sum(each.size for each in _copies.values()) + weight.nbytes > _MOST_PACKED_BYTES:
+                return None
+            packed = torch.ops.mkldnn._reorder_linear_weight.default(weight, None)
+            known = _Copy(_state(layer.weight), sums, weight.nbytes, packed)
+        _copies[layer] = known
+        return known.weight
 
 
 class _Linear(torch.autograd.Function):

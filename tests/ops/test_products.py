@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -224,3 +226,115 @@ def test_a_pass_over_few_tokens_is_let_alone(monkeypatch: pytest.MonkeyPatch) ->
     assert type(faster_linear_layers(model, 32)).__name__ != "nullcontext"
     monkeypatch.setenv(products.VARIABLE, "torch")
     assert type(faster_linear_layers(model, 32)).__name__ == "nullcontext"
+
+
+# Weights in oneDNN's order
+
+
+def counted_copies(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of the weights that `_multiply` gets in oneDNN's own layout."""
+    shapes: list[torch.Size] = []
+    multiply = products._multiply
+
+    def noted(x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
+        shapes.extend([weight.shape] if weight.is_mkldnn else [])
+        return multiply(x, weight, bias)
+
+    monkeypatch.setattr(products, "_multiply", noted)
+    return shapes
+
+
+def layer_of(inner: int = 300, outer: int = 257, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(3)
+    return nn.Linear(inner, outer, bias=bias).requires_grad_(False)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 33, 64])
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_meet_a_copy_of_the_weight(rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    used, layer, x = counted_copies(monkeypatch), layer_of(bias=bias), large(rows, 300)
+    found = products.FrozenWeights().linear(layer, x)
+    expected = functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    within_rounding(found, expected, 300)
+    assert len(used) == int(torch.backends.mkldnn.is_available())
+
+
+@needs_onednn
+def test_where_a_copy_is_of_no_use_none_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    used, weights = counted_copies(monkeypatch), products.FrozenWeights()
+    weights.linear(layer_of(), large(65, 300))
+    weights.linear(layer_of(128, 128), large(4, 128))
+    weights.linear(layer_of().requires_grad_(), large(4, 300))
+    weights.linear(layer_of(), large(4, 300, requires_grad=True)).sum().backward()
+    with torch.inference_mode():
+        made_there = layer_of()
+        made_there.weight = nn.Parameter(torch.zeros(257, 300), requires_grad=False)
+        weights.linear(made_there, large(4, 300))
+    monkeypatch.setenv(products.VARIABLE, "torch")
+    weights.linear(layer_of(), large(4, 300))
+    assert not used
+    monkeypatch.setenv(products.VARIABLE, "onednn")
+    with torch.inference_mode():
+        weights.linear(layer_of(), large(4, 300))
+    assert not used or len(used) == 1
+
+
+def rewritten(layer: nn.Linear, how: str) -> None:
+    other = large(257, 300, seed=9)
+    with torch.no_grad():
+        if how == "in place":
+            layer.weight.add_(other)
+        elif how == "another parameter":
+            layer.weight = nn.Parameter(other, requires_grad=False)
+        elif how == "other data":
+            layer.weight.data = other
+        elif how == "merged as peft does":
+            layer.weight.data += other
+        else:
+            layer.weight.data[:2] = layer.weight.data[:2].flip(0)
+
+
+@pytest.mark.parametrize("how", ["in place", "another parameter", "other data", "merged as peft does", "rows swapped"])
+def test_a_copy_is_never_that_of_another_weight(how: str) -> None:
+    layer, x = layer_of(), large(4, 300)
+    before = products.FrozenWeights()
+    before.linear(layer, x)
+    rewritten(layer, how)
+    users = [products.FrozenWeights()]
+    # What leaves a trace is seen by those who have looked already, too.
+    users += [before] if how in ("in place", "another parameter", "other data") else []
+    for user in users:
+        within_rounding(
+            user.linear(layer, x), functional.linear(*(v.double() for v in (x, layer.weight, layer.bias))), 300
+        )
+
+
+@needs_onednn
+def test_copies_are_shared_limited_and_go_with_their_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    products._copies.clear()
+    used, first, second, x = counted_copies(monkeypatch), layer_of(), layer_of(), large(4, 300)
+    products.FrozenWeights().linear(first, x)
+    copy = products._copies[first].weight
+    products.FrozenWeights().linear(first, x)
+    assert products._copies[first].weight is copy
+    monkeypatch.setattr(products, "_MOST_PACKED_BYTES", int(1.5 * first.weight.nbytes))
+    within_rounding(
+        products.FrozenWeights().linear(second, x),
+        functional.linear(*(v.double() for v in (x, second.weight, second.bias))),
+        300,
+    )
+    assert len(used) == 2
+    assert list(products._copies) == [first]
+    del first
+    gc.collect()
+    products.FrozenWeights().linear(second, x)
+    assert list(products._copies) == [second]
+
+
+@needs_onednn
+def test_threads_make_one_copy() -> None:
+    layer, x = layer_of(1024, 1024), large(3, 1024)
+    expected = functional.linear(*(v.double() for v in (x, layer.weight, layer.bias)))
+    with ThreadPoolExecutor(6) as pool:
+        for found in pool.map(lambda _: products.FrozenWeights().linear(layer, x), range(30)):
+            within_rounding(found, expected, 1024)
