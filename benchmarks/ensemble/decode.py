@@ -257,7 +257,7 @@ def footprint_here(options: argparse.Namespace, paths: Sequence[Path]) -> float:
 def caches_of(steps: Any) -> list[DynamicCache]:
     """The caches of a decoding that is under way."""
     local = steps.gi_frame.f_locals
-    return local["caches"] if "caches" in local else local["decoder"].cache.experts
+    return local["caches"] if "caches" in local else local["decoder"].cache.caches
 
 
 def cache_megabytes(cache: DynamicCache) -> float:
