@@ -269,6 +269,7 @@ class Experiment:
         settings = {"num_train_epochs": self._equal_epochs()} if arm == "equal_cost" else {}
         args = self.config.ensemble_config(arm, self.files.boosting(arm), **settings)
         described = arm == "ensemble" and args.validate_rounds
+        told = args.for_training(adapters=self.config.lora is not None)
         options: dict[str, Any] = {
             "args": args,
             "train_dataset": self._tokenized("train"),
@@ -277,7 +278,7 @@ class Experiment:
             "peft_config": self.config.peft_config(),
             "question_format": self.config.data.format,
             "model_init_kwargs": self.config.weak.init_kwargs,
-            "on_round": lambda record: self.say(f"{arm}: {round_line(record, args)}"),
+            "on_round": lambda record: self.say(f"{arm}: {round_line(record, told)}"),
             "store": Store(self.config.store or self.folder / "store"),
         }
         if args.recipe != "co_boosted":

@@ -154,7 +154,8 @@ class AnswerTrainingArguments(TrainingArguments):
     @property
     def duration(self) -> str:
         """Return in words how long is trained."""
-        return f"{self.max_steps} steps" if self.max_steps > 0 else f"{self.num_train_epochs:g} epochs"
+        count, unit = (self.max_steps, "step") if self.max_steps > 0 else (self.num_train_epochs, "epoch")
+        return f"{count:g} {unit}{'s' * (count != 1)}"
 
     def for_training(self, *, adapters: bool) -> AnswerTrainingArguments:
         """Return a copy with the learning rate for adapters or for all weights, where none was given."""

@@ -475,6 +475,14 @@ def test_a_phase_out_of_order_says_what_to_run(tmp_path: Path) -> None:
         Experiment(build_config(settings(tmp_path))).run(("student",))
 
 
+def test_experts_that_learn_nothing_are_told_with_the_default_learning_rate(tmp_path: Path) -> None:
+    said: list[str] = []
+    given = settings(tmp_path, boosting={"num_rounds": 1, "recipe": "deep_ensemble", "max_steps": 1})
+    Experiment(build_config(given), say=said.append).run(("data", "boost"))
+    (told,) = [line for line in said if "no question is answered right" in line]
+    assert "Train longer than 1 step, or with a higher learning rate than 0.0005" in told
+
+
 def test_the_line_of_a_round_says_all_that_matters() -> None:
     record = {
         "round": 2, "attempt": 1, "error": 0.25, "prior_error": 0.8, "expert_weight": 2.484, "accepted": True,
