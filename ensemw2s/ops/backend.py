@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -23,6 +23,7 @@ from ensemw2s.ops.products import product_library
 IMPLEMENTATIONS = ("auto", "reference", "cpp", "cuda", "triton")
 COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COMPILED_BACKEND = {"cpu": "cpp", "cuda": "cuda"}  # device type -> the backend registered for it
+_MOST_EXPERTS, _LARGEST_VOCABULARY = 64, 2**21  # of the CUDA kernels (csrc/cuda/launch.h)
 OLDEST_CAPABILITY = (8, 0)  # of a GPU: the CUDA kernels are built for it and later ones, and bfloat16 needs it
 _DECLARED: list[str] = []
 
@@ -114,23 +115,23 @@ def _is_registered(op: str, device_type: str) -> bool:
 
 def available_backends(device_type: str = "cpu") -> dict[str, tuple[str, ...]]:
     """For each op, the backends that can run on tensors of a device type, the preferred one first."""
-    return {op: (*_fast_backends(op, device_type), "reference") for op in _DECLARED}
+    return {op: (*_fast_backends(op, torch.device(device_type)), "reference") for op in _DECLARED}
 
 
-def _fast_backends(op: str, device_type: str) -> list[str]:
-    if device_type == "cuda" and _too_old():
+def _fast_backends(op: str, device: torch.device) -> list[str]:
+    if device.type == "cuda" and _too_old(device.index):
         return []
-    compiled = _COMPILED_BACKEND.get(device_type)
-    backends = [compiled] if compiled and _is_registered(op, device_type) else []
-    return backends + ["triton"] * _is_registered(_twin(op), device_type)
+    compiled = _COMPILED_BACKEND.get(device.type)
+    backends = [compiled] if compiled and _is_registered(op, device.type) else []
+    return backends + ["triton"] * _is_registered(_twin(op), device.type)
 
 
 @cache
-def _too_old() -> str | None:
-    """Why no kernel of this package runs on the GPU at hand, or None."""
+def _too_old(index: int | None) -> str | None:
+    """Why no kernel of this package runs on a GPU (None is the current one), or None."""
     if not torch.cuda.is_available():
         return None
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(index)
     if capability >= OLDEST_CAPABILITY:
         return None
     return "the kernels need a GPU of compute capability {}.{}, this one has {}.{}".format(
@@ -138,11 +139,11 @@ def _too_old() -> str | None:
     )
 
 
-def _why_slow(device_type: str) -> str:
+def _why_slow(device: torch.device) -> str:
     """Why an op has nothing but plain torch on a device, and how to get more."""
-    if device_type == "cpu":
+    if device.type == "cpu":
         return _WHY_MISSING or "it has no compiled CPU kernel"
-    return _too_old() or "triton is not installed (pip install triton) and no CUDA kernel was built"
+    return _too_old(device.index) or "triton is not installed (pip install triton) and no CUDA kernel was built"
 
 
 @cache
@@ -151,19 +152,19 @@ def _warn_once(message: str) -> None:
 
 
 @torch.compiler.assume_constant_result
-def _choose(op: str, impl: str | None, device_type: str, dtype: torch.dtype) -> str:
-    requested = impl if impl is not None else os.environ.get("ENSEMW2S_IMPL", "auto")
+def _choose(op: str, impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    requested = _requested(impl)
     if not isinstance(requested, str) or requested not in IMPLEMENTATIONS:
         source = "impl" if impl is not None else "ENSEMW2S_IMPL"
         raise ValueError(f"{source}={shown(requested)} is not one of {', '.join(IMPLEMENTATIONS)}")
     if requested == "reference":
         return "reference"
-    fast = _fast_backends(op, device_type)
+    fast, device_type = _fast_backends(op, device), device.type
     if requested == "auto":
         # Triton on CPU tensors is its interpreter, which nobody wants unasked.
         preferred = [name for name in fast if name != "triton" or device_type != "cpu"]
         if not preferred and device_type in _COMPILED_BACKEND:
-            _warn_once(f"{op} runs in plain torch: {_why_slow(device_type)}")
+            _warn_once(f"{op} runs in plain torch: {_why_slow(device)}")
         return preferred[0] if preferred and dtype in COMPILED_DTYPES else "reference"
     if requested not in fast:
         why = _WHY_MISSING if requested == "cpp" and device_type == "cpu" and _WHY_MISSING else "not available"
@@ -195,7 +196,30 @@ def backend_for(
         raise ValueError(f"op={shown(op)} is not one of {', '.join(_DECLARED)}")
     if not isinstance(device, str | torch.device):
         raise TypeError(f"device must be a torch.device or its name, got {type(device).__name__}: give tensor.device")
-    return _choose(op, impl, torch.device(device).type, dtype)
+    return _choose(op, impl, torch.device(device), dtype)
+
+
+def choose_for_mixture(op: str, impl: str | None, experts: Sequence[torch.Tensor]) -> str:
+    """Name of the backend for T experts' logits ``[..., V]``; not CUDA where they are too many for it."""
+    first = experts[0]
+    chosen = _choose(op, impl, first.device, first.dtype)
+    too_many = len(experts) > _MOST_EXPERTS or first.shape[-1] > _LARGEST_VOCABULARY
+    return _beside_cuda(op, impl, first.device) if chosen == "cuda" and too_many else chosen
+
+
+@torch.compiler.assume_constant_result
+def _beside_cuda(op: str, impl: str | None, device: torch.device) -> str:
+    if _requested(impl) != "auto":
+        # The kernel says what it takes.
+        return "cuda"
+    others = [name for name in _fast_backends(op, device) if name != "cuda"] or ["reference"]
+    limits = f"{_MOST_EXPERTS} experts and {_LARGEST_VOCABULARY} tokens"
+    _warn_once(f"{op} runs on {others[0]}: the CUDA kernels take at most {limits}")
+    return others[0]
+
+
+def _requested(impl: str | None) -> str:
+    return impl if impl is not None else os.environ.get("ENSEMW2S_IMPL", "auto")
 
 
 def run(name: str, chosen: str, *args: Any) -> Any:

@@ -64,7 +64,7 @@ def linear_mixture_kl(
     rows, rest_of_temperature = tempered_states(hidden, temperature)
     expert_rows = [tempered_states(states, temperature)[0] for states, _ in teachers]
     heads = [expert_head for _, expert_head in teachers]
-    chosen = backend._choose("linear_mixture_kl", impl, hidden.device.type, hidden.dtype)
+    chosen = backend._choose("linear_mixture_kl", impl, hidden.device, hidden.dtype)
     if chosen == "reference":
         check_weight_values(weights)
         per_row = per_row.reshape(-1)

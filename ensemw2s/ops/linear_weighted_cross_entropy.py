@@ -38,7 +38,7 @@ def linear_weighted_cross_entropy(
     shape = tuple(hidden.shape[:-1])
     check_integers(labels, shape, hidden, "labels")
     weights = row_weights(token_weights, shape, hidden, labels)
-    chosen = backend._choose("linear_weighted_cross_entropy", impl, hidden.device.type, hidden.dtype)
+    chosen = backend._choose("linear_weighted_cross_entropy", impl, hidden.device, hidden.dtype)
     if chosen == "reference":
         return weighted_reference(without_rows(hidden, weights) @ head.T, labels, weights).sum()
     rows = hidden.reshape(-1, hidden.shape[-1])

@@ -70,7 +70,7 @@ def mixture_kl(
     weights = expert_weights(weights, len(experts), student).detach()
     per_row = row_weights(token_weights, tuple(student.shape[:-1]), student)
     student, *experts = (tempered(logits, temperature) for logits in (student, *experts))
-    chosen = backend._choose("mixture_kl", impl, student.device.type, student.dtype)
+    chosen = backend._choose("mixture_kl", impl, student.device, student.dtype)
     if chosen == "reference":
         check_weight_values(weights)
         return reference(student, experts, weights, per_row).sum()

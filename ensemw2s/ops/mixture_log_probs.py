@@ -63,7 +63,7 @@ def mixture_log_probs(
     needs_grad = torch.is_grad_enabled() and (weights.requires_grad or any(x.requires_grad for x in experts))
     if combine == "vote" and needs_grad:
         raise ValueError("combine='vote' has no gradient: use 'prob' or 'logprob', or wrap the call in torch.no_grad()")
-    chosen = backend._choose("mixture_log_probs", impl, experts[0].device.type, experts[0].dtype)
+    chosen = backend.choose_for_mixture("mixture_log_probs", impl, experts)
     if chosen == "reference":
         check_weight_values(weights)
         return reference(experts, weights, combine)

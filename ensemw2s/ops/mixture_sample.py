@@ -155,7 +155,7 @@ def sample_rows(
     rows = first.shape[:-1].numel()
     mask = check_mask(mask, rows, first)
     changes = check_adjustments(adjustments, rows, first)
-    chosen = backend._choose("mixture_sample", impl, first.device.type, first.dtype)
+    chosen = backend.choose_for_mixture("mixture_sample", impl, experts)
     if chosen == "reference":
         check_weight_values(weights)
         settings.check_values()

@@ -53,7 +53,7 @@ def mixture_scores(
     weights = without_gradient(expert_weights(weights, len(experts), experts[0], per_row=True))
     check_integers(labels, tuple(experts[0].shape[:-1]), experts[0], "labels")
     code = combine_code(combine)
-    chosen = backend._choose("mixture_scores", impl, experts[0].device.type, experts[0].dtype)
+    chosen = backend._choose("mixture_scores", impl, experts[0].device, experts[0].dtype)
     if chosen == "reference":
         check_weight_values(weights)
         log_probs = mixture_reference(experts, weights, combine)

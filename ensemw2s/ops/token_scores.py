@@ -49,7 +49,7 @@ def token_scores(logits: Tensor, labels: Tensor, *, impl: str | None = None) -> 
     """
     logits = check_logits(logits).detach()
     check_integers(labels, tuple(logits.shape[:-1]), logits, "labels")
-    chosen = backend._choose("token_scores", impl, logits.device.type, logits.dtype)
+    chosen = backend._choose("token_scores", impl, logits.device, logits.dtype)
     if chosen == "reference":
         return reference(logits, labels)
     return TokenScores(*backend.run("token_scores", chosen, logits, labels.contiguous()))

@@ -80,7 +80,7 @@ def topk_kl(
     weights = row_weights(token_weights, shape, hidden).reshape(-1)
     ids, teacher = token_ids.reshape(-1, k), log_probs.detach().to(accumulation_dtype(hidden)).reshape(-1, k)
     rows, rest_of_temperature = tempered_states(hidden, temperature)
-    chosen = backend._choose("topk_kl", impl, hidden.device.type, hidden.dtype)
+    chosen = backend._choose("topk_kl", impl, hidden.device, hidden.dtype)
     if chosen == "reference":
         student = tempered(without_rows(rows, weights) @ head.T, rest_of_temperature)
         return reference(student, ids, teacher, weights).sum()

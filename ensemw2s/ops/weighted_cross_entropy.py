@@ -50,7 +50,7 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, token_weights: Tensor
     shape = tuple(logits.shape[:-1])
     check_integers(labels, shape, logits, "labels")
     weights = row_weights(token_weights, shape, logits, labels)
-    chosen = backend._choose("weighted_cross_entropy", impl, logits.device.type, logits.dtype)
+    chosen = backend._choose("weighted_cross_entropy", impl, logits.device, logits.dtype)
     if chosen == "reference":
         return reference(logits, labels, weights).sum()
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
