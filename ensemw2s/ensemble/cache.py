@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ensemw2s.models.mixture import Experts, Pass
+from ensemw2s.ops.products import FrozenWeights
 
 # Positions kept free at least when a layer's room is made or grown.
 _SPARE = 32
@@ -84,6 +85,8 @@ class EnsembleCache(Cache):
     def __init__(self, experts: Experts) -> None:
         self.passes = tuple(experts.passes())
         self.members = tuple(experts.members())
+        # By which experts that run by themselves multiply.
+        self.frozen = FrozenWeights()
         self.caches = [growing_cache(experts.expert_config(each.experts[0])) for each in self.passes]
         super().__init__(layers=[layer for cache in self.caches for layer in cache.layers])
 
@@ -104,7 +107,7 @@ class EnsembleCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EnsembleCache:
         # What the experts have seen is copied, they themselves are not.
-        memo |= {id(kept): kept for kept in (self.passes, *self.members)}
+        memo |= {id(kept): kept for kept in (self.passes, self.frozen, *self.members)}
         other: EnsembleCache = object.__new__(type(self))
         other.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return other

@@ -373,7 +373,8 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
 
         def run(model: torch.nn.Module, index: int) -> torch.Tensor:
             own = {} if cache is None else {CACHE: caches[index]}
-            with faster_linear_layers(model, input_ids.numel()):
+            frozen = None if cache is None else cache.frozen
+            with faster_linear_layers(model, input_ids.numel(), frozen):
                 if positions is None:
                     logits = model(**inputs, **own).logits
                 else:

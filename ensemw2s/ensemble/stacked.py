@@ -210,7 +210,7 @@ def _linear(weights: FrozenWeights, layer: Any, x: torch.Tensor) -> torch.Tensor
     rows = x.reshape(-1, layer.in_features)
     few = len(rows) <= _FEW_ROWS and x.dtype == torch.float32 and x.device.type == "cpu"
     if not few or torch.get_num_threads() == 1 or torch.is_autocast_enabled("cpu") or product_library() == "onednn":
-        return weights.linear(layer, x)
+        return weights.linear(x, layer.weight, layer.bias)
     # MKL multiplies by one row half as fast as by two.
     twice = rows.repeat(2, 1) if len(rows) == 1 else rows
     result = torch.mm(layer.weight, twice.T).T[: len(rows)]

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig
 
 from ensemw2s.models.loading import CACHE
-from ensemw2s.ops.products import faster_linear_layers
+from ensemw2s.ops.products import FrozenWeights, faster_linear_layers
 from ensemw2s.runtime.meter import count
 
 Result = TypeVar("Result")
@@ -222,6 +222,7 @@ class OneModel:
         self.model = model
         self.config: Any = SimpleNamespace(expert_weights=(1.0,), combine="prob")
         self.device: torch.device = next(model.parameters()).device
+        self._frozen = FrozenWeights()
 
     def snapshot(self) -> Self:
         """Return the mixture itself, to which nothing is ever added."""
@@ -248,7 +249,7 @@ class OneModel:
         """Run the model; see `Mixture.expert_logits`."""
         kept = 1 if last_only else 0
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache, "use_cache": True}
-        with faster_linear_layers(self.model, input_ids.numel()):
+        with faster_linear_layers(self.model, input_ids.numel(), self._frozen):
             logits = self.model(input_ids=input_ids, logits_to_keep=kept, **inputs).logits
         count(self.model, input_ids, attention_mask, logits.shape[:-1].numel())
         return [logits]

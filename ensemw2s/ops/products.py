@@ -14,13 +14,13 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ensemw2s.ops.checks import shown
 
@@ -120,27 +120,27 @@ def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class FrozenWeights:
-    """Layers whose weights do not change while they are used, for passes over few rows.
+    """Products with weights that do not change while they are used, for passes over few rows.
 
     Such a pass takes as long as its weights take to be read, which is half as long in oneDNN's own order. Copies in
     that order are made when they are first of use. All objects share them, at most 2 GiB, and they go with their
-    layers. An object looks once whether a copy is still one of the weight, by the sums of its rows: not every way to
+    weights. An object looks once whether a copy is still one of the weight, by the sums of its rows: not every way to
     write into a tensor leaves a trace (peft merges an adapter through ``weight.data``).
     """
 
     def __init__(self) -> None:
-        self._found: dict[nn.Module, tuple[tuple[int, int], Tensor | None]] = {}
+        self._found: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    def linear(self, layer: nn.Linear, input: Tensor) -> Tensor:
-        """Compute ``linear`` of a layer, by a copy of its weight where that is faster."""
-        packed = self._packed(layer) if _is_for_packed(input, layer.weight) else None
-        return linear(input, layer.weight, layer.bias) if packed is None else _multiply(input, packed, layer.bias)
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Compute ``linear``, by a copy of the weight where that is faster."""
+        packed = self._packed(weight) if _is_for_packed(input, weight) else None
+        return linear(input, weight, bias) if packed is None else _multiply(input, packed, bias)
 
-    def _packed(self, layer: nn.Linear) -> Tensor | None:
-        state = _state(layer.weight)
-        found = self._found.get(layer)
+    def _packed(self, weight: Tensor) -> Tensor | None:
+        state = _state(weight)
+        found: tuple[tuple[int, int], Tensor | None] | None = self._found.get(weight)
         if found is None or found[0] != state:
-            found = self._found[layer] = state, _shared_copy(layer)
+            found = self._found[weight] = state, _shared_copy(weight)
         return found[1]
 
 
@@ -166,21 +166,22 @@ class _Copy(NamedTuple):
     weight: Tensor
 
 
-_copies: WeakKeyDictionary[nn.Module, _Copy] = WeakKeyDictionary()
+_copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _copying = threading.Lock()
 
 
-def _shared_copy(layer: nn.Linear) -> Tensor | None:
-    """Return a layer's weight in oneDNN's order; None where no more may be kept."""
+def _shared_copy(weight: Tensor) -> Tensor | None:
+    """Return a weight in oneDNN's order; None where no more may be kept."""
     with _copying, torch.inference_mode(False), torch.no_grad():
-        weight = layer.weight.detach()
-        sums, known = weight.sum(1), _copies.pop(layer, None)
-        if known is None or known.state != _state(layer.weight) or not torch.equal(known.sums, sums):
-            if sum(each.size for each in _copies.values()) + weight.nbytes > _MOST_PACKED_BYTES:
+        plain, state = weight.detach(), _state(weight)
+        sums = plain.sum(1)
+        known: _Copy | None = _copies.pop(weight, None)
+        if known is None or known.state != state or not torch.equal(known.sums, sums):
+            if sum(each.size for each in _copies.values()) + plain.nbytes > _MOST_PACKED_BYTES:
                 return None
-            packed = torch.ops.mkldnn._reorder_linear_weight.default(weight, None)
-            known = _Copy(_state(layer.weight), sums, weight.nbytes, packed)
-        _copies[layer] = known
+            packed = torch.ops.mkldnn._reorder_linear_weight.default(plain, None)
+            known = _Copy(state, sums, plain.nbytes, packed)
+        _copies[weight] = known
         return known.weight
 
 
@@ -203,7 +204,13 @@ class _Linear(torch.autograd.Function):
         )
 
 
-class _LinearByOneDNN(TorchFunctionMode):
+class _LinearBy(TorchFunctionMode):
+    """Lets linear layers call another function of the same arguments."""
+
+    def __init__(self, product: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.product = product
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -211,16 +218,22 @@ class _LinearByOneDNN(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        return (linear if func is functional.linear else func)(*args, **(kwargs or {}))
+        return (self.product if func is functional.linear else func)(*args, **(kwargs or {}))
 
 
-def faster_linear_layers(model: Any, num_tokens: int) -> AbstractContextManager[Any]:
+def faster_linear_layers(
+    model: Any, num_tokens: int, frozen: FrozenWeights | None = None
+) -> AbstractContextManager[Any]:
     """Within the block, this thread's linear layers multiply by ``linear`` where that is faster.
 
     Args:
         model: A transformers model, whose width says whether its products are large enough.
         num_tokens: The rows of its products: the tokens that it is about to read.
+        frozen: Where the weights do not change: what multiplies by them if the rows are few.
     """
+    if product_library() != "onednn":
+        return nullcontext()
     width = getattr(model.config.get_text_config(decoder=True), "hidden_size", 0)
-    is_large = num_tokens * width**2 >= _LEAST_MULTIPLICATIONS
-    return _LinearByOneDNN() if is_large and product_library() == "onednn" else nullcontext()
+    if frozen is not None and width**2 >= _LEAST_PACKED:
+        return _LinearBy(frozen.linear)
+    return _LinearBy(linear) if num_tokens * width**2 >= _LEAST_MULTIPLICATIONS else nullcontext()

@@ -35,8 +35,9 @@ from transformers import (
 
 from ensemw2s import TokenEnsemble, ops
 from ensemw2s.models.loading import CACHE
+from ensemw2s.ops import products
 from tests.reference import assert_greedy, ragged_prompts, slow_mixture, slow_mixtures
-from tests.tiny import END, PAD, VOCAB, llama, questions, tokenizer
+from tests.tiny import END, PAD, VOCAB, llama, questions, saved_adapters, tokenizer
 
 WIDTH = 9
 
@@ -781,3 +782,28 @@ def test_options_of_labelling_are_honoured_or_refused(
 ) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         of_models.label(questions(3), tokenizer(), **options)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN")
+@pytest.mark.parametrize("kind", ["adapters", "models"])
+def test_either_library_of_products_gives_the_same_texts(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = {"hidden_size": 256, "intermediate_size": 320}
+    if kind == "adapters":
+        ensemble = TokenEnsemble.from_adapters(llama(**wide), saved_adapters(tmp_path, **wide), [0.5, 0.3, 0.2])
+    else:
+        ensemble = TokenEnsemble.from_models([llama(1, **wide), llama(2, **wide)], [1.0, 2.0])
+    ids, mask = ragged_prompts(4)
+    texts = {}
+    products._copies.clear()
+    for library in ("torch", "onednn"):
+        monkeypatch.setenv(products.VARIABLE, library)
+        texts[library] = ensemble.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+        assert bool(len(products._copies)) == (library == "onednn")
+    assert torch.equal(texts["torch"], texts["onednn"])
+
+
+def test_a_copied_cache_shares_what_is_kept_of_the_weights(of_models: TokenEnsemble) -> None:
+    cache = of_models.new_cache()
+    assert copy.deepcopy(cache).frozen is cache.frozen

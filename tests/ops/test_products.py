@@ -221,11 +221,25 @@ def test_a_models_layers_multiply_by_onednn_within_the_block_alone(monkeypatch: 
 
 @needs_onednn
 def test_a_pass_over_few_tokens_is_let_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_llama()
+    model, frozen = small_llama(), products.FrozenWeights()
     assert type(faster_linear_layers(model, 31)).__name__ == "nullcontext"
     assert type(faster_linear_layers(model, 32)).__name__ != "nullcontext"
+    assert type(faster_linear_layers(model, 1, frozen)).__name__ != "nullcontext"
     monkeypatch.setenv(products.VARIABLE, "torch")
-    assert type(faster_linear_layers(model, 32)).__name__ == "nullcontext"
+    assert type(faster_linear_layers(model, 32, frozen)).__name__ == "nullcontext"
+
+
+@needs_onednn
+@torch.no_grad()
+def test_a_frozen_models_layers_read_copies_for_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = small_llama(), torch.arange(6).view(2, 3)
+    used, frozen = counted_copies(monkeypatch), products.FrozenWeights()
+    expected = model.double()(ids).logits
+    model.float()
+    with faster_linear_layers(model, ids.numel(), frozen):
+        found = model(ids).logits
+    assert len(used) == 14
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
 
 
 # Weights in oneDNN's order
@@ -244,6 +258,10 @@ def counted_copies(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     return shapes
 
 
+def by_copy(weights: products.FrozenWeights, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return weights.linear(x, layer.weight, layer.bias)
+
+
 def layer_of(inner: int = 300, outer: int = 257, bias: bool = True) -> nn.Linear:
     torch.manual_seed(3)
     return nn.Linear(inner, outer, bias=bias).requires_grad_(False)
@@ -253,7 +271,7 @@ def layer_of(inner: int = 300, outer: int = 257, bias: bool = True) -> nn.Linear
 @pytest.mark.parametrize("bias", [True, False])
 def test_few_rows_meet_a_copy_of_the_weight(rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     used, layer, x = counted_copies(monkeypatch), layer_of(bias=bias), large(rows, 300)
-    found = products.FrozenWeights().linear(layer, x)
+    found = by_copy(products.FrozenWeights(), layer, x)
     expected = functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
     within_rounding(found, expected, 300)
     assert len(used) == int(torch.backends.mkldnn.is_available())
@@ -262,19 +280,19 @@ def test_few_rows_meet_a_copy_of_the_weight(rows: int, bias: bool, monkeypatch: 
 @needs_onednn
 def test_where_a_copy_is_of_no_use_none_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     used, weights = counted_copies(monkeypatch), products.FrozenWeights()
-    weights.linear(layer_of(), large(65, 300))
-    weights.linear(layer_of(128, 128), large(4, 128))
-    weights.linear(layer_of().requires_grad_(), large(4, 300))
-    weights.linear(layer_of(), large(4, 300, requires_grad=True)).sum().backward()
+    by_copy(weights, layer_of(), large(65, 300))
+    by_copy(weights, layer_of(128, 128), large(4, 128))
+    by_copy(weights, layer_of().requires_grad_(), large(4, 300))
+    by_copy(weights, layer_of(), large(4, 300, requires_grad=True)).sum().backward()
     ready = layer_of()
     with torch.inference_mode():
-        weights.linear(layer_of(), large(4, 300))
+        by_copy(weights, layer_of(), large(4, 300))
     monkeypatch.setenv(products.VARIABLE, "torch")
-    weights.linear(ready, large(4, 300))
+    by_copy(weights, ready, large(4, 300))
     assert not used
     monkeypatch.setenv(products.VARIABLE, "onednn")
     with torch.inference_mode():
-        weights.linear(ready, large(4, 300))
+        by_copy(weights, ready, large(4, 300))
     assert len(used) == 1
 
 
@@ -297,36 +315,38 @@ def rewritten(layer: nn.Linear, how: str) -> None:
 def test_a_copy_is_never_that_of_another_weight(how: str) -> None:
     layer, x = layer_of(), large(4, 300)
     before = products.FrozenWeights()
-    before.linear(layer, x)
+    by_copy(before, layer, x)
     rewritten(layer, how)
     users = [products.FrozenWeights()]
     # What leaves a trace is seen by those who have looked already, too.
     users += [before] if how in ("in place", "another parameter", "other data") else []
     expected = functional.linear(*(v.double() for v in (x, layer.weight, layer.bias)))
     for user in users:
-        within_rounding(user.linear(layer, x), expected, 300)
+        within_rounding(by_copy(user, layer, x), expected, 300)
 
 
 @needs_onednn
 def test_copies_are_shared_limited_and_go_with_their_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     products._copies.clear()
     used, first, second, x = counted_copies(monkeypatch), layer_of(), layer_of(), large(4, 300)
-    products.FrozenWeights().linear(first, x)
-    copy = products._copies[first].weight
-    products.FrozenWeights().linear(first, x)
-    assert products._copies[first].weight is copy
+    by_copy(products.FrozenWeights(), first, x)
+    copy = products._copies[first.weight].weight
+    by_copy(products.FrozenWeights(), first, x)
+    assert products._copies[first.weight].weight is copy
     monkeypatch.setattr(products, "_MOST_PACKED_BYTES", int(1.5 * first.weight.nbytes))
     within_rounding(
-        products.FrozenWeights().linear(second, x),
+        by_copy(products.FrozenWeights(), second, x),
         functional.linear(*(v.double() for v in (x, second.weight, second.bias))),
         300,
     )
     assert len(used) == 2
-    assert list(products._copies) == [first]
+    assert len(products._copies) == 1
+    assert first.weight in products._copies
     del first
     gc.collect()
-    products.FrozenWeights().linear(second, x)
-    assert list(products._copies) == [second]
+    by_copy(products.FrozenWeights(), second, x)
+    assert second.weight in products._copies
+    assert len(products._copies) == 1
 
 
 @needs_onednn
@@ -334,5 +354,5 @@ def test_threads_make_one_copy() -> None:
     layer, x = layer_of(1024, 1024), large(3, 1024)
     expected = functional.linear(*(v.double() for v in (x, layer.weight, layer.bias)))
     with ThreadPoolExecutor(6) as pool:
-        for found in pool.map(lambda _: products.FrozenWeights().linear(layer, x), range(30)):
+        for found in pool.map(lambda _: by_copy(products.FrozenWeights(), layer, x), range(30)):
             within_rounding(found, expected, 1024)
