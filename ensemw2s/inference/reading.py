@@ -39,8 +39,8 @@ def read_prompts(ensemble: Mixture, input_ids: Tensor, attention_mask: Tensor, c
     A GPU reads all of them at once, as it is the faster the more it is given. So does a CPU where padding is not on the
     left alone, and models whose caches do not keep every position.
     """
-    lengths, first_tokens = attention_mask.sum(1), attention_mask.diff(dim=1)
-    is_left_padded = bool((first_tokens >= 0).all())
+    lengths, rises = attention_mask.sum(1), attention_mask.long().diff(dim=1)
+    is_left_padded = bool((rises >= 0).all())
     if input_ids.device.type != "cpu" or not is_left_padded or not all(map(_keeps_every_position, cache.layers)):
         return run_experts(ensemble, input_ids, attention_mask, cache)
     order = lengths.argsort(stable=True)
