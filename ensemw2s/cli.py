@@ -149,8 +149,6 @@ def _check_environment() -> None:
                 f"the environment variable OMP_NUM_THREADS must be a number of threads from 1 to {_MOST_THREADS}, "
                 f"got {value:.50}"
             )
-    if not os.environ.get("ENSEMW2S_CACHE", "unset"):
-        raise ValueError("the environment variable ENSEMW2S_CACHE is empty: name a folder for models, or unset it")
     if not os.environ.keys().isdisjoint(("ENSEMW2S_IMPL", "ENSEMW2S_PRODUCTS")):
         from ensemw2s import ops
         from ensemw2s.ops.products import product_library

@@ -88,7 +88,7 @@ class BoostingConfig(AnswerTrainingArguments):
         mixture_weights: the ensemble's expert weights are "alpha" (the paper), "uniform", or fitted to the likelihood
             of the "validation" questions (`algorithm.fit_mixture_weights`).
         choose_num_experts: keep the first T' experts only, T' being the number whose mixture gives the validation
-            answers the highest likelihood.
+            answers the highest likelihood; not with weights that are fitted to them anyway ("validation" above).
         validate_rounds: measure expert and ensemble on the validation questions after each round.
         generations: for "co_boosted", how often experts are trained anew on easy questions and on those hard ones whose
             answers, by the experts before, out-of-fold students of the strong model agree with; from 1 to 10.

@@ -610,7 +610,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         are done. What decides an answer is described in `<output_file>.run.json`: experts and base (by a hash of all
         their weights, which reads each once), expert weights, `combine`, questions, format, tokenizer, and the settings
         below. A later call that differs in any of it is refused. `batch_size` is no part of it: it moves answers only
-        where two tokens tie to the last bits **[choice]**.
+        where two tokens tie to within rounding, which in 16 bits is not rare **[choice]**.
 
         Args:
             questions: columns `prompt` and optionally `choices` and `id`, in any shape that `shapes.as_dataset` takes;

@@ -92,6 +92,9 @@ class Experiment:
         self.files = RunFolder(config)
         self.folder = self.files.path
         self.say = say if processes.is_main() else lambda line: None
+        if not processes.on_main(self.folder.exists):
+            # Or the folder would be one of a configuration that cannot be run.
+            processes.on_main(self._require_models, PHASES)
         with self.files.claimed(overwrite):
             processes.on_main(self.files.keep_config)
 

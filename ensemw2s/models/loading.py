@@ -294,7 +294,8 @@ def _resolve(source: str | os.PathLike[str]) -> str:
     if is_there(folder, "the model") and folder.is_dir():
         require_model(folder)
     elif separator or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
-        raise FileNotFoundError(f"{source} does not exist: give a model folder, a hub id, package:NAME or scratch:NAME")
+        what = "is a file, not a model's folder" if folder.is_file() else "does not exist"
+        raise FileNotFoundError(f"{source} {what}: give a model folder, a hub id, package:NAME or scratch:NAME")
     return str(folder)
 
 

@@ -219,7 +219,8 @@ def _beside_cuda(op: str, impl: str | None, device: torch.device) -> str:
 
 
 def _requested(impl: str | None) -> str:
-    return impl if impl is not None else os.environ.get("ENSEMW2S_IMPL", "auto")
+    # An empty variable is one that is not set.
+    return impl if impl is not None else os.environ.get("ENSEMW2S_IMPL") or "auto"
 
 
 def run(name: str, chosen: str, *args: Any) -> Any:

@@ -43,7 +43,7 @@ def product_library() -> str:
     Raises:
         ValueError: The variable is something else, or asks for oneDNN where this torch has none.
     """
-    asked = os.environ.get(VARIABLE, "auto")
+    asked = os.environ.get(VARIABLE) or "auto"
     return "onednn" if _is_onednn(asked) and torch._C._get_mkldnn_enabled() else "torch"
 
 

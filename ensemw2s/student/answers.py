@@ -125,7 +125,8 @@ def gold_rows(answers: Dataset) -> np.ndarray:
 def with_gold(answers: Dataset, questions: Any) -> Dataset:
     """Return a teacher's answers and, behind them, questions whose answers are known, marked in a column `gold`.
 
-    A student is taught gold answers as they are: none is left out, and `relabel` never asks for them.
+    A student is taught gold answers as they are: none is left out, and `relabel` never asks for them. One of
+    `variant="soft"` learns distributions, which gold answers do not have, and refuses them.
 
     Args:
         answers: rows with `id`, `prompt` and `answer`, as `TokenEnsemble.label` returns them.
@@ -141,7 +142,10 @@ def with_gold(answers: Dataset, questions: Any) -> Dataset:
     taught = answers.select_columns(
         [name for name in (*names, "finished", "confidence") if name in answers.column_names]
     )
-    return dataset_of([*({**row, "gold": False} for row in taught), *rows], "the answers")
+    both = dataset_of([*({**row, "gold": False} for row in taught), *rows], "the answers")
+    # In which format the answers were asked for.
+    both.info.description = answers.info.description
+    return both
 
 
 def _with_gold_finished(answers: Dataset) -> Dataset:

@@ -906,9 +906,7 @@ _VARIABLES: list[tuple[dict[str, str], str]] = [
     ({"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS must be a number of threads"),
     ({"OMP_NUM_THREADS": "100000"}, "OMP_NUM_THREADS must be a number of threads"),
     ({"OMP_NUM_THREADS": ""}, "OMP_NUM_THREADS must be a number of threads"),
-    ({"ENSEMW2S_CACHE": ""}, "ENSEMW2S_CACHE is empty"),
     ({"ENSEMW2S_IMPL": "fast"}, "ENSEMW2S_IMPL='fast' is not one of auto"),
-    ({"ENSEMW2S_IMPL": ""}, "ENSEMW2S_IMPL='' is not one of auto"),
     ({"ENSEMW2S_PRODUCTS": "mkl"}, "ENSEMW2S_PRODUCTS='mkl' is not one of auto, torch, onednn"),
 ]
 

@@ -98,6 +98,8 @@ def test_what_is_too_much_for_the_cuda_kernels_runs_elsewhere_with_one_warning(
 def test_environment_variable_sets_the_default(monkeypatch):
     monkeypatch.setenv("ENSEMW2S_IMPL", "reference")
     assert backend_for("mixture_sample") == "reference"
+    monkeypatch.setenv("ENSEMW2S_IMPL", "")
+    assert backend_for("mixture_sample") == backend_for("mixture_sample", impl="auto")
     monkeypatch.setenv("ENSEMW2S_IMPL", "fast")
     with pytest.raises(ValueError, match="ENSEMW2S_IMPL='fast'"):
         backend_for("mixture_sample")

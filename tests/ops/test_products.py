@@ -150,6 +150,13 @@ def test_a_row_has_the_same_bits_beside_any_others(threads: int) -> None:
 # The switch and the rule
 
 
+def test_an_empty_variable_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(products.VARIABLE, "")
+    found = product_library()
+    monkeypatch.delenv(products.VARIABLE)
+    assert found == product_library()
+
+
 def test_a_library_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(products.VARIABLE, "mkl")
     with pytest.raises(ValueError, match="ENSEMW2S_PRODUCTS='mkl' is not one of auto, torch, onednn"):

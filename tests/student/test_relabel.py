@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ensemw2s import TokenEnsemble
 from ensemw2s.data.difficulty import assign_folds
-from ensemw2s.data.tokens import tokenize_questions
+from ensemw2s.data.tokens import QuestionFormat, asked_in, tokenize_questions
 from ensemw2s.inference import labelling
 from ensemw2s.inference.label_files import read_labels
 from ensemw2s.models.loading import load_saved_model
@@ -294,6 +294,14 @@ def test_gold_answers_are_taught_to_all_and_asked_of_none(tmp_path: Path, traini
     asked = [row["id"] for i in (1, 2) for row in read_json_lines(tmp_path / f"relabel/round-1/fold-{i}.jsonl")]
     assert sorted(asked) == sorted(answers_of()["id"])
     assert one.train_dataset["gold"] == [False] * 20 + [True] * 6
+
+
+def test_with_gold_answers_a_student_keeps_to_the_format_of_its_teachers(tmp_path: Path) -> None:
+    odd = QuestionFormat(prompt_template="{prompt}=", answer_prefix="")
+    for answers, asked in ((asked_in(answers_of(), odd), odd), (answers_of(), QuestionFormat())):
+        taught = with_gold(answers, questions(6, seed=9, start=50))
+        args = StudentConfig(output_dir=str(tmp_path), use_cpu=True)
+        assert StudentTrainer(llama(1), args, taught, processing_class=tokenizer()).question_format == asked
 
 
 def test_gold_answers_take_no_steps_of_their_own_without_relabelling(
