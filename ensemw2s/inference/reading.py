@@ -39,8 +39,9 @@ def read_prompts(ensemble: Mixture, input_ids: Tensor, attention_mask: Tensor, c
     A GPU reads all of them at once, as it is the faster the more it is given. So does a CPU where padding is not on the
     left alone, and models whose caches do not keep every position.
     """
-    lengths, rises = attention_mask.sum(1), attention_mask.long().diff(dim=1)
-    is_left_padded = bool((rises >= 0).all())
+    # A row that is all padding is read by its last position.
+    lengths = attention_mask.sum(1).clamp_min(1)
+    is_left_padded = bool((attention_mask.long().diff(dim=1) >= 0).all())
     if input_ids.device.type != "cpu" or not is_left_padded or not all(map(_keeps_every_position, cache.layers)):
         return run_experts(ensemble, input_ids, attention_mask, cache)
     order = lengths.argsort(stable=True)
@@ -51,7 +52,7 @@ def read_prompts(ensemble: Mixture, input_ids: Tensor, attention_mask: Tensor, c
         return run_experts(ensemble, input_ids, attention_mask, cache)
     logits, parts = [], []
     for rows in groups:
-        length = max(1, int(lengths[rows[-1]]))
+        length = int(lengths[rows[-1]])
         parts.append(copy.deepcopy(cache))
         logits.append(run_experts(ensemble, input_ids[rows, -length:], attention_mask[rows, -length:], parts[-1]))
     _fill(cache, parts, groups, input_ids.shape)
@@ -64,14 +65,14 @@ def _keeps_every_position(layer: Any) -> bool:
 
 
 def _ends_of_groups(lengths: Sequence[int], most: int, one_pass: int) -> list[int]:
-    """Cut rows of rising `lengths` into the groups that cost least, and return where each ends.
+    """Cut rows of rising `lengths`, at least 1, into the groups that cost least, and return where each ends.
 
     A group costs its tokens, padding included, and `one_pass` more. It has at most `most` tokens, or one row.
     """
     # Of the first `end` rows: the least cost, and where their last group begins.
     best = [(0, 0)]
     for end, longest in enumerate(lengths, 1):
-        first = max(0, min(end - 1, end - most // max(1, longest)))
+        first = max(0, min(end - 1, end - most // longest))
         best.append(min((best[start][0] + (end - start) * longest + one_pass, start) for start in range(first, end)))
     ends = [len(lengths)]
     while ends[-1]:
