@@ -195,8 +195,11 @@ class _Planner:
         if args.prior == "pretrained" and arm == "ensemble" and not args.is_baseline:
             total += plain.of(errors, weak.infers_plain) + waiting(weak.load)
         if arm == "ensemble" and args.validate_rounds:
+            rows = self._choices("validation", weak) if self.with_choices else []
+            batches = list(batches_of_choices(rows, args.per_device_eval_batch_size))
             for number in range(1, args.num_rounds + 1):
-                total += mixed.of(checks * number, weak.infers) + waiting(self._load_experts(number))
+                work = (checks + choosing_work(rows, batches, number)) * number
+                total += mixed.of(work, weak.infers) + waiting(self._load_experts(number))
         return total + waiting(self._load_experts(args.num_rounds) + args.num_rounds * weak.save)
 
     def _args(self, arm: str) -> BoostingConfig:
@@ -259,7 +262,7 @@ class _Planner:
         other = self._test_work(self.strong)
         parts = [
             plain.of(weak, self.weak.infers_plain) + waiting(self.weak.load),
-            mixed.of(self._test_work(self.weak, ways) * experts, self.weak.infers)
+            mixed.of(self._test_work(self.weak, experts, ways) * experts, self.weak.infers)
             + waiting(self._load_experts(experts)),
             strong.of(other, self.strong.infers_plain) + waiting(self.strong.load),
             (strong.of(other, self.strong.infers) + waiting(self.strong.load_trained)) * len(self.config.students),
@@ -270,14 +273,14 @@ class _Planner:
     def _lengths(self, split: str, side: Side) -> tuple[list[int], list[int]]:
         return lengths_of(self.files.examples(split, side.model))
 
-    def _test_work(self, side: Side, ways: int = 1) -> Work:
-        """Return the work of one model on all test questions, choices being scored in several ways."""
+    def _test_work(self, side: Side, count: int = 1, ways: int = 1) -> Work:
+        """Return the work of one of `count` models on all test questions, choices being scored in several ways."""
         total = Work()
         for split in MEASURED_SPLITS.values():
             total += scoring_work(*self._lengths(split, side), SCORING_BATCH)
             if self.with_choices:
                 rows = self._choices(split, side)
-                total += choosing_work(rows, batches_of_choices(rows, SCORING_BATCH)) * ways
+                total += choosing_work(rows, batches_of_choices(rows, SCORING_BATCH), count) * ways
         return total
 
     def _choices(self, split: str, side: Side) -> list[Any]:
@@ -301,7 +304,7 @@ class _Planner:
             questions = self.files.questions("unlabelled")
             ids = tokenize_prompts(questions, tokenizer, self.config.data.format)["input_ids"]
         prompts, (_, answers) = [len(prompt) for prompt in ids], self._lengths("unlabelled", side)
-        reading, writing, steps = decoding_work(prompts, answers, settings.batch_size, settings.max_new_tokens)
+        reading, writing, steps = decoding_work(prompts, answers, settings.batch_size, settings.max_new_tokens, count)
         batch = by_length(prompts)[-settings.batch_size :]
         pace, step = self.machine.decoding(side, count, [ids[i] for i in batch])
         written = Pace(steps * step, 0.0, 0).of(writing * count, side.infers)
@@ -312,4 +315,4 @@ class _Planner:
             rows = self._choices("unlabelled", side)
         batches = batches_by_length([len(row.prompt) for row in rows], settings.batch_size)
         pace = self.machine.choosing(side, count, self.files.questions("unlabelled").select(batches[-1]))
-        return pace.of(choosing_work(rows, batches) * count, side.infers) + waiting(preparing["seconds"])
+        return pace.of(choosing_work(rows, batches, count) * count, side.infers) + waiting(preparing["seconds"])

@@ -24,7 +24,7 @@ from ensemw2s import ops
 from ensemw2s.data.batches import by_length, pad_prompts
 from ensemw2s.data.questions import check_questions, row_name, warn_of_unknown
 from ensemw2s.data.tokens import QuestionFormat, answer_with_end, checked_format, fitted_prompt
-from ensemw2s.inference.reading import read_prompts, run_experts
+from ensemw2s.inference.reading import read_prompts, reading_work, run_experts
 from ensemw2s.models.mixture import Mixture, OneModel, damaged, expert_names, is_mixture, refuse_damaged
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.meter import Work
@@ -245,12 +245,12 @@ def batches_of_choices(rows: Sequence[_Question], batch_size: int) -> Iterator[l
         yield batch
 
 
-def choosing_work(rows: Sequence[_Question], batches: Iterable[Sequence[int]]) -> Work:
-    """Return one expert's work of answering questions (`tokenize_choices`) in given batches."""
+def choosing_work(rows: Sequence[_Question], batches: Iterable[Sequence[int]], num_experts: int) -> Work:
+    """Return the work of one of so many experts that answer questions (`tokenize_choices`) in given batches."""
     total = Work()
     for batch in batches:
         prompts = [len(rows[i].prompt) for i in batch]
-        total += Work.of_padded(prompts, len(prompts))
+        total += reading_work(prompts, num_experts)
         choices = [choice for i in batch for choice in rows[i].choices]
         # A choice's last token is in no context.
         longest = max(map(len, choices)) - 1

@@ -28,6 +28,7 @@ from ensemw2s.data.tokens import (
 from ensemw2s.inference.choices import choose_answers, tokenize_choices
 from ensemw2s.inference.decoding import MixtureDecoder, Sampling, require_plain, require_tokenizer, require_valid
 from ensemw2s.inference.label_files import TOP_COLUMNS, LabelFile
+from ensemw2s.inference.reading import reading_work
 from ensemw2s.models.identity import describe_experts, digest_tokenizer
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.claims import held_file
@@ -143,7 +144,7 @@ def label_questions(
 
 
 def decoding_work(
-    prompts: Sequence[int], answers: Sequence[int], batch_size: int, max_new_tokens: int
+    prompts: Sequence[int], answers: Sequence[int], batch_size: int, max_new_tokens: int, num_experts: int = 1
 ) -> tuple[Work, Work, int]:
     """Return one expert's work of reading prompts, that of decoding answers of given lengths, and the number of steps.
 
@@ -152,11 +153,12 @@ def decoding_work(
         answers: tokens of each answer, end token included; a batch goes on until its longest one ends.
         batch_size: questions decoded together.
         max_new_tokens: the most tokens of an answer.
+        num_experts: T, all of which read a prompt together.
     """
     reading, writing, steps = Work(), Work(), 0
     for batch in batches_by_length(prompts, batch_size):
         count, length = len(batch), prompts[batch[-1]]
-        reading += Work.of_padded([prompts[i] for i in batch], count)
+        reading += reading_work([prompts[i] for i in batch], num_experts)
         more = min(max_new_tokens, max(answers[i] for i in batch)) - 1
         steps += more
         for past in range(length, length + more):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
+
+from ensemw2s.runtime.meter import Work
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -44,10 +47,7 @@ def read_prompts(ensemble: Mixture, input_ids: Tensor, attention_mask: Tensor, c
     is_left_padded = bool((attention_mask.long().diff(dim=1) >= 0).all())
     if input_ids.device.type != "cpu" or not is_left_padded or not all(map(_keeps_every_position, cache.layers)):
         return run_experts(ensemble, input_ids, attention_mask, cache)
-    order = lengths.argsort(stable=True)
-    count = ensemble.num_experts
-    ends = _ends_of_groups(lengths[order].tolist(), _MOST_POSITIONS // count, _POSITIONS_OF_A_PASS // count)
-    groups = order.tensor_split(ends[:-1])
+    groups = [torch.tensor(rows) for rows in prompt_groups(lengths.tolist(), ensemble.num_experts)]
     if len(groups) == 1:
         return run_experts(ensemble, input_ids, attention_mask, cache)
     logits, parts = [], []
@@ -56,8 +56,25 @@ def read_prompts(ensemble: Mixture, input_ids: Tensor, attention_mask: Tensor, c
         parts.append(copy.deepcopy(cache))
         logits.append(run_experts(ensemble, input_ids[rows, -length:], attention_mask[rows, -length:], parts[-1]))
     _fill(cache, parts, groups, input_ids.shape)
-    places = order.argsort()
+    places = torch.cat(groups).argsort()
     return [torch.cat(of_expert)[places] for of_expert in zip(*logits, strict=True)]
+
+
+def prompt_groups(lengths: Sequence[int], num_experts: int) -> list[list[int]]:
+    """Return the prompts, by their `lengths` of at least 1, that a CPU reads together, group by group.
+
+    In a group the longest comes last.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    most, one_pass = _MOST_POSITIONS // num_experts, _POSITIONS_OF_A_PASS // num_experts
+    ends = _ends_of_groups([lengths[row] for row in order], most, one_pass)
+    return [order[start:end] for start, end in pairwise([0, *ends])]
+
+
+def reading_work(lengths: Sequence[int], num_experts: int) -> Work:
+    """Return the work of one of so many experts that read prompts of these lengths on a CPU."""
+    groups = prompt_groups(lengths, num_experts)
+    return sum((Work.of_padded([lengths[row] for row in group], len(group)) for group in groups), Work())
 
 
 def _keeps_every_position(layer: Any) -> bool:

@@ -101,9 +101,7 @@ def test_token_weights_are_those_that_each_round_begins_with(model: Path, tmp_pa
 
 
 def test_what_went_wrong_is_said_without_progress_bars_too(model: Path, tmp_path: Path) -> None:
-    with pytest.warns(
-        UserWarning, match="round 1/1: .*no question is answered right.* than 1 epochs, or with a higher"
-    ):
+    with pytest.warns(UserWarning, match="round 1/1: .*no question is answered right.* than 1 epoch, or with a higher"):
         trainer(model, tmp_path / "nothing", num_rounds=1, num_train_epochs=1, learning_rate=1e-6).train()
     runner = trainer(model, tmp_path / "stopped", num_rounds=3, validate=False)
     worst = np.ones(runner.num_units)

@@ -21,6 +21,7 @@ from ensemw2s.ensemble.stacked import _linear
 from ensemw2s.models.adapters import ADAPTER_WEIGHTS
 from ensemw2s.models.mixture import Pass, StackedExperts
 from ensemw2s.models.saved import MODEL_WEIGHTS, require_weights
+from ensemw2s.ops.products import FrozenWeights
 from tests.tiny import END, VOCAB, gpt2, llama, saved_adapters
 
 IDS = torch.randint(0, VOCAB, (3, 8), generator=torch.Generator().manual_seed(0))
@@ -371,15 +372,16 @@ class TestFewRows:
         layer = nn.Linear(37, 53, bias=bias)
         x = torch.randn(rows, 1, 37)
         exact = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
-        result = _linear(layer, x)
+        result = _linear(FrozenWeights(), layer, x)
         assert result.shape == (rows, 1, 53)
         assert (result.double() - exact).abs().max() <= 2 * (layer(x).double() - exact).abs().max() + 1e-6
 
-    def test_it_is_the_other_way_round(self, two_threads: None) -> None:
-        layer = nn.Linear(8, 6)
-        assert _linear(layer, torch.randn(5, 8)).stride() == (1, 5)
-        assert _linear(layer, torch.randn(65, 8)).is_contiguous()
-        assert _linear(layer.double(), torch.randn(5, 8).double()).is_contiguous()
+    def test_it_is_the_other_way_round_by_mkl(self, two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        layer, weights = nn.Linear(8, 6), FrozenWeights()
+        monkeypatch.setenv("ENSEMW2S_PRODUCTS", "torch")
+        assert _linear(weights, layer, torch.randn(5, 8)).stride() == (1, 5)
+        assert _linear(weights, layer, torch.randn(65, 8)).is_contiguous()
+        assert _linear(weights, layer.double(), torch.randn(5, 8).double()).is_contiguous()
 
 
 class TestSideBySide:
