@@ -214,7 +214,7 @@ def _add_init(commands: Any) -> None:
     init.add_argument("--hard", type=_text, metavar="FILE", help="hard questions, if --questions are the easy ones")
     init.add_argument(
         "--columns", type=_columns, metavar="prompt=NAME,answer=NAME",
-        help="what the columns prompt and answer are called in the files",
+        help="what the columns prompt and answer (choices, difficulty, id) are called in the files",
     )  # fmt: skip
     init.set_defaults(command=_init)
 

@@ -394,7 +394,7 @@ def check_choices(dataset: Dataset, name: str) -> None:
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
             raise ValueError(
                 f"{place}: choices is {shown(choices)}, expected a list of texts. Fill it in every row, or remove the "
-                "column"
+                "column. A CSV file cannot hold lists: write such questions as JSON lines or parquet"
             )
         if len(choices) < 2:
             raise ValueError(

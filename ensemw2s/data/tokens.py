@@ -534,11 +534,12 @@ def answer_lengths(examples: Dataset) -> np.ndarray:
     return np.array([len(ids) - start for ids, start in rows], dtype=np.int64)
 
 
-def check_examples(examples: Any, name: str) -> Dataset:
+def check_examples(examples: Any, name: str, vocab_size: int | None = None) -> Dataset:
     """Return tokenised questions with answers, in any shape that `shapes.as_dataset` takes, after checking them.
 
     Raises:
-        ValueError: no rows, a column is missing, or an answer or a prompt has no tokens; names the row.
+        ValueError: no rows, a column is missing, an answer or a prompt has no tokens, or a token is none of a
+            vocabulary of `vocab_size`; names the row.
     """
     examples = as_dataset(examples, name)
     for column in ("input_ids", "prompt_length"):
@@ -558,4 +559,18 @@ def check_examples(examples: Any, name: str) -> Dataset:
                 f"{name}, {label}: the {what} has no tokens (prompt_length {starts[row]} of "
                 f"{len(examples[row]['input_ids'])} tokens): leave the row out"
             )
+    if vocab_size is not None:
+        _check_vocabulary(examples, name, vocab_size)
     return examples
+
+
+def _check_vocabulary(examples: Dataset, name: str, vocab_size: int) -> None:
+    for row, ids in enumerate(examples["input_ids"]):
+        if min(ids) < 0 or max(ids) >= vocab_size:
+            wrong = min(ids) if min(ids) < 0 else max(ids)
+            label = row_name(examples[row], row) if "id" in examples.column_names else f"row {row}"
+            raise ValueError(
+                f"{name}, {label}: token id {wrong}, but the model's vocabulary has {vocab_size} tokens, numbered from "
+                "0: use the tokenizer that belongs to the model, or resize the model first "
+                "(model.resize_token_embeddings(len(tokenizer)))"
+            )

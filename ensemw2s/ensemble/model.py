@@ -728,8 +728,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             subfolder: where in it the ensemble lies.
             output_loading_info: return the ensemble and transformers' account of what did not fit, which is empty:
                 weights that are missing, too many or of other shapes are errors here.
-            model_init_kwargs: passed on to each model's `from_pretrained` (`dtype`, `attn_implementation`, ...), but
-                for `revision` and `force_download`, which concern the ensemble alone. `trust_remote_code` is off unless
+            model_init_kwargs: `combine` and `expert_weights`, in place of the saved ones; others are passed on to each
+                model's `from_pretrained` (`dtype`, `attn_implementation`, ...), but for `revision` and
+                `force_download`, which concern the ensemble alone. `trust_remote_code` is off unless
                 it is passed. `source` names the base model of adapters, if it is not where the ensemble says.
 
         Raises:
@@ -739,9 +740,12 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             ValueError: weights or settings that are damaged, settings that are the caller's to make, or a number of
                 expert weights other than that of the experts saved; names file and key, or the expert.
         """
+        own = {name: model_init_kwargs.pop(name) for name in ("combine", "expert_weights") if name in model_init_kwargs}
         config, experts, generation_config = load_parts(
             pretrained_model_name_or_path, config, subfolder, model_init_kwargs
         )
+        config.update(own)
+        _check(config.expert_weights, config.combine, len(experts))
         ensemble = cls(config, experts)
         if generation_config is not None:
             ensemble.generation_config = generation_config

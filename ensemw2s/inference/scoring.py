@@ -238,7 +238,8 @@ def _score(
     `owners` are what messages call those whose logits the runs give, in their order.
     """
     check_number("batch_size", batch_size, whole=True)
-    examples = check_examples(examples, description or "the answers to score")
+    vocabulary = min(run.vocabulary for run in runs)
+    examples = check_examples(examples, description or "the answers to score", vocabulary)
     lengths = answer_lengths(examples)
     batches = batches_by_length([len(ids) for ids in examples["input_ids"]], batch_size)
     own = [row for batch in processes.share(batches) for row in batch]

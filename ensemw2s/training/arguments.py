@@ -82,7 +82,7 @@ _USES_OF_SETTINGS: Uses = {
     ),
     "neftune_noise_alpha": (
         lambda args: not args.padding_free,
-        "padding_free=False, for the noise depends on the length of the rows that the model reads,",
+        "padding_free=False (the noise depends on the length of the rows that the model reads)",
     ),
 }
 

@@ -104,10 +104,11 @@ def fine_tune(
     Raises:
         DiskFullError: the disk filled up during a checkpoint; the one before is whole, and the same call goes on there.
         FloatingPointError: the loss or a trained weight became NaN or infinite; names step and examples.
-        ValueError: `examples` miss a column or hold an answer without tokens; `token_weights` do not fit the examples,
-            or are negative, not finite, or all 0; settings with which no step is made.
+        ValueError: `examples` miss a column, or hold an answer without tokens or a token that the model does not know;
+            `token_weights` do not fit the examples, or are negative, not finite, or all 0; settings with which no step
+            is made.
     """
-    examples = check_examples(examples, description)
+    examples = check_examples(examples, description, int(model.config.get_text_config(decoder=True).vocab_size))
     if token_weights is not None:
         examples = _with_token_weights(examples, token_weights)
     set_seed(seed)

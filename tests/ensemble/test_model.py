@@ -689,3 +689,14 @@ def test_switches_that_are_off_are_no_unknown_keywords(of_models: TokenEnsemble)
         of_models(input_ids=ids, output_attentions=False, output_hidden_states=None)
         with pytest.raises(TypeError, match="output_attentions: each expert has its own"):
             of_models(input_ids=ids, output_attentions=True)
+
+
+def test_a_saved_ensemble_is_loaded_with_another_combination_or_other_weights(tmp_path: Path) -> None:
+    TokenEnsemble.from_models([llama(1), llama(2)], [1.0, 2.0]).save_pretrained(tmp_path)
+    loaded = TokenEnsemble.from_pretrained(tmp_path, combine="vote", expert_weights=[3.0, 1.0])
+    assert (loaded.config.combine, loaded.expert_weights) == ("vote", [3.0, 1.0])
+    assert TokenEnsemble.from_pretrained(tmp_path).expert_weights == [1.0, 2.0]
+    with pytest.raises(ValueError, match="combine must be one of prob, logprob, vote, got 'mean'"):
+        TokenEnsemble.from_pretrained(tmp_path, combine="mean")
+    with pytest.raises(ValueError, match="expert_weights has 1 values for 2 experts"):
+        TokenEnsemble.from_pretrained(tmp_path, expert_weights=[1.0])

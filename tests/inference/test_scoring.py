@@ -17,11 +17,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from ensemw2s import TokenEnsemble
+from ensemw2s.data.tokens import tokenize_questions
 from ensemw2s.ensemble.experts import AdapterExperts
 from ensemw2s.inference.scoring import AnswerScores, score_examples, score_mixtures
 from ensemw2s.models.heads import output_head
+from ensemw2s.training.arguments import AnswerTrainingArguments
+from ensemw2s.training.fine_tune import fine_tune
 from tests.models.test_heads import THROUGH_LOGITS, build
-from tests.tiny import END, PAD, VOCAB, gpt2, llama, saved_adapters
+from tests.tiny import END, FORMAT, PAD, VOCAB, gpt2, llama, questions, saved_adapters, tokenizer
 
 WEIGHTS = [2.5, 1.25, 0.5]
 MIXTURES = {"boosted": WEIGHTS, "uniform": [1.0, 1.0, 1.0], "second": [0.0, 3.0, 0.0], "two": [0.5, 0.0, 1.5]}
@@ -357,3 +360,15 @@ def test_an_adapter_without_numbers_is_named_where_answers_are_scored(of_adapter
                 weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match=r"^expert 3 gave NaN, .* the answer in row 0 of the examples, "):
         score_examples(of_adapters, examples, pad_token_id=PAD)
+
+
+def test_answers_in_tokens_that_the_model_does_not_know_are_refused() -> None:
+    examples = tokenize_questions(questions(4), tokenizer(), FORMAT)
+    small = llama(vocab_size=20)
+    with pytest.raises(ValueError, match=r"q\d.*: token id \d+, but the model's vocabulary has 20 tokens"):
+        score_examples(small, examples, pad_token_id=PAD)
+    with pytest.raises(ValueError, match="use the tokenizer that belongs to the model, or resize the model first"):
+        score_examples(TokenEnsemble.from_models([small], [1.0]), examples, pad_token_id=PAD)
+    args = AnswerTrainingArguments(output_dir="unused", use_cpu=True)
+    with pytest.raises(ValueError, match=r"expert, id q\d.*: token id"):
+        fine_tune(small, examples, args, pad_token_id=PAD, seed=0, description="expert")
