@@ -524,10 +524,10 @@ class BoostingTrainer:
         folders = [path for path, _ in earlier] + [folder / "expert"]
         ensemble = self._factory.ensemble(folders, [1.0] * len(folders))
         scores = self._factory.score(ensemble, self._eval, mixtures, "validation")
-        if self.eval_questions is not None and "choices" in self.eval_questions.column_names:
+        questions = self.eval_questions
+        if questions is not None and "choices" in questions.column_names:
             settings = ChoiceSettings(self.question_format, batch_size=self.args.per_device_eval_batch_size)
-            asked = self.eval_questions, self.processing_class, mixtures, settings
-            chosen = score_choice_mixtures(ensemble, *asked)
+            chosen = score_choice_mixtures(ensemble, questions, self.processing_class, mixtures, settings)
             scores = {name: replace(scores[name], chosen_right=chosen[name].correct) for name in mixtures}
         accuracies = {name: scores[name].accuracy for name in mixtures}
         return {**accuracies, "token_error": scores["ensemble"].token_error}

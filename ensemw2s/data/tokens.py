@@ -554,9 +554,8 @@ def check_examples(examples: Any, name: str, vocab_size: int | None = None) -> D
     for what, bad in (("answer", answer_lengths(examples) < 1), ("prompt", starts < 1)):
         if bad.any():
             row = int(bad.argmax())
-            label = row_name(examples[row], row) if "id" in examples.column_names else f"row {row}"
             raise ValueError(
-                f"{name}, {label}: the {what} has no tokens (prompt_length {starts[row]} of "
+                f"{name}, {_example_name(examples, row)}: the {what} has no tokens (prompt_length {starts[row]} of "
                 f"{len(examples[row]['input_ids'])} tokens): leave the row out"
             )
     if vocab_size is not None:
@@ -566,11 +565,15 @@ def check_examples(examples: Any, name: str, vocab_size: int | None = None) -> D
 
 def _check_vocabulary(examples: Dataset, name: str, vocab_size: int) -> None:
     for row, ids in enumerate(examples["input_ids"]):
-        if min(ids) < 0 or max(ids) >= vocab_size:
-            wrong = min(ids) if min(ids) < 0 else max(ids)
-            label = row_name(examples[row], row) if "id" in examples.column_names else f"row {row}"
+        lowest, highest = min(ids), max(ids)
+        if lowest < 0 or highest >= vocab_size:
+            wrong = lowest if lowest < 0 else highest
             raise ValueError(
-                f"{name}, {label}: token id {wrong}, but the model's vocabulary has {vocab_size} tokens, numbered from "
-                "0: use the tokenizer that belongs to the model, or resize the model first "
-                "(model.resize_token_embeddings(len(tokenizer)))"
+                f"{name}, {_example_name(examples, row)}: token id {wrong}, but the model's "
+                f"vocabulary has {vocab_size} tokens, numbered from 0: use the tokenizer that belongs to the model, or "
+                "resize the model first (model.resize_token_embeddings(len(tokenizer)))"
             )
+
+
+def _example_name(examples: Dataset, row: int) -> str:
+    return row_name(examples[row], row) if "id" in examples.column_names else f"row {row}"
