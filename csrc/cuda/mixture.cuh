@@ -20,13 +20,14 @@ constexpr int kGroup = 32;
 constexpr int kChunk = kWarp * kGroup;
 constexpr float kLowest = -FLT_MAX;
 constexpr float kInfinity = INFINITY;
+constexpr float kLog2e = 1.4426950408889634f;
 
 // Threads of a block. The emulation takes fewer.
 #if !defined(ENSEMW2S_SCAN_THREADS)
 #  define ENSEMW2S_SCAN_THREADS 128
 #endif
 #if !defined(ENSEMW2S_ROW_THREADS)
-#  define ENSEMW2S_ROW_THREADS 256
+#  define ENSEMW2S_ROW_THREADS 512
 #endif
 constexpr int kScanThreads = ENSEMW2S_SCAN_THREADS, kScanWarps = kScanThreads / kWarp;
 constexpr int kRowThreads = ENSEMW2S_ROW_THREADS, kRowWarps = kRowThreads / kWarp;
@@ -86,11 +87,28 @@ ENSEMW2S_DEVICE void load_vector(const T* row, int vocabulary, int first, float*
   }
 }
 
+// The lane's tokens of a chunk. Of a whole chunk in an aligned row all loads are under way before the first
+// arrives.
 template <class T>
-ENSEMW2S_DEVICE void load_group(const T* row, int vocabulary, int group, float* logits) {
+ENSEMW2S_DEVICE void load_group(const T* row, int vocabulary, int chunk, float* logits) {
+  constexpr int kLoads = kGroup / kVector<T>;
+  const int group = chunk * kWarp + lane_index();
+  if (uintptr_t(row) % 16 == 0 && (chunk + 1) * kChunk <= vocabulary) {
+    Words4 words[kLoads];
 #pragma unroll
-  for (int i = 0; i < kGroup; i += kVector<T>)
-    load_vector(row, vocabulary, token_of<T>(group, i), logits + i);
+    for (int i = 0; i < kLoads; ++i) words[i] = load_16_bytes(row + token_of<T>(group, i * kVector<T>));
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      T values[kVector<T>];
+      memcpy(values, &words[i], sizeof values);
+#pragma unroll
+      for (int e = 0; e < kVector<T>; ++e) logits[i * kVector<T> + e] = to_float(values[e]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kGroup; i += kVector<T>)
+      load_vector(row, vocabulary, token_of<T>(group, i), logits + i);
+  }
 }
 
 // ---- scan ----
@@ -120,9 +138,10 @@ ENSEMW2S_DEVICE float reduce_chunk(const float* values, float* group_max, Partia
   for (int i = 1; i < kGroup; ++i) top = fmaxf(top, values[i]);
   *group_max = top;
   const float max = fmaxf(reduce_warp(top, [](float a, float b) { return fmaxf(a, b); }), kLowest);
+  // The difference first: max * log2(e) alone would be rounded, by as much as max is large.
   float sum = 0;
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) sum += fast_exp(values[i] - max);
+  for (int i = 0; i < kGroup; ++i) sum += fast_exp2((values[i] - max) * kLog2e);
   sum = reduce_warp(sum, [](float a, float b) { return a + b; });
   if (lane_index() == 0) *partial = {max, sum};
   return max;
@@ -154,7 +173,7 @@ ENSEMW2S_DEVICE void scan_expert(const DeviceMixture& mixture, const ScanResults
   const Shape shape = shape_of(mixture);
   const int group = chunk * kWarp + lane_index();
   float logits[kGroup];
-  load_group(row_of<T>(mixture, expert, row), mixture.vocabulary, group, logits);
+  load_group(row_of<T>(mixture, expert, row), mixture.vocabulary, chunk, logits);
   const int64_t place = (row * mixture.num_experts + expert) * shape.groups + group;
   if (results.plain_max) results.plain_max[place] = largest_plain<T>(mixture, row, group, logits);
   reduce_chunk(logits, &results.group_max[place],
@@ -174,7 +193,7 @@ ENSEMW2S_DEVICE void scan_product(const DeviceMixture& mixture, const ScanResult
   float logits[kGroup], scores[kGroup] = {};
   for (int t = 0; t < mixture.num_experts; ++t) {
     if (weights[t] == 0) continue;
-    load_group(row_of<T>(mixture, t, row), mixture.vocabulary, group, logits);
+    load_group(row_of<T>(mixture, t, row), mixture.vocabulary, chunk, logits);
     const float top = reduce_chunk(logits, group_max, partials + int64_t(t) * shape.chunks);
     const float weight = float(weights[t] / total);
     if (weight != 0) {
@@ -189,7 +208,7 @@ ENSEMW2S_DEVICE void scan_product(const DeviceMixture& mixture, const ScanResult
 
 // Whether a row's race is among all tokens, which is what the least words are for.
 ENSEMW2S_HOST_DEVICE inline bool races_all(const RowSettings& asked) {
-  return !asked.is_greedy() && !asked.is_filtered();
+  return !asked.is_greedy() && asked.top_k == 0;
 }
 
 template <class T>
@@ -206,21 +225,27 @@ ENSEMW2S_DEVICE void scan_noise(const DeviceMixture& mixture, const SampleSettin
   results.least_words[row * shape_of(mixture).groups + group] = least;
 }
 
-// One warp for every (row, slice, chunk). A slice is an expert (or all of them, for the product), the last
-// one the noise if it is asked for: its arithmetic fills the time in which the other warps wait for memory.
+// The slices of a scan: the experts, or all of them at once for the product, and the noise if it is asked
+// for.
+ENSEMW2S_HOST_DEVICE inline int expert_slices(const DeviceMixture& mixture) {
+  return is_product(mixture) ? 1 : mixture.num_experts;
+}
+
+// The warps of a block take chunks that follow one another. The noise is a slice of its own: its arithmetic
+// fills the time in which the other blocks wait for memory.
+inline Grid scan_grid(const DeviceMixture& mixture, bool with_noise) {
+  return {mixture.rows, (shape_of(mixture).chunks + kScanWarps - 1) / kScanWarps,
+          expert_slices(mixture) + with_noise};
+}
+
 template <class T, bool kProduct>
 ENSEMW2S_KERNEL(kScanThreads, kProduct ? 3 : 8)
 scan_kernel(const DeviceMixture mixture, const SampleSettings settings, const ScanResults results) {
-  const int chunks = shape_of(mixture).chunks;
-  const int expert_slices = kProduct ? 1 : mixture.num_experts;
-  const int slices = expert_slices + (results.least_words != nullptr);
-  int64_t item = block_index() * kScanWarps + warp_index();
-  const int chunk = int(item % chunks);
-  item /= chunks;
-  const int slice = int(item % slices);
-  const int64_t row = item / slices;
-  if (row >= mixture.rows) return;  // a whole warp; no barrier follows
-  if (slice == expert_slices)
+  allow_early_kernels();
+  const int64_t row = block_index();
+  const int chunk = block_index_y() * kScanWarps + warp_index(), slice = block_index_z();
+  if (chunk >= shape_of(mixture).chunks) return;
+  if (slice == (kProduct ? 1 : mixture.num_experts))
     scan_noise<T>(mixture, settings, results, row, chunk);
   else if constexpr (kProduct)
     scan_product<T>(mixture, results, row, chunk);
@@ -230,41 +255,67 @@ scan_kernel(const DeviceMixture mixture, const SampleSettings settings, const Sc
 
 // ---- finish ----
 
-struct Normaliser {
-  double max = -DBL_MAX;
-  double sum = 0;
-};
-
-ENSEMW2S_DEVICE Normaliser merged(const Normaliser& a, const Normaliser& b) {
-  const double top = fmax(a.max, b.max);
-  return {top, a.sum * exp(a.max - top) + b.sum * exp(b.max - top)};
-}
-
 // What is known of a row after its scan. Index T is the product of experts.
 struct RowState {
-  double weight[kMaxExperts];  // normalised
+  int num_experts, num_active;
+  int active[kMaxExperts];          // the experts of a weight above 0, ascending
+  const void* logits[kMaxExperts];  // the row's
+  double weight[kMaxExperts];       // normalised
   double log_sum[kMaxExperts + 1];
-  float max[kMaxExperts + 1];  // of the product: the likeliest token's score, as a float
-  double product_max;          // and as a double
-  float shift[kMaxExperts];    // (z - max) + shift = log(weight * probability)
+  double total_weight;         // as the user gave them
+  double product_max;          // the likeliest token's score
+  float max[kMaxExperts + 1];  // of the product: product_max as a float
+  float scale[kMaxExperts];    // scale * exp(z - max) = weight * probability
+  float shift[kMaxExperts];    // its logarithm
   bool usable[kMaxExperts + 1];
   int winner[kMaxExperts];  // vote: the expert's first argmax, -1 for weight 0
-  bool valid;
+  bool is_vote, valid;
 };
 
+template <class T>
+ENSEMW2S_DEVICE float logit_of(const RowState& state, int t, int token) {
+  return to_float(static_cast<const T*>(state.logits[t])[token]);
+}
+
+// The row's weights and its active experts, by one warp.
+template <class T>
+ENSEMW2S_DEVICE void normalise_weights(const DeviceMixture& mixture, int64_t row, RowState& state) {
+  const float* weights = weights_of(mixture, row);
+  const double total = total_weight(mixture, row);
+  int count = 0;
+  for (int first = 0; first < mixture.num_experts; first += kWarp) {
+    const int t = first + lane_index();
+    const bool is_expert = t < mixture.num_experts;
+    const double weight = is_expert ? weights[t] / total : 0;
+    const bool is_active = float(weight) > 0;  // as the scan sees it
+    const uint32_t others = ballot(is_active);
+    if (is_active) state.active[count + count_bits(others & ((1u << lane_index()) - 1))] = t;
+    count += count_bits(others);
+    if (!is_expert) continue;
+    state.logits[t] = row_of<T>(mixture, t, row);
+    state.weight[t] = is_active ? weight : 0;
+    state.winner[t] = -1;
+  }
+  if (lane_index() != 0) return;
+  state.num_experts = mixture.num_experts;
+  state.is_vote = mixture.combine == Combine::kVote;
+  state.num_active = count;
+  state.total_weight = total;
+}
+
 // Keeps an expert's or the product's normaliser. By a single thread.
-ENSEMW2S_DEVICE void keep_normaliser(RowState& state, int t, const Normaliser& all) {
-  state.max[t] = float(all.max);
-  state.log_sum[t] = log(all.sum);
-  state.usable[t] = all.sum > 0 && all.max <= FLT_MAX && all.sum <= DBL_MAX;
+ENSEMW2S_DEVICE void keep_normaliser(RowState& state, int t, float max, float sum) {
+  state.max[t] = max;
+  state.log_sum[t] = log(double(sum));
+  state.usable[t] = sum > 0 && max <= FLT_MAX && sum <= FLT_MAX;
 }
 
 // What leads from the product's scores in a chunk to those beside the experts' largest logits in the row.
 ENSEMW2S_DEVICE double descent(const DeviceMixture& mixture, const RowState& state, const Partial* partials,
                                int chunk) {
   double sum = 0;
-  for (int t = 0; t < mixture.num_experts; ++t) {
-    if (!(state.weight[t] > 0)) continue;
+  for (int a = 0; a < state.num_active; ++a) {
+    const int t = state.active[a];
     const float top = partials[int64_t(t) * shape_of(mixture).chunks + chunk].max;
     sum += state.weight[t] * (double(top) - state.max[t]);
   }
@@ -274,19 +325,24 @@ ENSEMW2S_DEVICE double descent(const DeviceMixture& mixture, const RowState& sta
 // The product's score of a token beside the experts' largest logits, where logit(t) is expert t's logit of
 // it.
 template <class Logit>
-ENSEMW2S_DEVICE float product_score(const DeviceMixture& mixture, const RowState& state, const Logit& logit) {
+ENSEMW2S_DEVICE float product_score(const RowState& state, const Logit& logit) {
   float score = 0;
-  for (int t = 0; t < mixture.num_experts; ++t)
-    if (state.weight[t] > 0) score += product_term(float(state.weight[t]), logit(t), state.max[t]);
+#pragma unroll 4
+  for (int a = 0; a < state.num_active; ++a) {
+    const int t = state.active[a];
+    score += product_term(float(state.weight[t]), logit(t), state.max[t]);
+  }
   return score;
 }
 
 template <class Logit>
-ENSEMW2S_DEVICE double exact_product_score(const DeviceMixture& mixture, const RowState& state,
-                                           const Logit& logit) {
+ENSEMW2S_DEVICE double exact_product_score(const RowState& state, const Logit& logit) {
   double score = 0;
-  for (int t = 0; t < mixture.num_experts; ++t)
-    if (state.weight[t] > 0) score += state.weight[t] * (double(logit(t)) - state.max[t]);
+#pragma unroll 4
+  for (int a = 0; a < state.num_active; ++a) {
+    const int t = state.active[a];
+    score += state.weight[t] * (double(logit(t)) - state.max[t]);
+  }
   return score;
 }
 
@@ -305,69 +361,84 @@ ENSEMW2S_DEVICE void merge_product(const DeviceMixture& mixture, const ScanResul
                                    RowState& state) {
   const int chunks = shape_of(mixture).chunks, experts = mixture.num_experts;
   const Partial* partials = results.partials + row * (experts + 1) * chunks;
-  Normaliser all;
+  const auto max_of = [&](int chunk) {
+    return partials[int64_t(experts) * chunks + chunk].max + descent(mixture, state, partials, chunk);
+  };
+  const auto sum_of = [&](int chunk) { return partials[int64_t(experts) * chunks + chunk].sum; };
   BestChunk best{-DBL_MAX, 0, 0};
   for (int chunk = lane_index(); chunk < chunks; chunk += kWarp) {
-    const Partial partial = partials[int64_t(experts) * chunks + chunk];
-    const double max = partial.max + descent(mixture, state, partials, chunk);
-    all = merged(all, {max, partial.sum});
-    if (partial.sum > 0 && max > best.max) best = {max, chunk, 0};
+    const double max = max_of(chunk);
+    if (sum_of(chunk) > 0 && max > best.max) best = {max, chunk, 0};
   }
-  all = reduce_warp(all, merged);
   best = reduce_warp(best, [](const BestChunk& a, const BestChunk& b) {
     return a.max > b.max || (a.max == b.max && a.chunk < b.chunk) ? a : b;
   });
+  float sum = 0;
+  for (int chunk = lane_index(); chunk < chunks; chunk += kWarp)
+    sum += sum_of(chunk) * fast_exp2(float(max_of(chunk) - best.max) * kLog2e);
+  sum = reduce_warp(sum, [](float a, float b) { return a + b; });
   const float* group_max = results.group_max + row * shape_of(mixture).groups + best.chunk * kWarp;
   const float top = partials[int64_t(experts) * chunks + best.chunk].max;
   const uint32_t holders = ballot(group_max[lane_index()] == top);
   const int group = best.chunk * kWarp + (holders ? lowest_bit(holders) : 0);
   const int token = token_of<T>(group, lane_index());
   const auto logit = [&](int t) {
-    return token < mixture.vocabulary ? to_float(row_of<T>(mixture, t, row)[token]) : -kInfinity;
+    return token < mixture.vocabulary ? logit_of<T>(state, t, token) : -kInfinity;
   };
   const auto larger = [](double a, double b) { return fmax(a, b); };
-  const double exact = reduce_warp(exact_product_score(mixture, state, logit), larger);
-  const double rounded = reduce_warp(double(product_score(mixture, state, logit)), larger);
+  const double exact = reduce_warp(exact_product_score(state, logit), larger);
+  const double rounded = reduce_warp(double(product_score(state, logit)), larger);
   if (lane_index() != 0) return;
-  keep_normaliser(state, experts, all);
+  keep_normaliser(state, experts, float(best.max), sum);
   state.product_max = exact;
   state.max[experts] = float(rounded);
 }
 
-// Merges the chunks' normalisers, a warp for each expert. Between this call and the use of `state` a barrier
-// is needed.
-template <class T>
+// Merges the chunks' normalisers of one expert, by a warp.
+ENSEMW2S_DEVICE void merge_expert(const Partial* partials, int chunks, RowState& state, int t) {
+  float max = kLowest, sum = 0;
+#pragma unroll 4
+  for (int chunk = lane_index(); chunk < chunks; chunk += kWarp) max = fmaxf(max, partials[chunk].max);
+  max = reduce_warp(max, [](float a, float b) { return fmaxf(a, b); });
+#pragma unroll 4
+  for (int chunk = lane_index(); chunk < chunks; chunk += kWarp)
+    sum += partials[chunk].sum * fast_exp2((partials[chunk].max - max) * kLog2e);
+  sum = reduce_warp(sum, [](float a, float b) { return a + b; });
+  if (lane_index() != 0) return;
+  keep_normaliser(state, t, max, sum);
+  state.scale[t] = float(state.weight[t] / sum);
+  state.shift[t] = float(log(state.weight[t]) - state.log_sum[t]);
+}
+
+// What the scan found, a warp for each expert. Waits for the scan. Between this call and the use of `state` a
+// barrier is needed.
+template <class T, bool kProduct>
 ENSEMW2S_DEVICE void merge_partials(const DeviceMixture& mixture, const ScanResults& results, int64_t row,
                                     RowState& state) {
+  if (warp_index() == 0) normalise_weights<T>(mixture, row, state);
+  wait_for_earlier_kernels();
+  barrier();
   const int chunks = shape_of(mixture).chunks, experts = mixture.num_experts;
   const float* weights = weights_of(mixture, row);
-  const double total = total_weight(mixture, row);
   const Partial* partials = results.partials + row * (experts + 1) * chunks;
   for (int t = warp_index(); t < experts; t += kRowWarps) {
-    Normaliser all;
-    for (int chunk = lane_index(); chunk < chunks && weights[t] != 0; chunk += kWarp) {
-      const Partial partial = partials[int64_t(t) * chunks + chunk];
-      all = merged(all, {partial.max, partial.sum});
-    }
-    all = reduce_warp(all, merged);
-    if (lane_index() != 0) continue;
-    keep_normaliser(state, t, all);
-    const double weight = weights[t] / total;
-    state.weight[t] = float(weight) > 0 ? weight : 0;  // as the scan sees it
-    state.shift[t] = float(log(state.weight[t]) - state.log_sum[t]);
-    state.winner[t] = -1;
+    if (weights[t] != 0)
+      merge_expert(partials + int64_t(t) * chunks, chunks, state, t);
+    else if (lane_index() == 0)
+      state.usable[t] = false;
   }
-  if (!is_product(mixture)) return;
-  barrier();
-  if (warp_index() == 0) merge_product<T>(mixture, results, row, state);
+  if constexpr (kProduct) {
+    barrier();
+    if (warp_index() == 0) merge_product<T>(mixture, results, row, state);
+  }
 }
 
 // Whether the row can be used; every thread finds the same.
-ENSEMW2S_DEVICE bool is_valid(const DeviceMixture& mixture, const RowState& state, int64_t row) {
-  const double total = total_weight(mixture, row);
-  bool valid = total > 0 && total <= DBL_MAX;
-  for (int t = 0; t < mixture.num_experts; ++t) valid = valid && (state.usable[t] || !(state.weight[t] > 0));
-  return valid && (!is_product(mixture) || state.usable[mixture.num_experts]);
+template <bool kProduct>
+ENSEMW2S_DEVICE bool is_valid(const RowState& state) {
+  bool valid = state.total_weight > 0 && state.total_weight <= DBL_MAX;
+  for (int a = 0; a < state.num_active; ++a) valid = valid && state.usable[state.active[a]];
+  return valid && (!kProduct || state.usable[state.num_experts]);
 }
 
 // Vote: every active expert's first argmax, a warp for each expert. A barrier is needed before and after.
@@ -375,17 +446,16 @@ template <class T>
 ENSEMW2S_DEVICE void find_winners(const DeviceMixture& mixture, const ScanResults& results, int64_t row,
                                   RowState& state) {
   const int groups = shape_of(mixture).groups;
-  for (int t = warp_index(); t < mixture.num_experts; t += kRowWarps) {
-    if (!(state.weight[t] > 0)) continue;
+  for (int a = warp_index(); a < state.num_active; a += kRowWarps) {
+    const int t = state.active[a];
     const float* group_max = results.group_max + (row * mixture.num_experts + t) * groups;
-    const T* logits = row_of<T>(mixture, t, row);
     const float max = state.max[t];
     int first = mixture.vocabulary;
     for (int group = lane_index(); group < groups; group += kWarp) {
       if (group_max[group] != max) continue;
       for (int i = 0; i < kGroup; ++i) {
         const int token = token_of<T>(group, i);
-        if (token < first && to_float(logits[token]) == max) first = token;
+        if (token < first && logit_of<T>(state, t, token) == max) first = token;
       }
     }
     first = reduce_warp(first, [](int a, int b) { return a < b ? a : b; });
@@ -393,13 +463,13 @@ ENSEMW2S_DEVICE void find_winners(const DeviceMixture& mixture, const ScanResult
   }
 }
 
-// log(sum(exp(x))) of terms that come one by one, with one exp for each.
+// log(sum(exp(x))) of terms that come one by one, with one power for each.
 struct LogSum {
   float max = -kInfinity, sum = 0;
 
   ENSEMW2S_DEVICE void add(float x) {
     if (!(x > -kInfinity)) return;
-    const float scaled = fast_exp(-fabsf(x - max));
+    const float scaled = fast_exp2(-fabsf(x - max) * kLog2e);
     sum = x > max ? sum * scaled + 1 : sum + scaled;
     max = fmaxf(x, max);
   }
@@ -407,35 +477,86 @@ struct LogSum {
 };
 
 // Votes for a token, as a log-probability.
-ENSEMW2S_DEVICE double log_votes(const DeviceMixture& mixture, const RowState& state, int token) {
-  double votes = 0;
-  for (int t = 0; t < mixture.num_experts; ++t) votes += state.winner[t] == token ? state.weight[t] : 0.0;
-  return log(votes);
+ENSEMW2S_DEVICE float log_votes(const RowState& state, int token) {
+  float votes = 0;
+#pragma unroll 1
+  for (int a = 0; a < state.num_active; ++a) {
+    const int t = state.active[a];
+    votes += state.winner[t] == token ? float(state.weight[t]) : 0.0f;
+  }
+  return votes > 0 ? fminf(0, logf(votes)) : -kInfinity;
+}
+
+// An expert's part in the probability of a token.
+ENSEMW2S_DEVICE float weighted_probability(const RowState& state, int t, float logit) {
+  return state.scale[t] * fast_exp2((logit - state.max[t]) * kLog2e);
+}
+
+// From here on a sum of weighted probabilities has not lost parts of it to underflow.
+constexpr float kSafeProbability = 0x1p-80f;
+
+// The mixture's log-probability where logit(t) is expert t's logit of the token and `probability` the sum of
+// the weighted probabilities.
+template <class Logit>
+ENSEMW2S_DEVICE float log_of(float probability, const RowState& state, const Logit& logit) {
+  if (probability >= kSafeProbability) return logf(probability);
+  LogSum total;
+#pragma unroll 1
+  for (int a = 0; a < state.num_active; ++a) {
+    const int t = state.active[a];
+    total.add((logit(t) - state.max[t]) + state.shift[t]);
+  }
+  return total.value();
 }
 
 // The mixture's log-probability where logit(t) is expert t's logit of the token.
-template <class Logit>
-ENSEMW2S_DEVICE float float_log_prob(const DeviceMixture& mixture, const RowState& state,
-                                     const Logit& logit) {
-  if (is_product(mixture)) {
-    const int experts = mixture.num_experts;
-    const float score = product_score(mixture, state, logit);
-    return fminf(0, (score - state.max[experts]) - float(state.log_sum[experts]));
+template <bool kProduct, class Logit>
+ENSEMW2S_DEVICE float float_log_prob(const RowState& state, const Logit& logit) {
+  if constexpr (kProduct) {
+    const int product = state.num_experts;
+    return fminf(0, (product_score(state, logit) - state.max[product]) - float(state.log_sum[product]));
+  } else {
+    float probability = 0;
+#pragma unroll 4
+    for (int a = 0; a < state.num_active; ++a)
+      probability += weighted_probability(state, state.active[a], logit(state.active[a]));
+    return log_of(probability, state, logit);
   }
-  LogSum total;
-  for (int t = 0; t < mixture.num_experts; ++t)
-    if (state.weight[t] > 0) total.add((logit(t) - state.max[t]) + state.shift[t]);
-  return total.value();
+}
+
+template <class T>
+ENSEMW2S_DEVICE double expert_log_prob(const RowState& state, int t, int token) {
+  return double(logit_of<T>(state, t, token)) - state.max[t] - state.log_sum[t];
+}
+
+// In double, since the likeliest of some tokens shall be the one that it is in exact arithmetic: only tokens
+// that can still win are looked at like this.
+template <class T, bool kProduct>
+ENSEMW2S_DEVICE_CALL double exact_log_prob(const RowState& state, int token) {
+  if (state.is_vote) return log_votes(state, token);
+  if constexpr (kProduct) {
+    const double score = exact_product_score(state, [&](int t) { return logit_of<T>(state, t, token); });
+    return fmin(0.0, score - state.product_max - state.log_sum[state.num_experts]);
+  }
+  double sum = 0, largest = -kInfinity;
+#pragma unroll 1
+  for (int a = 0; a < state.num_active; ++a)
+    largest = fmax(largest, expert_log_prob<T>(state, state.active[a], token));
+  if (!(largest > -kInfinity)) return largest;
+#pragma unroll 2
+  for (int a = 0; a < state.num_active; ++a) {
+    const int t = state.active[a];
+    sum += state.weight[t] * exp(expert_log_prob<T>(state, t, token) - largest);
+  }
+  return largest + log(sum);
 }
 
 template <class T>
 const char* launch_scan(const DeviceMixture& mixture, const SampleSettings& settings,
                         const ScanResults& results, Stream stream) {
-  const int64_t slices = (is_product(mixture) ? 1 : mixture.num_experts) + (results.least_words != nullptr);
-  const int64_t warps = mixture.rows * slices * shape_of(mixture).chunks;
   const auto kernel = is_product(mixture) ? &scan_kernel<T, true> : &scan_kernel<T, false>;
-  return launch(kernel, (warps + kScanWarps - 1) / kScanWarps, kScanThreads, stream, mixture, settings,
-                results);
+  return launch(kernel, scan_grid(mixture, results.least_words != nullptr), kScanThreads, Start::kInOrder,
+                stream, mixture, settings, results);
 }
 
 inline ScanResults allocate_scan(const DeviceMixture& mixture, bool with_noise, const Allocate& allocate) {

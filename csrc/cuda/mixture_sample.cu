@@ -5,23 +5,23 @@
 
 namespace ensemw2s::cuda {
 
-// Candidates that fit into shared memory; more of them spill to scratch memory.
+// Candidates that a row keeps. Where there are more, the logits are read again for every look at them.
 #if !defined(ENSEMW2S_SHARED_CANDIDATES)
 #  define ENSEMW2S_SHARED_CANDIDATES 2048
 #endif
 constexpr int kSharedCandidates = ENSEMW2S_SHARED_CANDIDATES;
 
+constexpr int kBins = 256;
+
 struct SampleScratch {
   float *upper, *lower;  // [rows, groups]: bounds on the largest log-probability of each group
-  int32_t* ids;          // [rows, vocabulary], null if no filter needs candidates
-  float* log_probs;      // [rows, vocabulary]
+  float* adjusted;       // [rows, count]: the log-probabilities at which the adjusted tokens are offered
 };
 
-struct RowShared {
-  RowState state;
-  int count;
-  int32_t ids[kSharedCandidates];
-  float log_probs[kSharedCandidates];
+// Where select_key goes on.
+struct Digit {
+  int value;
+  uint64_t above;  // what the larger ones weigh
 };
 
 // A token and its log-probability.
@@ -47,6 +47,118 @@ ENSEMW2S_DEVICE Best better(const Best& a, const Best& b) {
   return a.token < b.token ? a : b;
 }
 
+// By all threads of a block.
+ENSEMW2S_DEVICE_CALL Best best_of_all(Best mine) { return reduce_block<kRowThreads>(mine, better); }
+
+// A token's score in the race: what it has beyond `anchor`, at the temperature, and its noise.
+ENSEMW2S_DEVICE_CALL double race_score(double log_prob, double anchor, double temperature, uint32_t word) {
+  return (log_prob - anchor) / temperature + gumbel(word);
+}
+
+// The tokens of a row that may be drawn as they are, and what bounds their log-probabilities.
+struct PlainTokens {
+  const float* upper;             // [groups]
+  const uint32_t *mask, *listed;  // the row's words in an Offer; null if it has none
+  int vocabulary, groups;
+  float limit;  // candidates reach this
+
+  ENSEMW2S_DEVICE bool is_plain(int token) const {
+    const int word = token / 32, bit = token % 32;
+    return (!mask || (mask[word] >> bit & 1)) && (!listed || !(listed[word] >> bit & 1));
+  }
+};
+
+struct RowShared {
+  RowState state;
+  PlainTokens plain;
+  Offer offer;
+  int64_t row, rows;
+  int count;  // of candidates, of which the first kSharedCandidates are kept
+  int32_t ids[kSharedCandidates];
+  float log_probs[kSharedCandidates];
+  uint64_t sums[kRowThreads > kBins ? kRowThreads : kBins];
+  Digit digit;
+
+  // By a single thread. The order of the candidates is left to chance: nothing may depend on it.
+  ENSEMW2S_DEVICE void add_candidate(int token, float value) {
+    const int i = atomic_add(&count, 1);
+    if (i >= kSharedCandidates) return;
+    ids[i] = token;
+    log_probs[i] = value;
+  }
+};
+
+// Rounding that a bound or a float32 log-probability of this size may have.
+template <bool kProduct>
+ENSEMW2S_DEVICE float slack_of(const RowState& state, float log_prob) {
+  const float of_product =
+      kProduct ? 1e-7f * (8 + state.num_experts) * fabsf(state.max[state.num_experts]) : 0;
+  return 2e-5f + of_product + 1e-6f * fabsf(log_prob);
+}
+
+// visit(token, group) for every token that may be drawn as it is, of the groups first ... last - 1 with
+// is_near(group): a warp looks at a group together.
+template <class T, class Near, class Visit>
+ENSEMW2S_DEVICE void visit_groups(const PlainTokens& plain, int first, int last, const Near& is_near,
+                                  const Visit& visit) {
+  const int share = last - first < kRowThreads ? (last - first + kRowWarps - 1) / kRowWarps : kWarp;
+#pragma unroll 1
+  for (int start = first + warp_index() * share; start < last; start += kRowWarps * share) {
+    const int mine = start + lane_index();
+    const bool is_mine = lane_index() < share && mine < last;
+#pragma unroll 1
+    for (uint32_t near = ballot(is_mine && is_near(mine)); near != 0; near &= near - 1) {
+      const int group = start + lowest_bit(near), token = token_of<T>(group, lane_index());
+      if (token < plain.vocabulary && plain.is_plain(token)) visit(token, group);
+    }
+  }
+}
+
+// The place of an adjusted token in the row's list; -1 if it has none there.
+ENSEMW2S_DEVICE int64_t place_of(const Offer& offer, int64_t row, int token) {
+  int64_t low = 0, high = offer.count;
+#pragma unroll 1
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    const int32_t other = offer.token(row, middle);
+    if (other >= 0 && other < token)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low < offer.count && offer.token(row, low) == token ? low : -1;
+}
+
+// The log-probability at which a token is offered; -inf if it may not be drawn.
+template <class T, bool kProduct>
+ENSEMW2S_DEVICE_CALL double offered_log_prob(const RowShared& shared, int token) {
+  const double log_prob = exact_log_prob<T, kProduct>(shared.state, token);
+  if (shared.plain.is_plain(token)) return log_prob;
+  const int64_t place = place_of(shared.offer, shared.row, token);
+  if (place < 0 || !shared.offer.is_allowed(shared.row, token)) return -kInfinity;
+  return shared.offer.adjustment(shared.rows, shared.row, place).of(log_prob);
+}
+
+template <class T, bool kProduct>
+ENSEMW2S_DEVICE_CALL float float_log_prob_of(const RowState& state, int token) {
+  return float_log_prob<kProduct>(state, [&](int t) { return logit_of<T>(state, t, token); });
+}
+
+// Adds the candidates of the groups first ... last - 1.
+template <class T, bool kProduct>
+ENSEMW2S_DEVICE_CALL void gather(RowShared& shared, int first, int last) {
+  const RowState& state = shared.state;
+  const PlainTokens& plain = shared.plain;
+  const float near = plain.limit - slack_of<kProduct>(state, plain.limit);
+  visit_groups<T>(
+      plain, first, last, [&](int g) { return plain.upper[g] >= near; },
+      [&](int token, int) {
+        const float value =
+            float_log_prob<kProduct>(state, [&](int t) { return logit_of<T>(state, t, token); });
+        if (value >= plain.limit) shared.add_candidate(token, value);
+      });
+}
+
 // An integer image of a float that keeps the order.
 ENSEMW2S_DEVICE uint32_t ascending_bits(float value) {
   const uint32_t bits = bits_from_float(value == 0 ? 0.0f : value);
@@ -57,45 +169,53 @@ ENSEMW2S_DEVICE float from_ascending_bits(uint32_t bits) {
   return float_from_bits(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
 }
 
-struct Sums {
-  uint64_t of[3];
-};
-
-ENSEMW2S_DEVICE Sums added(const Sums& a, const Sums& b) {
-  return {{a.of[0] + b.of[0], a.of[1] + b.of[1], a.of[2] + b.of[2]}};
-}
-
-// The largest key such that the items from it upwards weigh at least `target`, found two bits at a time; 0 if
-// all items together weigh less. Weights are integers: their sums do not depend on the order of the items.
-template <class Key, class Weight>
-ENSEMW2S_DEVICE uint32_t select_key(int count, uint64_t target, const Key& key, const Weight& weight) {
-  uint32_t found = 0;
-  for (int shift = 30; shift >= 0; shift -= 2) {
-    const uint32_t step = 1u << shift;
-    Sums sums{};
-    for (int i = thread_index(); i < count; i += kRowThreads) {
-      const uint32_t k = key(i);
-      if (k < found + step) continue;
-      const uint64_t w = weight(i);
-      sums.of[0] += w;
-      sums.of[1] += k >= found + 2 * step ? w : 0;
-      sums.of[2] += k >= found + 3 * step ? w : 0;
-    }
-    sums = reduce_block<kRowThreads>(sums, added);
-    found += step * uint32_t((sums.of[0] >= target) + (sums.of[1] >= target) + (sums.of[2] >= target));
+// Finds the digit at which the bins, from the last one down, reach `target`; 0 if they do not. By one warp.
+ENSEMW2S_DEVICE void find_digit(const uint64_t* bins, uint64_t target, Digit& digit) {
+  constexpr int kEach = kBins / kWarp;
+  const uint64_t* last = bins + kBins - 1 - kEach * lane_index();  // the lane's bins end here
+  uint64_t mine = 0;
+  for (int i = 0; i < kEach; ++i) mine += last[-i];
+  uint64_t above = 0, total = mine;  // of the lanes before this one; of 2, 4, ... lanes together
+  for (int mask = 1; mask < kWarp; mask *= 2) {
+    const uint64_t other = shuffle_xor(total, mask);
+    above += lane_index() & mask ? other : 0;
+    total += other;
   }
-  return found;
+  if (lane_index() == 0 && total < target) digit = {0, total - bins[0]};
+  if (above >= target || above + mine < target) return;
+  int i = 0;
+  for (; above + last[-i] < target; ++i) above += last[-i];
+  digit = {int(last - bins) - i, above};
 }
 
-template <class Weight>
-ENSEMW2S_DEVICE uint64_t total_over(int count, const Weight& weight) {
-  uint64_t sum = 0;
-  for (int i = thread_index(); i < count; i += kRowThreads) sum += weight(i);
-  return reduce_block<kRowThreads>(sum, [](uint64_t a, uint64_t b) { return a + b; });
+// The largest key in low ... high such that the items from it upwards weigh at least `target`; `low` if all
+// of them weigh less. each(add) calls add(key, weight) for every item, no key of which is above `high`.
+// Weights are integers: their sums do not depend on the order of the items.
+template <class Each>
+ENSEMW2S_DEVICE uint32_t select_key(RowShared& shared, uint32_t low, uint32_t high, uint64_t target,
+                                    const Each& each) {
+  int bits = 0;
+  while (bits < 32 && (high - low) >> bits) ++bits;
+  while (bits > 0) {
+    const int shift = bits > 8 ? bits - 8 : 0;
+    for (int bin = thread_index(); bin < kBins; bin += kRowThreads) shared.sums[bin] = 0;
+    barrier();
+    each([&](uint32_t key, uint64_t weight) {
+      const uint64_t offset = uint64_t(key) - low;
+      if (key >= low && offset >> bits == 0) atomic_add(&shared.sums[offset >> shift], weight);
+    });
+    barrier();
+    if (warp_index() == 0) find_digit(shared.sums, target, shared.digit);
+    barrier();
+    low += uint32_t(shared.digit.value) << shift;
+    target -= shared.digit.above;
+    bits = shift;
+  }
+  return low;
 }
 
 // One row's block. Every member function is called by all threads together unless it says otherwise.
-template <class T>
+template <class T, bool kProduct>
 struct RowSampler {
   const DeviceMixture& mixture;
   const RowSettings settings;
@@ -108,10 +228,9 @@ struct RowSampler {
   const float* maxima;   // those of the tokens that count
   bool is_restricted;    // whether some tokens may not be drawn, or not as they are
   const uint32_t* least_words;
-  float *upper, *lower;
-  int32_t* spilled_ids;
-  float* spilled_log_probs;
+  float *upper, *lower, *adjusted;
   float largest_lower;
+  float inverse_temperature;
   double anchor = 0;  // of the race: near the likeliest token's log-probability
 
   ENSEMW2S_DEVICE RowSampler(const DeviceMixture& a_mixture, const RowSettings& asked,
@@ -130,18 +249,31 @@ struct RowSampler {
         least_words(results.least_words + row * groups),
         upper(scratch.upper + row * groups),
         lower(scratch.lower + row * groups),
-        spilled_ids(scratch.ids + row * mixture.vocabulary),
-        spilled_log_probs(scratch.log_probs + row * mixture.vocabulary) {}
-
-  ENSEMW2S_DEVICE const float* maxima_of(const float* of_rows) const {
-    return of_rows + row * groups * (is_product(mixture) ? 1 : mixture.num_experts);
+        adjusted(scratch.adjusted + row * mixture.offer.count),
+        inverse_temperature(fminf(float(1 / settings.temperature), FLT_MAX)) {
+    const Offer& offer = mixture.offer;
+    if (thread_index() != 0) return;
+    shared.plain = {upper,
+                    offer.mask ? offer.mask + row * offer.words : nullptr,
+                    offer.listed ? offer.listed + row * offer.words : nullptr,
+                    mixture.vocabulary,
+                    groups,
+                    0};
+    shared.offer = offer;
+    shared.row = row;
+    shared.rows = mixture.rows;
   }
 
-  ENSEMW2S_DEVICE bool is_vote() const { return mixture.combine == Combine::kVote; }
+  ENSEMW2S_DEVICE const float* maxima_of(const float* of_rows) const {
+    return of_rows + row * groups * (kProduct ? 1 : mixture.num_experts);
+  }
+
+  ENSEMW2S_DEVICE bool is_vote() const { return state.is_vote; }
 
   // The scan found the row valid. The token, which is the likeliest where the race has no winner, or -1 if no
   // token that may be drawn is possible.
   ENSEMW2S_DEVICE int draw() {
+    barrier();  // shared.plain is known
     if (is_vote())
       collect_votes();
     else
@@ -153,180 +285,105 @@ struct RowSampler {
   }
 
   ENSEMW2S_DEVICE int race() {
-    if (is_vote()) return filter_and_race(false);
-    if (!settings.is_filtered()) return race_all();
-    return filter_and_race(collect_for_filters());
-  }
-
-  // ---- log-probabilities (by single threads) ----
-
-  ENSEMW2S_DEVICE float logit(int t, int token) const { return to_float(row_of<T>(mixture, t, row)[token]); }
-
-  ENSEMW2S_DEVICE float quick_log_prob(int token) const {
-    return float_log_prob(mixture, state, [&](int t) { return logit(t, token); });
-  }
-
-  ENSEMW2S_DEVICE double expert_log_prob(int t, int token) const {
-    return double(logit(t, token)) - state.max[t] - state.log_sum[t];
-  }
-
-  ENSEMW2S_DEVICE double log_prob(int token) const {
-    const int experts = mixture.num_experts;
-    if (is_vote()) return log_votes(mixture, state, token);
-    if (is_product(mixture)) {
-      const double score = exact_product_score(mixture, state, [&](int t) { return logit(t, token); });
-      return fmin(0.0, score - state.product_max - state.log_sum[experts]);
+    if (is_vote()) return race_ranked();
+    if (settings.top_k > 0) {
+      collect(floor_of(settings.top_k));
+      return race_filtered();
     }
-    double sum = 0, largest = -kInfinity;
-    for (int t = 0; t < experts; ++t)
-      if (state.weight[t] > 0) largest = fmax(largest, expert_log_prob(t, token));
-    if (!(largest > -kInfinity)) return largest;
-    for (int t = 0; t < experts; ++t)
-      if (state.weight[t] > 0) sum += state.weight[t] * exp(expert_log_prob(t, token) - largest);
-    return largest + log(sum);
+    return settings.top_p < 1 ? race_in_nucleus() : race_all();
   }
 
   // ---- what is offered (by single threads) ----
 
-  ENSEMW2S_DEVICE bool is_plain(int token) const {
-    return !is_restricted || (mixture.offer.plain_word(row, token / 32) >> (token % 32) & 1);
-  }
+  ENSEMW2S_DEVICE double offered(int token) const { return offered_log_prob<T, kProduct>(shared, token); }
 
-  // The place of an adjusted token in the row's list; -1 if it has none there.
-  ENSEMW2S_DEVICE int64_t place_of(int token) const {
-    int64_t low = 0, high = mixture.offer.count;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      const int32_t other = mixture.offer.token(row, middle);
-      if (other >= 0 && other < token)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    return low < mixture.offer.count && mixture.offer.token(row, low) == token ? low : -1;
-  }
-
-  // The log-probability at which a token is offered; -inf if it may not be drawn.
-  ENSEMW2S_DEVICE double offered(int token) const {
-    if (is_plain(token)) return log_prob(token);
-    const int64_t place = place_of(token);
-    if (place < 0 || !mixture.offer.is_allowed(row, token)) return -kInfinity;
-    return mixture.offer.adjustment(mixture.rows, row, place).of(log_prob(token));
-  }
-
-  // visit(token, upper bound on the log-probability at which it is offered) for the adjusted tokens that may
-  // be drawn.
+  // visit(token, number) for the adjusted tokens that may be drawn.
   template <class Visit>
   ENSEMW2S_DEVICE void visit_adjusted(const Visit& visit) const {
     if (!is_restricted) return;
+#pragma unroll 1
     for (int64_t i = thread_index(); i < mixture.offer.count; i += kRowThreads) {
       const int token = mixture.offer.token(row, i);
-      if (token < 0 || !mixture.offer.is_allowed(row, token)) continue;
-      const float value = quick_log_prob(token);
-      const float bound = mixture.offer.adjustment(mixture.rows, row, i).of(value + slack(value));
-      visit(token, bound + 1e-6f * fabsf(bound));
+      if (token >= 0 && mixture.offer.is_allowed(row, token)) visit(token, i);
     }
   }
 
+  // Whether some token may be drawn and is possible. Prepares the adjusted tokens for what follows.
   ENSEMW2S_DEVICE bool offers_something() const {
     if (is_vote()) return shared.count > 0;
     bool found = largest_lower > -kInfinity;
-    visit_adjusted([&](int token, float bound) {
-      found = found || (bound > -kInfinity && float(offered(token)) > -kInfinity);
+    visit_adjusted([&](int token, int64_t i) {
+      adjusted[i] = float(offered(token));
+      found = found || adjusted[i] > -kInfinity;
     });
     return reduce_block<kRowThreads>(int(found), [](int a, int b) { return a | b; }) != 0;
   }
 
-  // Rounding that a bound or a float32 log-probability of this size may have.
-  ENSEMW2S_DEVICE float slack(float log_prob) const {
-    const float of_product =
-        is_product(mixture) ? 1e-7f * (8 + mixture.num_experts) * fabsf(state.max[mixture.num_experts]) : 0;
-    return 2e-5f + of_product + 1e-6f * fabsf(log_prob);
-  }
+  ENSEMW2S_DEVICE float slack(float log_prob) const { return slack_of<kProduct>(state, log_prob); }
 
   // ---- groups ----
 
   ENSEMW2S_DEVICE void bound_groups() {
     float largest = -kInfinity;
     for (int g = thread_index(); g < groups; g += kRowThreads) {
-      if (is_product(mixture)) {
-        const double fall = descent(mixture, state, partials, g / kWarp) - state.product_max;
-        upper[g] = lower[g] = maxima[g] + float(fall - state.log_sum[mixture.num_experts]);
-      } else {
-        float term = -kInfinity;
-        for (int t = 0; t < mixture.num_experts; ++t)
-          if (state.weight[t] > 0)
-            term = fmaxf(term, (maxima[int64_t(t) * groups + g] - state.max[t]) + state.shift[t]);
-        lower[g] = term;  // one token of the group has this term
-        upper[g] = float_log_prob(mixture, state, [&](int t) { return maxima[int64_t(t) * groups + g]; });
-      }
+      if constexpr (kProduct)
+        bound_product(g);
+      else
+        bound_mixture(g);
       largest = fmaxf(largest, lower[g]);
     }
     // Its barriers also make the bounds known to all threads.
     largest_lower = reduce_block<kRowThreads>(largest, [](float a, float b) { return fmaxf(a, b); });
   }
 
-  // visit(token, group) for every token that may be drawn as it is, of the groups with is_near(group): a warp
-  // looks at a group together.
-  template <class Near, class Visit>
-  ENSEMW2S_DEVICE void visit_groups(const Near& is_near, const Visit& visit) const {
-    for (int start = warp_index() * kWarp; start < groups; start += kRowThreads) {
-      uint32_t near = ballot(is_near(start + lane_index()));
-      for (; near != 0; near &= near - 1) {
-        const int group = start + lowest_bit(near), token = token_of<T>(group, lane_index());
-        if (token < mixture.vocabulary && is_plain(token)) visit(token, group);
-      }
+  ENSEMW2S_DEVICE void bound_product(int g) {
+    const double fall = descent(mixture, state, partials, g / kWarp) - state.product_max;
+    upper[g] = lower[g] = maxima[g] + float(fall - state.log_sum[mixture.num_experts]);
+  }
+
+  // One token of the group has the largest of the terms; none has all of them in full.
+  ENSEMW2S_DEVICE void bound_mixture(int g) {
+    float term = -kInfinity, probability = 0;
+#pragma unroll 4
+    for (int a = 0; a < state.num_active; ++a) {
+      const int t = state.active[a];
+      const float max = maxima[int64_t(t) * groups + g];
+      term = fmaxf(term, (max - state.max[t]) + state.shift[t]);
+      probability += weighted_probability(state, t, max);
     }
+    lower[g] = term;
+    upper[g] = log_of(probability, state, [&](int t) { return maxima[int64_t(t) * groups + g]; });
   }
 
   // ---- greedy ----
 
   ENSEMW2S_DEVICE int most_probable() {
-    const float limit = largest_lower - slack(largest_lower);
+    collect(largest_lower);
     Best best{0, -1, 0};
-    visit_groups([&](int g) { return upper[g] >= limit; },
-                 [&](int token, int) {
-                   if (quick_log_prob(token) >= limit) best = better(best, {log_prob(token), token, 0});
-                 });
-    visit_adjusted([&](int token, float bound) {
-      if (bound >= limit) best = better(best, {offered(token), token, 0});
-    });
-    best = reduce_block<kRowThreads>(best, better);
+    visit_candidates([&](int token, float) { best = better(best, {offered(token), token, 0}); });
+    best = best_of_all(best);
     return best.token >= 0 ? best.token : most_probable_of_best_group();
   }
 
   // What the bounds rule out by rounding alone: logits that are as large as floats get.
   ENSEMW2S_DEVICE int most_probable_of_best_group() {
     Best best{0, -1, 0};
-    visit_groups([&](int g) { return lower[g] == largest_lower; },
-                 [&](int token, int) { best = better(best, {log_prob(token), token, 0}); });
-    return reduce_block<kRowThreads>(best, better).token;
+    visit_groups<T>(
+        shared.plain, 0, groups, [&](int g) { return lower[g] == largest_lower; },
+        [&](int token, int) { best = better(best, {exact_log_prob<T, kProduct>(state, token), token, 0}); });
+    return best_of_all(best).token;
   }
 
   ENSEMW2S_DEVICE int most_voted() {
     Best best{0, -1, 0};
     for (int i = thread_index(); i < shared.count; i += kRowThreads)
       best = better(best, {offered(shared.ids[i]), shared.ids[i], 0});
-    return reduce_block<kRowThreads>(best, better).token;
+    return best_of_all(best).token;
   }
 
   // ---- candidates ----
 
-  ENSEMW2S_DEVICE int candidate(int i) const {
-    return i < kSharedCandidates ? shared.ids[i] : spilled_ids[i - kSharedCandidates];
-  }
-  ENSEMW2S_DEVICE float candidate_log_prob(int i) const {
-    return i < kSharedCandidates ? shared.log_probs[i] : spilled_log_probs[i - kSharedCandidates];
-  }
-
-  // By a single thread. The order of the candidates is left to chance: nothing may depend on it.
-  ENSEMW2S_DEVICE void add_candidate(int token, float value) {
-    const int i = atomic_add(&shared.count, 1);
-    (i < kSharedCandidates ? shared.ids[i] : spilled_ids[i - kSharedCandidates]) = token;
-    (i < kSharedCandidates ? shared.log_probs[i] : spilled_log_probs[i - kSharedCandidates]) = value;
-  }
-
-  ENSEMW2S_DEVICE void clear_candidates() {
+  ENSEMW2S_DEVICE void clear_candidates() const {
     if (thread_index() == 0) shared.count = 0;
     barrier();
   }
@@ -338,71 +395,98 @@ struct RowSampler {
       for (int earlier = 0; earlier < t; ++earlier)
         is_first = is_first && state.winner[earlier] != state.winner[t];
       const float value = is_first ? float(offered(state.winner[t])) : -kInfinity;
-      if (value > -kInfinity) add_candidate(state.winner[t], value);
+      if (value > -kInfinity) shared.add_candidate(state.winner[t], value);
     }
     barrier();
   }
 
-  // Keeps all possible tokens whose log-probability is at least `floor` (and some that are less than slack()
-  // below).
+  // Makes candidates of all possible tokens whose log-probability is at least `floor` (and of some that are
+  // less than slack() below).
   ENSEMW2S_DEVICE void collect(float floor) {
+    const float limit = limit_of(floor);
+    if (thread_index() == 0) shared.plain.limit = limit;
     clear_candidates();
-    const float limit = fmaxf(floor - slack(floor), kLowest);
-    visit_groups([&](int g) { return upper[g] >= limit - slack(limit); },
-                 [&](int token, int) {
-                   const float value = quick_log_prob(token);
-                   if (value >= limit) add_candidate(token, value);
-                 });
-    visit_adjusted([&](int token, float bound) {
-      const float value = bound >= limit ? float(offered(token)) : -kInfinity;
-      if (value >= limit) add_candidate(token, value);
+    gather<T, kProduct>(shared, 0, groups);
+    visit_adjusted([&](int token, int64_t i) {
+      if (adjusted[i] >= limit) shared.add_candidate(token, adjusted[i]);
     });
     barrier();
   }
 
-  // Most nuclei hold no token that is exp(9) times less likely than the first.
-  static constexpr float kNucleusDepth = 9.0f;
+  ENSEMW2S_DEVICE float limit_of(float floor) const { return fmaxf(floor - slack(floor), kLowest); }
 
-  // Whether all tokens together weigh 1, which is then known without a look at them.
-  ENSEMW2S_DEVICE bool weighs_one() const { return settings.temperature == 1 && !is_restricted; }
-
-  // Keeps what top-k and top-p may let through; true if the mass of what was left out is known: all tokens
-  // together then weigh 1.
-  ENSEMW2S_DEVICE bool collect_for_filters() {
-    if (settings.top_k > 0) {
-      collect(floor_of(settings.top_k));
-      return false;
-    }
-    if (weighs_one()) {
-      collect(largest_lower - kNucleusDepth);
-      const float top = largest_candidate();
-      const double kept =
-          double(total_over(shared.count, [&](int i) { return mass(candidate_log_prob(i), top); }));
-      if (kept * exp(double(top)) >= (settings.top_p + 1e-4) * kMassUnit) return true;
-    }
-    collect(-kInfinity);
-    return weighs_one();
+  // Makes candidates of all possible tokens, which the next look at them finds.
+  ENSEMW2S_DEVICE void take_all() {
+    barrier();
+    if (thread_index() == 0) shared.plain.limit = kLowest;
+    if (thread_index() == 0) shared.count = kSharedCandidates + mixture.vocabulary;
+    barrier();
   }
 
-  // At least `count` tokens reach this: each group holds one that reaches its lower bound.
+  // visit(token, log-probability) for every candidate.
+  template <class Visit>
+  ENSEMW2S_DEVICE void visit_candidates(const Visit& visit) const {
+    if (shared.count <= kSharedCandidates)
+      visit_kept(visit);
+    else
+      visit_again(visit);
+  }
+
+  template <class Visit>
+  ENSEMW2S_DEVICE void visit_kept(const Visit& visit) const {
+#pragma unroll 1
+    for (int i = thread_index(); i < shared.count; i += kRowThreads)
+      visit(shared.ids[i], shared.log_probs[i]);
+  }
+
+  // As many groups as have room are gathered at a time.
+  template <class Visit>
+  ENSEMW2S_DEVICE void visit_again(const Visit& visit) const {
+    constexpr int kGroups = kSharedCandidates / kGroup;
+    const int count = shared.count;
+#pragma unroll 1
+    for (int first = 0; first < groups; first += kGroups) {
+      barrier();
+      clear_candidates();
+      gather<T, kProduct>(shared, first, first + kGroups < groups ? first + kGroups : groups);
+      barrier();
+      visit_kept(visit);
+    }
+    visit_adjusted([&](int token, int64_t i) {
+      if (adjusted[i] >= shared.plain.limit) visit(token, adjusted[i]);
+    });
+    barrier();
+    if (thread_index() == 0) shared.count = count;
+    barrier();
+  }
+
+  // Sum of weight(token, log-probability) over the candidates.
+  template <class Weight>
+  ENSEMW2S_DEVICE uint64_t weigh(const Weight& weight) const {
+    uint64_t sum = 0;
+    visit_candidates([&](int token, float value) { sum += weight(token, value); });
+    return reduce_block<kRowThreads>(sum, [](uint64_t a, uint64_t b) { return a + b; });
+  }
+
+  // A log-probability that at least `count` tokens reach: each group holds one that reaches its lower bound.
   ENSEMW2S_DEVICE float floor_of(int64_t count) const {
+    constexpr float kStep = 1.0f / 512;
+    constexpr uint32_t kSteps = 1 << 16;
     if (count > groups) return -kInfinity;
-    return from_ascending_bits(select_key(
-        groups, uint64_t(count), [&](int g) { return ascending_bits(lower[g]); }, [](int) { return 1; }));
+    const auto key = [&](int g) {
+      const float steps = (largest_lower - lower[g]) / kStep;
+      return steps < kSteps ? kSteps - uint32_t(steps) : 0;
+    };
+    const uint32_t found = select_key(shared, 0, kSteps, uint64_t(count), [&](const auto& add) {
+      for (int g = thread_index(); g < groups; g += kRowThreads) add(key(g), 1);
+    });
+    return found > 0 ? largest_lower - (kSteps - found + 1) * kStep : -kInfinity;
   }
 
-  ENSEMW2S_DEVICE float largest_candidate() const {
-    float largest = -kInfinity;
-    for (int i = thread_index(); i < shared.count; i += kRowThreads)
-      largest = fmaxf(largest, candidate_log_prob(i));
-    return reduce_block<kRowThreads>(largest, [](float a, float b) { return fmaxf(a, b); });
-  }
-
-  ENSEMW2S_DEVICE int likeliest_candidate() const {
-    Best best{0, -1, 0};
-    for (int i = thread_index(); i < shared.count; i += kRowThreads)
-      best = better(best, {candidate_log_prob(i), candidate(i), 0});
-    return reduce_block<kRowThreads>(best, better).token;
+  ENSEMW2S_DEVICE Likely likeliest_candidate() const {
+    Likely best{0, -1};
+    visit_candidates([&](int token, float value) { best = likelier(best, {value, token}); });
+    return reduce_block<kRowThreads>(best, likelier);
   }
 
   // ---- the likeliest tokens ----
@@ -415,6 +499,8 @@ struct RowSampler {
       barrier();
       maxima = all_max;
       is_restricted = false;
+      if (thread_index() == 0) shared.plain.mask = shared.plain.listed = nullptr;
+      barrier();
       if (!is_vote()) bound_groups();
     }
     if (is_vote())
@@ -432,24 +518,31 @@ struct RowSampler {
 
   ENSEMW2S_DEVICE Likely next_likeliest(const Likely& last) const {
     Likely next{0, -1};
-    for (int i = thread_index(); i < shared.count; i += kRowThreads) {
-      const Likely other{candidate_log_prob(i), candidate(i)};
-      if (other.log_prob > -kInfinity && is_likelier(last.log_prob, last.token, other.log_prob, other.token))
-        next = likelier(next, other);
-    }
+    visit_candidates([&](int token, float value) {
+      if (value > -kInfinity && is_likelier(last.log_prob, last.token, value, token))
+        next = likelier(next, {value, token});
+    });
     return reduce_block<kRowThreads>(next, likelier);
   }
 
   // ---- filters ----
 
   // exp((log_prob - top) / temperature) as a whole number of units: sums of 2^21 of them fit, in any order.
-  static constexpr double kMassUnit = 0x1p42;
+  // `top` is at least the log-probability, up to rounding.
+  static constexpr float kMassUnit = 0x1p42f;
   ENSEMW2S_DEVICE uint64_t mass(float value, float top) const {
-    const float inverse = fminf(float(1 / settings.temperature), FLT_MAX);  // 0 * inf would be NaN
-    return uint64_t(double(expf((value - top) * inverse)) * kMassUnit);
+    return uint64_t(expf(fminf((value - top) * inverse_temperature, 0.0f)) * kMassUnit);
   }
 
-  // What the filters let through: keys above `key`, and those equal to it up to token `last_tied`.
+  // The mass that the nucleus has to reach.
+  ENSEMW2S_DEVICE uint64_t target_of(double total) const { return uint64_t(ceil(settings.top_p * total)); }
+
+  // What min-p asks of a log-probability.
+  ENSEMW2S_DEVICE float min_p_floor(float top) const {
+    return settings.min_p > 0 ? top + float(settings.temperature * log(settings.min_p)) : -kInfinity;
+  }
+
+  // What top-k and top-p let through: keys above `key`, and those equal to it up to token `last_tied`.
   struct Kept {
     uint32_t key;
     int last_tied;
@@ -459,68 +552,156 @@ struct RowSampler {
     }
   };
 
-  ENSEMW2S_DEVICE int filter_and_race(bool weighs_one) {
-    const int count = shared.count;
-    const float top = largest_candidate();
-    if (count == 0) return -1;
-    const auto key = [&](int i) { return ascending_bits(candidate_log_prob(i)); };
-    anchor = offered(likeliest_candidate());
+  // Filters the candidates and draws; -1 if there are none.
+  ENSEMW2S_DEVICE int race_filtered() {
+    if (shared.count <= kRowThreads) return race_ranked();
+    const Likely likeliest = likeliest_candidate();
+    const float top = likeliest.log_prob;
     Kept kept{0, mixture.vocabulary};
-    if (settings.top_k > 0 && settings.top_k < count)
-      kept.key = select_key(count, uint64_t(settings.top_k), key, [](int) { return 1; });
-    if (settings.top_p < 1) keep_nucleus(kept, top, weighs_one);
-    if (settings.min_p > 0) {
-      const uint32_t least = ascending_bits(top + float(settings.temperature * log(settings.min_p)));
-      if (least > kept.key) kept = {least, mixture.vocabulary};
+    if (settings.top_k > 0 && settings.top_k < shared.count)
+      kept.key = select_key(shared, ascending_bits(shared.plain.limit), ascending_bits(top),
+                            uint64_t(settings.top_k), [&](const auto& add) {
+                              visit_candidates([&](int, float value) { add(ascending_bits(value), 1); });
+                            });
+    if (settings.top_p < 1) {
+      const uint64_t sum = weigh([&](int, float value) { return mass_above(kept.key, value, top); });
+      keep_nucleus(kept, top, target_of(double(sum)), sum);
     }
-    return race_candidates(kept);
+    anchor = offered(likeliest.token);
+    return race_candidates(kept, min_p_floor(top));
   }
 
-  ENSEMW2S_DEVICE void keep_nucleus(Kept& kept, float top, bool weighs_one) const {
-    const int count = shared.count;
-    const uint32_t least = kept.key;
-    const auto key = [&](int i) { return ascending_bits(candidate_log_prob(i)); };
-    const auto weight = [&](int i) { return key(i) >= least ? mass(candidate_log_prob(i), top) : 0; };
-    const uint64_t sum = total_over(count, weight);
-    const double total = weighs_one ? fmax(double(sum), exp(-double(top)) * kMassUnit) : double(sum);
-    const uint64_t target = uint64_t(ceil(settings.top_p * total));
+  ENSEMW2S_DEVICE uint64_t mass_above(uint32_t least, float value, float top) const {
+    return ascending_bits(value) >= least ? mass(value, top) : 0;
+  }
+
+  // Narrows what is kept, whose mass is `sum`, to the likeliest candidates that weigh `target` together. None
+  // is likelier than `top`, up to rounding.
+  ENSEMW2S_DEVICE void keep_nucleus(Kept& kept, float top, uint64_t target, uint64_t sum) const {
     if (target > sum) return;
-    const uint32_t edge = select_key(count, target, key, weight);
-    const uint64_t above = total_over(count, [&](int i) { return key(i) > edge ? weight(i) : 0; });
-    const uint64_t tied = total_over(count, [&](int i) { return uint64_t(key(i) == edge); });
+    const uint32_t least = kept.key;
+    const uint32_t edge = select_key(shared, ascending_bits(shared.plain.limit),
+                                     ascending_bits(top + slack(top)), target, [&](const auto& add) {
+                                       visit_candidates([&](int, float value) {
+                                         const uint32_t key = ascending_bits(value);
+                                         if (key >= least) add(key, mass(value, top));
+                                       });
+                                     });
+    const uint64_t above =
+        weigh([&](int, float value) { return ascending_bits(value) > edge ? mass(value, top) : 0; });
+    const uint64_t tied = weigh([&](int, float value) { return uint64_t(ascending_bits(value) == edge); });
     const uint64_t each = mass(from_ascending_bits(edge), top);
     const uint64_t admitted = (target - above + each - 1) / each;
     kept = {edge, mixture.vocabulary};
     if (admitted < tied)  // the lowest ids first
-      kept.last_tied = int(~select_key(
-          count, admitted, [&](int i) { return ~uint32_t(candidate(i)); },
-          [&](int i) { return uint64_t(key(i) == edge); }));
+      kept.last_tied =
+          int(~select_key(shared, ~uint32_t(mixture.vocabulary - 1), ~0u, admitted, [&](const auto& add) {
+            visit_candidates([&](int token, float value) {
+              if (ascending_bits(value) == edge) add(~uint32_t(token), 1);
+            });
+          }));
+  }
+
+  // race_filtered where every thread holds a candidate: it looks at all others instead of selecting by key.
+  ENSEMW2S_DEVICE int race_ranked() {
+    const int count = shared.count, i = thread_index();
+    if (count == 0) return -1;
+    const int token = i < count ? shared.ids[i] : -1;
+    const float value = i < count ? shared.log_probs[i] : -kInfinity;
+    const Likely likeliest = likeliest_candidate();
+    const float top = likeliest.log_prob;
+    int likelier_tokens = 0;
+    if (settings.top_k > 0)
+      for (int other = 0; other < count; ++other) likelier_tokens += shared.log_probs[other] > value;
+    bool is_kept = i < count && (settings.top_k == 0 || likelier_tokens < settings.top_k);
+    if (settings.top_p < 1) {
+      const uint64_t mine = is_kept ? mass(value, top) : 0;
+      if (i < count) shared.sums[i] = mine;
+      const uint64_t total = reduce_block<kRowThreads>(mine, [](uint64_t a, uint64_t b) { return a + b; });
+      uint64_t before = 0;
+      for (int other = 0; other < count; ++other)
+        if (is_likelier(shared.log_probs[other], shared.ids[other], value, token))
+          before += shared.sums[other];
+      is_kept = is_kept && before < target_of(double(total));
+    }
+    is_kept = is_kept && value >= min_p_floor(top);
+    anchor = offered(likeliest.token);
+    Best best{0, -1, 0};
+    if (is_kept) enter(best, token, value, -kInfinity);
+    return best_of_all(best).token;
+  }
+
+  // ---- top-p alone: the winner among all tokens is the nucleus's, too, if it lies in it, as it mostly does
+  // ----
+
+  // Whether all tokens together weigh 1, which is then known without a look at them.
+  ENSEMW2S_DEVICE bool weighs_one() const { return settings.temperature == 1 && !is_restricted; }
+
+  // As the candidates have it.
+  ENSEMW2S_DEVICE float offered_as_float(int token) const {
+    return shared.plain.is_plain(token) ? float_log_prob_of<T, kProduct>(state, token)
+                                        : float(offered(token));
+  }
+
+  ENSEMW2S_DEVICE int race_in_nucleus() {
+    const int winner = race_all();
+    if (winner < 0) return winner;
+    const float value = offered_as_float(winner), top = float(offered(most_probable()));
+    if (weighs_one())
+      collect(value);
+    else
+      take_all();
+    const NucleusMasses masses = weigh_nucleus(winner, value, top);
+    const double total = weighs_one() ? fmax(double(masses.total), exp(-double(top)) * double(kMassUnit))
+                                      : double(masses.total);
+    if (masses.likelier < target_of(total)) return winner;
+    if (!weighs_one()) collect(value);
+    Kept kept{0, mixture.vocabulary};
+    keep_nucleus(kept, top, target_of(total), masses.total);
+    return race_candidates(kept, min_p_floor(top));
+  }
+
+  struct NucleusMasses {
+    uint64_t likelier;  // of the tokens that are likelier than the winner
+    uint64_t total;     // of all candidates
+  };
+
+  ENSEMW2S_DEVICE NucleusMasses weigh_nucleus(int winner, float value, float top) const {
+    NucleusMasses masses{};
+    visit_candidates([&](int token, float other) {
+      const uint64_t weight = mass(other, top);
+      masses.total += weight;
+      if (is_likelier(other, token, value, winner)) masses.likelier += weight;
+    });
+    return reduce_block<kRowThreads>(masses, [](const NucleusMasses& a, const NucleusMasses& b) {
+      return NucleusMasses{a.likelier + b.likelier, a.total + b.total};
+    });
   }
 
   // ---- Gumbel race: argmax over tokens of (log_prob - anchor) / temperature + noise ----
 
   // As -log(-log(1 - u)) <= -log(u), no token of this log-probability and word can score more.
-  ENSEMW2S_DEVICE double highest_score(float value, uint32_t word) const {
+  ENSEMW2S_DEVICE float highest_score(float value, uint32_t word) const {
     const float noise = 22.180710f - logf(float(word) + 0.5f);
-    return (double(value) + slack(value) - anchor) / settings.temperature + noise + 1e-4;
+    const float score = (value + slack(value) - float(anchor)) * inverse_temperature + noise;
+    return score + (1e-4f + fminf(1e-6f * fabsf(score), FLT_MAX));
   }
 
   // By a single thread.
   ENSEMW2S_DEVICE void enter(Best& best, int token, float upper_bound, double floor) const {
     const uint32_t word = philox(settings.seed, settings.position, uint32_t(token));
-    if (best.token >= 0 && highest_score(upper_bound, word) < best.score) return;
+    if (best.token >= 0 && double(highest_score(upper_bound, word)) < best.score) return;
     const double value = offered(token);
     if (value >= floor && value > -kInfinity)
-      best = better(best, {(value - anchor) / settings.temperature + gumbel(word), token, 0});
+      best = better(best, {race_score(value, anchor, settings.temperature, word), token, 0});
   }
 
-  ENSEMW2S_DEVICE int race_candidates(const Kept& kept) const {
+  ENSEMW2S_DEVICE int race_candidates(const Kept& kept, float floor) const {
     Best best{0, -1, 0};
-    for (int i = thread_index(); i < shared.count; i += kRowThreads) {
-      const float value = candidate_log_prob(i);
-      if (kept.holds(ascending_bits(value), candidate(i))) enter(best, candidate(i), value, -kInfinity);
-    }
-    return reduce_block<kRowThreads>(best, better).token;
+    visit_candidates([&](int token, float value) {
+      if (value >= floor && kept.holds(ascending_bits(value), token)) enter(best, token, value, -kInfinity);
+    });
+    return best_of_all(best).token;
   }
 
   // Below this temperature the likeliest token is looked for first, as for min-p: it is the anchor.
@@ -535,27 +716,29 @@ struct RowSampler {
       anchor = offered(most_probable());
       floor = anchor + settings.temperature * (settings.min_p > 0 ? log(settings.min_p) : kFarthest);
     }
+    const float rounded_floor = float(floor);
     const auto reaches_floor = [&](int g) {
-      return upper[g] > -kInfinity && upper[g] + slack(upper[g]) >= floor;
+      return upper[g] > -kInfinity && upper[g] + slack(upper[g]) >= rounded_floor;
     };
     Best group{0, -1, 0};
     for (int g = thread_index(); g < groups; g += kRowThreads)
       if (reaches_floor(g)) group = better(group, {highest_score(upper[g], least_words[g]), g, 0});
-    group = reduce_block<kRowThreads>(group, better);
+    group = best_of_all(group);
     // The group of the highest bound first: few others can beat what it holds.
     Best best{0, -1, 0};
     const int token = group.token < 0 ? mixture.vocabulary : token_of<T>(group.token, lane_index());
-    if (warp_index() == 0 && token < mixture.vocabulary && is_plain(token))
+    if (warp_index() == 0 && token < mixture.vocabulary && shared.plain.is_plain(token))
       enter(best, token, upper[group.token], floor);
-    best = reduce_block<kRowThreads>(best, better);
-    visit_groups(
+    best = best_of_all(best);
+    visit_groups<T>(
+        shared.plain, 0, groups,
         [&](int g) {
           return reaches_floor(g) &&
-                 (best.token < 0 || highest_score(upper[g], least_words[g]) >= best.score);
+                 (best.token < 0 || double(highest_score(upper[g], least_words[g])) >= best.score);
         },
         [&](int other, int g) { enter(best, other, upper[g], floor); });
-    visit_adjusted([&](int other, float bound) { enter(best, other, bound, floor); });
-    return reduce_block<kRowThreads>(best, better).token;
+    visit_adjusted([&](int other, int64_t i) { enter(best, other, adjusted[i], floor); });
+    return best_of_all(best).token;
   }
 };
 
@@ -583,18 +766,18 @@ ENSEMW2S_DEVICE void write_no_likeliest(const SampleOutputs& outputs, int64_t ro
   }
 }
 
-template <class T>
+template <class T, bool kProduct>
 ENSEMW2S_KERNEL(kRowThreads, 1)
 sample_kernel(const DeviceMixture mixture, const SampleSettings settings, const ScanResults results,
               const SampleScratch scratch, const SampleOutputs outputs) {
   ENSEMW2S_SHARED(RowShared, shared);
   const int64_t row = block_index();
-  merge_partials<T>(mixture, results, row, shared.state);
+  merge_partials<T, kProduct>(mixture, results, row, shared.state);
   barrier();
   const RowSettings asked = settings.of(row, mixture.vocabulary);
   const bool is_usable =
-      is_valid(mixture, shared.state, row) && asked.are_usable() && are_adjustments_usable(mixture, row);
-  RowSampler<T> sampler(mixture, asked, results, scratch, shared, row);
+      is_valid<kProduct>(shared.state) && asked.are_usable() && are_adjustments_usable(mixture, row);
+  RowSampler<T, kProduct> sampler(mixture, asked, results, scratch, shared, row);
   if (is_usable && mixture.combine == Combine::kVote) {
     find_winners<T>(mixture, results, row, shared.state);
     barrier();
@@ -603,11 +786,11 @@ sample_kernel(const DeviceMixture mixture, const SampleSettings settings, const 
   const bool valid = token >= 0;
   for (int t = thread_index(); t < mixture.num_experts; t += kRowThreads)
     outputs.expert_log_probs[t * mixture.rows + row] =
-        valid && shared.state.usable[t] ? float(sampler.expert_log_prob(t, token)) : NAN;
+        valid && shared.state.usable[t] ? float(expert_log_prob<T>(shared.state, t, token)) : NAN;
   if (thread_index() == 0) {
     outputs.valid[row] = valid;
     outputs.tokens[row] = token;
-    outputs.log_probs[row] = valid ? float(sampler.log_prob(token)) : NAN;
+    outputs.log_probs[row] = valid ? float(exact_log_prob<T, kProduct>(shared.state, token)) : NAN;
   }
   if (!valid)
     write_no_likeliest(outputs, row);
@@ -615,37 +798,24 @@ sample_kernel(const DeviceMixture mixture, const SampleSettings settings, const 
     sampler.write_likeliest(outputs);
 }
 
-// Whether some row may need the noise of all tokens, and room for candidates.
-struct Needs {
-  bool noise, candidates;
-};
-
-inline Needs needs_of(const DeviceMixture& mixture, const SampleSettings& settings,
-                      const SampleOutputs& outputs) {
-  if (mixture.combine == Combine::kVote) return {false, false};
-  if (!settings.same_for_all()) return {true, true};
-  const RowSettings all = settings.settings_of(0, mixture.vocabulary);
-  return {races_all(all), outputs.top_count > 0 || (!all.is_greedy() && all.is_filtered())};
+// Whether some row may need the noise of all tokens.
+inline bool needs_noise(const DeviceMixture& mixture, const SampleSettings& settings) {
+  if (mixture.combine == Combine::kVote) return false;
+  return !settings.same_for_all() || races_all(settings.settings_of(0, mixture.vocabulary));
 }
 
 template <class T>
 const char* launch_sample(const DeviceMixture& mixture, const SampleSettings& settings,
                           const SampleOutputs& outputs, const Allocate& allocate, Stream stream) {
-  const Needs needs = needs_of(mixture, settings, outputs);
-  const ScanResults results = allocate_scan(mixture, needs.noise, allocate);
-  SampleScratch scratch{};
-  const int64_t bounds = mixture.rows * shape_of(mixture).groups * int64_t(sizeof(float));
-  scratch.upper = static_cast<float*>(allocate(bounds));
-  scratch.lower = static_cast<float*>(allocate(bounds));
-  if (needs.candidates) {
-    const int64_t tokens = mixture.rows * mixture.vocabulary;
-    scratch.ids = static_cast<int32_t*>(allocate(tokens * int64_t(sizeof(int32_t))));
-    scratch.log_probs = static_cast<float*>(allocate(tokens * int64_t(sizeof(float))));
-  }
-  const char* error = launch_scan<T>(mixture, settings, results, stream);
-  return error ? error
-               : launch(&sample_kernel<T>, mixture.rows, kRowThreads, stream, mixture, settings, results,
-                        scratch, outputs);
+  const ScanResults results = allocate_scan(mixture, needs_noise(mixture, settings), allocate);
+  const int64_t bounds = mixture.rows * shape_of(mixture).groups;
+  const int64_t adjusted = mixture.rows * mixture.offer.count;
+  float* upper = static_cast<float*>(allocate((2 * bounds + adjusted) * int64_t(sizeof(float))));
+  const SampleScratch scratch{upper, upper + bounds, upper + 2 * bounds};
+  if (const char* error = launch_scan<T>(mixture, settings, results, stream)) return error;
+  const auto kernel = is_product(mixture) ? &sample_kernel<T, true> : &sample_kernel<T, false>;
+  return launch(kernel, {mixture.rows}, kRowThreads, Start::kEarly, stream, mixture, settings, results,
+                scratch, outputs);
 }
 
 const char* mixture_sample(const DeviceMixture& mixture, const SampleSettings& settings,

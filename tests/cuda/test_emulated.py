@@ -403,12 +403,12 @@ def test_no_access_out_of_bounds(tmp_path):
 
 # A fault: the file, what stands there, what takes its place, and whether only a sanitizer can see it.
 FAULTS = {
-    "no barrier before the warps' results are read": ("device.h", "  barrier();\n  V total", "  V total", False),
+    "no barrier before the warps' results are read": ("device.h", "  barrier();\n  value = slots", "  value = slots", False),
     "no barrier before they are written again": ("device.h", "  barrier();  // the slots may be", "  //", False),
     "one group more than there are": (
         "mixture_sample.cu",
-        "    for (int g = thread_index(); g < groups; g += kRowThreads) {\n      if (is_product",
-        "    for (int g = thread_index(); g <= groups; g += kRowThreads) {\n      if (is_product",
+        "    for (int g = thread_index(); g < groups; g += kRowThreads) {\n      if constexpr",
+        "    for (int g = thread_index(); g <= groups; g += kRowThreads) {\n      if constexpr",
         True,
     ),
     "a vector that ends one past the row": (
@@ -419,8 +419,8 @@ FAULTS = {
     ),
     "one shared candidate more than there are": (
         "mixture_sample.cu",
-        "(i < kSharedCandidates ? shared.ids[i]",
-        "(i <= kSharedCandidates ? shared.ids[i]",
+        "    if (i >= kSharedCandidates) return;",
+        "    if (i > kSharedCandidates) return;",
         True,
     ),
 }

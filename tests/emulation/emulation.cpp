@@ -43,6 +43,7 @@ struct Machine {
   ucontext_t scheduler;
   int threads = 0, current = 0, favoured = 0, rounds_of_favour = 0;
   int64_t block = 0;
+  Grid grid{1};
   uint64_t random = 1;
 };
 
@@ -133,6 +134,7 @@ void run_block() {
 
 int thread() { return machine.current; }
 int64_t block() { return machine.block; }
+const Grid& grid() { return machine.grid; }
 void wait_for_block() { pause(State::kAtBarrier); }
 
 const char* exchange(const void* mine, size_t bytes) {
@@ -160,11 +162,13 @@ void* shared_memory(const void* key, size_t bytes) {
   return memory.get();
 }
 
-void run(int64_t blocks, int threads, const std::function<void()>& body) {
+void run(const Grid& grid, int threads, const std::function<void()>& body) {
   if (threads % kWarp != 0) fail("a block is made of whole warps");
   machine.fibers = std::vector<Fiber>(threads);
   machine.threads = threads;
   machine.body = &body;
+  machine.grid = grid;
+  const int64_t blocks = grid.x * grid.y * grid.z;
   for (machine.block = 0; machine.block < blocks; ++machine.block) {
     machine.warps.assign(threads / kWarp, {});
     machine.shared.clear();
