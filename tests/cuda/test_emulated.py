@@ -403,7 +403,12 @@ def test_no_access_out_of_bounds(tmp_path):
 
 # A fault: the file, what stands there, what takes its place, and whether only a sanitizer can see it.
 FAULTS = {
-    "no barrier before the warps' results are read": ("device.h", "  barrier();\n  value = slots", "  value = slots", False),
+    "no barrier before the warps' results are read": (
+        "device.h",
+        "  barrier();\n  value = slots",
+        "  value = slots",
+        False,
+    ),
     "no barrier before they are written again": ("device.h", "  barrier();  // the slots may be", "  //", False),
     "one group more than there are": (
         "mixture_sample.cu",
