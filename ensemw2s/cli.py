@@ -38,7 +38,7 @@ EXAMPLES = """examples:
   ensemw2s report run/reverse_words run/as_published --output both.html
   ensemw2s compare run/reverse_words run/as_published
   ensemw2s report run/words_seed_0 run/words_seed_1 run/words_seed_2
-  ensemw2s report docs/results/study.jsonl --plot docs/study.svg
+  ensemw2s report docs/results/real.jsonl --plot real.svg
   accelerate launch --num_processes 2 -m ensemw2s run examples/reverse_words.yaml
 
 exit codes:

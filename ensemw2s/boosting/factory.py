@@ -14,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ensemw2s.ensemble.model import TokenEnsemble
+from ensemw2s.inference.decoding import require_tokenizer
 from ensemw2s.inference.scoring import AnswerScores, score_mixtures
 from ensemw2s.models.adapters import attach_adapter
 from ensemw2s.models.base_reference import reference_to
@@ -32,6 +33,7 @@ from ensemw2s.training.trainer import on_device
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig
+    from transformers import PreTrainedTokenizerBase
 
     from ensemw2s.boosting.config import BoostingConfig
 
@@ -43,7 +45,7 @@ class ExpertFactory:
     Attributes:
         models: the pre-trained model (a source of `loading.load_model`, or a model) of all rounds, or one for each.
         args: how experts are trained, in which batches they are scored and how they are combined.
-        pad_token_id: fills short rows.
+        processing_class: the tokenizer, whose end token fills short rows.
         peft_config: train adapters with it; with several models they are merged into them. None trains all weights.
         model_init_kwargs: passed on to `loading.load_model`.
         store: where results are kept for other runs; None keeps none.
@@ -52,11 +54,19 @@ class ExpertFactory:
 
     models: Sequence[Any]
     args: BoostingConfig
-    pad_token_id: int
+    processing_class: PreTrainedTokenizerBase
     peft_config: PeftConfig | None
     model_init_kwargs: Mapping[str, Any]
     store: Store | None
     trainer_options: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        for model in self.models:
+            if isinstance(model, PreTrainedModel):
+                self._check_tokenizer(model)
+
+    def _check_tokenizer(self, model: Any) -> None:
+        require_tokenizer(self.processing_class, model.config.get_text_config(decoder=True).vocab_size)
 
     @property
     def makes_adapters(self) -> bool:
@@ -109,7 +119,7 @@ class ExpertFactory:
                 model,
                 examples,
                 self.args,
-                pad_token_id=self.pad_token_id,
+                pad_token_id=self.processing_class.eos_token_id,
                 seed=seed,
                 description=description,
                 token_weights=token_weights,
@@ -154,13 +164,19 @@ class ExpertFactory:
         model = self.models[0] if len(self.models) == 1 else self.models[number - 1]
         if isinstance(model, PreTrainedModel):
             return copy.deepcopy(model)
-        return on_device(load_model(model, **self.model_init_kwargs), self.args)
+        loaded = load_model(model, **self.model_init_kwargs)
+        self._check_tokenizer(loaded)
+        return on_device(loaded, self.args)
+
+    def _load_saved(self, folder: Path, owner: str) -> Any:
+        """Return a whole model that was trained here, in the dtype in which it was."""
+        return on_device(load_saved_model(folder, owner, dtype="auto"), self.args)
 
     def _load_expert(self, folder: Path) -> Any:
         """Return a saved expert, to be trained further."""
         check(folder)
         if not self.makes_adapters:
-            return on_device(load_saved_model(folder, "the expert to go on from"), self.args)
+            return self._load_saved(folder, "the expert to go on from")
         return attach_adapter(self._load(1), folder, "the expert to go on from", trainable=True)
 
     def ensemble(
@@ -171,8 +187,7 @@ class ExpertFactory:
         for folder in folders:
             check(folder)
         if not self.makes_adapters:
-            saved = [load_saved_model(folder, f"expert {number}") for number, folder in enumerate(folders, 1)]
-            models = [on_device(model, self.args) for model in saved]
+            models = [self._load_saved(folder, f"expert {number}") for number, folder in enumerate(folders, 1)]
             return TokenEnsemble.from_models(models, expert_weights, combine=combine)
         source = self.models[0]
         reference = None if isinstance(source, PreTrainedModel) else reference_to(source, self.model_init_kwargs)
@@ -188,7 +203,7 @@ class ExpertFactory:
             ensemble,
             examples,
             mixtures,
-            pad_token_id=self.pad_token_id,
+            pad_token_id=self.processing_class.eos_token_id,
             batch_size=self.args.per_device_eval_batch_size,
             description=None if self.args.disable_tqdm else description,
         )

@@ -146,7 +146,7 @@ class BoostingTrainer:
         self._factory = ExpertFactory(
             self.models,
             self.args,
-            pad_token_id=self.processing_class.eos_token_id,
+            processing_class=self.processing_class,
             peft_config=peft_config,
             model_init_kwargs=self.model_init_kwargs,
             store=store,
@@ -633,8 +633,8 @@ def round_line(record: Mapping[str, Any], args: BoostingConfig) -> str:
         line += f"; validation: expert {values['expert']:.1%}, ensemble {values['ensemble']:.1%}"
         if _nothing_is_right(record):
             line += (
-                f" (no question is answered right; {values['token_error']:.0%} of the answers' tokens are wrong. Train "
-                f"longer than {args.duration}, or with a higher learning rate than "
+                f" (no question is answered right; {values['token_error']:.0%} of the answers' tokens are wrong. If no "
+                f"later round changes that, train longer than {args.duration}, or with a higher learning rate than "
                 f"{args.learning_rate:g})"
             )
     if not record["accepted"]:

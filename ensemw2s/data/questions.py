@@ -126,9 +126,12 @@ def load_questions(
     rows = [_cut_prompt(row, regex) for row in checked]
     distinct = _distinct(rows)
     if len(distinct) < len(rows):
+        repeated = len(rows) - len(distinct)
+        answers = len({(question_key(row["prompt"]), str(row.get("answer"))) for row in rows}) - len(distinct)
+        differing = f", {answers} of them with another answer" if answers else ""
         warnings.warn(
-            f"{name}: {len(rows) - len(distinct)} of {len(rows)} rows repeat the prompt of an earlier one and are left "
-            "out: a question must not come twice, or it could be trained on and asked in a test",
+            f"{name}: {repeated} of {len(rows)} rows repeat the prompt of an earlier one{differing} and "
+            "are left out: a question must not come twice, or it could be trained on and asked in a test",
             stacklevel=2,
         )
     return _answered_by_choice(check_questions(Dataset.from_list(distinct), name), choices, binary, name)

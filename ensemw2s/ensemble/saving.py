@@ -63,7 +63,7 @@ def save_ensemble(
 ) -> None:
     """Write an ensemble to one folder, whole or not at all; see `TokenEnsemble.save_pretrained`."""
     if processing_class is not None:
-        require_tokenizer(ensemble, processing_class)
+        require_tokenizer(processing_class, ensemble.config.vocab_size)
     experts: Any = ensemble.experts
     config = copy.deepcopy(ensemble.config)
     config.architectures = [type(ensemble).__name__]

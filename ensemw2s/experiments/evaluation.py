@@ -82,7 +82,7 @@ def environment() -> dict[str, Any]:
         device=device,
         threads=torch.get_num_threads(),
         processes=processes.count(),
-        backends={op: ops.backend_for(op, device) for op in ("mixture_log_probs", "mixture_sample")},
+        backends={op: ops.backend_for(op, device) for op in ops.available_backends(device)},
         build=ops.build_info(),
     ).to_json()
 

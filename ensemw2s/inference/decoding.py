@@ -26,7 +26,7 @@ from ensemw2s.runtime.values import check_fields, shown
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedTokenizerBase
 
-    from ensemw2s.models.mixture import ExpertMixture, Mixture
+    from ensemw2s.models.mixture import Mixture
 
 
 # Settings of a generation config that play no part in `label`: how `generate` samples (`label` is told by `sampling`),
@@ -166,20 +166,21 @@ def require_valid(valid: torch.Tensor, names: Sequence[str], logits: Sequence[to
     )
 
 
-def require_tokenizer(ensemble: ExpertMixture, processing_class: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError unless every token of `processing_class`, its end token above all, is one that experts know.
+def require_tokenizer(processing_class: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raise ValueError unless every token of `processing_class`, its end token above all, is one that models know.
 
     TypeError if it is no tokenizer.
     """
     check_processing_class(processing_class)
-    size, end = ensemble.config.vocab_size, processing_class.eos_token_id
+    end = processing_class.eos_token_id
     if end is None:
         raise ValueError("the tokenizer has no end token, so no answer could end: set processing_class.eos_token")
     largest = max([end, *processing_class.get_vocab().values()])
-    if largest >= size:
+    if largest >= vocab_size:
         raise ValueError(
-            f"the tokenizer has token ids up to {largest} (end token {end}), but the experts' vocabulary has {size} "
-            "tokens, numbered from 0: pass the tokenizer that the experts were trained with"
+            f"the tokenizer has token ids up to {largest} (end token {end}), but the model's vocabulary has "
+            f"{vocab_size} tokens, numbered from 0: pass the tokenizer that the model was trained with, or make "
+            "room for it before training (model.resize_token_embeddings(len(tokenizer)))"
         )
 
 

@@ -112,7 +112,7 @@ def label_questions(
     description: str | None = "labelling",
 ) -> Dataset:
     """Let a mixture answer questions; see `TokenEnsemble.label`."""
-    require_tokenizer(ensemble, processing_class)
+    require_tokenizer(processing_class, ensemble.config.vocab_size)
     questions = check_questions(questions, "questions", answered=False)
     prompts = tokenize_prompts(
         questions, processing_class, settings.question_format, "questions", settings.max_new_tokens

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +69,11 @@ def check_peft_config(config: PeftConfig, where: str, *, loaded: bool = False, m
             f"{where}: adapters of the kind {shown(kind)} cannot be experts of one base model, or are not known to "
             f"work as such: use peft.LoraConfig, or one of {', '.join(KINDS[1:])}"
         )
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(
+            f"{where}: task_type={shown(str(getattr(config.task_type, 'value', config.task_type)))} is for models that "
+            'do not write text: use task_type="CAUSAL_LM"'
+        )
     if getattr(config, "bias", "none") != "none":
         raise ValueError(
             f"{where}: bias={shown(getattr(config, 'bias', None))} trains biases of the base model, which has to stay "
@@ -98,6 +104,14 @@ def _check_lora(config: Any, where: str, inits: tuple[Any, ...]) -> None:
             )
     if not (type(config.r) is int and config.r > 0):
         raise ValueError(f"{where}: r must be a whole number, at least 1, got {shown(config.r)}")
+
+
+@contextmanager
+def without_renamed_properties() -> Iterator[None]:
+    """Keep peft quiet about a property of models that newer releases of transformers have renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
 
 
 def _read_peft_config(folder: Path, owner: str) -> PeftConfig:
@@ -170,7 +184,7 @@ def attach_adapter(
     _check_tensors(folder, require_whole(folder, (ADAPTER_WEIGHTS,), owner), owner)
     _check_shared(base, folder, config, owner)
     try:
-        with unchanged_on_error(base):
+        with unchanged_on_error(base), without_renamed_properties():
             if isinstance(base, PeftModel):
                 in_training = [weight for weight in base.parameters() if weight.requires_grad]
                 base.load_adapter(str(folder), adapter_name=name, is_trainable=trainable, low_cpu_mem_usage=True)

@@ -154,8 +154,8 @@ def expert_weights(
             raise ValueError(_bad_weights(numbers))
         weights = torch.tensor(numbers, dtype=torch.float64, device=like.device)
     check_tensor(weights, "weights")
-    if not weights.is_floating_point():
-        raise TypeError(f"weights must be floating point, got {weights.dtype}")
+    if weights.dtype == torch.bool or weights.is_complex():
+        raise TypeError(f"weights must be numbers, got {weights.dtype}")
     shape, of_rows = tuple(weights.shape), (*like.shape[:-1], num_experts)
     if shape != (num_experts,) and not (per_row and shape == of_rows):
         in_rows = per_row and len(of_rows) > 1

@@ -34,6 +34,7 @@ _LEAST_ROWS = 8
 _LEAST_PACKED, _MOST_PACKED_ROWS, _MOST_PACKED_BYTES = 2**16, 64, 2**31
 
 
+@torch.compiler.assume_constant_result
 def product_library() -> str:
     """Name the library that multiplies float32 matrices on this processor: ``"onednn"``, or ``"torch"``'s choice.
 

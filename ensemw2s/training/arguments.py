@@ -66,6 +66,12 @@ _REFUSED_OF_ACCELERATOR: Mapping[str, str] = {
     "dispatch_batches": "every process reads its own batches",
     "even_batches": "all processes take part in every step",
 }
+# What older releases of transformers took, and what it has become.
+_RENAMED: Mapping[str, str] = {
+    "group_by_length": 'train_sampling_strategy="group_by_length"',
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+}
 _EVALUATED = 'an evaluation during training (eval_strategy="steps" or "epoch", and an eval_dataset)'
 _SAVED = 'checkpoints (save_strategy="steps", "epoch" or "best")'
 _USES_OF_SETTINGS: Uses = {
@@ -135,6 +141,8 @@ class AnswerTrainingArguments(TrainingArguments):
 
     def __new__(cls, *args: Any, **given: Any) -> Self:
         """Refuse a setting that there is not before Python does, whose message says nothing of what may be meant."""
+        for name in given.keys() & _RENAMED.keys():
+            raise TypeError(f"{cls.__name__}: there is no {name}; the setting is {_RENAMED[name]}")
         try:
             check_names(given, (setting.name for setting in dataclasses.fields(cls) if setting.init))
         except ValueError as error:
@@ -149,6 +157,8 @@ class AnswerTrainingArguments(TrainingArguments):
         # Before transformers asks for a device: it would overlook several processes without a GPU.
         processes.start()
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16=True does nothing on a CPU, where no product is made in float16: leave it out")
         _refuse(self.accelerator_config, _REFUSED_OF_ACCELERATOR, "accelerator_config.")
 
     @property

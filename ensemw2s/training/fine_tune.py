@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ensemw2s.data.batches import AnswerCollator
 from ensemw2s.data.tokens import answer_lengths, check_examples
+from ensemw2s.models.adapters import without_renamed_properties
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.meter import Work
 from ensemw2s.training.arguments import AnswerTrainingArguments
@@ -115,10 +116,8 @@ def fine_tune(
     if peft_config is not None:
         from peft import get_peft_model
 
-        with warnings.catch_warnings():
-            # peft asks for a property that newer releases of transformers have renamed.
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-            # It writes the base model's name into the configuration it is given.
+        with without_renamed_properties():
+            # peft writes the base model's name into the configuration it is given.
             model = get_peft_model(model, copy.deepcopy(peft_config))
     args = args.for_training(adapters=hasattr(model, "peft_config"))
     args.seed, args.data_seed = seed, seed

@@ -252,6 +252,13 @@ def test_whole_models_and_one_model_per_round_make_an_ensemble_too(model: Path, 
     assert torch.equal(embeddings[1], llama(5).get_input_embeddings().weight)
 
 
+def test_whole_models_answer_in_the_dtype_in_which_they_were_trained(tmp_path: Path) -> None:
+    ensemble = trainer(llama(0).bfloat16(), tmp_path, adapters=False, num_rounds=1).train()
+    assert {model.dtype for model in ensemble.experts.models} == {torch.bfloat16}
+    saved = TokenEnsemble.from_pretrained(tmp_path / "ensemble", dtype="auto")
+    assert {model.dtype for model in saved.experts.models} == {torch.bfloat16}
+
+
 # Killed and continued
 
 
@@ -419,6 +426,16 @@ def test_a_question_in_both_datasets_is_refused(model: Path, tmp_path: Path) -> 
 def test_a_model_from_nowhere_needs_its_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="processing_class is missing, and the model was not loaded from a folder"):
         BoostingTrainer(llama(0), BoostingConfig(output_dir=str(tmp_path)), questions(3), question_format=FORMAT)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_before_training(tmp_path: Path) -> None:
+    size = len(tokenizer()) - 1
+    with pytest.raises(ValueError, match=f"token ids up to {size} .* vocabulary has {size} .*resize_token_embeddings"):
+        trainer(llama(0, vocab_size=size), tmp_path)
+    saved_model(tmp_path / "model", vocab_size=size)
+    with pytest.raises(ValueError, match="resize_token_embeddings"):
+        trainer(tmp_path / "model", tmp_path / "run").train()
+    assert not list(tmp_path.rglob("adapter_model.safetensors"))
 
 
 def test_the_number_of_models_must_fit(tmp_path: Path) -> None:

@@ -70,8 +70,9 @@ def test_columns_are_mapped_and_may_change_places(tmp_path: Path) -> None:
 
 
 def test_repeated_prompts_are_used_once(tmp_path: Path) -> None:
-    of([*ROWS, {"prompt": "What  is 3", "answer": "other"}]).to_json(tmp_path / "a.jsonl")
-    with pytest.warns(UserWarning, match=r"a\.jsonl: 1 of 6 rows repeat the prompt of an earlier one"):
+    of([*ROWS, {"prompt": "What  is 3", "answer": "other"}, ROWS[0]]).to_json(tmp_path / "a.jsonl")
+    repeated = r"a\.jsonl: 2 of 7 rows repeat the prompt of an earlier one, 1 of them with another answer and are left"
+    with pytest.warns(UserWarning, match=repeated):
         assert len(load_questions(str(tmp_path / "a.jsonl"))) == 5
 
 

@@ -362,13 +362,16 @@ def test_a_configuration_may_ask_for_tuples(ensemble: TokenEnsemble) -> None:
 
 
 @pytest.mark.parametrize("kind", [pytest.param("of_models", marks=pytest.mark.slow), "of_adapters"])
-def test_it_compiles_for_texts_of_any_length(kind: str, request: pytest.FixtureRequest) -> None:
+def test_it_compiles_for_texts_of_any_length(
+    kind: str, request: pytest.FixtureRequest, recwarn: pytest.WarningsRecorder
+) -> None:
     ensemble = request.getfixturevalue(kind)[: 2 if kind == "of_models" else 1]
     torch.compiler.reset()
     # Adapters are made the active ones between two graphs.
     compiled = torch.compile(ensemble, dynamic=True, backend="eager", fullgraph=kind == "of_models")
     for inputs in ({"ids": IDS}, {"ids": IDS[:2, :5], "attention_mask": torch.ones(2, 5, dtype=torch.int64)}):
         assert_same(forward(compiled, **inputs), forward(ensemble, **inputs))
+    assert not [warning for warning in recwarn if "lru_cache" in str(warning.message)]
 
 
 def test_only_the_main_process_saves(ensemble: TokenEnsemble, tmp_path: Path) -> None:

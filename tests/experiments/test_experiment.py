@@ -484,7 +484,7 @@ def test_experts_that_learn_nothing_are_told_with_the_default_learning_rate(tmp_
     given = settings(tmp_path, boosting={"num_rounds": 1, "recipe": "deep_ensemble", "max_steps": 1})
     Experiment(build_config(given), say=said.append).run(("data", "boost"))
     (told,) = [line for line in said if "no question is answered right" in line]
-    assert "Train longer than 1 step, or with a higher learning rate than 0.0005" in told
+    assert "train longer than 1 step, or with a higher learning rate than 0.0005" in told
 
 
 def test_the_line_of_a_round_says_all_that_matters() -> None:

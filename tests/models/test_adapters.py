@@ -41,6 +41,7 @@ IMPOSSIBLE: list[tuple[Callable[[], PeftConfig], str]] = [
     (lambda: LoraConfig(bias="lora_only"), "bias='lora_only' trains biases of the base model"),
     (lambda: LoraConfig(bias="all"), "bias='all' trains biases"),
     (lambda: LoraConfig(layer_replication=[(0, 2)]), r"layer_replication=\[\(0, 2\)\] does not work with experts"),
+    (lambda: LoraConfig(task_type="SEQ_CLS"), "task_type='SEQ_CLS' is for models that do not write text"),
     (lambda: LoraConfig(r=0), "r must be a whole number, at least 1, got 0"),
     (lambda: PromptTuningConfig(num_virtual_tokens=2), "kind 'PROMPT_TUNING' cannot be experts .* use peft.LoraConfig"),
     (lambda: PrefixTuningConfig(num_virtual_tokens=2), "kind 'PREFIX_TUNING' cannot be experts"),

@@ -224,6 +224,13 @@ def test_compiles_whole(generator, impl, fresh_compiler):
         )
 
 
+def test_whole_numbers_are_weights():
+    logits = torch.randn(2, 3, 5)
+    assert torch.equal(
+        mixture_log_probs(logits, torch.tensor([2, 1])), mixture_log_probs(logits, torch.tensor([2.0, 1.0]))
+    )
+
+
 @pytest.mark.parametrize("impl", ["reference", pytest.param("cpp", marks=needs_cpp)])
 @pytest.mark.parametrize(
     ("change", "error", "words"),
@@ -236,7 +243,7 @@ def test_compiles_whole(generator, impl, fresh_compiler):
         ({"logits": torch.zeros(2, 2, 3, dtype=torch.int64)}, TypeError, "int64"),
         ({"logits": torch.zeros(2, 2, 0)}, ValueError, "vocabulary axis"),
         ({"weights": torch.ones(3)}, ValueError, r"shape \(2,\)"),
-        ({"weights": torch.ones(2, dtype=torch.int64)}, TypeError, "floating point"),
+        ({"weights": torch.ones(2, dtype=torch.bool)}, TypeError, "weights must be numbers, got torch.bool"),
         ({"weights": torch.tensor([1.0, -0.5])}, ValueError, "-0.5"),
         ({"weights": torch.zeros(2)}, ValueError, "not all zero"),
         ({"weights": torch.tensor([1.0, float("nan")])}, ValueError, "finite"),

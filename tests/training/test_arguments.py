@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from ensemw2s import BoostingConfig, StudentConfig
+from ensemw2s.models.adapters import attach_adapter
 from ensemw2s.training.arguments import REFUSED, AnswerTrainingArguments, check_trainer_options, require_eval_dataset
 from ensemw2s.training.fine_tune import fine_tune
 from ensemw2s.training.predictions import HiddenPredictions, LogitPredictions, smoothed_cross_entropy
@@ -108,6 +109,11 @@ def test_what_cannot_be_honoured_is_refused_by_name(tmp_path: Path, name: str) -
     value = given.get(name, not default if isinstance(default, bool) else "something")
     with pytest.raises(ValueError, match=rf"^{name}=.* cannot be honoured: .*Leave it out"):
         StudentConfig(output_dir=str(tmp_path), **{name: value})
+
+
+def test_float16_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="fp16=True does nothing on a CPU"):
+        StudentConfig(output_dir=str(tmp_path), fp16=True, use_cpu=True)
 
 
 @pytest.mark.parametrize("settings", [{"split_batches": True}, {"dispatch_batches": True}, {"even_batches": False}])
@@ -328,7 +334,9 @@ def test_an_adapter_is_made_without_a_warning_that_the_user_could_do_nothing_abo
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         peft = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
-        fine_tune(llama(0), examples, args, pad_token_id=PAD, seed=3, description="x", peft_config=peft)
+        made, _ = fine_tune(llama(0), examples, args, pad_token_id=PAD, seed=3, description="x", peft_config=peft)
+        made.save_pretrained(tmp_path / "adapter")
+        attach_adapter(llama(0), tmp_path / "adapter", "the adapter")
 
 
 @pytest.mark.parametrize(
@@ -337,6 +345,8 @@ def test_an_adapter_is_made_without_a_warning_that_the_user_could_do_nothing_abo
         (BoostingConfig, {"rounds": 3}, r"BoostingConfig: unknown key rounds: did you mean num_rounds or "),
         (BoostingConfig, {"num_ronds": 3}, r"BoostingConfig: unknown key num_ronds: did you mean num_rounds\?"),
         (StudentConfig, {"lr": 1e-3}, r"StudentConfig: unknown key lr: did you mean learning_rate or "),
+        (StudentConfig, {"group_by_length": True}, 'no group_by_length; .* train_sampling_strategy="group_by_length"'),
+        (BoostingConfig, {"evaluation_strategy": "epoch"}, "no evaluation_strategy; the setting is eval_strategy"),
         (StudentConfig, {"teacher": None}, r"StudentConfig: unknown key teacher: (did you mean|valid keys are)"),
     ],
 )
