@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent
 STABLE_ABI_TARGET = "0x020a000000000000"  # torch 2.10: the library then works with every later torch
 # Machine code for A100 and H100 and their kin, and an intermediate form for the chips after them.
 CUDA_ARCHITECTURES = (
+    "--threads=2",  # one for each
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90,code=[sm_90,compute_90]",
 )

@@ -497,7 +497,7 @@ def bound_adjusted(
     return best
 
 
-@triton.jit(do_not_specialize=["top_k", "top_count"])
+@triton.jit(do_not_specialize=["top_k", "top_count", "rows", "tiles", "inner"])
 def plan_kernel(
     logits, outer, step, inner, weights, weight_step, tile_max, tile_sum, top, log_sum, shift, group_max, plain_max,
     seeds, positions, offer, valid, upper, upper_of_all, anchor, floors, temperature, top_k, top_p, min_p, top_count,
@@ -572,7 +572,7 @@ def plan_kernel(
     tl.store(floors + rows + row, tl.where(usable & (is_searched(mode) == 0), reach, float("inf")))
 
 
-@triton.jit(do_not_specialize=["top_k"])
+@triton.jit(do_not_specialize=["top_k", "rows", "tiles", "inner"])
 def search_kernel(
     logits, outer, step, inner, weights, weight_step, top, log_sum, shift, seeds, positions, offer, upper, anchor,
     floor, temperature, top_k, top_p, min_p, score, token, rows, vocabulary, tiles,
@@ -607,7 +607,7 @@ def search_kernel(
     tl.store(token + row * tiles + tile, winner)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles", "inner"])
 def collect_kernel(
     logits, outer, step, inner, weights, weight_step, top, log_sum, shift, offer, upper, floor, counts, ids, log_probs,
     rows, vocabulary, tiles, WRITE: tl.constexpr, OFFER: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
@@ -638,7 +638,7 @@ def collect_kernel(
         tl.store(counts + row * tiles + tile, count)
 
 
-@triton.jit(do_not_specialize=["top_k"])
+@triton.jit(do_not_specialize=["top_k", "rows", "tiles"])
 def votes_kernel(
     weights, weight_step, tile_max, tile_sum, top, log_sum, shift, tile_first, offer, valid, counts, ids, log_probs,
     temperature, top_k, top_p, min_p, rows, vocabulary, tiles,
@@ -677,7 +677,7 @@ def votes_kernel(
     tl.store(valid + row, count > 0)
 
 
-@triton.jit(do_not_specialize=["top_count"])
+@triton.jit(do_not_specialize=["top_count", "capacity", "segments"])
 def likeliest_kernel(
     counts, ids, log_probs, valid, out_top_tokens, out_top_log_probs, top_count, capacity, segments,
     SEGMENTS: tl.constexpr, CHUNK: tl.constexpr,
@@ -806,7 +806,7 @@ def likeliest_of_best_group(
     return winner
 
 
-@triton.jit(do_not_specialize=["top_k"])
+@triton.jit(do_not_specialize=["top_k", "rows", "tiles", "inner"])
 def finish_kernel(
     logits, outer, step, inner, weights, weight_step, top, log_sum, shift, offer, score, token, valid, upper,
     out_tokens, out_log_probs, out_experts, out_valid, temperature, top_k, top_p, min_p, rows, vocabulary, tiles,
@@ -841,7 +841,7 @@ def finish_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["top_k"])
+@triton.jit(do_not_specialize=["top_k", "rows", "tiles", "inner", "capacity", "segments"])
 def select_kernel(
     logits, outer, step, inner, weights, weight_step, top, log_sum, shift, tile_max, tile_first, seeds, positions,
     offer, counts, ids, log_probs, valid, upper, out_tokens, out_log_probs, out_experts, out_valid,

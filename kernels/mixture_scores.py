@@ -61,7 +61,7 @@ def mixture_scores(
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles", "inner"])
 def entropy_kernel(
     logits, outer, step, inner, weights, weight_step, top, log_sum, shift, labels, tile_entropy, score, token,
     rows, vocabulary, tiles, T: tl.constexpr, COMBINE: tl.constexpr, TILE: tl.constexpr,
@@ -100,7 +100,7 @@ def score_votes(
     return votes_for(label, row, weights, shift, tile_max, tile_first, top, rows, tiles, T, TILES), most_voted, entropy
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles", "inner"])
 def score_kernel(
     logits, outer, step, inner, weights, weight_step, top, log_sum, shift, labels, tile_max, tile_first, valid,
     tile_entropy, score, token, out_log_probs, out_correct, out_entropy, rows, vocabulary, tiles,

@@ -11,7 +11,9 @@ from torch import Tensor
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
-MOST_WARPS = 16  # per row: few enough rows are at work at a time for the cache to keep them until their second read
+# Per row. A row of some models' logits is larger than a multiprocessor's share of the cache, and its second read comes
+# from memory for the most part: many threads on few rows make that part smaller.
+MOST_WARPS = 16
 
 
 def as_rows(logits: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from nbclient import NotebookClient
 from packaging.requirements import Requirement
 
 import ensemw2s
+from benchmarks.ops.predict_gpu import ROWS, refreshed
 from ensemw2s import TokenEnsemble, __version__, load_model
 from tests.boosting_runs import base
 from tests.documents import PAGES, ROOT, require_alike, run_page
@@ -226,3 +227,9 @@ def test_every_dependency_has_a_floor() -> None:
     assert [w.name for w in wanted if not {s.operator for s in w.specifier} & {">=", "==", "~="}] == []
     lowest_python = re.search(r"^LOWEST_PYTHON \?= python(.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
     assert project["requires-python"] == f">={lowest_python}"
+
+
+def test_the_predicted_times_are_those_that_the_model_gives() -> None:
+    page = (ROOT / "docs" / "explanation" / "gpu.md").read_text()
+    assert refreshed(page) == page
+    assert page.count("| `mixture_sample` | greedy | cuda |") == len(ROWS)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.gpu_check import Steps
+from tests.gpu_check import LIMITS, Steps
 
 
 def test_without_a_gpu_nothing_is_claimed():
@@ -14,6 +14,12 @@ def test_without_a_gpu_nothing_is_claimed():
     run = subprocess.run([sys.executable, str(script)], env=hidden, capture_output=True, text=True)
     assert run.returncode == 0
     assert run.stdout == "no GPU here: nothing was built, tested or measured\n"
+
+
+def test_it_fits_into_the_time_of_one_loan():
+    assert sum(LIMITS.values()) <= 8.5 * 60
+    steps = list(LIMITS)
+    assert steps.index("benchmarks") < steps.index("memcheck")
 
 
 def test_the_table_says_how_each_step_ended():
