@@ -3,8 +3,8 @@
     python -m benchmarks.ops.gpu --csv benchmarks/results/gpu-h100.csv --plot benchmarks/results/gpu-h100.png
 
 Medians of `triton.testing.do_bench`, which empties the L2 cache before each call; inputs rotate through several buffers
-beside that. `do_bench_cudagraph` tells the time of the card without the host's. The floor is the bytes that must be read,
-over the measured bandwidth of a copy on the same card.
+beside that. `do_bench_cudagraph` tells the time of the card without the host's. The floor is the bytes that must be
+read, over the measured bandwidth of a copy on the same card.
 """
 
 from __future__ import annotations

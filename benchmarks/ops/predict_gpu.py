@@ -2,8 +2,8 @@
 
     python -m benchmarks.ops.predict_gpu docs/explanation/gpu.md
 
-Instructions were counted in the machine code for sm_90. Where `benchmarks/results/` holds a CSV of `make gpu-check`, what
-was measured stands beside the prediction.
+Instructions were counted in the machine code for sm_90. Where `benchmarks/results/` holds a CSV of `make gpu-check`,
+what was measured stands beside the prediction.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ MULTIPROCESSORS, CLOCK = 132, 1.755e9
 INSTRUCTIONS = MULTIPROCESSORS * 4 * 32 * CLOCK  # of single threads, a second
 # A block alone reads no more than a multiprocessor's way to the cache lets through: 64 bytes a cycle.
 BLOCK_BANDWIDTH = 64 * CLOCK
-# Assumptions, in microseconds: a kernel after an idle time or in order behind another; one that starts early; the way to
-# memory and back at the beginning and the end of a kernel; to the cache and back.
+# Assumptions, in microseconds: a kernel after an idle time or in order behind another; one that starts early; the way
+# to memory and back at the beginning and the end of a kernel; to the cache and back.
 LAUNCH, EARLY, MEMORY, CACHE_ROUND = 2.5, 1.0, 1.2, 0.15
 ROWS = (1, 8, 32, 256)
 
