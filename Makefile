@@ -8,9 +8,9 @@ CONFIG ?= examples/reverse_words.yaml
 BIN     := .venv/bin
 READY   := .venv/.ready
 SOURCES := Makefile pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
-CPP_FILES := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulation/*'
+CPP_FILES := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulation/*' 'tests/cross/*.cpp'
 
-.PHONY: help setup demo quick study results docs picture notebook test test-slow test-lowest lint format benchmarks check-wheel wheels release check-sanitizers check-faults check-page gpu-check clean
+.PHONY: help setup demo quick study results docs picture notebook test test-slow test-lowest lint format benchmarks check-wheel wheels release check-arm check-sanitizers check-faults check-page gpu-check clean
 
 help:
 	@echo "make demo        boost, label, teach and measure on a real 135M model (CONFIG=$(CONFIG))"
@@ -25,6 +25,7 @@ help:
 	@echo "make wheels      sdist and manylinux wheels, in dist/ (PYTHONS=\"python3.12 ...\")  make release  the same to publish"
 	@echo "make gpu-check   build, test and measure on the GPU of this machine, if it has one"
 	@echo "make check-sanitizers  the op tests under AddressSanitizer and UBSan (slow)"
+	@echo "make check-arm   the CPU kernels for ARM, emulated (needs g++-aarch64-linux-gnu and qemu-user-static)"
 	@echo "make check-page  a run's and a study's page in Chromium: axe-core, phone width, dark, print (needs npm)"
 	@echo "make check-faults      tries to break it: kills, threads, full disks, hostile files, random calls (an hour)"
 
@@ -145,6 +146,9 @@ check-page: quick
 	cd build/page && node $(CURDIR)/tests/check_page.mjs $(CURDIR)/run/reverse_letters/report.html study.html
 
 # With this machine's own Python and packages: it needs no .venv and no network.
+check-arm: $(READY)
+	$(BIN)/python -m pytest -v -rs tests/cross
+
 gpu-check:
 	$(PYTHON) tests/gpu_check.py
 

@@ -10,6 +10,7 @@ The CUDA kernels go into the same library: nvcc compiles them to objects, with i
 """
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -77,7 +78,8 @@ def toolkit_of_nvcc() -> list[Path]:
 
 
 def cuda_libraries(toolkit: Path) -> Path | None:
-    found = (toolkit / name for name in ("lib64", "lib", "targets/x86_64-linux/lib"))
+    target = {"aarch64": "sbsa"}.get(platform.machine(), platform.machine())
+    found = (toolkit / name for name in ("lib64", "lib", f"targets/{target}-linux/lib"))
     return next((folder for folder in found if (folder / "libcudart_static.a").is_file()), None)
 
 

@@ -334,11 +334,11 @@ def as_bytes(order, logits, weights, keys, combine, setting):
     return header + b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in arrays)
 
 
-def run_cases(program: Path) -> str:
-    """Run all cases in a process of their own; what went wrong, or the empty string."""
+def run_cases(program: Path, *runner: str) -> str:
+    """Run all cases in a process of their own, perhaps by another program; what went wrong, or the empty string."""
     to_run, results = program.with_suffix(".cases"), program.with_suffix(".results")
     to_run.write_bytes(b"".join(as_bytes(order, *case) for order, case in enumerate(cases())))
-    run = subprocess.run([program, to_run, results], capture_output=True, text=True, check=False)
+    run = subprocess.run([*runner, program, to_run, results], capture_output=True, text=True, check=False)
     if run.returncode != 0:
         return f"exit status {run.returncode}: {run.stderr}"
     found = results.read_bytes()
