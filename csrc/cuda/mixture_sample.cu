@@ -359,7 +359,11 @@ struct RowSampler {
 
   ENSEMW2S_DEVICE int most_probable() {
     collect(largest_lower);
-    if (shared.count == 1) return shared.ids[0];
+    if (shared.count == 1) {
+      const int only = shared.ids[0];
+      barrier();  // the candidates may be others again
+      return only;
+    }
     Best best{0, -1, 0};
     visit_candidates([&](int token, float) { best = better(best, {offered(token), token, 0}); });
     best = best_of_all(best);
