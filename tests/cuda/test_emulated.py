@@ -148,6 +148,21 @@ def test_an_expert_without_weight_in_a_row_is_not_read_there(kernels, generator,
         assert got.top_tokens[2].tolist() == [-1, -1] and bool(got.top_log_probs[2].isnan().all())
 
 
+# 300 tokens are more than 128 shared candidates; at 100 all of them are kept.
+@pytest.mark.parametrize(("size", "temperature"), [(100, 1.0), (300, 0.7), (300, 1.0)])
+def test_of_tokens_that_are_equally_likely_a_nucleus_holds_the_first(kernels, size, temperature):
+    logits, weights = torch.zeros(2, 12, size), torch.tensor([1.0, 2.0])
+    keys = {"seeds": torch.arange(12), "positions": torch.full((12,), 3)}
+    setting = {"temperature": temperature, "top_p": 0.2003}
+    got = kernels.mixture_sample(logits, weights, **keys, **setting)
+    assert torch.equal(got.tokens, mixture_sample(logits.double(), weights.double(), **keys, **setting).tokens)
+    unfiltered = kernels.mixture_sample(logits, weights, **keys, temperature=temperature).tokens
+    kept = unfiltered <= 0.2003 * size
+    # A winner within the nucleus stays; the others are replaced.
+    assert torch.equal(got.tokens[kept], unfiltered[kept]) and not bool(kept.all())
+    assert int(got.tokens.max()) <= 0.2003 * size
+
+
 @pytest.mark.parametrize("combine", COMBINES)
 def test_rows_with_bad_values_are_not_valid_and_alone(kernels, generator, combine):
     nan, inf = float("nan"), float("inf")
