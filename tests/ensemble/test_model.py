@@ -627,7 +627,7 @@ def larger_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def test_a_tokenizer_with_more_tokens_is_refused(of_models: TokenEnsemble, tmp_path: Path) -> None:
-    expected = f"token ids up to {VOCAB + 1} .end token 1., but the experts' vocabulary has {VOCAB} tokens"
+    expected = f"token ids up to {VOCAB + 1} .end token 1., but the model's vocabulary has {VOCAB} tokens"
     with pytest.raises(ValueError, match=expected):
         of_models.label(questions(2), larger_tokenizer(), description=None)
     with pytest.raises(ValueError, match=expected):
@@ -649,7 +649,7 @@ def test_a_tokenizer_whose_end_token_the_experts_lack_is_refused(of_models: Toke
 @pytest.mark.parametrize("token", [VOCAB, -1])
 def test_ids_outside_the_vocabulary_are_named(ensemble: TokenEnsemble, token: int) -> None:
     ids = torch.tensor([[3, token]])
-    expected = rf"input_ids holds {token}, but the experts' vocabulary has {VOCAB} tokens"
+    expected = rf"input_ids holds {token}, but the model's vocabulary has {VOCAB} tokens"
     with pytest.raises(ValueError, match=expected):
         ensemble(input_ids=ids)
     with pytest.raises(ValueError, match=expected):

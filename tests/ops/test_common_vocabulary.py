@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ensemw2s import ops
@@ -31,6 +31,7 @@ def test_vocabularies_that_are_padded_to_several_sizes_mix_without_a_copy() -> N
     assert torch.equal(drawn(both, [1.0, 2.0]).tokens, expected.tokens)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(st.data())
 def test_each_distribution_is_the_experts_own_over_the_tokens_that_it_shares(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 12))
