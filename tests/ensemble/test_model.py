@@ -649,7 +649,7 @@ def test_a_tokenizer_whose_end_token_the_experts_lack_is_refused(of_models: Toke
 @pytest.mark.parametrize("token", [VOCAB, -1])
 def test_ids_outside_the_vocabulary_are_named(ensemble: TokenEnsemble, token: int) -> None:
     ids = torch.tensor([[3, token]])
-    expected = rf"input_ids holds {token}, but the model's vocabulary has {VOCAB} tokens"
+    expected = rf"input_ids holds {token}, but the experts' vocabulary has {VOCAB} tokens"
     with pytest.raises(ValueError, match=expected):
         ensemble(input_ids=ids)
     with pytest.raises(ValueError, match=expected):
