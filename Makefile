@@ -145,10 +145,10 @@ check-page: quick
 	$(BIN)/ensemw2s report docs/results/real_confirm.jsonl --output build/page/study.html
 	cd build/page && node $(CURDIR)/tests/check_page.mjs $(CURDIR)/run/reverse_letters/report.html study.html
 
-# With this machine's own Python and packages: it needs no .venv and no network.
 check-arm: $(READY)
 	$(BIN)/python -m pytest -v -rs tests/cross
 
+# With this machine's own Python and packages: it needs no .venv and no network.
 gpu-check:
 	$(PYTHON) tests/gpu_check.py
 

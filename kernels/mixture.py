@@ -33,6 +33,9 @@ ADJUSTED = tl.constexpr(2)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 MASKED = tl.constexpr(-100)
 
+# Arguments for whose values Triton shall not compile a kernel anew, as it does for 1 and for multiples of 16.
+SIZES = ["rows", "tiles", "inner", "capacity", "segments", "top_k", "top_count"]
+
 # Types by which the mixture kernels can be compiled without a GPU; whatever is not named is float32 scratch.
 _TYPES = {
     **dict.fromkeys(("inner", "rows", "vocabulary", "tiles", "capacity", "segments", "weight_step"), "i32"),
@@ -340,7 +343,7 @@ def offered(found, tokens, inside, row, rows, offer, OFFER: tl.constexpr):
     return result
 
 
-@triton.jit(do_not_specialize=["rows", "tiles", "inner"])
+@triton.jit(do_not_specialize=SIZES)
 def scan_kernel(
     logits, outer, step, inner, weights, weight_step, labels, tile_max, tile_sum, tile_first, group_max, plain_max,
     offer, rows, vocabulary, tiles,

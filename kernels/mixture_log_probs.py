@@ -10,6 +10,7 @@ from torch import Tensor
 from ensemw2s.kernels.mixture import (
     GROUP,
     LOGPROB,
+    SIZES,
     TILE,
     VOTE,
     WARPS,
@@ -44,7 +45,7 @@ def mixture_log_probs(logits: list[Tensor], weights: Tensor, combine: int) -> Te
     return out
 
 
-@triton.jit(do_not_specialize=["rows", "tiles", "inner"])
+@triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
     logits, outer, step, inner, weights, weight_step, tile_max, tile_sum, top, log_sum, shift, group_max, valid,
     rows, vocabulary, tiles,
@@ -62,7 +63,7 @@ def merge_kernel(
     tl.store(valid + row, merged)
 
 
-@triton.jit(do_not_specialize=["rows", "tiles", "inner"])
+@triton.jit(do_not_specialize=SIZES)
 def write_kernel(
     logits, outer, step, inner, weights, weight_step, top, log_sum, shift, tile_max, tile_first, valid, out,
     rows, vocabulary, tiles,

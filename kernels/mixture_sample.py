@@ -18,6 +18,7 @@ from ensemw2s.kernels.mixture import (
     LOGPROB,
     LOWEST,
     MASK,
+    SIZES,
     TILE,
     VOTE,
     WARPS,
@@ -497,7 +498,7 @@ def bound_adjusted(
     return best
 
 
-@triton.jit(do_not_specialize=["top_k", "top_count", "rows", "tiles", "inner"])
+@triton.jit(do_not_specialize=SIZES)
 def plan_kernel(
     logits, outer, step, inner, weights, weight_step, tile_max, tile_sum, top, log_sum, shift, group_max, plain_max,
     seeds, positions, offer, valid, upper, upper_of_all, anchor, floors, temperature, top_k, top_p, min_p, top_count,
@@ -572,7 +573,7 @@ def plan_kernel(
     tl.store(floors + rows + row, tl.where(usable & (is_searched(mode) == 0), reach, float("inf")))
 
 
-@triton.jit(do_not_specialize=["top_k", "rows", "tiles", "inner"])
+@triton.jit(do_not_specialize=SIZES)
 def search_kernel(
     logits, outer, step, inner, weights, weight_step, top, log_sum, shift, seeds, positions, offer, upper, anchor,
     floor, temperature, top_k, top_p, min_p, score, token, rows, vocabulary, tiles,
@@ -607,7 +608,7 @@ def search_kernel(
     tl.store(token + row * tiles + tile, winner)
 
 
-@triton.jit(do_not_specialize=["rows", "tiles", "inner"])
+@triton.jit(do_not_specialize=SIZES)
 def collect_kernel(
     logits, outer, step, inner, weights, weight_step, top, log_sum, shift, offer, upper, floor, counts, ids, log_probs,
     rows, vocabulary, tiles, WRITE: tl.constexpr, OFFER: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
@@ -638,7 +639,7 @@ def collect_kernel(
         tl.store(counts + row * tiles + tile, count)
 
 
-@triton.jit(do_not_specialize=["top_k", "rows", "tiles"])
+@triton.jit(do_not_specialize=SIZES)
 def votes_kernel(
     weights, weight_step, tile_max, tile_sum, top, log_sum, shift, tile_first, offer, valid, counts, ids, log_probs,
     temperature, top_k, top_p, min_p, rows, vocabulary, tiles,
@@ -677,7 +678,7 @@ def votes_kernel(
     tl.store(valid + row, count > 0)
 
 
-@triton.jit(do_not_specialize=["top_count", "capacity", "segments"])
+@triton.jit(do_not_specialize=SIZES)
 def likeliest_kernel(
     counts, ids, log_probs, valid, out_top_tokens, out_top_log_probs, top_count, capacity, segments,
     SEGMENTS: tl.constexpr, CHUNK: tl.constexpr,
@@ -806,7 +807,7 @@ def likeliest_of_best_group(
     return winner
 
 
-@triton.jit(do_not_specialize=["top_k", "rows", "tiles", "inner"])
+@triton.jit(do_not_specialize=SIZES)
 def finish_kernel(
     logits, outer, step, inner, weights, weight_step, top, log_sum, shift, offer, score, token, valid, upper,
     out_tokens, out_log_probs, out_experts, out_valid, temperature, top_k, top_p, min_p, rows, vocabulary, tiles,
@@ -841,7 +842,7 @@ def finish_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["top_k", "rows", "tiles", "inner", "capacity", "segments"])
+@triton.jit(do_not_specialize=SIZES)
 def select_kernel(
     logits, outer, step, inner, weights, weight_step, top, log_sum, shift, tile_max, tile_first, seeds, positions,
     offer, counts, ids, log_probs, valid, upper, out_tokens, out_log_probs, out_experts, out_valid,

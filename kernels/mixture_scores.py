@@ -13,6 +13,7 @@ from torch import Tensor
 from ensemw2s.kernels.mixture import (
     GROUP,
     LOGPROB,
+    SIZES,
     TILE,
     VOTE,
     WARPS,
@@ -61,7 +62,7 @@ def mixture_scores(
     return scores
 
 
-@triton.jit(do_not_specialize=["rows", "tiles", "inner"])
+@triton.jit(do_not_specialize=SIZES)
 def entropy_kernel(
     logits, outer, step, inner, weights, weight_step, top, log_sum, shift, labels, tile_entropy, score, token,
     rows, vocabulary, tiles, T: tl.constexpr, COMBINE: tl.constexpr, TILE: tl.constexpr,
@@ -100,7 +101,7 @@ def score_votes(
     return votes_for(label, row, weights, shift, tile_max, tile_first, top, rows, tiles, T, TILES), most_voted, entropy
 
 
-@triton.jit(do_not_specialize=["rows", "tiles", "inner"])
+@triton.jit(do_not_specialize=SIZES)
 def score_kernel(
     logits, outer, step, inner, weights, weight_step, top, log_sum, shift, labels, tile_max, tile_first, valid,
     tile_entropy, score, token, out_log_probs, out_correct, out_entropy, rows, vocabulary, tiles,

@@ -10,6 +10,7 @@ from torch import Tensor
 from ensemw2s.kernels.mixture import (
     LOWEST,
     MASKED,
+    SIZES,
     WARPS,
     ahead_of_time,
     first_argmax,
@@ -51,7 +52,7 @@ def token_scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor
     return scores
 
 
-@triton.jit(do_not_specialize=["tiles", "inner"])
+@triton.jit(do_not_specialize=SIZES)
 def scan_kernel(
     logits, outer, step, inner, labels, tile_max, tile_sum, tile_moment, tile_first, vocabulary, tiles,
     TILE: tl.constexpr,
@@ -88,7 +89,7 @@ def write_scores(row, label, log_prob, correct, entropy, usable, vocabulary, out
     tl.store(out_entropy + row, tl.where(read, tl.where(usable & known, entropy, float("nan")), 0.0))
 
 
-@triton.jit(do_not_specialize=["tiles", "inner"])
+@triton.jit(do_not_specialize=SIZES)
 def score_kernel(
     logits, outer, step, inner, labels, tile_max, tile_sum, tile_moment, tile_first,
     out_log_probs, out_correct, out_entropy, vocabulary, tiles, TILES: tl.constexpr,

@@ -73,22 +73,20 @@ def main() -> int:
         print("no GPU here: nothing was built, tested or measured")
         return 0
     steps, python = Steps(), sys.executable
-    names = iter(LIMITS)
 
-    def run(command: list[str], **environment: str) -> bool:
-        name = next(names)
+    def run(name: str, command: list[str], **environment: str) -> bool:
         return steps.run(name, command, LIMITS[name], **environment)
 
-    if run([python, "setup.py", "-q", "build_ext", "--inplace"], ENSEMW2S_BUILD="cuda"):
+    if run("build", [python, "setup.py", "-q", "build_ext", "--inplace"], ENSEMW2S_BUILD="cuda"):
         pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "8"]
-        run([*pytest, "tests/gpu", "-m", "gpu"])
+        run("tests on the GPU", [*pytest, "tests/gpu", "-m", "gpu"])
         files = [f"--{kind}={RESULTS / f'gpu-{card_name()}.{end}'}" for kind, end in (("csv", "csv"), ("plot", "png"))]
-        run([python, "-m", "benchmarks.ops.gpu", *files])
-        run([*pytest, "tests/ops", "-x", "-m", "not slow"])
+        run("benchmarks", [python, "-m", "benchmarks.ops.gpu", *files])
+        run("tests of the CPU kernels", [*pytest, "tests/ops", "-x", "-m", "not slow"])
         for tool in ("memcheck", "racecheck") if sanitizer() else ():
             command = [sanitizer(), "--tool", tool, "--error-exitcode", "1", python, "-m", "tests.gpu.under_sanitizer"]
             # A caching allocator would hide what is read past the end of a tensor.
-            run(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+            run(tool, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}\n{steps.table()}")
     return int(steps.failed())
 

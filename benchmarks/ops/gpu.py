@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.measure import environment
-from benchmarks.ops.test_mixture import GREEDY, TOP_K_TOP_P, eager_log_probs, eager_sample, flat
+from benchmarks.ops.test_mixture import SETTINGS, TOP_K_TOP_P, eager_log_probs, eager_sample, flat
 from ensemw2s.ops import (
     available_backends,
     draw_seeds,
@@ -56,12 +56,7 @@ FIELDS = [
     "commit",
 ]
 QUANTILES = [0.5, 0.2, 0.8]
-SAMPLERS: dict[str, dict[str, Any]] = {
-    "greedy": GREEDY,
-    "top-k 50 + top-p 0.9": TOP_K_TOP_P,
-    "top-p 0.9 at temperature 0.7": {"top_p": 0.9, "temperature": 0.7},
-    "plain": {},
-}
+SAMPLERS = {name: SETTINGS[name] for name in ("greedy", "top-k 50 + top-p 0.9", "top-p 0.9 at 0.7", "plain")}
 
 
 def copy_bandwidth() -> float:

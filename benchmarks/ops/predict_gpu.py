@@ -125,7 +125,7 @@ def cases() -> Iterator[Case]:
     yield Case("mixture_sample", "plain", "cuda", passes=(noise,), finish=raced, **sample)
     # One reading tells whether the winner lies in the nucleus; where it does not, in one of ten rows, five more follow.
     nucleus = {"finish": raced + greedy - 3.7, "reread": 1.5}
-    yield Case("mixture_sample", "top-p 0.9 at temperature 0.7", "cuda", passes=(noise,), **nucleus, **sample)
+    yield Case("mixture_sample", "top-p 0.9 at 0.7", "cuda", passes=(noise,), **nucleus, **sample)
     write = Pass(14.3, written=4, again=True)
     yield Case("mixture_log_probs", "prob", "cuda", experts, size, (scan, write), early=2, finish=1.5)
     entropy = (Pass(18), Pass(28, again=True))

@@ -61,6 +61,11 @@ ENSEMW2S_HOST_DEVICE inline bool is_product(const DeviceMixture& mixture) {
   return mixture.combine == Combine::kLogProb;
 }
 
+// How many distributions of a row are scanned each for itself: the experts', or the product's alone.
+ENSEMW2S_HOST_DEVICE inline int scored(const DeviceMixture& mixture) {
+  return is_product(mixture) ? 1 : mixture.num_experts;
+}
+
 template <class T>
 ENSEMW2S_DEVICE const T* row_of(const DeviceMixture& mixture, int expert, int64_t row) {
   return static_cast<const T*>(mixture.logits[expert]) + row * mixture.row_stride[expert];
@@ -225,17 +230,14 @@ ENSEMW2S_DEVICE void scan_noise(const DeviceMixture& mixture, const SampleSettin
   results.least_words[row * shape_of(mixture).groups + group] = least;
 }
 
-// The slices of a scan: the experts, or all of them at once for the product, and the noise if it is asked
-// for.
-ENSEMW2S_HOST_DEVICE inline int expert_slices(const DeviceMixture& mixture) {
-  return is_product(mixture) ? 1 : mixture.num_experts;
+// The warps of a block take chunks that follow one another.
+inline int chunk_blocks(const DeviceMixture& mixture) {
+  return (shape_of(mixture).chunks + kScanWarps - 1) / kScanWarps;
 }
 
-// The warps of a block take chunks that follow one another. The noise is a slice of its own: its arithmetic
-// fills the time in which the other blocks wait for memory.
+// The noise is a slice of its own: its arithmetic fills the time in which the other blocks wait for memory.
 inline Grid scan_grid(const DeviceMixture& mixture, bool with_noise) {
-  return {mixture.rows, (shape_of(mixture).chunks + kScanWarps - 1) / kScanWarps,
-          expert_slices(mixture) + with_noise};
+  return {mixture.rows, chunk_blocks(mixture), scored(mixture) + with_noise};
 }
 
 template <class T, bool kProduct>
@@ -565,11 +567,9 @@ inline ScanResults allocate_scan(const DeviceMixture& mixture, bool with_noise, 
   const auto memory = [&](int64_t count, int64_t size) { return allocate(count * size); };
   ScanResults results{};
   results.partials = static_cast<Partial*>(memory(rows * (experts + 1) * shape.chunks, sizeof(Partial)));
-  results.group_max =
-      static_cast<float*>(memory(rows * (is_product(mixture) ? 1 : experts) * shape.groups, sizeof(float)));
+  results.group_max = static_cast<float*>(memory(rows * scored(mixture) * shape.groups, sizeof(float)));
   if (!mixture.offer.is_everything() && mixture.combine != Combine::kVote)
-    results.plain_max =
-        static_cast<float*>(memory(rows * (is_product(mixture) ? 1 : experts) * shape.groups, sizeof(float)));
+    results.plain_max = static_cast<float*>(memory(rows * scored(mixture) * shape.groups, sizeof(float)));
   if (with_noise) results.least_words = static_cast<uint32_t*>(memory(rows * shape.groups, sizeof(uint32_t)));
   return results;
 }

@@ -80,9 +80,8 @@ const char* launch_finish(const DeviceMixture& mixture, const ScanResults& resul
   const char* error = launch(&finish_kernel<T, kProduct>, {mixture.rows}, kRowThreads, Start::kEarly, stream,
                              mixture, results, states);
   if (error) return error;
-  const int blocks = (shape_of(mixture).chunks + kScanWarps - 1) / kScanWarps;
-  return launch(&write_kernel<T, kProduct>, {mixture.rows, blocks}, kScanThreads, Start::kEarly, stream,
-                mixture, states, log_probs);
+  return launch(&write_kernel<T, kProduct>, {mixture.rows, chunk_blocks(mixture)}, kScanThreads,
+                Start::kEarly, stream, mixture, states, log_probs);
 }
 
 template <class T>

@@ -47,37 +47,38 @@ ENSEMW2S_DEVICE Best better(const Best& a, const Best& b) {
   return a.token < b.token ? a : b;
 }
 
+struct Sums {
+  uint64_t first, second;
+};
+
+ENSEMW2S_DEVICE Sums added(const Sums& a, const Sums& b) { return {a.first + b.first, a.second + b.second}; }
+
 // By all threads of a block.
 ENSEMW2S_DEVICE_CALL Best best_of_all(Best mine) { return reduce_block<kRowThreads>(mine, better); }
+ENSEMW2S_DEVICE_CALL Sums sums_of_all(Sums mine) { return reduce_block<kRowThreads>(mine, added); }
 
 // A token's score in the race: what it has beyond `anchor`, at the temperature, and its noise.
 ENSEMW2S_DEVICE_CALL double race_score(double log_prob, double anchor, double temperature, uint32_t word) {
   return (log_prob - anchor) / temperature + gumbel(word);
 }
 
-// The tokens of a row that may be drawn as they are, and what bounds their log-probabilities.
-struct PlainTokens {
-  const float* upper;             // [groups]
-  const uint32_t *mask, *listed;  // the row's words in an Offer; null if it has none
-  int vocabulary, groups;
-  float limit;  // candidates reach this
-
-  ENSEMW2S_DEVICE bool is_plain(int token) const {
-    const int word = token / 32, bit = token % 32;
-    return (!mask || (mask[word] >> bit & 1)) && (!listed || !(listed[word] >> bit & 1));
-  }
-};
-
 struct RowShared {
   RowState state;
-  PlainTokens plain;
+  const float*
+      upper;  // [groups]: bounds on the log-probabilities of the tokens that may be drawn as they are
   Offer offer;
   int64_t row, rows;
-  int count;  // of candidates, of which the first kSharedCandidates are kept
+  int vocabulary;
+  float limit;  // candidates reach this
+  int count;    // of candidates, of which the first kSharedCandidates are kept
   int32_t ids[kSharedCandidates];
   float log_probs[kSharedCandidates];
   uint64_t sums[kRowThreads > kBins ? kRowThreads : kBins];
   Digit digit;
+
+  ENSEMW2S_DEVICE bool is_plain(int token) const {
+    return offer.plain_word(row, token / 32) >> (token % 32) & 1;
+  }
 
   // By a single thread. The order of the candidates is left to chance: nothing may depend on it.
   ENSEMW2S_DEVICE void add_candidate(int token, float value) {
@@ -99,7 +100,7 @@ ENSEMW2S_DEVICE float slack_of(const RowState& state, float log_prob) {
 // visit(token, group) for every token that may be drawn as it is, of the groups first ... last - 1 with
 // is_near(group): a warp looks at a group together.
 template <class T, class Near, class Visit>
-ENSEMW2S_DEVICE void visit_groups(const PlainTokens& plain, int first, int last, const Near& is_near,
+ENSEMW2S_DEVICE void visit_groups(const RowShared& shared, int first, int last, const Near& is_near,
                                   const Visit& visit) {
   const int share = last - first < kRowThreads ? (last - first + kRowWarps - 1) / kRowWarps : kWarp;
 #pragma unroll 1
@@ -109,7 +110,7 @@ ENSEMW2S_DEVICE void visit_groups(const PlainTokens& plain, int first, int last,
 #pragma unroll 1
     for (uint32_t near = ballot(is_mine && is_near(mine)); near != 0; near &= near - 1) {
       const int group = start + lowest_bit(near), token = token_of<T>(group, lane_index());
-      if (token < plain.vocabulary && plain.is_plain(token)) visit(token, group);
+      if (token < shared.vocabulary && shared.is_plain(token)) visit(token, group);
     }
   }
 }
@@ -133,29 +134,26 @@ ENSEMW2S_DEVICE int64_t place_of(const Offer& offer, int64_t row, int token) {
 template <class T, bool kProduct>
 ENSEMW2S_DEVICE_CALL double offered_log_prob(const RowShared& shared, int token) {
   const double log_prob = exact_log_prob<T, kProduct>(shared.state, token);
-  if (shared.plain.is_plain(token)) return log_prob;
+  if (shared.is_plain(token)) return log_prob;
   const int64_t place = place_of(shared.offer, shared.row, token);
   if (place < 0 || !shared.offer.is_allowed(shared.row, token)) return -kInfinity;
   return shared.offer.adjustment(shared.rows, shared.row, place).of(log_prob);
 }
 
 template <class T, bool kProduct>
-ENSEMW2S_DEVICE_CALL float float_log_prob_of(const RowState& state, int token) {
+ENSEMW2S_DEVICE float quick_log_prob(const RowState& state, int token) {
   return float_log_prob<kProduct>(state, [&](int t) { return logit_of<T>(state, t, token); });
 }
 
 // Adds the candidates of the groups first ... last - 1.
 template <class T, bool kProduct>
 ENSEMW2S_DEVICE_CALL void gather(RowShared& shared, int first, int last) {
-  const RowState& state = shared.state;
-  const PlainTokens& plain = shared.plain;
-  const float near = plain.limit - slack_of<kProduct>(state, plain.limit);
+  const float near = shared.limit - slack_of<kProduct>(shared.state, shared.limit);
   visit_groups<T>(
-      plain, first, last, [&](int g) { return plain.upper[g] >= near; },
+      shared, first, last, [&](int g) { return shared.upper[g] >= near; },
       [&](int token, int) {
-        const float value =
-            float_log_prob<kProduct>(state, [&](int t) { return logit_of<T>(state, t, token); });
-        if (value >= plain.limit) shared.add_candidate(token, value);
+        const float value = quick_log_prob<T, kProduct>(shared.state, token);
+        if (value >= shared.limit) shared.add_candidate(token, value);
       });
 }
 
@@ -226,7 +224,6 @@ struct RowSampler {
   const Partial* partials;
   const float* all_max;  // the groups' largest logits
   const float* maxima;   // those of the tokens that count
-  bool is_restricted;    // whether some tokens may not be drawn, or not as they are
   const uint32_t* least_words;
   float *upper, *lower, *adjusted;
   float largest_lower;
@@ -245,23 +242,17 @@ struct RowSampler {
         partials(results.partials + row * (mixture.num_experts + 1) * shape_of(a_mixture).chunks),
         all_max(maxima_of(results.group_max)),
         maxima(results.plain_max ? maxima_of(results.plain_max) : all_max),
-        is_restricted(!mixture.offer.is_everything()),
         least_words(results.least_words + row * groups),
         upper(scratch.upper + row * groups),
         lower(scratch.lower + row * groups),
         adjusted(scratch.adjusted + row * mixture.offer.count),
         inverse_temperature(fminf(float(1 / settings.temperature), FLT_MAX)) {
-    const Offer& offer = mixture.offer;
     if (thread_index() != 0) return;
-    shared.plain = {upper,
-                    offer.mask ? offer.mask + row * offer.words : nullptr,
-                    offer.listed ? offer.listed + row * offer.words : nullptr,
-                    mixture.vocabulary,
-                    groups,
-                    0};
-    shared.offer = offer;
+    shared.upper = upper;
+    shared.offer = mixture.offer;
     shared.row = row;
     shared.rows = mixture.rows;
+    shared.vocabulary = mixture.vocabulary;
   }
 
   ENSEMW2S_DEVICE const float* maxima_of(const float* of_rows) const {
@@ -270,15 +261,18 @@ struct RowSampler {
 
   ENSEMW2S_DEVICE bool is_vote() const { return state.is_vote; }
 
+  // Whether some tokens may not be drawn, or not as they are.
+  ENSEMW2S_DEVICE bool is_restricted() const { return !shared.offer.is_everything(); }
+
   // The scan found the row valid. The token, which is the likeliest where the race has no winner, or -1 if no
   // token that may be drawn is possible.
   ENSEMW2S_DEVICE int draw() {
-    barrier();  // shared.plain is known
+    barrier();  // shared.offer is known
     if (is_vote())
       collect_votes();
     else
       bound_groups();
-    if (is_restricted && !offers_something()) return -1;
+    if (is_restricted() && !offers_something()) return -1;
     const int winner = settings.is_greedy() ? -1 : race();
     if (winner >= 0) return winner;
     return is_vote() ? most_voted() : most_probable();
@@ -300,11 +294,10 @@ struct RowSampler {
   // visit(token, number) for the adjusted tokens that may be drawn.
   template <class Visit>
   ENSEMW2S_DEVICE void visit_adjusted(const Visit& visit) const {
-    if (!is_restricted) return;
 #pragma unroll 1
-    for (int64_t i = thread_index(); i < mixture.offer.count; i += kRowThreads) {
-      const int token = mixture.offer.token(row, i);
-      if (token >= 0 && mixture.offer.is_allowed(row, token)) visit(token, i);
+    for (int64_t i = thread_index(); i < shared.offer.count; i += kRowThreads) {
+      const int token = shared.offer.token(row, i);
+      if (token >= 0 && shared.offer.is_allowed(row, token)) visit(token, i);
     }
   }
 
@@ -374,7 +367,7 @@ struct RowSampler {
   ENSEMW2S_DEVICE int most_probable_of_best_group() {
     Best best{0, -1, 0};
     visit_groups<T>(
-        shared.plain, 0, groups, [&](int g) { return lower[g] == largest_lower; },
+        shared, 0, groups, [&](int g) { return lower[g] == largest_lower; },
         [&](int token, int) { best = better(best, {exact_log_prob<T, kProduct>(state, token), token, 0}); });
     return best_of_all(best).token;
   }
@@ -409,7 +402,7 @@ struct RowSampler {
   // less than slack() below).
   ENSEMW2S_DEVICE void collect(float floor) {
     const float limit = limit_of(floor);
-    if (thread_index() == 0) shared.plain.limit = limit;
+    if (thread_index() == 0) shared.limit = limit;
     clear_candidates();
     gather<T, kProduct>(shared, 0, groups);
     visit_adjusted([&](int token, int64_t i) {
@@ -423,7 +416,7 @@ struct RowSampler {
   // Makes candidates of all possible tokens, which the next look at them finds.
   ENSEMW2S_DEVICE void take_all() {
     barrier();
-    if (thread_index() == 0) shared.plain.limit = kLowest;
+    if (thread_index() == 0) shared.limit = kLowest;
     if (thread_index() == 0) shared.count = kSharedCandidates + mixture.vocabulary;
     barrier();
   }
@@ -458,19 +451,19 @@ struct RowSampler {
       visit_kept(visit);
     }
     visit_adjusted([&](int token, int64_t i) {
-      if (adjusted[i] >= shared.plain.limit) visit(token, adjusted[i]);
+      if (adjusted[i] >= shared.limit) visit(token, adjusted[i]);
     });
     barrier();
     if (thread_index() == 0) shared.count = count;
     barrier();
   }
 
-  // Sum of weight(token, log-probability) over the candidates.
-  template <class Weight>
-  ENSEMW2S_DEVICE uint64_t weigh(const Weight& weight) const {
-    uint64_t sum = 0;
-    visit_candidates([&](int token, float value) { sum += weight(token, value); });
-    return reduce_block<kRowThreads>(sum, [](uint64_t a, uint64_t b) { return a + b; });
+  // Two sums over the candidates: add(token, log-probability, sums) adds a candidate's part.
+  template <class Add>
+  ENSEMW2S_DEVICE Sums sum_candidates(const Add& add) const {
+    Sums sums{};
+    visit_candidates([&](int token, float value) { add(token, value, sums); });
+    return sums_of_all(sums);
   }
 
   // A log-probability that at least `count` tokens reach: each group holds one that reaches its lower bound.
@@ -500,11 +493,10 @@ struct RowSampler {
   // the likeliest first.
   ENSEMW2S_DEVICE void write_likeliest(const SampleOutputs& outputs) {
     const int count = int(outputs.top_count);
-    if (is_restricted) {
+    if (is_restricted()) {
       barrier();
       maxima = all_max;
-      is_restricted = false;
-      if (thread_index() == 0) shared.plain.mask = shared.plain.listed = nullptr;
+      if (thread_index() == 0) shared.offer = {};
       barrier();
       if (!is_vote()) bound_groups();
     }
@@ -564,20 +556,18 @@ struct RowSampler {
     const float top = likeliest.log_prob;
     Kept kept{0, mixture.vocabulary};
     if (settings.top_k > 0 && settings.top_k < shared.count)
-      kept.key = select_key(shared, ascending_bits(shared.plain.limit), ascending_bits(top),
+      kept.key = select_key(shared, ascending_bits(shared.limit), ascending_bits(top),
                             uint64_t(settings.top_k), [&](const auto& add) {
                               visit_candidates([&](int, float value) { add(ascending_bits(value), 1); });
                             });
     if (settings.top_p < 1) {
-      const uint64_t sum = weigh([&](int, float value) { return mass_above(kept.key, value, top); });
+      const uint64_t sum = sum_candidates([&](int, float value, Sums& sums) {
+                             if (ascending_bits(value) >= kept.key) sums.first += mass(value, top);
+                           }).first;
       keep_nucleus(kept, top, target_of(double(sum)), sum);
     }
     anchor = offered(likeliest.token);
     return race_candidates(kept, min_p_floor(top));
-  }
-
-  ENSEMW2S_DEVICE uint64_t mass_above(uint32_t least, float value, float top) const {
-    return ascending_bits(value) >= least ? mass(value, top) : 0;
   }
 
   // Narrows what is kept, whose mass is `sum`, to the likeliest candidates that weigh `target` together. None
@@ -585,16 +575,18 @@ struct RowSampler {
   ENSEMW2S_DEVICE void keep_nucleus(Kept& kept, float top, uint64_t target, uint64_t sum) const {
     if (target > sum) return;
     const uint32_t least = kept.key;
-    const uint32_t edge = select_key(shared, ascending_bits(shared.plain.limit),
-                                     ascending_bits(top + slack(top)), target, [&](const auto& add) {
+    const uint32_t edge = select_key(shared, ascending_bits(shared.limit), ascending_bits(top + slack(top)),
+                                     target, [&](const auto& add) {
                                        visit_candidates([&](int, float value) {
                                          const uint32_t key = ascending_bits(value);
                                          if (key >= least) add(key, mass(value, top));
                                        });
                                      });
-    const uint64_t above =
-        weigh([&](int, float value) { return ascending_bits(value) > edge ? mass(value, top) : 0; });
-    const uint64_t tied = weigh([&](int, float value) { return uint64_t(ascending_bits(value) == edge); });
+    const auto [above, tied] = sum_candidates([&](int, float value, Sums& sums) {
+      const uint32_t key = ascending_bits(value);
+      if (key > edge) sums.first += mass(value, top);
+      if (key == edge) ++sums.second;
+    });
     const uint64_t each = mass(from_ascending_bits(edge), top);
     const uint64_t admitted = (target - above + each - 1) / each;
     kept = {edge, mixture.vocabulary};
@@ -622,7 +614,7 @@ struct RowSampler {
     if (settings.top_p < 1) {
       const uint64_t mine = is_kept ? mass(value, top) : 0;
       if (i < count) shared.sums[i] = mine;
-      const uint64_t total = reduce_block<kRowThreads>(mine, [](uint64_t a, uint64_t b) { return a + b; });
+      const uint64_t total = sums_of_all({mine, 0}).first;
       uint64_t before = 0;
       for (int other = 0; other < count; ++other)
         if (is_likelier(shared.log_probs[other], shared.ids[other], value, token))
@@ -636,16 +628,14 @@ struct RowSampler {
     return best_of_all(best).token;
   }
 
-  // ---- top-p alone: the winner among all tokens is the nucleus's, too, if it lies in it, as it mostly does
-  // ----
+  // ---- top-p alone: if the winner among all tokens lies in the nucleus, it is the nucleus's, too ----
 
   // Whether all tokens together weigh 1, which is then known without a look at them.
-  ENSEMW2S_DEVICE bool weighs_one() const { return settings.temperature == 1 && !is_restricted; }
+  ENSEMW2S_DEVICE bool weighs_one() const { return settings.temperature == 1 && !is_restricted(); }
 
   // As the candidates have it.
   ENSEMW2S_DEVICE float offered_as_float(int token) const {
-    return shared.plain.is_plain(token) ? float_log_prob_of<T, kProduct>(state, token)
-                                        : float(offered(token));
+    return shared.is_plain(token) ? quick_log_prob<T, kProduct>(state, token) : float(offered(token));
   }
 
   ENSEMW2S_DEVICE int race_in_nucleus() {
@@ -656,31 +646,18 @@ struct RowSampler {
       collect(value);
     else
       take_all();
-    const NucleusMasses masses = weigh_nucleus(winner, value, top);
-    const double total = weighs_one() ? fmax(double(masses.total), exp(-double(top)) * double(kMassUnit))
-                                      : double(masses.total);
-    if (masses.likelier < target_of(total)) return winner;
+    const auto [likelier, sum] = sum_candidates([&](int token, float other, Sums& sums) {
+      const uint64_t weight = mass(other, top);
+      if (is_likelier(other, token, value, winner)) sums.first += weight;
+      sums.second += weight;
+    });
+    const double total =
+        weighs_one() ? fmax(double(sum), exp(-double(top)) * double(kMassUnit)) : double(sum);
+    if (likelier < target_of(total)) return winner;
     if (!weighs_one()) collect(value);
     Kept kept{0, mixture.vocabulary};
-    keep_nucleus(kept, top, target_of(total), masses.total);
+    keep_nucleus(kept, top, target_of(total), sum);
     return race_candidates(kept, min_p_floor(top));
-  }
-
-  struct NucleusMasses {
-    uint64_t likelier;  // of the tokens that are likelier than the winner
-    uint64_t total;     // of all candidates
-  };
-
-  ENSEMW2S_DEVICE NucleusMasses weigh_nucleus(int winner, float value, float top) const {
-    NucleusMasses masses{};
-    visit_candidates([&](int token, float other) {
-      const uint64_t weight = mass(other, top);
-      masses.total += weight;
-      if (is_likelier(other, token, value, winner)) masses.likelier += weight;
-    });
-    return reduce_block<kRowThreads>(masses, [](const NucleusMasses& a, const NucleusMasses& b) {
-      return NucleusMasses{a.likelier + b.likelier, a.total + b.total};
-    });
   }
 
   // ---- Gumbel race: argmax over tokens of (log_prob - anchor) / temperature + noise ----
@@ -732,11 +709,11 @@ struct RowSampler {
     // The group of the highest bound first: few others can beat what it holds.
     Best best{0, -1, 0};
     const int token = group.token < 0 ? mixture.vocabulary : token_of<T>(group.token, lane_index());
-    if (warp_index() == 0 && token < mixture.vocabulary && shared.plain.is_plain(token))
+    if (warp_index() == 0 && token < mixture.vocabulary && shared.is_plain(token))
       enter(best, token, upper[group.token], floor);
     best = best_of_all(best);
     visit_groups<T>(
-        shared.plain, 0, groups,
+        shared, 0, groups,
         [&](int g) {
           return reaches_floor(g) &&
                  (best.token < 0 || double(highest_score(upper[g], least_words[g])) >= best.score);

@@ -125,8 +125,7 @@ def load_questions(
         raise ValueError(f"{name}: prompt_regex and binary are for texts, not for conversations: leave them out")
     rows = [_cut_prompt(row, regex) for row in checked]
     distinct = _distinct(rows)
-    if len(distinct) < len(rows):
-        repeated = len(rows) - len(distinct)
+    if repeated := len(rows) - len(distinct):
         answers = len({(question_key(row["prompt"]), str(row.get("answer"))) for row in rows}) - len(distinct)
         differing = f", {answers} of them with another answer" if answers else ""
         warnings.warn(

@@ -6,6 +6,7 @@
 #include "library.h"
 #include "mixture.h"
 #include "parallel.h"
+#include "settings.h"
 
 namespace ensemw2s {
 
@@ -60,18 +61,12 @@ extern "C" const char* emulated_log_probs(uint64_t, const void* const* logits, c
 extern "C" const char* emulated_sample(uint64_t, const void* const* logits, const int64_t* row_strides,
                                        int num_experts, int64_t rows, int vocabulary, const float* weights,
                                        int64_t weight_stride, int combine, int dtype,
-                                       const EmulatedSettings* s, int64_t top_count, int64_t* tokens,
+                                       const EmulatedSettings* settings, int64_t top_count, int64_t* tokens,
                                        float* log_probs, float* expert_log_probs, bool* valid,
                                        int64_t* top_tokens, float* top_log_probs) {
   Given given(logits, row_strides, num_experts, rows, vocabulary, weights, weight_stride, combine, dtype);
-  given.mixture.offer = {s->mask, s->tokens, s->values, s->listed, s->count, (vocabulary + 31) / 32};
-  const SampleSettings settings{{s->temperature, s->rows[0], s->wide[0]},
-                                {s->top_k, s->rows[1], s->wide[1]},
-                                {s->top_p, s->rows[2], s->wide[2]},
-                                {s->min_p, s->rows[3], s->wide[3]},
-                                s->seeds,
-                                s->positions};
-  mixture_sample(given.mixture, settings,
+  given.mixture.offer = offer_of(*settings, vocabulary);
+  mixture_sample(given.mixture, settings_of(*settings),
                  {tokens, log_probs, expert_log_probs, valid, top_tokens, top_log_probs, top_count});
   return nullptr;
 }

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cuda.cases import run_cases
 from tests.cuda.emulated import EMULATION, ROOT, find_compiler
-from tests.cuda.test_emulated import run_cases
 
 KERNELS = ("mixture_log_probs.cpp", "mixture_sample.cpp")
 # As setup.py compiles them; warnings of GCC about vectors that this processor has no registers for are none of ours.

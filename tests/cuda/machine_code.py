@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +51,9 @@ class Kernel:
 
 def compile_kernels(nvcc: str, source: Path, folder: Path, architecture: int = 90) -> dict[str, Kernel]:
     """Compile ``source`` and take the result apart; the keys are names such as ``scan_kernel<BFloat16, 0>``."""
+    pytest.importorskip("triton")  # whose package brings the disassembler
+    from tests.kernels.compile_ahead import disassembled
+
     cubin = folder / f"{source.stem}.cubin"
     command = [
         nvcc,
@@ -65,9 +67,7 @@ def compile_kernels(nvcc: str, source: Path, folder: Path, architecture: int = 9
     command += [f"-I{ROOT / 'csrc' / 'include'}", f"-I{KERNELS}", str(source), "-o", str(cubin)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    listing = subprocess.run(
-        [_disassembler(nvcc), "-sass", str(cubin)], capture_output=True, text=True, check=True
-    ).stdout
+    listing = disassembled(cubin.read_bytes(), "-sass")
     resources = dict(re.findall(r"Compiling entry function '(\w+)'.*?\n((?:.*\n)*?.*Used \d+ registers.*)", run.stderr))
     kernels = {}
     for part in listing.split("Function : ")[1:]:
@@ -85,18 +85,6 @@ def compile_kernels(nvcc: str, source: Path, folder: Path, architecture: int = 9
 
 
 def _readable(symbol: str) -> str:
-    found = re.match(r"_ZN8ensemw2s4cuda\d+(\w+?_kernel)I(f|NS_\d+(?:BFloat16|Half)E)Lb([01])E", symbol)
-    dtype = re.sub(r"NS_\d+(\w+)E", r"\1", found[2]).replace("f", "float") if found[2] == "f" else found[2]
-    dtype = re.sub(r"NS_\d+(\w+)E", r"\1", dtype)
-    return f"{found[1]}<{dtype}, {found[3]}>"
-
-
-def _disassembler(nvcc: str) -> str:
-    """cuobjdump, of the toolkit or of triton's package; skips the test where there is none."""
-    import triton
-
-    packaged = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    for folder in (Path(nvcc).parent, packaged):
-        if found := shutil.which("cuobjdump", path=str(folder)):
-            return found
-    pytest.skip("no cuobjdump is installed")
+    name, dtype, flag = re.match(r"_ZN8ensemw2s4cuda\d+(\w+?_kernel)I(f|NS_\d+\w+?E)Lb([01])E", symbol).groups()
+    dtype = "float" if dtype == "f" else re.sub(r"NS_\d+(\w+)E", r"\1", dtype)
+    return f"{name}<{dtype}, {flag}>"

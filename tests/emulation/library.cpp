@@ -7,6 +7,7 @@
 
 #include "device.h"
 #include "launch.h"
+#include "settings.h"
 
 namespace ensemw2s::cuda {
 namespace {
@@ -46,22 +47,10 @@ DeviceMixture mixture_of(const void* const* logits, const int64_t* row_strides, 
   return mixture;
 }
 
-SampleSettings settings_of(const EmulatedSettings& given) {
-  return {{given.temperature, given.rows[0], given.wide[0]},
-          {given.top_k, given.rows[1], given.wide[1]},
-          {given.top_p, given.rows[2], given.wide[2]},
-          {given.min_p, given.rows[3], given.wide[3]},
-          given.seeds,
-          given.positions};
-}
-
-Offer offer_of(const EmulatedSettings& given, int vocabulary) {
-  return {given.mask, given.tokens, given.values, given.listed, given.count, (vocabulary + 31) / 32};
-}
-
 }  // namespace
 }  // namespace ensemw2s::cuda
 
+using namespace ensemw2s;
 using namespace ensemw2s::cuda;
 
 extern "C" const char* emulated_log_probs(uint64_t order, const void* const* logits,
