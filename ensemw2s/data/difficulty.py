@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _REMEDY = (
-    "Rate them by models that are trained longer (if all seem hard) or shorter (if all seem easy), use a finer scale "
-    "of your own, or lower `resolution` if smaller differences mean something"
+    "If the scale is your own, use a finer one; if models rated them, train those longer (if all seem hard) or shorter "
+    "(if all seem easy); or lower `resolution` if smaller differences mean something"
 )
 
 
@@ -104,7 +105,17 @@ def split_by_difficulty(
         )
     # One cut where nothing is left between: two roundings could choose two.
     shares = {"easy": easy, "hard": easy if math.isclose(easy + hard, 1) else 1 - hard}
-    sizes = {part: _cut(values, levels, part, share, tolerance, resolution) for part, share in shares.items()}
+    sizes = {part: _nearest_cut(levels, share) for part, share in shares.items()}
+    for part, share in shares.items():
+        wanted = _wanted(share, len(values))
+        if abs(sizes[part] - wanted) > tolerance * len(values) + 0.5:
+            tied = values[levels == np.sort(levels)[int(wanted)]]
+            raise ValueError(
+                f"the difficulty is degenerate: {len(tied) / len(values):.0%} of {len(values)} questions have a "
+                f"difficulty of {np.median(tied):.4g} (to within {resolution:g}), and the {part} part would have to "
+                f"end among them. No cut between two values is within {tolerance:.0%} of the wanted share. "
+                f"Set {_shares_that_fit(sizes, len(values))}, which fits, with splits of such sizes. {_REMEDY}"
+            )
     ranks = np.argsort(np.argsort(levels, kind="stable"), kind="stable")
     rows = [np.flatnonzero(ranks < sizes["easy"]), np.flatnonzero(ranks >= sizes["hard"])]
     parts = {name: questions.select(chosen) for name, chosen in zip(("easy", "hard"), rows, strict=True)}
@@ -117,23 +128,22 @@ def split_by_difficulty(
     })  # fmt: skip
 
 
-def _cut(values: np.ndarray, levels: np.ndarray, part: str, below: float, tolerance: float, resolution: float) -> int:
-    """Return how many questions are below the cut that `part` borders on, the share `below` being wanted."""
-    ordered, count = np.sort(levels), len(levels)
-    places = np.flatnonzero(np.diff(ordered)) + 1
-    # Each part gets a question at least.
-    wanted = min(max(below * count, 1), count - 1)
-    size = int(places[np.abs(places - wanted).argmin()])
-    if abs(size - wanted) <= tolerance * count + 0.5:
-        return size
-    tied = levels == ordered[int(wanted)]
-    share = size / count if part == "easy" else 1 - size / count
-    raise ValueError(
-        f"the difficulty is degenerate: {tied.mean():.0%} of {count} questions have a difficulty of "
-        f"{np.median(values[tied]):.4g} (to within {resolution:g}), and the {part} part would have to end among them. "
-        f"The nearest cut between two values makes it {share:.0%}, not within {tolerance:.0%} of the wanted share. "
-        f"{_REMEDY}; or set {part}={share:.2f}"
-    )
+def _wanted(below: float, count: int) -> float:
+    """Return how many of `count` questions are to be below a cut, for a share; each part gets a question at least."""
+    return min(max(below * count, 1), count - 1)
+
+
+def _nearest_cut(levels: np.ndarray, below: float) -> int:
+    """Return how many questions are below the cut between two values that is nearest to the share `below`."""
+    places = np.flatnonzero(np.diff(np.sort(levels))) + 1
+    return int(places[np.abs(places - _wanted(below, len(levels))).argmin()])
+
+
+def _shares_that_fit(sizes: Mapping[str, int], count: int) -> str:
+    easy = min(max(sizes["easy"] / count, 0.01), 0.99)
+    hard = min(max(1 - sizes["hard"] / count, 0.01), 0.99)
+    # Two roundings could make more than all of it.
+    return f"easy={easy:.2f} and hard={min(round(hard, 2), 1 - round(easy, 2)):.2f}"
 
 
 def check_cut(easy: float, hard: float, tolerance: float, resolution: float) -> None:

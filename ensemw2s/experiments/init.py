@@ -5,21 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ensemw2s.data.difficulty import DifficultySplit, split_by_difficulty
 from ensemw2s.data.questions import exclude_questions, load_questions
 from ensemw2s.data.tokens import QuestionFormat
-from ensemw2s.experiments.config import build_config
+from ensemw2s.experiments.config import DifficultyConfig, build_config
 from ensemw2s.models.loading import require_source
 from ensemw2s.runtime.files import new_file
 from ensemw2s.runtime.parsing import parse_yaml
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Of the easy and of the hard questions, the share of each split.
 _EASY = {"train": 0.6, "validation": 0.15, "test_id": 0.25}
 _HARD = {"unlabelled": 0.6, "test_ood": 0.4}
 _FEWEST = 20
-# One source is cut in two halves, and the cut may miss them by a tenth of all questions.
+# The two halves of a source that is rated first may miss their share by a tenth of all questions.
 _SURE_SHARE = 0.4
 _FOLDS = 5
 
@@ -46,19 +51,23 @@ def write_configuration(
     Raises:
         FileExistsError: `path` is there already.
         FileNotFoundError: a file of questions or a model is not there.
-        ValueError: bad questions, or too few of them.
+        ValueError: bad questions, too few of them, or a `difficulty` that is the same for all.
     """
     if path.exists():
         raise FileExistsError(f"{path} is there already and stays as it is: name another file, or move it away")
     renamed = {} if columns is None else {"columns": dict(columns)}
     easy = load_questions({"file": questions, **renamed})
     answers = list(easy["answer"])
-    if hard is None:
-        counts = dict.fromkeys(("easy", "hard"), int(_SURE_SHARE * len(easy)))
-    else:
+    share, cut = 0.5, None
+    if hard is not None:
         others = exclude_questions(load_questions({"file": hard, **renamed}), [easy])
         counts = {"easy": len(easy), "hard": len(others)}
         answers += others["answer"]
+    elif "difficulty" in easy.column_names:
+        share, cut = _cut_near_the_middle(easy)
+        counts = {"easy": len(cut.easy), "hard": len(cut.hard)}
+    else:
+        counts = dict.fromkeys(("easy", "hard"), int(_SURE_SHARE * len(easy)))
     for kind, count in counts.items():
         if count < _FEWEST:
             raise ValueError(
@@ -80,7 +89,7 @@ def write_configuration(
         file=path, name=re.sub(r"\W", "_", path.stem.lower(), flags=re.ASCII), weak=weak, strong=strong,
         lora=not weak.startswith("scratch:"), format=asked, questions={"file": questions, **renamed},
         hard=hard and {"file": hard, **renamed}, sizes=sizes, longest=longest,
-        folds=_FOLDS if "difficulty" not in easy.column_names else None,
+        share=share, cut=cut and cut.record, folds=_FOLDS,
         # A token has one character at least, nearly always, and the end is a token. So is what stands in front of the
         # answer, and hard answers may be longer.
         max_new_tokens=min(len(asked.answer_prefix) + longest + longest // 2 + 1, 256),
@@ -88,3 +97,16 @@ def write_configuration(
     build_config(parse_yaml(text, str(path)))
     with new_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def _cut_near_the_middle(questions: Dataset) -> tuple[float, DifficultySplit]:
+    """Return the share of easy questions to ask for, and what it gives.
+
+    A scale of few values may have no cut near the middle: then the nearest one is asked for.
+    """
+    nearest = split_by_difficulty(questions, tolerance=1.0).record["easy_share"]
+    usual = DifficultyConfig()
+    share = min(max(round(nearest, 2), 0.01), 0.99)
+    if abs(nearest - usual.easy) <= usual.tolerance:
+        share = usual.easy
+    return share, split_by_difficulty(questions, share, round(1 - share, 2))

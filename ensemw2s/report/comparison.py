@@ -27,7 +27,7 @@ def compare_runs(first: str | os.PathLike[str], second: str | os.PathLike[str]) 
 
     Raises:
         FileNotFoundError: a folder without results.
-        ValueError: a corrupt record, or a run that measured no arm.
+        ValueError: a corrupt record, or a run that measured no arm; names the run.
     """
     runs = load_runs([first, second])
     names = [run.name for run in runs]
@@ -50,11 +50,14 @@ def _settings(runs: list[Run], names: list[str]) -> Rows:
 
 def _told(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration without what follows from its other keys, and without where the run is kept."""
-    return {key: value for key, value in config.items() if key not in ("resolved", "name", "output_dir", "store")}
+    untold = {"resolved", "name", "output_dir", "store"}
+    if config.get("task") == config.get("name"):
+        untold.add("task")
+    return {key: value for key, value in config.items() if key not in untold}
 
 
 def _accuracies(runs: list[Run], names: list[str]) -> Rows:
-    pools = [pool_runs(run.records) for run in runs]
+    pools = list(map(_pool, runs))
     arms = sorted({arm for pool in pools for arm in pool.arms}, key=arm_order)
     headers, columns = ["Arm"], []
     for split in TEST_SPLITS:
@@ -64,6 +67,13 @@ def _accuracies(runs: list[Run], names: list[str]) -> Rows:
         columns += [[_percent(pool.accuracy(arm, split)) for arm in arms] for pool in pools]
         columns.append([_difference(pools, arm, split) if alike else "" for arm in arms])
     return headers, [list(row) for row in zip(map(arm_name, arms), *columns, strict=True)]
+
+
+def _pool(run: Run) -> Pool:
+    try:
+        return pool_runs(run.records)
+    except ValueError as error:
+        raise ValueError(f"{run.name}: {error}") from error
 
 
 def _asked(run: Run, split: str) -> set[str]:

@@ -378,6 +378,9 @@ def difference_text(difference: Interval | None) -> str:
     if difference is None:
         return ""
     verdict = "better" if difference.low > 0 else "worse" if difference.high < 0 else "not decided"
+    # No seed had a question that one arm answered right and the other wrong.
+    if not any(difference):
+        verdict = "right on the same questions"
     return f"{difference_interval(difference)}: {verdict}"
 
 

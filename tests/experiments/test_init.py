@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
 
 from ensemw2s.cli import main
 from ensemw2s.experiments.config import load_config
+from ensemw2s.experiments.experiment import Experiment
 from tests.tiny import questions, saved_model
 
 
@@ -55,6 +58,34 @@ def test_one_file_is_split_by_difficulty_and_rated_where_it_says_nothing_of_it(
     config = load_config(words[1])
     assert config.data.difficulty.folds is None
     assert sum(config.data.sizes.values()) <= 60
+
+
+@pytest.mark.parametrize(
+    ("grades", "shares"),
+    [
+        # A third each: no cut is within a tenth of a half.
+        ([1, 2, 3] * 40, (0.33, 0.67)),
+        ([1] * 75 + [2] * 25, (0.75, 0.25)),
+        ([1] * 30 + [2] * 90 + [3] * 3 + [4] * 37, (0.75, 0.25)),
+        (["1", "2", "4", "5"] * 30, (0.5, 0.5)),
+        ([x / 50 for x in range(100)], (0.5, 0.5)),
+        # Ties on both sides of a few values that lie close together.
+        ([0.0] * 900 + [x + 1.0 for x in range(9)] + [50.0] * 91, (0.9, 0.1)),
+    ],
+)
+def test_a_scale_of_few_values_is_cut_where_it_can_be(
+    tmp_path: Path, words: list[str], grades: list[Any], shares: tuple[float, float]
+) -> None:
+    rows = [{"prompt": f"{i} + 1 =", "answer": str(i + 1), "difficulty": grade} for i, grade in enumerate(grades)]
+    Dataset.from_list(rows).to_json(tmp_path / "easy.jsonl")
+    assert main(words) == 0
+    config = load_config(words[1])
+    assert (config.data.difficulty.easy, config.data.difficulty.hard) == shares
+    experiment = Experiment(dataclasses.replace(config, output_dir=str(tmp_path / "run")))
+    sizes = {record["split"]: record["n"] for record in experiment.run(("data",)) if record["kind"] == "questions"}
+    assert sizes == config.data.sizes
+    # Nearly all of them are used.
+    assert sum(sizes.values()) >= len(grades) - 5
 
 
 def test_it_asks_for_what_is_missing(tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +133,8 @@ def test_a_name_is_text_whatever_is_in_it(tmp_path: Path, words: list[str]) -> N
         ({3: ""}, "init needs the experts' model"),
         ({2: "--questions=gone.jsonl"}, "gone.jsonl does not exist: name a file of questions"),
         ({2: "--questions={folder}/few.jsonl"}, "few.jsonl leaves 4 easy questions, expected at least 20"),
+        ({2: "--questions={folder}/alike.jsonl"}, "80 questions have 1 distinct values"),
+        ({2: "--questions={folder}/rare.jsonl"}, "rare.jsonl leaves 3 hard questions, expected at least 20"),
         ({5: "--hard={folder}/few.jsonl"}, "few.jsonl leaves 10 hard questions, expected at least 20"),
         ({1: "{folder}/easy.jsonl"}, "easy.jsonl is there already and stays as it is"),
         ({3: "--weak=./wek"}, "./wek does not exist: give a model folder"),
@@ -118,6 +151,8 @@ def test_what_it_cannot_work_with_is_named(
     tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str], change: dict[int, str], said: str
 ) -> None:
     Dataset.from_list(questions(10, seed=9, start=900).to_list()).to_json(tmp_path / "few.jsonl")
+    for name, grades in {"alike": [1] * 80, "rare": [1] * 77 + [2] * 3}.items():
+        questions(80).add_column("difficulty", grades).to_json(tmp_path / f"{name}.jsonl")
     given = dict(enumerate(words)) | {place: word.format(folder=tmp_path) for place, word in change.items()}
     assert exit_status([word for word in given.values() if word]) == 2
     assert said in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -324,7 +325,10 @@ def test_every_easy_question_is_easier_than_every_hard_one(
     try:
         parts = split_by_difficulty(rows, easy, hard, resolution=resolution)
     except ValueError as error:
-        assert "distinct values" in str(error) or "degenerate" in str(error)
+        advice = re.search(r"Set easy=(\S+) and hard=(\S+),", str(error))
+        assert "distinct values" in str(error) or advice
+        if advice:
+            split_by_difficulty(rows, *map(float, advice.groups()), resolution=resolution)
         return
     record, size = parts.record, len(values)
     assert max(parts.easy["difficulty"]) == record["easy_up_to"] < record["hard_from"] == min(parts.hard["difficulty"])
@@ -375,11 +379,11 @@ def test_a_scale_of_few_values_is_cut_between_them() -> None:
     [
         ([0.02] * 12 + [0.5] * 78 + [0.9] * 10, {},
          r"78% of 100 questions have a difficulty of 0\.5 \(to within 0\.01\), and the easy part would have to end "
-         r"among them\. The nearest cut between two values makes it 12%, not within 10% of the wanted share\. Rate "
-         r"them by models that are trained longer .*; or set easy=0\.12"),
+         r"among them\. No cut between two values is within 10% of the wanted share\. Set easy=0\.12 and hard=0\.88, "
+         r"which fits, with splits of such sizes\. If the scale is your own, use a finer one; if models rated them"),
         ([0.1] * 30 + [0.5] * 70, {"easy": 0.3, "hard": 0.3},
-         r"70% of 100 .* hard part .* makes it 70%.* set hard=0\.70"),
-        ([3] * 10, {}, "the difficulties of 10 questions have 1 distinct values .* expected at least 2. Rate them"),
+         r"70% of 100 .* hard part .* Set easy=0\.30 and hard=0\.70"),
+        ([3] * 10, {}, "the difficulties of 10 questions have 1 distinct values .* expected at least 2. If the scale"),
         ([0.0, 1.0] * 10, {"min_values": 5}, "20 questions have 2 distinct values .* expected at least 5"),
         ([1.0, float("nan"), 2.0], {}, "difficulty is nan, expected a finite number. Fill it in, or leave the row out"),
         ([1.0, None, 2.0], {}, "difficulty is None, expected a finite number"),
@@ -504,6 +508,8 @@ def test_an_experiment_rates_questions_by_its_weak_model(tmp_path: Path, monkeyp
 def test_an_experiment_refuses_a_rating_that_says_nothing(tmp_path: Path) -> None:
     rows = questions(130).add_column("difficulty", [1] * 100 + [2] * 30)
     experiment = Experiment(build_config(experiment_settings(tmp_path, rows)))
-    with pytest.raises(ValueError, match=r"77% of 130 questions have a difficulty of 1 .* set easy=0\.77"):
+    with pytest.raises(
+        ValueError, match=r"77% of 130 questions .* difficulty of 1 .* Set easy=0\.77 and hard=0\.23"
+    ):
         experiment.run(("data",))
     assert not (experiment.folder / "data").exists()

@@ -12,10 +12,10 @@ import pytest
 from ensemw2s.cli import main
 from ensemw2s.report.comparison import compare_runs
 from ensemw2s.report.statistics import pooled_difference
-from ensemw2s.runtime.files import write_json, write_json_lines
+from ensemw2s.runtime.files import read_json_lines, write_json, write_json_lines
 from ensemw2s.runtime.records import questions_digest
 from tests.many_runs import answer_records
-from tests.report.test_page import CONFIG
+from tests.report.test_page import CONFIG, in_run, round_records
 
 QUESTIONS = 60
 
@@ -66,6 +66,25 @@ def test_runs_that_asked_other_questions_have_no_differences(tmp_path: Path) -> 
     (_, settings), (_, rows) = compare_runs(one, two)
     assert settings == []
     assert rows == [["Ensemble", "33.3%", "83.3%", "", "33.3%", "83.3%", ""]]
+
+
+def test_runs_that_differ_in_their_names_alone(tmp_path: Path) -> None:
+    one, two = (made(tmp_path / name, {"ensemble": 20}, {"task": name}) for name in ("one", "two"))
+    (_, settings), (_, rows) = compare_runs(one, two)
+    assert settings == []
+    same = "0.0 (0.0 to 0.0): right on the same questions"
+    assert rows == [["Ensemble", "33.3%", "33.3%", same, "33.3%", "33.3%", same]]
+    other = made(tmp_path / "three", {"ensemble": 20}, {"task": "sums"})
+    assert compare_runs(one, other)[0][1] == [["task", "-", "sums"]]
+
+
+def test_a_run_that_is_not_finished_is_named(tmp_path: Path) -> None:
+    one, two = (made(tmp_path / name, {"ensemble": 20}, {}) for name in ("one", "two"))
+    rows = [row for row in read_json_lines(two / "results.jsonl") if row["kind"] != "answers"]
+    rounds = in_run(round_records(np.random.default_rng(0)), "two", 0)
+    write_json_lines(two / "results.jsonl", [*rows, *rounds])
+    with pytest.raises(ValueError, match=r"^two: no record of kind 'answers' on test questions: run evaluate first"):
+        compare_runs(one, two)
 
 
 def test_the_command_prints_both_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -390,7 +390,7 @@ def test_a_difference_of_nothing_has_no_sign(tmp_path):
     records = [arm_record("ensemble", "id", np.array([0, 1]))]
     records += [answers | {"arm": arm} for arm in ("ensemble", "single_expert")]
     text = Page(page_of([make_run(tmp_path / "same", in_run(records, "same", 0))], tmp_path)).text
-    assert "0.0 (0.0 to 0.0): not decided" in text
+    assert "0.0 (0.0 to 0.0): right on the same questions" in text
     assert not re.search(r"[+−]0\.0\b", text)
 
 
