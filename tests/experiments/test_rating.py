@@ -508,8 +508,6 @@ def test_an_experiment_rates_questions_by_its_weak_model(tmp_path: Path, monkeyp
 def test_an_experiment_refuses_a_rating_that_says_nothing(tmp_path: Path) -> None:
     rows = questions(130).add_column("difficulty", [1] * 100 + [2] * 30)
     experiment = Experiment(build_config(experiment_settings(tmp_path, rows)))
-    with pytest.raises(
-        ValueError, match=r"77% of 130 questions .* difficulty of 1 .* Set easy=0\.77 and hard=0\.23"
-    ):
+    with pytest.raises(ValueError, match=r"77% of 130 questions .* difficulty of 1 .* Set easy=0\.77 and hard=0\.23"):
         experiment.run(("data",))
     assert not (experiment.folder / "data").exists()
