@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,7 +27,12 @@ def _work(num_experts: int) -> tuple[int, int]:
 
 
 def mixture_kl(
-    student: Tensor, experts: list[Tensor], weights: Tensor, row_weights: Tensor, with_gradient: bool
+    student: Tensor,
+    experts: list[Tensor],
+    weights: Tensor,
+    row_weights: Tensor,
+    with_gradient: bool,
+    gradient_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Weighted ``KL(mixture || student)`` of rows, and the gradient of each in the student's logits.
 
@@ -37,11 +43,12 @@ def mixture_kl(
             NaN. An expert of weight 0 is not read.
         row_weights: float32 ``[...]``; rows of weight 0 are not read.
         with_gradient: Whether the gradient is needed.
+        gradient_dtype: What it is rounded to as it is written.
 
     Returns:
-        float32 ``[...]`` and float32 ``[..., V]`` (``[0]`` without gradient).
+        float32 ``[...]`` and the gradient ``[..., V]`` (``[0]`` if it is not needed).
     """
-    losses, gradient = new_outputs(student, with_gradient)
+    losses, gradient = new_outputs(student, with_gradient, gradient_dtype)
     if losses.numel():
         rows = as_rows(student)
         teachers = tuple(as_rows(expert) for expert in experts)
@@ -139,7 +146,7 @@ AHEAD_OF_TIME = [
             "weights": "*fp32",
             "row_weights": "*fp32",
             "losses": "*fp32",
-            "gradient": "*fp32",
+            "gradient": gradient,
             "V": "i32",
             "inner": "i32",
             "outer_strides": ("i64",) * (num_experts + 1),
@@ -150,6 +157,10 @@ AHEAD_OF_TIME = [
         {"BLOCK": 32 * warps * per_thread, "WITH_GRADIENT": with_gradient},
         warps,
     )
-    for num_experts, with_gradient in ((1, True), (4, True), (4, False), (8, True), (16, True))
+    for num_experts, gradient, with_gradient in (
+        *((size, "*fp32", True) for size in (1, 4, 8, 16)),
+        (4, "*bf16", True),
+        (4, "*fp32", False),
+    )
     for per_thread, warps in (_work(num_experts),)
 ]

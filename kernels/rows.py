@@ -25,11 +25,13 @@ def as_rows(logits: Tensor) -> Tensor:
     return logits.reshape(-1, inner, logits.shape[-1])
 
 
-def new_outputs(logits: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+def new_outputs(
+    logits: Tensor, with_gradient: bool, gradient_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Uninitialised float32 losses ``[...]`` and gradient ``[..., V]`` (``[0]`` without)."""
     losses = torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device)
     shape = logits.shape if with_gradient else (0,)
-    return losses, torch.empty(shape, dtype=torch.float32, device=logits.device)
+    return losses, torch.empty(shape, dtype=gradient_dtype, device=logits.device)
 
 
 def launch(kernel: Any, work: tuple[int, int], rows: Tensor, *args: Any, **constants: Any) -> None:

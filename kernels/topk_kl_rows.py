@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,7 +28,12 @@ _MOST_KEPT_AT_ONCE = 1024  # more kept tokens than this are gone through in bloc
 
 
 def topk_kl_rows(
-    student: Tensor, token_ids: Tensor, log_probs: Tensor, row_weights: Tensor, with_gradient: bool
+    student: Tensor,
+    token_ids: Tensor,
+    log_probs: Tensor,
+    row_weights: Tensor,
+    with_gradient: bool,
+    gradient_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Weighted KL of rows over the teacher's k tokens and the rest, and the gradient of each in its logits.
 
@@ -38,11 +44,12 @@ def topk_kl_rows(
         log_probs: float32 ``[..., k]``, the teacher's.
         row_weights: float32 ``[...]``; rows of weight 0 are not read.
         with_gradient: Whether the gradient is needed.
+        gradient_dtype: What it is rounded to as it is written.
 
     Returns:
-        float32 ``[...]`` and float32 ``[..., V]`` (``[0]`` without gradient).
+        float32 ``[...]`` and the gradient ``[..., V]`` (``[0]`` if it is not needed).
     """
-    losses, gradient = new_outputs(student, with_gradient)
+    losses, gradient = new_outputs(student, with_gradient, gradient_dtype)
     if losses.numel():
         rows = as_rows(student)
         k = token_ids.shape[-1]
@@ -204,7 +211,7 @@ AHEAD_OF_TIME = [
             "log_probs": "*fp32",
             "row_weights": "*fp32",
             "losses": "*fp32",
-            "gradient": "*fp32",
+            "gradient": gradient,
             "k": "i32",
             "V": "i32",
             "inner": "i32",
@@ -217,5 +224,10 @@ AHEAD_OF_TIME = [
         {"BLOCK": 32 * MOST_WARPS * _PER_THREAD, "KEPT": kept, "WITH_GRADIENT": with_gradient},
         MOST_WARPS,
     )
-    for kept, with_gradient in ((64, True), (64, False), (1024, True))
+    for kept, gradient, with_gradient in (
+        (64, "*fp32", True),
+        (64, "*bf16", True),
+        (64, "*fp32", False),
+        (1024, "*fp32", True),
+    )
 ]

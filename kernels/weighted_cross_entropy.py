@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,7 +24,11 @@ _PER_THREAD = 16  # two 16-byte loads of 16-bit logits in flight
 
 
 def weighted_cross_entropy(
-    logits: Tensor, labels: Tensor, row_weights: Tensor, with_gradient: bool
+    logits: Tensor,
+    labels: Tensor,
+    row_weights: Tensor,
+    with_gradient: bool,
+    gradient_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Weighted losses of rows, and the gradient of each in its logits.
 
@@ -32,11 +37,12 @@ def weighted_cross_entropy(
         labels: int64 ``[...]``; where the weight is not 0, one outside ``[0, V)`` makes the row NaN.
         row_weights: float32 ``[...]``; rows of weight 0 are not read.
         with_gradient: Whether the gradient is needed.
+        gradient_dtype: What it is rounded to as it is written.
 
     Returns:
-        float32 ``[...]`` and float32 ``[..., V]`` (``[0]`` without gradient).
+        float32 ``[...]`` and the gradient ``[..., V]`` (``[0]`` if it is not needed).
     """
-    losses, gradient = new_outputs(logits, with_gradient)
+    losses, gradient = new_outputs(logits, with_gradient, gradient_dtype)
     if losses.numel():
         rows = as_rows(logits)
         inputs = (rows, labels.contiguous(), row_weights.contiguous())
@@ -95,7 +101,7 @@ AHEAD_OF_TIME = [
             "labels": "*i64",
             "row_weights": "*fp32",
             "losses": "*fp32",
-            "gradient": "*fp32",
+            "gradient": gradient,
             "V": "i32",
             "inner": "i32",
             "outer_stride": "i64",
@@ -106,5 +112,5 @@ AHEAD_OF_TIME = [
         {"BLOCK": 32 * MOST_WARPS * _PER_THREAD, "WITH_GRADIENT": with_gradient},
         MOST_WARPS,
     )
-    for with_gradient in (True, False)
+    for gradient, with_gradient in (("*fp32", True), ("*bf16", True), ("*fp32", False))
 ]

@@ -79,24 +79,29 @@ def _twin(name: str) -> str:
 
 def implement_in_triton(name: str) -> None:
     """Let ``ensemw2s.kernels.<name>.<name>`` run the op on CUDA tensors, and on CPU ones under Triton's interpreter."""
+    _implement_twin(name, partial(_run_kernel, name))
 
-    def run_kernel(*args: Any) -> Any:
-        # Imported on first use: triton takes a second to load, and is not needed without a GPU.
-        return getattr(import_module(f"ensemw2s.kernels.{name}"), name)(*args)
 
-    _implement_twin(name, run_kernel)
+def _run_kernel(name: str, *args: Any, **options: Any) -> Any:
+    # Imported on first use: triton takes a second to load, and is not needed without a GPU.
+    return getattr(import_module(f"ensemw2s.kernels.{name}"), name)(*args, **options)
 
 
 def implement_in_chunks(name: str, function: Callable[..., Any], row_op: str) -> None:
     """Make the op out of matrix products and another op of this package, which ``function`` gets before its inputs.
 
-    On the CPU that other op's compiled kernel serves, on CUDA its Triton kernel.
+    On the CPU that other op's compiled kernel serves, on CUDA its Triton kernel. That writes the gradient in the dtype
+    of the logits, in which the products read it.
     """
+
+    def run_row_kernel(logits: torch.Tensor, *args: Any) -> Any:
+        return _run_kernel(row_op, logits, *args, gradient_dtype=logits.dtype)
+
     if _WHY_MISSING is None:
         op = getattr(torch.ops.ensemw2s, row_op).default
         torch.library.impl(f"ensemw2s::{name}", "CPU", partial(function, op))
     if _is_registered(_twin(row_op), "cuda"):
-        _implement_twin(name, partial(function, getattr(torch.ops.ensemw2s, _twin(row_op)).default))
+        _implement_twin(name, partial(function, run_row_kernel))
 
 
 def _implement_twin(name: str, function: Callable[..., Any]) -> None:

@@ -15,9 +15,9 @@ def linear_weighted_cross_entropy(
 ) -> Tensor:
     """``weighted_cross_entropy(hidden @ head.T, labels, token_weights)`` that never holds ``[tokens, V]``.
 
-    Logits are made for some rows at a time, and on a CPU only of rows that count: where the weight is 0 or the label is
-    -100 nothing of the row is computed, forward or backward. A GPU makes the logits of such rows as well, since the
-    host would have to wait to learn which they are, and then leaves them unread.
+    Logits are made for some rows at a time, and only of rows that count: where the weight is 0 or the label is -100
+    nothing of the row is computed, forward or backward. The host asks a GPU once which rows count. While a CUDA graph
+    is captured it may not ask: then the logits of all rows are made, and those of such rows are left unread.
 
     Args:
         hidden: ``[..., d]``, float32, bfloat16, float16 or float64.

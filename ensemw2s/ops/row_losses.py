@@ -6,13 +6,15 @@ multiplied with its loss and gradient in torch, so that no backend divides by it
 ``linear_*`` ops never hold the logits of all rows: ``declare_linear`` makes ops that make some, call such a kernel, and
 add their share of the gradients of the hidden states and of the head.
 
-On a CPU the rows of weight 0 are left out of the matrix products. On a GPU they are not: which rows those are is known
-to the GPU alone, and asking would make the host wait for it.
+Rows of weight 0 are left out of the matrix products. The host has to ask a GPU which rows those are, and waits for it
+once in a call. While a CUDA graph is captured it may not ask: then the logits of all rows are made, and those of weight
+0 are left unread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ Rows = Tensor | slice  # some rows: their numbers, int64, or a slice of all
 # Logits made at a time: 32 MiB of float32, 170 rows of 49k tokens; half as many make matrix products 13% slower.
 CHUNK_ELEMENTS = 2**23
 _GPU_CHUNK_ELEMENTS = 2**27  # 512 MiB of float32; a thousand rows of 128k tokens, enough for matrix products at speed
+_ROWS_OF_A_TILE = 256  # no matrix product of a GPU has larger tiles: a chunk of a row more would take a tile more
 _GPU_HEAD_ELEMENTS = 2**24  # of a head's gradient made at a time beside the whole: 64 MiB of float32
 _LEAST_DIVISOR = 1e-30  # a temperature below it or above its inverse might be 0 or infinite in float32
 
@@ -214,10 +217,17 @@ def _unit_of(row_weights: Tensor, dtype: torch.dtype) -> Tensor | float | None:
 
 
 def _row_groups(row_weights: Tensor, size: int) -> Iterable[Rows]:
-    """Chunks of rows: on a CPU only those that count, elsewhere slices of all, for which nothing is waited."""
-    if row_weights.device.type == "cpu":
-        return row_weights.nonzero()[:, 0].split(max(1, CHUNK_ELEMENTS // size))
-    return _slices(row_weights.shape[0], max(1, _GPU_CHUNK_ELEMENTS // size))
+    """Chunks of the rows that count, or slices of all where the host cannot ask which rows those are."""
+    step = max(1, (CHUNK_ELEMENTS if row_weights.device.type == "cpu" else _GPU_CHUNK_ELEMENTS) // size)
+    step -= step % _ROWS_OF_A_TILE if step > _ROWS_OF_A_TILE else 0
+    if _can_be_asked(row_weights.device):
+        return row_weights.nonzero()[:, 0].split(step)
+    return _slices(row_weights.shape[0], step)
+
+
+def _can_be_asked(device: torch.device) -> bool:
+    """Whether values on a device can be had now."""
+    return device.type == "cpu" or (device.type == "cuda" and not torch.cuda.is_current_stream_capturing())
 
 
 def _slices(size: int, step: int) -> list[slice]:
@@ -230,13 +240,26 @@ def _add_product(grad_head: Tensor, gradient: Tensor, inputs: Tensor) -> None:
         grad_head.addmm_(gradient.T, inputs)
     elif gradient.device.type == "cpu":
         grad_head += gradient.T @ inputs
+    elif _can_be_asked(gradient.device) and _adds_to_float32(gradient.device, gradient.dtype):
+        torch.addmm(grad_head, gradient.T, inputs, out_dtype=torch.float32, out=grad_head)
     else:
         _add_product_in_parts(grad_head, gradient, inputs)
 
 
+@cache
+def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of 16-bit matrices to a float32 one; some releases refuse, or leave it out."""
+    ones, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
+
+
 def _add_product_in_parts(grad_head: Tensor, gradient: Tensor, inputs: Tensor) -> None:
-    # A product of all at once would be a second head in float32. Not torch.addmm, whose out_dtype goes with a float32
-    # sum in some releases only. Parts begin at multiples of 64 tokens, where 16-bit matrices are still aligned.
+    # A product of all at once would be a second head in float32. Parts begin at multiples of 64 tokens, where 16-bit
+    # matrices are still aligned.
     tokens = max(1, _GPU_HEAD_ELEMENTS // (64 * grad_head.shape[1])) * 64
     for part in _slices(grad_head.shape[0], tokens):
         grad_head[part] += torch.mm(gradient[:, part].T, inputs, out_dtype=torch.float32)

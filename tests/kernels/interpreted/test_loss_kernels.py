@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -288,6 +290,27 @@ def test_without_gradient(generator, name):
     assert torch.equal(losses, case.run()[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ROW_OPS)
+def test_a_gradient_in_16_bits_is_that_of_32_rounded(generator, name, dtype):
+    for size in SIZES:
+        case = RowCase(name, generator, size, dtype)
+        kernel = getattr(import_module(f"ensemw2s.kernels.{name}"), name)
+        inputs = {
+            "weighted_cross_entropy": (case.labels,),
+            "mixture_kl": (case.experts, case.mix),
+            "topk_kl_rows": (case.ids, case.log_probs),
+        }[name]
+        arguments = (case.logits, *inputs, case.weights, True)
+        losses, gradient = kernel(*arguments, gradient_dtype=dtype)
+        exact_losses, exact = kernel(*arguments)
+        assert gradient.dtype == dtype and exact.dtype == torch.float32
+        assert torch.equal(losses, exact_losses)
+        # The interpreter cuts off what bfloat16 has no room for, where a GPU rounds.
+        unit = torch.finfo(dtype)
+        torch.testing.assert_close(gradient.float(), exact, rtol=unit.eps, atol=unit.smallest_normal * unit.eps)
+
+
 @pytest.mark.parametrize("name", ROW_OPS)
 def test_opcheck(generator, name):
     case = RowCase(name, generator, 20)
@@ -381,6 +404,17 @@ class TestChunksOnAGpu:
         assert row_losses._row_groups(weights, elements // 3) == [slice(0, 3), slice(3, 6), slice(6, 9)]
         assert row_losses._row_groups(weights, 2 * elements) == [slice(i, i + 1) for i in range(7)]
 
+    def test_chunks_fill_whole_tiles(self):
+        weights, elements = torch.zeros(1500, device="meta"), row_losses._GPU_CHUNK_ELEMENTS
+        for size, step in ((elements // 700, 512), (elements // 256, 256), (elements // 255, 255)):
+            assert row_losses._row_groups(weights, size)[0] == slice(0, step)
+
+    def test_rows_that_count_are_asked_for_unless_a_graph_is_captured(self, monkeypatch):
+        for captured in (False, True):
+            monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda captured=captured: captured)
+            assert row_losses._can_be_asked(torch.device("cuda")) == (not captured)
+        assert row_losses._can_be_asked(torch.device("cpu"))
+
     def test_nothing_waits_for_the_device(self):
         """On the meta device anything that asks for a value raises."""
         hidden, head = torch.empty(7, 4, device="meta").bfloat16(), torch.empty(300, 4, device="meta").bfloat16()
@@ -407,3 +441,16 @@ class TestChunksOnAGpu:
         row_losses._add_product_in_parts(total, gradient, inputs)
         assert sizes == [128, 128, 44]
         torch.testing.assert_close(total, 1 + gradient.float().T @ inputs.float())
+
+    @pytest.mark.parametrize("behaviour", ["adds", "forgets the sum", "refuses"])
+    def test_whether_products_can_be_added_in_float32(self, generator, monkeypatch, behaviour):
+        def add(total, a, b, *, out_dtype, out):  # neither has the CPU's torch.addmm
+            if behaviour == "refuses":
+                raise RuntimeError("self and mat2 must have the same dtype, but got Float and BFloat16")
+            product = a.to(out_dtype) @ b.to(out_dtype)
+            return out.copy_(product + total if behaviour == "adds" else product)
+
+        monkeypatch.setattr(torch, "addmm", add)
+        row_losses._adds_to_float32.cache_clear()
+        assert row_losses._adds_to_float32(torch.device("cpu"), torch.bfloat16) == (behaviour == "adds")
+        row_losses._adds_to_float32.cache_clear()
