@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RESULTS = Path(__file__).parents[1] / "results"
-START, END = "<!-- predicted -->", "<!-- end -->"
+START, START_LINEAR, END = "<!-- predicted -->", "<!-- predicted with the head -->", "<!-- end -->"
 
 # An H100 with HBM3. What a copy reaches of its 3.35 TB/s is taken to be 90%.
 BANDWIDTH = 0.9 * 3.35e12
@@ -25,6 +25,8 @@ MULTIPROCESSORS, CLOCK = 132, 1.755e9
 INSTRUCTIONS = MULTIPROCESSORS * 4 * 32 * CLOCK  # of single threads, a second
 # A block alone reads no more than a multiprocessor's way to the cache lets through: 64 bytes a cycle.
 BLOCK_BANDWIDTH = 64 * CLOCK
+# What products of large 16-bit matrices reach of the 989e12 operations a second that the card is sold with.
+PRODUCTS = 0.7 * 989e12
 # Assumptions, in microseconds: a kernel after an idle time or in order behind another; one that starts early; the way
 # to memory and back at the beginning and the end of a kernel; to the cache and back.
 LAUNCH, EARLY, MEMORY, CACHE_ROUND = 2.5, 1.0, 1.2, 0.15
@@ -140,6 +142,32 @@ def cases() -> Iterator[Case]:
     yield Case("topk_kl", "64 tokens, with gradient", "triton", 1, size, with_gradient)
 
 
+def linear_cross_entropy(rows: int, width: int, vocabulary: int) -> tuple[float, float, float]:
+    """Milliseconds of the three products, of the row kernel, and of the head's float32 gradient; forward and backward.
+
+    Each of the 2**27 logits of a chunk is read by the kernel, which writes its gradient; a row is still in the cache
+    when it is read again. The head's gradient is set to 0, read and written by each chunk's product, rounded and
+    scaled. Nothing of that is taken to happen during a product, although some of it will.
+    """
+    head = width * vocabulary
+    products = 3 * 2 * rows * head / PRODUCTS
+    logits = rows * vocabulary
+    kernel = 4 * logits / BANDWIDTH + 2 * logits / CACHE_BANDWIDTH
+    chunks = math.ceil(rows / (2**27 // vocabulary // 256 * 256))
+    sums = (4 + 8 * chunks + 4 + 2 + 2 + 2) * head / BANDWIDTH
+    return 1e3 * products, 1e3 * kernel, 1e3 * sums
+
+
+def linear_table() -> str:
+    """Markdown: `linear_weighted_cross_entropy` with all rows, and with 15% of them."""
+    lines = ["| rows that count | products | row kernel | head's gradient | predicted, ms |", "|---|---|---|---|---|"]
+    for share in (1.0, 0.15):
+        parts = linear_cross_entropy(round(share * 8_192), 4_096, 131_072)
+        cells = (f"{share:.0%} of 8,192", *(f"{part:.1f}" for part in parts), f"{sum(parts):.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def measured() -> dict[tuple[str, str, str, int], str]:
     """Medians of `make gpu-check` by op, case, backend and rows."""
     found = {}
@@ -168,10 +196,12 @@ def table() -> str:
 
 
 def refreshed(page: str) -> str:
-    """The page with its table made anew."""
-    before, _, rest = page.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n\n{table()}\n\n{END}{after}"
+    """The page with its tables made anew."""
+    for start, made in ((START, table()), (START_LINEAR, linear_table())):
+        before, _, rest = page.partition(start)
+        _, _, after = rest.partition(END)
+        page = f"{before}{start}\n\n{made}\n\n{END}{after}"
+    return page
 
 
 if __name__ == "__main__":
