@@ -113,7 +113,7 @@ def split_by_difficulty(
             raise ValueError(
                 f"the difficulty is degenerate: {len(tied) / len(values):.0%} of {len(values)} questions have a "
                 f"difficulty of {np.median(tied):.4g} (to within {resolution:g}), and the {part} part would have to "
-                f"end among them. No cut between two values is within {tolerance:.0%} of the wanted share. "
+                f"end among them. No cut between two values is within tolerance={tolerance:g} of the wanted share. "
                 f"Set {_shares_that_fit(sizes, len(values))}, which fits, with splits of such sizes. {_REMEDY}"
             )
     ranks = np.argsort(np.argsort(levels, kind="stable"), kind="stable")

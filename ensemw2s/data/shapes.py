@@ -53,7 +53,8 @@ def as_dataset(data: Any, name: str, columns: Mapping[str, str] | None = None) -
             'single question is [{"prompt": ...}]'
         )
     if not isinstance(data, Dataset):
-        raise TypeError(f"{name} is a {type(data).__name__}, expected {_SHAPES}")
+        single = ': a single question is [{"prompt": ...}]' if isinstance(data, Mapping) else ""
+        raise TypeError(f"{name} is a {type(data).__name__}, expected {_SHAPES}{single}")
     return _with_texts(_renamed(data.with_format(None), columns or {}, name), name)
 
 

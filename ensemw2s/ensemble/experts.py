@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from ensemw2s.ensemble.attached import Adapter, plain_model, wrapper_of, wrappers
 from ensemw2s.ensemble.stacked import StackedAdapters, stackable
-from ensemw2s.models.adapters import attach_adapter
+from ensemw2s.models.adapters import attach_adapter, sort_settings
 from ensemw2s.models.mixture import Experts, Pass, Result
 from ensemw2s.models.sharing import NotShareable, searched, turn_if_wrapped, turn_of, view
 
@@ -145,6 +145,7 @@ class AdapterExperts(Experts):
         """Write one adapter, never sharded; peft puts a named one in a folder of its own, which is lifted here."""
         name = self.names[index]
         with turn_of(plain_model(self.base)):
+            sort_settings(self.base)
             # The base's own embeddings are not the adapter's; to find out whether they changed, peft would ask the hub.
             self.base.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
         nested = folder / name

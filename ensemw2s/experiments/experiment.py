@@ -6,7 +6,9 @@ Each phase reads what the phases before it left in the folder and is skipped if 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from ensemw2s.experiments.rating import rate_difficulty
 from ensemw2s.models.loading import require_source
 from ensemw2s.report.arms import TRUTH
 from ensemw2s.runtime import processes
+from ensemw2s.runtime.accounts import digest_of
 from ensemw2s.runtime.files import read_json_lines, settle, write_json_lines
 from ensemw2s.runtime.meter import Ledger, peak_memory
 from ensemw2s.runtime.records import (
@@ -111,6 +114,7 @@ class Experiment:
             if threads is not None:
                 torch.set_num_threads(threads)
             processes.on_main(self._require_models, phases)
+            processes.on_main(self._require_same_questions)
             for phase in phases:
                 processes.on_main(self.files.require_earlier, phase)
                 if phase == "report":
@@ -138,14 +142,49 @@ class Experiment:
             except (ValueError, ImportError, FileNotFoundError) as error:
                 raise type(error)(f"{name}: {error}") from error
 
+    def _question_files(self) -> dict[str, Path]:
+        """Return the files that the configuration takes questions from, by the keys that name them."""
+        sources = {name: getattr(self.config.data, name) for name in ("easy", "hard", "questions")}
+        files = {name: source["file"] for name, source in sources.items() if source and "file" in source}
+        return {name: Path(file) for name, file in files.items() if isinstance(file, str)}
+
+    def _require_same_questions(self) -> None:
+        """Refuse to go on where a file of questions was changed since the run took its own copy of them."""
+        if not self.files.records_file("data").exists():
+            return
+        taken = {row["name"]: row["digest"] for row in self.files.records("data") if row["kind"] == "source"}
+        for name, file in self._question_files().items():
+            if file.is_file() and taken.get(name) not in (None, digest_of(file)):
+                raise ValueError(
+                    f"data.{name}: {file} was changed since this run took its questions from it, and {self.folder} "
+                    "goes on with the old ones. Give the run of the changed questions another name, or delete that "
+                    "folder"
+                )
+
     def _data(self) -> list[dict[str, Any]]:
         self._check_tokenizers()
         data, questions = self.config.data, None
+        files = {name: file for name, file in self._question_files().items() if file.is_file()}
+        sources = [{"kind": "source", "name": name, "digest": digest_of(file)} for name, file in files.items()]
         if data.questions is not None:
             questions = processes.on_main(load_questions, data.questions)
             if data.difficulty.folds is not None:
                 questions = self._rated(questions, data.difficulty.folds)
-        return processes.on_main(self._write_questions, questions)
+        records = processes.on_main(self._write_questions, questions)
+        processes.on_main(self._warn_of_long_answers)
+        return sources + records
+
+    def _warn_of_long_answers(self) -> None:
+        """Warn where teachers have no room for answers like those that they learn from."""
+        train, most = self.files.examples("train", self.config.weak), self.config.labelling.max_new_tokens
+        lengths = [len(ids) - start for ids, start in zip(train["input_ids"], train["prompt_length"], strict=True)]
+        longer = sum(length > most for length in lengths)
+        if longer and "choices" not in self.files.questions("train").column_names:
+            warnings.warn(
+                f"labelling.max_new_tokens={most}: {longer} of the {len(lengths)} training answers have more tokens, "
+                f"up to {max(lengths)} with the end token, and teachers' answers of such a length would be cut off",
+                stacklevel=2,
+            )
 
     def _rated(self, questions: Dataset, folds: int) -> Dataset:
         """Return `questions` with the difficulty that models trained like the weak baseline find in them."""
@@ -173,7 +212,10 @@ class Experiment:
         else:
             settings = dataclasses.asdict(data.difficulty)
             folds = settings.pop("folds")
-            parts = split_by_difficulty(questions, **settings, min_values=folds or 2)
+            try:
+                parts = split_by_difficulty(questions, **settings, min_values=folds or 2)
+            except ValueError as error:
+                raise ValueError(f"data.difficulty: {error}") from error
             easy, hard, records = parts.easy, parts.hard, [{**parts.record, "folds": folds}]
             self.say(
                 "difficulty: {easy_share:.0%} are easy, up to {easy_up_to:.4g}; {hard_share:.0%} are hard, from "

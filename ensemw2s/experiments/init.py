@@ -104,7 +104,10 @@ def _cut_near_the_middle(questions: Dataset) -> tuple[float, DifficultySplit]:
 
     A scale of few values may have no cut near the middle: then the nearest one is asked for.
     """
-    nearest = split_by_difficulty(questions, tolerance=1.0).record["easy_share"]
+    try:
+        nearest = split_by_difficulty(questions, tolerance=1.0).record["easy_share"]
+    except ValueError as error:
+        raise ValueError(f"{error}. Without a column `difficulty` the questions are rated by weak models") from error
     usual = DifficultyConfig()
     share = min(max(round(nearest, 2), 0.01), 0.99)
     if abs(nearest - usual.easy) <= usual.tolerance:

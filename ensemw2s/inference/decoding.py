@@ -55,6 +55,9 @@ class Sampling:
     """How a token is chosen from the mixture; the defaults are greedy. Filters act in the order of the fields.
 
     Of several questions, number i draws from `seed + i`. Greedy decoding draws nothing.
+
+    Raises:
+        ValueError: a value out of its range, or a filter beside a temperature of 0, where it has no effect.
     """
 
     temperature: float = 0.0
@@ -68,6 +71,13 @@ class Sampling:
             # NumPy's, too.
             object.__setattr__(self, "seed", int(self.seed))
         check_fields(self)
+        filters = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        idle = [name for name, default in filters.items() if getattr(self, name) != default]
+        if self.temperature == 0 and idle:
+            raise ValueError(
+                f"{idle[0]}={shown(getattr(self, idle[0]))} has no effect at temperature=0, where the likeliest token "
+                f"is taken: give temperature=1.0 as well, or leave {idle[0]} out"
+            )
 
     @classmethod
     def from_processors(cls, processors: LogitsProcessorList, do_sample: bool) -> Sampling | None:

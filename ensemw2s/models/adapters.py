@@ -49,6 +49,14 @@ _LOADED_INITS = (*_INITS, "eva")
 _FLOATS = ("F16", "BF16", "F32")
 
 
+def sort_settings(model: PeftModel) -> None:
+    """Put the sets among the settings of all adapters in order: peft writes a set in another order in every process."""
+    for config in model.peft_config.values():
+        for name, value in vars(config).items():
+            if isinstance(value, set):
+                setattr(config, name, sorted(value))
+
+
 def check_peft_config(config: PeftConfig, where: str, *, loaded: bool = False, merged: bool = False) -> None:
     """Check that adapters of this configuration can be experts that share one base model.
 

@@ -151,6 +151,15 @@ def _why_slow(device: torch.device) -> str:
     return _too_old(device.index) or "triton is not installed (pip install triton) and no CUDA kernel was built"
 
 
+def _why_not(requested: str, device_type: str) -> str:
+    """Why a backend that was asked for cannot run."""
+    if requested == "cpp" and device_type == "cpu" and _WHY_MISSING:
+        return _WHY_MISSING
+    if requested == "triton" and device_type == "cpu":
+        return "Triton's kernels run on CUDA tensors; its interpreter, which TRITON_INTERPRET=1 turns on, on CPU ones"
+    return "not available"
+
+
 @cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
@@ -172,7 +181,7 @@ def _choose(op: str, impl: str | None, device: torch.device, dtype: torch.dtype)
             _warn_once(f"{op} runs in plain torch: {_why_slow(device)}")
         return preferred[0] if preferred and dtype in COMPILED_DTYPES else "reference"
     if requested not in fast:
-        why = _WHY_MISSING if requested == "cpp" and device_type == "cpu" and _WHY_MISSING else "not available"
+        why = _why_not(requested, device_type)
         raise ValueError(f"impl={requested!r} cannot run {op} on a {device_type} tensor: {why}")
     if dtype not in COMPILED_DTYPES:
         raise TypeError(f"impl={requested!r} takes float32, bfloat16 or float16, got {dtype}; use impl='reference'")

@@ -59,7 +59,7 @@ def token_adjustments(
         bias_tokens: int64 or int32 ``[B, K]``; the biases of a token that is there twice are added.
         bias: float ``[B, K]``, of each of them in nats; -inf forbids the token.
         prompt: int64 or int32 ``[B, P]``.
-        generated: int64 or int32 ``[B, G]``.
+        generated: int64 or int32 ``[B, G]``; ``[B, 0]`` while there is nothing yet.
         repetition_penalty: Positive; 1 is off. A number, or float32 or float64 ``[B]``.
         presence_penalty: Finite, in nats; 0 is off, a negative one favours. A number or ``[B]``.
         frequency_penalty: Finite, in nats for each time; 0 is off. A number or ``[B]``.
@@ -68,13 +68,16 @@ def token_adjustments(
         The adjustments, on the device of the token tensors.
 
     Raises:
-        ValueError: No token tensor is given, shapes do not fit each other, or a value is out of its range. Values
-            inside tensors are looked at on the CPU; elsewhere they make their row not valid.
+        ValueError: No token tensor is given, a presence or frequency penalty comes without ``generated``, shapes do not
+            fit each other, or a value is out of its range. Values inside tensors are looked at on the CPU; elsewhere
+            they make their row not valid.
         TypeError: A dtype is wrong.
     """
     if (bias_tokens is None) != (bias is None):
         raise ValueError("bias_tokens and bias go together: give both or neither")
     named = {"bias_tokens": bias_tokens, "prompt": prompt, "generated": generated}
+    if generated is None:
+        _refuse_idle(presence_penalty=presence_penalty, frequency_penalty=frequency_penalty)
     given = {name: _token_ids(tokens, name) for name, tokens in named.items() if tokens is not None}
     if not given:
         raise ValueError("no tokens to adjust: give bias_tokens and bias, prompt or generated")
@@ -96,6 +99,15 @@ def token_adjustments(
         )
     ]
     return _listed_once(vocabulary, groups, biases, *rates)
+
+
+def _refuse_idle(**penalties: float | Tensor) -> None:
+    for name, value in penalties.items():
+        if isinstance(value, Tensor) or value != 0:
+            raise ValueError(
+                f"{name} counts what was generated, which is not given: give generated, a tensor [B, G] (of [B, 0] at "
+                "the first token)"
+            )
 
 
 def check_mask(mask: Any, rows: int, logits: Tensor) -> Tensor | None:

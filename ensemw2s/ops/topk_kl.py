@@ -24,6 +24,9 @@ from ensemw2s.ops.row_losses import (
     without_rows,
 )
 
+# Of log-probabilities in 16 bits: what their mass may be above 1.
+_ROUNDING = 0.02
+
 
 def topk_kl(
     hidden: Tensor,
@@ -42,15 +45,16 @@ def topk_kl(
         q_k = q.gather(-1, token_ids); r, R = 1 - p.sum(-1), 1 - q_k.sum(-1)
         (token_weights * ((p * (p / q_k).log()).sum(-1) + r * (r / R).log())).sum()
 
-    The logits ``[tokens, V]`` are never held, and on a CPU none are made of rows whose weight is 0. A GPU makes those
-    of all rows, since the host would have to wait to learn which count, and leaves the logits of the others unread. A
-    rest ``r`` that is not positive, or a vocabulary without other tokens, adds nothing.
+    The logits ``[tokens, V]`` are never held, and none are made of rows whose weight is 0. The host asks a GPU once
+    which rows those are; while a CUDA graph is captured it may not ask, and the logits of all rows are made. A rest
+    ``r`` that is not positive, or a vocabulary without other tokens, adds nothing.
 
     Args:
         hidden: Student's ``[..., d]``, float32, bfloat16, float16 or float64.
         head: Student's ``[V, d]``.
         token_ids: int64 ``[..., k]``, distinct within a row.
-        log_probs: floating point ``[..., k]``, the teacher's, at the same temperature.
+        log_probs: floating point ``[..., k]``, the teacher's, at the same temperature; a row's weigh at most 1
+            together.
         token_weights: floating point ``[...]``.
         temperature: Divides the student's logits; positive. No factor ``temperature**2`` is put in front.
         impl: Backend, see ``ensemw2s.ops``.
@@ -60,7 +64,8 @@ def topk_kl(
         ``token_weights``.
 
     Raises:
-        ValueError: Shapes, devices or ``temperature`` are wrong, or a token is out of range.
+        ValueError: Shapes, devices or ``temperature`` are wrong, or, on the CPU, a row that counts has a token out of
+            range or twice, or log-probabilities that weigh more than 1.
         TypeError: A dtype is wrong.
     """
     check_head(hidden, head)
@@ -79,6 +84,7 @@ def topk_kl(
     temperature = check_temperature(temperature)
     weights = row_weights(token_weights, shape, hidden).reshape(-1)
     ids, teacher = token_ids.reshape(-1, k), log_probs.detach().to(accumulation_dtype(hidden)).reshape(-1, k)
+    _check_teacher(ids, teacher, weights)
     rows, rest_of_temperature = tempered_states(hidden, temperature)
     chosen = backend._choose("topk_kl", impl, hidden.device, hidden.dtype)
     if chosen == "reference":
@@ -86,6 +92,24 @@ def topk_kl(
         return reference(student, ids, teacher, weights).sum()
     inputs = (ids.contiguous(), teacher.contiguous(), weights)
     return run_linear("topk_kl", chosen, rows, head, *inputs, options=[rest_of_temperature])
+
+
+def _check_teacher(token_ids: Tensor, log_probs: Tensor, weights: Tensor) -> None:
+    """Refuse rows ``[N, k]`` that are no distribution; on the CPU only, since elsewhere it would synchronise."""
+    if weights.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    is_counted, ordered = weights.detach() != 0, token_ids.sort(dim=-1).values
+    repeated = (ordered[:, 1:] == ordered[:, :-1]).any(dim=-1) & is_counted
+    if bool(repeated.any()):
+        raise ValueError(f"token_ids must be distinct within a row, got one twice in row {int(repeated.nonzero()[0])}")
+    mass = log_probs.exp().sum(dim=-1)
+    too_much = (mass > 1 + _ROUNDING) & is_counted
+    if bool(too_much.any()):
+        row = int(too_much.nonzero()[0])
+        raise ValueError(
+            f"log_probs must be log-probabilities, which weigh at most 1 together, got {float(mass[row]):.4g} in row "
+            f"{row}"
+        )
 
 
 def reference(student: Tensor, token_ids: Tensor, log_probs: Tensor, weights: Tensor) -> Tensor:

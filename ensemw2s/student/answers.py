@@ -208,11 +208,13 @@ def usable_answers(
         ranked = sorted((i for i in kept if confidence[i] <= 0 and not gold[i]), key=lambda i: -confidence[i])
         known = [i for i in kept if gold[i]]
         kept = sorted(known + ranked[: math.ceil(keep_fraction * int((~gold).sum()))])
+    known_confidence = confidence[np.isfinite(confidence)]
     if not kept:
+        highest = f" (the highest confidence is {known_confidence.max():.3g})" if known_confidence.size else ""
         left_out = {
             "empty": (empty, "train the teacher longer"),
             "cut off before their end": (cut, "let the teacher answer with more max_new_tokens, or train it longer"),
-            "not confident enough": (len(rows) - empty - cut, "lower min_confidence"),
+            "not confident enough": (len(rows) - empty - cut, f"lower min_confidence{highest}"),
         }
         reasons = [f"{count} are {why}" for why, (count, _) in left_out.items() if count]
         remedies = [remedy for count, remedy in left_out.values() if count]
@@ -227,8 +229,7 @@ def usable_answers(
             stacklevel=3,
         )
     if 2 * len(unsure) > len(rows):
-        known = confidence[np.isfinite(confidence)]
-        median = f"; the median confidence is {np.median(known):.2g}" if known.size else ""
+        median = f"; the median confidence is {np.median(known_confidence):.2g}" if known_confidence.size else ""
         warnings.warn(
             f"{len(unsure)} of the {len(rows)} answers are left out of the training: min_confidence={min_confidence:g} "
             f"is above their confidence, a mean log-probability per token{median}. Lower min_confidence, or keep a "

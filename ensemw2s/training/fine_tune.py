@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ensemw2s.data.batches import AnswerCollator
 from ensemw2s.data.tokens import answer_lengths, check_examples
-from ensemw2s.models.adapters import without_renamed_properties
+from ensemw2s.models.adapters import sort_settings, without_renamed_properties
 from ensemw2s.runtime import processes
 from ensemw2s.runtime.meter import Work
 from ensemw2s.training.arguments import AnswerTrainingArguments
@@ -119,6 +119,7 @@ def fine_tune(
         with without_renamed_properties():
             # peft writes the base model's name into the configuration it is given.
             model = get_peft_model(model, copy.deepcopy(peft_config))
+        sort_settings(model)
     args = args.for_training(adapters=hasattr(model, "peft_config"))
     args.seed, args.data_seed = seed, seed
     if "optimizer_cls_and_kwargs" in trainer_options:
@@ -151,7 +152,9 @@ def fine_tune(
         check_weights(model, args)
     except (FloatingPointError, NoStepsError) as error:
         raise type(error)(f"{description}: {error}") from error
-    _warn_if_idle(trainer.step_losses, args, description)
+    if checkpoint is None:
+        # Behind a checkpoint the losses of the beginning are not known.
+        _warn_if_idle(trainer.step_losses, args, description)
     flops = None if math.isnan(trainer.flops) else trainer.flops
     cost = TrainingCost(trainer.seconds, trainer.state.num_input_tokens_seen, flops)
     return model.eval(), cost

@@ -106,7 +106,10 @@ def test_what_misses_in_a_dataframe_is_named_by_its_row() -> None:
     ("data", "complaint"),
     [
         (DatasetDict(train=Dataset.from_list(ROWS)), "mine is a DatasetDict, expected a datasets.Dataset"),
-        ({"prompt": ["a"]}, "mine is a dict, expected .*of a DatasetDict, one split.* a list of dicts"),
+        (
+            {"prompt": ["a"]},
+            "mine is a dict, expected .*of a DatasetDict, one split.* a list of dicts.*: a single question is ",
+        ),
         (7, "mine is a int, expected a datasets.Dataset .*, a pandas DataFrame or a list"),
         (None, "mine is a NoneType, expected"),
         (["what is 1"], "mine, row 0 is 'what is 1', expected a dict"),

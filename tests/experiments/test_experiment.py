@@ -520,3 +520,27 @@ def test_columns_that_json_cannot_hold_do_not_stop_a_run(tmp_path: Path) -> None
     experiment.run(("data",))
     assert experiment.files.questions("train").column_names == ["id", "prompt", "answer"]
     assert set(experiment.files.questions("train")["prompt"]) <= set(rows["prompt"])
+
+
+def test_a_file_of_questions_that_was_changed_is_not_gone_on_with(tmp_path: Path) -> None:
+    config = build_config(settings(tmp_path, name="one"))
+    Experiment(config).run(("data",))
+    Experiment(config).run(("data",))
+    text = (tmp_path / "easy.jsonl").read_text()
+    (tmp_path / "easy.jsonl").write_text(text.replace('"answer":"', '"answer":"a', 1))
+    for phase in ("data", "boost"):
+        with pytest.raises(ValueError, match=r"data\.easy: .*easy\.jsonl was changed since this run .*another name"):
+            Experiment(config).run((phase,))
+    shutil.rmtree(config.folder)
+    Experiment(config).run(("data",))
+    # The run has its own copy.
+    (tmp_path / "easy.jsonl").unlink()
+    Experiment(config).run(("data",))
+
+
+def test_teachers_without_room_for_such_answers_are_warned_of(tmp_path: Path) -> None:
+    config = build_config(settings(tmp_path, labelling={"max_new_tokens": 2}))
+    with pytest.warns(
+        UserWarning, match=r"labelling.max_new_tokens=2: \d+ of the 24 training answers have more tokens"
+    ):
+        Experiment(config).run(("data",))

@@ -133,7 +133,10 @@ def test_a_name_is_text_whatever_is_in_it(tmp_path: Path, words: list[str]) -> N
         ({3: ""}, "init needs the experts' model"),
         ({2: "--questions=gone.jsonl"}, "gone.jsonl does not exist: name a file of questions"),
         ({2: "--questions={folder}/few.jsonl"}, "few.jsonl leaves 4 easy questions, expected at least 20"),
-        ({2: "--questions={folder}/alike.jsonl"}, "80 questions have 1 distinct values"),
+        (
+            {2: "--questions={folder}/alike.jsonl"},
+            "Without a column `difficulty` the questions are rated by weak models",
+        ),
         ({2: "--questions={folder}/rare.jsonl"}, "rare.jsonl leaves 3 hard questions, expected at least 20"),
         ({5: "--hard={folder}/few.jsonl"}, "few.jsonl leaves 10 hard questions, expected at least 20"),
         ({1: "{folder}/easy.jsonl"}, "easy.jsonl is there already and stays as it is"),

@@ -381,7 +381,7 @@ def supports(log_probs: Array, off: Array, equals: Array, asked: Asked) -> tuple
     size = log_probs.shape[-1]
     likeliest = log_probs.max(-1, keepdims=True)
     either = 2 * np.where(log_probs > -np.inf, off, 0.0) + 1e-7 * np.abs(likeliest)
-    sure, maybe = (log_probs > LEAST), (log_probs > -np.inf)
+    sure, maybe = (log_probs - off > LEAST), (log_probs > -np.inf)
     counts = (asked["top_k"] > 0) & (asked["top_k"] < size)
     place = np.where(counts, size - asked["top_k"], 0)
     edge = np.where(counts, np.take_along_axis(np.sort(log_probs, -1), place, -1), -np.inf)
@@ -494,7 +494,7 @@ def mixture_sample(inputs: Inputs, impl: Any) -> None:
     usable = ~np.isnan(exact).any(-1)
     expect(bool(offer) or (valid == usable).all(), "valid", *context)
     # Whether the least of all numbers are possible is rounding's to say.
-    expect(valid[usable & (scores > LEAST).any(-1)].all(), "a row that is valid", *context)
+    expect(valid[usable & (scores - room > LEAST).any(-1)].all(), "a row that is valid", *context)
     expect(not valid[~usable | ~(scores > -np.inf).any(-1)].any(), "valid", *context)
     expect(
         (tokens[~valid] == -1).all() and got.log_probs[~got.valid].isnan().all(), "a row that is not valid", *context

@@ -669,3 +669,11 @@ def test_conversations_are_labelled_kept_and_learned_from(of_models: TokenEnsemb
 def test_sampling_that_is_no_sampling_is_refused(of_models: TokenEnsemble) -> None:
     with pytest.raises(TypeError, match=r"sampling must be an ensemw2s.Sampling, got \{'temperature': 0.7\}"):
         of_models.label(questions(2), tokenizer(), sampling={"temperature": 0.7})
+
+
+@pytest.mark.parametrize("idle", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_a_filter_of_greedy_answers_is_refused(idle: dict[str, Any]) -> None:
+    (name,) = idle
+    with pytest.raises(ValueError, match=f"{name}=.* has no effect at temperature=0.*give temperature=1.0 as well"):
+        Sampling(seed=4, **idle)
+    assert getattr(Sampling(temperature=0.5, **idle), name) == idle[name]

@@ -321,6 +321,15 @@ class TestBadInput:
         states, head, weights = torch.zeros(2, 3), torch.zeros(5, 3), torch.ones(2)
         with pytest.raises(ValueError, match=r"token_ids must be in \[0, 5\), got 5"):
             topk_kl(states, head, torch.tensor([[0], [5]]), torch.zeros(2, 1), weights, impl=impl)
+        repeated = torch.tensor([[0, 1], [3, 3]])
+        with pytest.raises(ValueError, match="token_ids must be distinct within a row, got one twice in row 1"):
+            topk_kl(states, head, repeated, torch.full((2, 2), -2.0), weights, impl=impl)
+        heavy = torch.tensor([[-1.0, -1.0], [-0.1, -0.2]])
+        distinct = torch.tensor([[0, 1], [3, 4]])
+        with pytest.raises(ValueError, match=r"weigh at most 1 together, got 1\.724 in row 1"):
+            topk_kl(states, head, distinct, heavy, weights, impl=impl)
+        # What does not count may hold anything.
+        topk_kl(states, head, repeated, heavy, torch.tensor([1.0, 0.0]), impl=impl)
         with pytest.raises(ValueError, match=r"1 <= k <= 5"):
             topk_kl(states, head, torch.zeros(2, 6, dtype=torch.int64), torch.zeros(2, 6), weights, impl=impl)
 

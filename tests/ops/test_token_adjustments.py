@@ -312,6 +312,16 @@ def test_what_changes_nothing_changes_nothing(impl, generator):
     [
         ({}, ValueError, "no tokens to adjust: give bias_tokens and bias, prompt or generated"),
         ({"bias": torch.zeros(2, 1)}, ValueError, "bias_tokens and bias go together"),
+        (
+            {"prompt": torch.zeros(2, 1).long(), "presence_penalty": 0.5},
+            ValueError,
+            r"presence_penalty counts what was generated, which is not given: give generated, a tensor \[B, G\]",
+        ),
+        (
+            {"bias_tokens": torch.ones(2, 1).long(), "bias": torch.ones(2, 1), "frequency_penalty": torch.zeros(2)},
+            ValueError,
+            "frequency_penalty counts what was generated",
+        ),
         ({"prompt": torch.zeros(2, 3)}, TypeError, "prompt must be int64 or int32, got torch.float32"),
         ({"prompt": torch.zeros(3, dtype=torch.int64)}, ValueError, r"prompt must be \[B, N\], got shape \(3,\)"),
         ({"prompt": [[1]]}, TypeError, "prompt must be a tensor, got list"),
@@ -345,7 +355,7 @@ def test_what_changes_nothing_changes_nothing(impl, generator):
 def test_bad_adjustments(given_, error, words):
     named = {"bias_tokens", "prompt", "generated"} & given_.keys() or not given_ or "bias" in given_
     with pytest.raises(error, match=words):
-        token_adjustments(9, **({} if named else {"prompt": torch.zeros(2, 1).long()}) | given_)
+        token_adjustments(9, **({} if named else {"generated": torch.zeros(2, 1).long()}) | given_)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

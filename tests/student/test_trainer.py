@@ -233,7 +233,7 @@ def test_an_answer_of_unknown_confidence_is_not_confident() -> None:
         (
             {"prompt": ["a"], "answer": ["b"], "confidence": [-3.0]},
             -1.0,
-            "none of the 1 answers .* train on: 1 are not confident enough. To do: lower min_confidence$",
+            r"none of the 1 answers .* 1 are not confident enough.* lower min_confidence \(the highest .* is -3\)$",
         ),
         ({"prompt": ["a", "c"], "answer": ["", " "]}, None, "none of the 2 answers is left to train on: 2 are empty"),
         ({"prompt": ["a"]}, None, "has no column 'answer', only prompt"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,17 @@ def test_accumulation_and_mixed_precision_go_on_to_the_same_bits(tmp_path: Path)
         train(tmp_path / "killed", killed_in(8), **settings)
     assert steps_kept(tmp_path / "killed") == [4, 6]
     assert_equal_runs(train(tmp_path / "killed", **settings), whole)
+
+
+def test_what_is_left_behind_a_checkpoint_is_not_taken_for_all(tmp_path: Path) -> None:
+    settings = {"learning_rate": 1e-9, "per_device_train_batch_size": 10, "num_train_epochs": 10}
+    with pytest.warns(UserWarning, match="next to nothing was learned"):
+        train(tmp_path / "whole", **settings)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", killed_in(8), **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        train(tmp_path / "killed", **settings)
 
 
 def test_checkpoints_stay_until_the_result_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
