@@ -56,7 +56,7 @@ class BoostingConfig(AnswerTrainingArguments):
             baselines "bagging" and "deep_ensemble". It decides `sampling`, `errors`, `effective_sample_size_floor`,
             `warm_start` and `mixture_weights` where they are not given. Their defaults below are those of "tempered".
         sampling: "draw" (the paper), "without_replacement", "reweight", "bagging" or "all"; see
-            `algorithm.loss_weights`.
+            `ensemw2s.boosting.algorithm.loss_weights`.
         shrinkage: s in (0, 1]; the update uses s * a_t, the mixture a_t.
         uniform_mix: m in [0, 1); the loss uses (1-m) D + m/n.
         errors: a unit's loss: "hard", 1 if it is wrong (the paper), or "soft", `1 - p(gold)` as in SAMME.R.
@@ -86,7 +86,7 @@ class BoostingConfig(AnswerTrainingArguments):
         lora_ranks: the rank of each round's adapter, in order, at the ratio of alpha to rank that `peft_config` has;
             None uses the rank of `peft_config` in every round.
         mixture_weights: the ensemble's expert weights are "alpha" (the paper), "uniform", or fitted to the likelihood
-            of the "validation" questions (`algorithm.fit_mixture_weights`).
+            of the "validation" questions (`ensemw2s.boosting.algorithm.fit_mixture_weights`).
         choose_num_experts: keep the first T' experts only, T' being the number whose mixture gives the validation
             answers the highest likelihood; not with weights that are fitted to them anyway ("validation" above).
         validate_rounds: measure expert and ensemble on the validation questions after each round.
@@ -159,7 +159,7 @@ class BoostingConfig(AnswerTrainingArguments):
 
     @property
     def loss_settings(self) -> dict[str, Any]:
-        """Return how token weights enter the loss, as arguments of `algorithm.loss_weights`."""
+        """Return how token weights enter the loss, as arguments of `ensemw2s.boosting.algorithm.loss_weights`."""
         drawn = {"draw_fraction": self.draw_fraction, "deduplicate": self.deduplicate}
         return {"sampling": self.sampling, "uniform_mix": self.uniform_mix, **drawn}
 

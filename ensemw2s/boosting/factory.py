@@ -43,11 +43,11 @@ class ExpertFactory:
     """Makes experts and judges them; every folder is made whole, once, or found in the store.
 
     Attributes:
-        models: the pre-trained model (a source of `loading.load_model`, or a model) of all rounds, or one for each.
+        models: the pre-trained model (a source of `ensemw2s.load_model`, or a model) of all rounds, or one for each.
         args: how experts are trained, in which batches they are scored and how they are combined.
         processing_class: the tokenizer, whose end token fills short rows.
         peft_config: train adapters with it; with several models they are merged into them. None trains all weights.
-        model_init_kwargs: passed on to `loading.load_model`.
+        model_init_kwargs: passed on to `ensemw2s.load_model`.
         store: where results are kept for other runs; None keeps none.
         trainer_options: passed on to `fine_tune`.
     """
@@ -105,7 +105,7 @@ class ExpertFactory:
             number: the round, from 1.
             examples: columns `input_ids` and `prompt_length`.
             token_weights: the weight in the loss of each example's answer tokens.
-            seed: see `fine_tune.fine_tune`.
+            seed: see `ensemw2s.training.fine_tune.fine_tune`.
             description: shown beside the progress bar.
             start: the folder of an expert to go on from; None starts from the pre-trained model.
         """
@@ -198,7 +198,7 @@ class ExpertFactory:
     def score(
         self, ensemble: TokenEnsemble, examples: Dataset, mixtures: Mapping[str, Sequence[float]], description: str
     ) -> dict[str, AnswerScores]:
-        """Score answers under several mixtures of an ensemble's experts; see `scoring.score_mixtures`."""
+        """Score answers under several mixtures of an ensemble's experts; see `score_mixtures`."""
         return score_mixtures(
             ensemble,
             examples,
@@ -211,7 +211,7 @@ class ExpertFactory:
     def score_alone(self, target: Path, expert: Path | None, examples: Dataset) -> None:
         """Leave in the folder `target` how a saved expert, or the model before fine-tuning (None), does on answers.
 
-        `token_wrong.npy` and `token_log_probs.npy` are those of `scoring.AnswerScores`.
+        `token_wrong.npy` and `token_log_probs.npy` are those of `ensemw2s.inference.scoring.AnswerScores`.
         """
         if self.is_made(target):
             return

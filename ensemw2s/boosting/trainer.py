@@ -72,16 +72,17 @@ class BoostingTrainer:
     processes.
 
     Args:
-        model: folder, hub id or other source of `loading.load_model`, or a model; or a list with one for each round.
+        model: folder, hub id or other source of `ensemw2s.load_model`, or a model; or a list with one for each round.
         args: see `BoostingConfig`.
-        train_dataset: easy questions with answers (`shapes.as_dataset`). Columns `input_ids` and `prompt_length`, if it
-            has them, are what `tokenize_questions` made of them with this tokenizer and format; nothing is tokenised.
+        train_dataset: easy questions with answers (`ensemw2s.data.shapes.as_dataset`). Columns `input_ids` and
+            `prompt_length`, if it has them, are what `tokenize_questions` made of them with this tokenizer and format;
+            nothing is tokenised.
         eval_dataset: validation questions, measured after each round; None measures nothing.
         processing_class: the tokenizer; None loads the one of `model`.
         peft_config: train adapters with this configuration; None trains all weights. With a list of models the
             adapters are merged into them.
         question_format: how a question becomes tokens.
-        model_init_kwargs: passed on to `loading.load_model` (`dtype`, `keep_layers`, `quantization_config`, ...).
+        model_init_kwargs: passed on to `ensemw2s.load_model` (`dtype`, `keep_layers`, `quantization_config`, ...).
         on_round: called with each round's record as soon as it is known, on the main process. None prints `round_line`;
             with `args.disable_tqdm` it warns, and only of a round in which something went wrong.
         store: where experts and their scores are kept for other trainers, and found if another has left them there.
@@ -258,7 +259,8 @@ class BoostingTrainer:
         )
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
-        """Return `eval_accuracy`, `eval_token_error` and `eval_loss` of the trained ensemble; see `measuring.measure`.
+        """Return `eval_accuracy`, `eval_token_error` and `eval_loss` of the trained ensemble; see
+        `ensemw2s.inference.measuring.measure`.
 
         Args:
             eval_dataset: questions with answers; None takes the `eval_dataset` that the trainer was given.
@@ -651,8 +653,8 @@ def _nothing_is_right(record: Mapping[str, Any]) -> bool:
 def closing_identity(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Check a finished run's own files: unit weights that sum to 1, and the closing identity (method, invariant 2).
 
-    That is what `algorithm.update_weights` says of the weighted error of the expert just added. It is recomputed here
-    from the saved weights and losses of the units. It holds for hard errors and weights without a cap.
+    That is what `ensemw2s.boosting.algorithm.update_weights` says of the weighted error of the expert just added. It is
+    recomputed here from the saved weights and losses of the units. It holds for hard errors and weights without a cap.
 
     Args:
         output_dir: of a `BoostingTrainer`.

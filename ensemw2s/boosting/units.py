@@ -18,9 +18,9 @@ class AnswerUnits:
     """The units of boosting over the n answer tokens of a dataset, and how weights and losses go to and fro.
 
     Args:
-        examples: columns `input_ids` and `prompt_length` (`tokens.tokenize_questions`).
+        examples: columns `input_ids` and `prompt_length` (`ensemw2s.tokenize_questions`).
         boosted: bool [n], the tokens that carry a weight, at least one per answer; None means all.
-        unit: see `algorithm.unit_index`; a window is one of boosted tokens.
+        unit: see `ensemw2s.boosting.algorithm.unit_index`; a window is one of boosted tokens.
         window: boosted tokens in a window, for unit="window".
     """
 

@@ -14,7 +14,7 @@ def normalise_answer(text: str) -> str:
 
     Unicode compatibility forms are unified (NFKC), case is folded, white space becomes single spaces, and closing
     full stops are dropped. So answers that differ in white space alone, as in the indentation of code, count as equal;
-    scored token by token (`scoring.score_examples`), they do not.
+    scored token by token (`ensemw2s.inference.scoring.score_examples`), they do not.
     """
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(". ")
 

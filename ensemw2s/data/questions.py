@@ -65,11 +65,12 @@ def load_questions(
             and optionally
 
             - `columns`: what our columns are called in a file or on the hub, e.g. `{"prompt": "question"}`;
-            - `schema`: the published dataset whose rows a file or the hub holds (`known_datasets.SCHEMAS`: "arc",
-              "gsm8k", "quartz", "sciq"), which maps all columns;
+            - `schema`: the published dataset whose rows a file or the hub holds ("arc", "gsm8k", "quartz", "sciq"; see
+              `ensemw2s.data.known_datasets.SCHEMAS`), which maps all columns;
             - `context`: whether the passage that belongs to a schema's question goes into the prompt;
             - `choices`: one list of answers for all questions;
-            - `binary`: True makes each question with choices a yes/no question (`known_datasets.binary_question`);
+            - `binary`: True makes each question with choices a yes/no question (see
+              `ensemw2s.data.known_datasets.binary_question`);
             - `prompt_regex`: its first group, found in each prompt, replaces the prompt.
         columns: the same as `columns` in the mapping, for a path.
 
@@ -323,7 +324,8 @@ def question_key(prompt: Prompt) -> str:
 def check_questions(
     data: Any, name: str = "the data", *, columns: Mapping[str, str] | None = None, answered: bool = True
 ) -> Dataset:
-    """Return questions, in any shape and with any `columns` that `shapes.as_dataset` takes, as a checked dataset.
+    """Return questions, in any shape and with any `columns` that `ensemw2s.data.shapes.as_dataset` takes, as a checked
+    dataset.
 
     It has a column `id` (text): where there was none, a hash of prompt and answer. With `answered=False` questions need
     no answers. `name` begins every error.
@@ -470,7 +472,7 @@ def split_questions(dataset: Any, sizes: Mapping[str, int], seed: int = 0) -> Da
     Questions are ranked by a hash of seed and prompt; repeated prompts are used once.
 
     Args:
-        dataset: questions with or without answers, in any shape that `shapes.as_dataset` takes.
+        dataset: questions with or without answers, in any shape that `ensemw2s.data.shapes.as_dataset` takes.
         sizes: split name -> number of questions, at least 1 each.
         seed: another seed gives other splits.
 

@@ -210,7 +210,7 @@ class QuestionFormat:
         system_message: stands in front of the messages.
         chat_template_kwargs: what the chat template reads besides, e.g. `{"enable_thinking": False}`.
         max_length: tokens that prompt and answer may have together; None leaves it to the tokenizer's
-            `model_max_length`, which `loading.load_tokenizer` sets to the model's context.
+            `model_max_length`, which `ensemw2s.load_tokenizer` sets to the model's context.
         truncate_prompt: shorten a prompt that leaves too little room for the answer, instead of refusing it [choice].
             It is cut on the left: the end of the question stays, the beginning of the template does not.
     """
@@ -367,7 +367,8 @@ def format_of_answers(answers: Any, columns: Sequence[str]) -> QuestionFormat:
 
 
 def to_prompt_completion(answers: Any, question_format: QuestionFormat) -> Dataset:
-    """Return questions with answers (`shapes.as_dataset`) as TRL's trainers read them: `prompt` and `completion`.
+    """Return questions with answers (`ensemw2s.data.shapes.as_dataset`) as TRL's trainers read them: `prompt` and
+    `completion`.
 
     With `use_chat_template` both are lists of messages, and there is a column `chat_template_kwargs` if the format has
     any; else they are texts, in which the template is filled and the prefix stands.
@@ -401,7 +402,7 @@ def tokenize_questions(
     is followed by the end token, which is one of its tokens [choice] unless `question_format.end_token` is False.
 
     Args:
-        dataset: questions with answers, in any shape that `shapes.as_dataset` takes.
+        dataset: questions with answers, in any shape that `ensemw2s.data.shapes.as_dataset` takes.
         processing_class: must have an end token.
         question_format: how a question becomes tokens; None is `QuestionFormat()`.
         name: what errors call the dataset.
@@ -483,7 +484,7 @@ def tokenize_prompts(
     """Turn questions into the token ids of their prompts: columns `id` and `input_ids`.
 
     Args:
-        dataset: questions with or without answers, in any shape that `shapes.as_dataset` takes.
+        dataset: questions with or without answers, in any shape that `ensemw2s.data.shapes.as_dataset` takes.
         processing_class: the model's.
         question_format: how a question becomes tokens.
         name: of the dataset, for errors.
@@ -535,7 +536,8 @@ def answer_lengths(examples: Dataset) -> np.ndarray:
 
 
 def check_examples(examples: Any, name: str, vocab_size: int | None = None) -> Dataset:
-    """Return tokenised questions with answers, in any shape that `shapes.as_dataset` takes, after checking them.
+    """Return tokenised questions with answers, in any shape that `ensemw2s.data.shapes.as_dataset` takes, after
+    checking them.
 
     Raises:
         ValueError: no rows, a column is missing, an answer or a prompt has no tokens, or a token is none of a

@@ -27,7 +27,7 @@ class EnsembleConfig(PreTrainedConfig):
         combine: "prob", "logprob" or "vote" (method, phase 2).
         kind: "adapters" (on one base model) or "models".
         base: for adapters, where the base model comes from: `source`, and perhaps `keep_layers` and `dtype` as in
-            `loading.load_model`; None if its weights are saved with the ensemble.
+            `ensemw2s.load_model`; None if its weights are saved with the ensemble.
         question_format: how the experts were asked in their training, as `QuestionFormat.describe` says it; None
             stands for the default format.
 

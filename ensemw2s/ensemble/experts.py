@@ -62,7 +62,7 @@ class AdapterExperts(Experts):
         return [adapter.name for adapter in self.adapters]
 
     def add(self, folder: str | os.PathLike[str]) -> None:
-        """Append the adapter saved in `folder`; see `adapters.attach_adapter` for errors, which leave all as it was."""
+        """Append the adapter saved in `folder`; see `attach_adapter` for errors, which leave all as it was."""
         plain = plain_model(self.base)
         with turn_of(plain):
             wrapped = wrapper_of(self.base)

@@ -153,7 +153,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             folders: T folders written by peft.
             expert_weights: T positive floats.
             combine: how distributions are combined.
-            base_reference: `source`, and perhaps `keep_layers` and `dtype`, with which `loading.load_model` loads
+            base_reference: `source`, and perhaps `keep_layers` and `dtype`, with which `ensemw2s.load_model` loads
                 `base` again. With it a saved ensemble refers to its base instead of holding a copy: to a folder by
                 its path, relative if it is beside or below the ensemble's, absolute otherwise **[choice]**.
 
@@ -207,9 +207,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
 
         Args:
             expert: for adapters, a folder written by peft for the same base; for whole models, a model or a source
-                of `loading.load_model`.
+                of `ensemw2s.load_model`.
             expert_weight: a positive float, on the scale of `config.expert_weights`.
-            model_init_kwargs: passed on to `loading.load_model` where a source is given.
+            model_init_kwargs: passed on to `ensemw2s.load_model` where a source is given.
 
         Raises:
             FileNotFoundError, ValueError: as `from_adapters` and `from_models` do; the ensemble stays as it was.
@@ -613,8 +613,9 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
         where two tokens tie to within rounding, which in 16 bits is not rare **[choice]**.
 
         Args:
-            questions: columns `prompt` and optionally `choices` and `id`, in any shape that `shapes.as_dataset` takes;
-                an `answer` decides nothing but the `id` that is made where there is none.
+            questions: columns `prompt` and optionally `choices` and `id`, in any shape that
+                `ensemw2s.data.shapes.as_dataset` takes; an `answer` decides nothing but the `id` that is made where
+                there is none.
             processing_class: the experts' tokenizer.
             question_format: how a question becomes tokens; None is the ensemble's own. Another one comes with a
                 warning.
@@ -625,7 +626,7 @@ class TokenEnsemble(PreTrainedModel, GenerationMixin):
             top_logprobs: keep the mixture's k likeliest tokens at every answer token, for a student of
                 `variant="soft"`; None keeps none.
             top_temperature: divides each expert's logits in what `top_logprobs` keeps; it chooses no token.
-            output_file: where to keep finished rows; `label_files.read_labels` reads it.
+            output_file: where to keep finished rows; `ensemw2s.inference.label_files.read_labels` reads it.
             description: the name of the progress bar; None shows none.
 
         Returns:

@@ -62,11 +62,11 @@ class StrongModel:
     """The model whose students of folds judge the experts' answers.
 
     Attributes:
-        source: a source of `loading.load_model`, or a model (which is left as it is).
+        source: a source of `ensemw2s.load_model`, or a model (which is left as it is).
         args: how these students are trained, with `relabel="cross_fit"` and `relabel_folds`; see `StudentConfig`.
         processing_class: its tokenizer; None loads the one of `source`.
         peft_config: train adapters with this configuration; None trains all weights.
-        model_init_kwargs: passed on to `loading.load_model`.
+        model_init_kwargs: passed on to `ensemw2s.load_model`.
 
     Raises:
         TypeError: `args` that are no `StudentConfig`.

@@ -51,7 +51,7 @@ _SOURCES = ("easy", "hard", "questions")
 _LONGEST_NAME = 200
 # The keys of a student that its trainer knows nothing of.
 _OF_ARM = ("teacher", "easy_answers")
-# What makes a file a study's; see `study.load_study`.
+# What makes a file a study's; see `ensemw2s.experiments.study.load_study`.
 _OF_STUDY = ("tasks", "seeds", "comparisons", "primary_split")
 _MOST_BASES = 20
 
@@ -78,7 +78,7 @@ class ModelConfig:
 
     @property
     def init_kwargs(self) -> dict[str, Any]:
-        """Return the keyword arguments of `loading.load_model` beside the source."""
+        """Return the keyword arguments of `ensemw2s.load_model` beside the source."""
         return {"dtype": self.dtype} | ({} if self.keep_layers is None else {"keep_layers": self.keep_layers})
 
 
@@ -91,7 +91,7 @@ class DifficultyConfig:
         hard: the share of the hardest questions that count as hard, above 0.
         tolerance: how far off these shares may be, in [0, 1]: a cut falls between two values, never among ties.
         resolution: difficulties are rounded to its multiples before they are compared; 0 compares them as they are.
-        folds: rate the questions first, by cross-fitting with so many folds (`rating.rate_difficulty`), at least 2;
+        folds: rate the questions first, by cross-fitting with so many folds (`ensemw2s.rate_difficulty`), at least 2;
             None takes their own column `difficulty`.
     """
 
@@ -111,7 +111,7 @@ class DifficultyConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where easy and hard questions come from (`questions.load_questions`), how many go where, how they become tokens.
+    """Where easy and hard questions come from (`ensemw2s.load_questions`), how many go where, how they become tokens.
 
     Attributes:
         sizes: the number of questions of each split: train, validation and test_id are easy, unlabelled and test_ood

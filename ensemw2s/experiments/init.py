@@ -43,7 +43,7 @@ def write_configuration(
         path: the new YAML file.
         questions: a file for `load_questions` with columns `prompt` and `answer`; the easy ones, if `hard` is given.
             Otherwise its questions are split by their column `difficulty`, or by how hard the weak model finds them.
-        weak: the experts' model, a source of `loading.load_model`.
+        weak: the experts' model, a source of `ensemw2s.load_model`.
         strong: the student's.
         hard: a file of hard questions with their answers, which only measuring reads.
         columns: what our columns are called in the files, where they have other names.

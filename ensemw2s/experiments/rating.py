@@ -56,14 +56,14 @@ def rate_difficulty(
     makes this call, and the main one writes.
 
     Args:
-        model: a source of `loading.load_model`, or a model (which is left as it is).
-        questions: columns `prompt` and `answer`, in any shape that `shapes.as_dataset` takes.
+        model: a source of `ensemw2s.load_model`, or a model (which is left as it is).
+        questions: columns `prompt` and `answer`, in any shape that `ensemw2s.data.shapes.as_dataset` takes.
         args: how the raters are trained, their seed, and the folder.
         folds: k, at least 2 and at most the number of distinct questions.
         processing_class: the tokenizer; None loads the one of `model`.
         peft_config: train adapters with this configuration; None trains all weights.
         question_format: how a question becomes tokens.
-        model_init_kwargs: passed on to `loading.load_model`.
+        model_init_kwargs: passed on to `ensemw2s.load_model`.
 
     Returns:
         `questions` with `difficulty` (float64, see `answer_difficulty`) and `fold` (int64, from 0), in place of what

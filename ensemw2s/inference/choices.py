@@ -138,7 +138,8 @@ def score_choices(
 
     Args:
         model: the model or ensemble, in evaluation mode.
-        questions: columns `prompt`, `choices` and, for `correct`, `answer`; any shape that `shapes.as_dataset` takes.
+        questions: columns `prompt`, `choices` and, for `correct`, `answer`; any shape that
+            `ensemw2s.data.shapes.as_dataset` takes.
         processing_class: the model's.
         settings: see `ChoiceSettings`; None takes its defaults.
 
@@ -198,7 +199,7 @@ def choose_answers(
     batch: Sequence[int],
     pad_token_id: int,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the pseudo-labels of some questions, in tokens `rows`, as `labelling.label_questions` returns them."""
+    """Yield the pseudo-labels of some questions, in tokens `rows`, as `label_questions` returns them."""
     count = ensemble.num_experts
     mixtures = {"ensemble": list(ensemble.config.expert_weights)}
     mixtures |= {f"expert {t + 1}": np.eye(count)[t].tolist() for t in range(count)}

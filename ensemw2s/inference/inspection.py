@@ -38,7 +38,7 @@ def inspect_answer(
 
     Args:
         ensemble: the experts, their weights and how they are combined.
-        input_ids: the tokens of prompt and answer, as `tokens.tokenize_questions` gives them.
+        input_ids: the tokens of prompt and answer, as `ensemw2s.tokenize_questions` gives them.
         prompt_length: how many of them are the prompt's: at least 1, and not all.
 
     Raises:

@@ -33,7 +33,7 @@ def score_answers(
 
     Args:
         model: anything with `.logits` of shape [batch, length, V]; a `TokenEnsemble` is scored by its mixture.
-        questions: columns `prompt` and `answer`, in any shape that `shapes.as_dataset` takes; or what
+        questions: columns `prompt` and `answer`, in any shape that `ensemw2s.data.shapes.as_dataset` takes; or what
             `tokenize_questions` has made of them, whose choices are gone.
         processing_class: the model's tokenizer.
         question_format: how a question becomes tokens; None is the ensemble's own (`TokenEnsemble.question_format`),
@@ -72,7 +72,7 @@ def measure(
 
     Args:
         model: see `score_answers`.
-        questions: questions with answers, in any shape that `shapes.as_dataset` takes.
+        questions: questions with answers, in any shape that `ensemw2s.data.shapes.as_dataset` takes.
         processing_class: the model's tokenizer.
         question_format: how a question becomes tokens.
         batch_size: answers, or choices, in one forward pass.

@@ -86,7 +86,7 @@ def score_examples(
 
     Args:
         model: anything with `.logits` of shape [batch, length, V]; a `TokenEnsemble` is scored by its mixture.
-        examples: columns `input_ids` and `prompt_length` (`tokens.tokenize_questions`).
+        examples: columns `input_ids` and `prompt_length` (`ensemw2s.tokenize_questions`).
         pad_token_id: fills short rows.
         batch_size: examples per forward pass.
         description: the name of a progress bar; None shows none.

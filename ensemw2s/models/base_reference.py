@@ -19,7 +19,7 @@ from ensemw2s.models.saved import HUB_ACCESS
 from ensemw2s.runtime.values import shown
 
 KEYS = ("source", "keep_layers", "dtype")
-# Arguments of `loading.load_model` that say where a model is put and how it is reached, not what it computes.
+# Arguments of `ensemw2s.load_model` that say where a model is put and how it is reached, not what it computes.
 _PLACING = {"device_map", "max_memory", "offload_folder", "low_cpu_mem_usage", "attn_implementation", *HUB_ACCESS}
 _LAYERS = re.compile(r"\d+(-\d+)?( *, *\d+(-\d+)?)*")
 _MADE_HERE = re.compile(r"(package|scratch):[\w-]+")
@@ -111,7 +111,7 @@ def found(base: Mapping[str, Any] | None, folder: Path) -> dict[str, Any] | None
 
 
 def arguments(base: Mapping[str, Any], hub: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `loading.load_model` for a reference that was `found`; `hub` says how that is reached."""
+    """Return the arguments of `ensemw2s.load_model` for a reference that was `found`; `hub` says how to reach it."""
     if not _HUB_ID.fullmatch(base["source"]):
         return dict(base)
     # Never a folder of that name in the working directory.

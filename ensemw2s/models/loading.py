@@ -179,7 +179,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 
     Returns:
         The tokenizer, whose `model_max_length` is at most the tokens that the model reads: many tokenizers name no
-        limit of their own, and `tokens.tokenize_questions` refuses what is longer.
+        limit of their own, and `ensemw2s.tokenize_questions` refuses what is longer.
     """
     folder = Path(source).expanduser()
     place = str(folder) if folder.is_dir() else _resolve(source)

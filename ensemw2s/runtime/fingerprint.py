@@ -26,7 +26,7 @@ def digest_questions(questions: Dataset) -> str:
 
 
 def digest_examples(examples: Dataset) -> str:
-    """Name tokenised questions (`tokens.tokenize_questions`) by a hash of all their tokens, in their order."""
+    """Name tokenised questions (`ensemw2s.tokenize_questions`) by a hash of all their tokens, in their order."""
     return digest_columns(examples, ["input_ids", "prompt_length"])
 
 

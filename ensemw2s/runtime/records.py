@@ -279,7 +279,7 @@ class AnswersRecord(RunRecord):
 
 
 class PgrRecord(RunRecord):
-    """An arm's `statistics.PerformanceGapRecovered` on a test split."""
+    """An arm's `ensemw2s.report.statistics.PerformanceGapRecovered` on a test split."""
 
     kind, figure = "pgr", ("task", "seed", "arm", "split")
     arm: Text

@@ -131,7 +131,7 @@ def with_gold(answers: Dataset, questions: Any) -> Dataset:
     Args:
         answers: rows with `id`, `prompt` and `answer`, as `TokenEnsemble.label` returns them.
         questions: rows with `prompt` and `answer` (and `choices`, if `answers` have them), in any shape that
-            `shapes.as_dataset` takes. They get the id "gold " and theirs.
+            `ensemw2s.data.shapes.as_dataset` takes. They get the id "gold " and theirs.
 
     Raises:
         TypeError, ValueError: questions that `check_questions` refuses.

@@ -26,7 +26,7 @@ class CacheCollator:
     """Collate a cache along with the answers.
 
     Attributes:
-        collate: makes the batch of answers, as `batches.AnswerCollator`.
+        collate: makes the batch of answers, as `ensemw2s.data.batches.AnswerCollator`.
         count: tokens of the cache that are used, the likeliest ones; None takes all.
     """
 

@@ -173,8 +173,8 @@ def cache_teacher(
 
     Args:
         ensemble: T experts, combined by "prob" or "logprob".
-        answers: questions with answers, in any shape that `shapes.as_dataset` takes; answers with `answer_ids` are read
-            by these tokens, others are tokenised and end with the end token.
+        answers: questions with answers, in any shape that `ensemw2s.data.shapes.as_dataset` takes; answers with
+            `answer_ids` are read by these tokens, others are tokenised and end with the end token.
         processing_class: the experts' tokenizer.
         top_logprobs: tokens kept per answer token.
         temperature: divides each expert's logits.
@@ -188,7 +188,7 @@ def cache_teacher(
 
     Raises:
         TypeError: a `question_format` that is none.
-        ValueError: see `tokens.tokenize_questions`, `check_answer_ids` and `top_tokens`.
+        ValueError: see `ensemw2s.tokenize_questions`, `check_answer_ids` and `top_tokens`.
         FloatingPointError: an expert gives NaN.
     """
     question_format = checked_format(question_format)

@@ -159,8 +159,8 @@ class StudentTrainer:
     where the dataset has them [choice], and on the answers as the tokenizer cuts them otherwise. What the teacher says
     comes with `teacher` and no `top_logprobs` from running it at every step; with both, from a cache that `train` makes
     by running `teacher` once over the answers; and without `teacher` from the cache that is in the dataset
-    (`TokenEnsemble.label(..., top_logprobs=k)`, `teacher.cache_teacher`). Answers end with the student's own end
-    token, whichever of several the teacher chose.
+    (`TokenEnsemble.label(..., top_logprobs=k)`, `ensemw2s.student.teacher.cache_teacher`). Answers end with the
+    student's own end token, whichever of several the teacher chose.
 
     Rows whose column `gold` is true (`answers.with_gold`) are taught as they are: they are neither left out nor
     relabelled, and training on them takes no steps of its own: epochs are cut so that as many answers are seen as
@@ -168,15 +168,15 @@ class StudentTrainer:
     the same call after a crash goes on there, to the same bits.
 
     Args:
-        model: source of `loading.load_model`, or a model (which is trained in place).
+        model: source of `ensemw2s.load_model`, or a model (which is trained in place).
         args: see `StudentConfig`.
         train_dataset: questions with answers, as `TokenEnsemble.label` returns them or in any other shape that
-            `shapes.as_dataset` takes; see `usable_answers` for the rows that are left out.
+            `ensemw2s.data.shapes.as_dataset` takes; see `usable_answers` for the rows that are left out.
         processing_class: the student's tokenizer; None loads the one that `model` was loaded with.
         peft_config: train an adapter with this configuration; None trains all weights.
         question_format: how a question becomes tokens; None is the format in which the answers were asked for, if the
             dataset comes from `TokenEnsemble.label`, and else the default.
-        model_init_kwargs: passed on to `loading.load_model`.
+        model_init_kwargs: passed on to `ensemw2s.load_model`.
         description: shown beside the progress bar.
         teacher: for "soft", the ensemble whose distributions are learned.
         eval_dataset: questions with answers for `evaluate`, on which `args.eval_strategy` measures the loss (cross
@@ -362,7 +362,8 @@ class StudentTrainer:
         return self.model
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
-        """Return `eval_accuracy`, `eval_token_error` and `eval_loss` of the student; see `measuring.measure`.
+        """Return `eval_accuracy`, `eval_token_error` and `eval_loss` of the student; see
+        `ensemw2s.inference.measuring.measure`.
 
         Before `train` that is the model as it was given.
 
@@ -557,7 +558,7 @@ def load_trained(folder: str | Path, source: str | None = None, **model_init_kwa
     Args:
         folder: a saved student.
         source: the model that an adapter in `folder` was trained on; not needed for whole weights.
-        model_init_kwargs: passed on to `loading.load_model`; `keep_layers` matters to an adapter's model only, for
+        model_init_kwargs: passed on to `ensemw2s.load_model`; `keep_layers` matters to an adapter's model only, for
             whole weights are saved without the layers that were left out.
 
     Raises:

@@ -110,10 +110,10 @@ class AnswerTrainingArguments(TrainingArguments):
 
     `learning_rate` is 5e-5 where all weights are trained, as in transformers, and 5e-4 for adapters, unless it is
     given. `train_sampling_strategy="group_by_length"` puts rows of similar length into a batch, by
-    `batches.LengthBucketSampler`. It saves the time that padding takes and costs accuracy where training is short, so
-    transformers' default, "random", is ours too [choice]. `padding_free` (True) lays the rows of a batch behind one
-    another instead of padding them (`ensemw2s.training.packing`), which changes neither batches nor loss; a model that
-    cannot read them so is trained on padded batches, with one warning. With `eval_strategy` the loss on the
+    `ensemw2s.data.batches.LengthBucketSampler`. It saves the time that padding takes and costs accuracy where training
+    is short, so transformers' default, "random", is ours too [choice]. `padding_free` (True) lays the rows of a batch
+    behind one another instead of padding them (`ensemw2s.training.packing`), which changes neither batches nor loss; a
+    model that cannot read them so is trained on padded batches, with one warning. With `eval_strategy` the loss on the
     `eval_dataset` of the trainer is measured during training and given to its callbacks as `eval_loss`.
 
     Raises:

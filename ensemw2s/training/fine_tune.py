@@ -88,7 +88,7 @@ def fine_tune(
 
     Args:
         model: the pre-trained model (a transformers `PreTrainedModel`).
-        examples: columns `input_ids` and `prompt_length` (`tokens.tokenize_questions`).
+        examples: columns `input_ids` and `prompt_length` (`ensemw2s.tokenize_questions`).
         args: how it is trained; its seed is replaced by `seed`.
         pad_token_id: fills short rows; may equal the end token, nothing is masked by token id.
         seed: fixes the adapter's initial values, the order of examples and dropout.

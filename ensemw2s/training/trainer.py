@@ -58,7 +58,7 @@ class AnswerTokens:
 
     @classmethod
     def of(cls, inputs: Mapping[str, torch.Tensor]) -> AnswerTokens:
-        """Find them in a batch of `batches.AnswerCollator`."""
+        """Find them in a batch of `ensemw2s.data.batches.AnswerCollator`."""
         mask = next_token_mask(inputs["labels"])
         labels, weights = (inputs[name][:, 1:][mask[:, :-1]] for name in ("labels", "token_weights"))
         return cls(mask, labels, weights, inputs)
@@ -85,7 +85,7 @@ class AnswerTrainer(Trainer):
     """transformers' `Trainer` with a loss over weighted answer tokens.
 
     `loss = sum_ij w_ij CE_ij / sum_ij w_ij`, both sums over all answer tokens of one optimiser step: every
-    micro-batch of an accumulated step, on every process. Batches come from `batches.AnswerCollator`.
+    micro-batch of an accumulated step, on every process. Batches come from `ensemw2s.data.batches.AnswerCollator`.
     """
 
     # `compute_loss` divides by the weight of the whole accumulated step, so the Trainer must not divide again.
