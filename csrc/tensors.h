@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -54,8 +55,25 @@ inline Rows rows_of(const Tensor& tensor) {
   return rows;
 }
 
-inline Tensor new_tensor(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
+// A new contiguous tensor on the device of another one. Not by new_empty, whose way through the dispatcher is
+// several times as long.
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t d = shape.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(shape[d], 1);
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  int32_t device_type = 0, device_index = 0;
+  STD_TORCH_CHECK(aoti_torch_get_device_type(like.get(), &device_type) == 0, "a tensor without a device");
+  STD_TORCH_CHECK(aoti_torch_get_device_index(like.get(), &device_index) == 0, "a tensor without a device");
+  AtenTensorHandle made = nullptr;
+  STD_TORCH_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), code,
+                                           device_type, device_index, &made) == 0,
+                  "no memory for a result");
+  return Tensor(made);
+}
+
+// The tensor itself, or a contiguous copy.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 template <class V>
@@ -69,7 +87,7 @@ struct Dense {
   Tensor tensor;
   const V* data;
 
-  Dense(const Tensor& given, int64_t count, const char* name) : tensor(torch::stable::contiguous(given)) {
+  Dense(const Tensor& given, int64_t count, const char* name) : tensor(as_contiguous(given)) {
     ENSEMW2S_CHECK(tensor.scalar_type() == kScalarType<V> && tensor.numel() == count, name, " must be ",
                    std::is_same<V, float>::value     ? "float32"
                    : std::is_same<V, int32_t>::value ? "int32"
@@ -90,7 +108,7 @@ class SettingOfTensor {
     const ScalarType dtype = rows->scalar_type();
     ENSEMW2S_CHECK(rows->dim() == 1 && rows->size(0) == count && (dtype == kNarrow || dtype == kWide), name,
                    " must be one value for all rows, or ", count, " of them in a tensor of the right dtype");
-    tensor_ = torch::stable::contiguous(*rows);
+    tensor_ = as_contiguous(*rows);
     setting_.is_wide = dtype == kWide;
     // Without rows the tensor may have no memory, but it is no number all the same.
     if (count > 0) setting_.rows = tensor_->const_data_ptr();

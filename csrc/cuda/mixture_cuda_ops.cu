@@ -105,7 +105,7 @@ class MixtureOnDevice {
   void set_expert(size_t t) {
     ENSEMW2S_CHECK(same_kind(logits_[t], logits_[0]), "all experts' logits need one shape, dtype and device");
     if (!find_row_stride(rows_of(logits_[t]), mixture_.row_stride[t])) {
-      logits_[t] = torch::stable::contiguous(logits_[t]);
+      logits_[t] = as_contiguous(logits_[t]);
       find_row_stride(rows_of(logits_[t]), mixture_.row_stride[t]);
     }
     mixture_.logits[t] = logits_[t].const_data_ptr();
