@@ -70,7 +70,7 @@ class Case:
 
     Attributes:
         finish: microseconds of the kernels with a block for each row, after the first row's start.
-        reread: the share of a row's logits that its block reads once more.
+        reread: the share of rows whose logits their block reads once more.
         early: launches that start while the kernel before them runs.
         ordered: the other launches.
     """
@@ -95,8 +95,9 @@ class Case:
         reading = sum(x.microseconds(self.experts, self.vocabulary, rows) for x in self.passes)
         time = LAUNCH * self.ordered + EARLY * self.early + reading
         waves = math.ceil(rows / MULTIPROCESSORS)
-        again = 2 * self.experts * self.vocabulary * self.reread
-        by_block, by_card = waves * again / BLOCK_BANDWIDTH, rows * again / BANDWIDTH
+        again = 2 * self.experts * self.vocabulary
+        some = 1 - (1 - self.reread) ** min(rows, MULTIPROCESSORS)  # the chance that a wave has such a row
+        by_block, by_card = waves * some * again / BLOCK_BANDWIDTH, rows * self.reread * again / BANDWIDTH
         return time + waves * self.finish + 1e6 * max(by_block, by_card)
 
 
@@ -125,8 +126,9 @@ def cases() -> Iterator[Case]:
     yield Case("mixture_sample", "top-k 50 + top-p 0.9", "cuda", passes=(scan,), finish=both, **sample)
     raced = finish_of(experts, size, races=1)
     yield Case("mixture_sample", "plain", "cuda", passes=(noise,), finish=raced, **sample)
-    # One reading tells whether the winner lies in the nucleus; where it does not, in one of ten rows, five more follow.
-    nucleus = {"finish": raced + greedy - 3.7, "reread": 1.5}
+    # The likeliest tokens tell whether the winner lies in the nucleus. Where it does not, in one of ten rows, the weight
+    # of all others is needed.
+    nucleus = {"finish": raced + both - 3.7, "reread": 0.1}
     yield Case("mixture_sample", "top-p 0.9 at 0.7", "cuda", passes=(noise,), **nucleus, **sample)
     write = Pass(14.3, written=4, again=True)
     yield Case("mixture_log_probs", "prob", "cuda", experts, size, (scan, write), early=2, finish=1.5)

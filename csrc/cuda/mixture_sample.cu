@@ -413,14 +413,6 @@ struct RowSampler {
 
   ENSEMW2S_DEVICE float limit_of(float floor) const { return fmaxf(floor - slack(floor), kLowest); }
 
-  // Makes candidates of all possible tokens, which the next look at them finds.
-  ENSEMW2S_DEVICE void take_all() {
-    barrier();
-    if (thread_index() == 0) shared.limit = kLowest;
-    if (thread_index() == 0) shared.count = kSharedCandidates + mixture.vocabulary;
-    barrier();
-  }
-
   // visit(token, log-probability) for every candidate.
   template <class Visit>
   ENSEMW2S_DEVICE void visit_candidates(const Visit& visit) const {
@@ -638,26 +630,51 @@ struct RowSampler {
     return shared.is_plain(token) ? quick_log_prob<T, kProduct>(state, token) : float(offered(token));
   }
 
+  // So many of the likeliest tokens weigh nearly all in most rows.
+  static constexpr int kLikelyTokens = 512;
+
   ENSEMW2S_DEVICE int race_in_nucleus() {
     const int winner = race_all();
     if (winner < 0) return winner;
     const float value = offered_as_float(winner), top = float(offered(most_probable()));
-    if (weighs_one())
-      collect(value);
-    else
-      take_all();
-    const auto [likelier, sum] = sum_candidates([&](int token, float other, Sums& sums) {
-      const uint64_t weight = mass(other, top);
-      if (is_likelier(other, token, value, winner)) sums.first += weight;
-      sums.second += weight;
-    });
-    const double total =
-        weighs_one() ? fmax(double(sum), exp(-double(top)) * double(kMassUnit)) : double(sum);
-    if (likelier < target_of(total)) return winner;
-    if (!weighs_one()) collect(value);
+    float floor = weighs_one() ? value : floor_of(kLikelyTokens);
+    uint64_t target = 0, sum = 0;  // unknown until what all tokens weigh is
+#pragma unroll 1
+    while (true) {
+      collect(floor);
+      const auto [likelier, all] = sum_candidates([&](int token, float other, Sums& sums) {
+        const uint64_t weight = mass(other, top);
+        if (is_likelier(other, token, value, winner)) sums.first += weight;
+        sums.second += weight;
+      });
+      sum = all;
+      const bool has_likelier = value >= floor;  // all of them
+      // What else there is only makes the nucleus larger.
+      if (has_likelier && likelier < target_of(double(sum))) return winner;
+      if (target == 0) target = target_of(weighs_one() ? whole_mass(sum, top) : double(total_mass(top)));
+      if (has_likelier && likelier < target) return winner;
+      if (sum >= target) break;
+      floor = value;
+    }
     Kept kept{0, mixture.vocabulary};
-    keep_nucleus(kept, top, target_of(total), sum);
+    keep_nucleus(kept, top, target, sum);
     return race_candidates(kept, min_p_floor(top));
+  }
+
+  // What all tokens weigh at temperature 1, of which some weigh `sum`.
+  ENSEMW2S_DEVICE double whole_mass(uint64_t sum, float top) const {
+    return fmax(double(sum), exp(-double(top)) * double(kMassUnit));
+  }
+
+  // What all tokens weigh. Groups of which no token weighs a unit are not read.
+  ENSEMW2S_DEVICE uint64_t total_mass(float top) const {
+    uint64_t mine = 0;
+    visit_groups<T>(
+        shared, 0, groups,
+        [&](int g) { return upper[g] > -kInfinity && mass(upper[g] + slack(upper[g]), top) > 0; },
+        [&](int token, int) { mine += mass(quick_log_prob<T, kProduct>(state, token), top); });
+    visit_adjusted([&](int, int64_t i) { mine += mass(adjusted[i], top); });
+    return sums_of_all({mine, 0}).first;
   }
 
   // ---- Gumbel race: argmax over tokens of (log_prob - anchor) / temperature + noise ----
