@@ -263,6 +263,9 @@ def _add_study(commands: Any) -> None:
     )
     study.add_argument("--jobs", type=int, default=1, help="cells at the same time, a process each (default: 1)")
     study.add_argument("--minutes", type=float, help="begin no further cell after this time")
+    study.add_argument(
+        "--overwrite", action="store_true", help="replace what cells measured or left with other settings"
+    )
     study.set_defaults(command=_study)
 
 
@@ -388,7 +391,7 @@ def _study(options: argparse.Namespace) -> None:
     if options.tasks:
         config = config.with_tasks(options.tasks.split(","))
     study = Study(config, options.records, say=say)
-    study.run(options.jobs, options.minutes)
+    study.run(options.jobs, options.minutes, options.overwrite)
     print(study.file)
 
 

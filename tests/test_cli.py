@@ -113,7 +113,7 @@ def test_the_page_on_the_command_line_has_every_exit_code() -> None:
 
 def test_a_phase_alone_needs_the_ones_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["label", write(tmp_path, settings(tmp_path))]) == 2
-    assert "run data first" in capsys.readouterr().err
+    assert "run boost first" in capsys.readouterr().err
 
 
 def test_a_study_is_reported_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

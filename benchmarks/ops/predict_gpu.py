@@ -126,8 +126,8 @@ def cases() -> Iterator[Case]:
     yield Case("mixture_sample", "top-k 50 + top-p 0.9", "cuda", passes=(scan,), finish=both, **sample)
     raced = finish_of(experts, size, races=1)
     yield Case("mixture_sample", "plain", "cuda", passes=(noise,), finish=raced, **sample)
-    # The likeliest tokens tell whether the winner lies in the nucleus. Where it does not, in one of ten rows, the weight
-    # of all others is needed.
+    # The likeliest tokens tell whether the winner lies in the nucleus. Where it does not, in one of ten rows, the
+    # weight of all others is needed.
     nucleus = {"finish": raced + both - 3.7, "reread": 0.1}
     yield Case("mixture_sample", "top-p 0.9 at 0.7", "cuda", passes=(noise,), **nucleus, **sample)
     write = Pass(14.3, written=4, again=True)

@@ -373,17 +373,20 @@ class Experiment:
         live = teacher != TRUTH and args.variant == "soft" and args.top_logprobs is None
         answers = questions if teacher == TRUTH else self.files.labels(teacher, questions)
         easy = self.config.students[arm].get("easy_answers", False)
-        trainer = StudentTrainer(
-            model.source,
-            args=args,
-            train_dataset=with_gold(answers, self.files.questions("train")) if easy else answers,
-            processing_class=self.files.tokenizer(model),
-            peft_config=self.config.peft_config(),
-            question_format=self.config.data.format,
-            model_init_kwargs=model.init_kwargs,
-            description=f"training {arm}",
-            teacher=self.files.teacher(teacher) if live else None,
-        )
+        try:
+            trainer = StudentTrainer(
+                model.source,
+                args=args,
+                train_dataset=with_gold(answers, self.files.questions("train")) if easy else answers,
+                processing_class=self.files.tokenizer(model),
+                peft_config=self.config.peft_config(),
+                question_format=self.config.data.format,
+                model_init_kwargs=model.init_kwargs,
+                description=f"training {arm}",
+                teacher=self.files.teacher(teacher) if live else None,
+            )
+        except ValueError as error:
+            raise ValueError(f"{arm}, taught by {teacher}: {error}") from error
         trainer.train(save_to=folder)
         seconds = self.files.student_cost(arm)["seconds"]
         used = int((~gold_rows(trainer.train_dataset)).sum())

@@ -111,8 +111,10 @@ class RunFolder:
         """Raise FileNotFoundError unless all phases before this one are done."""
         for earlier in PHASES[: PHASES.index(phase)]:
             if not self.records_file(earlier).exists():
+                # The command `boost` makes the data, too.
+                command = "boost" if earlier == "data" else earlier
                 raise FileNotFoundError(
-                    f"{phase} needs what {earlier} leaves in {self.path}, which is not there: run {earlier} first"
+                    f"{phase} needs what {command} leaves in {self.path}, which is not there: run {command} first"
                 )
 
     def check_left(self, phase: str, path: Path) -> None:

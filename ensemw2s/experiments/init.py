@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ensemw2s.data.difficulty import DifficultySplit, split_by_difficulty
 from ensemw2s.data.questions import exclude_questions, load_questions
 from ensemw2s.data.tokens import QuestionFormat
-from ensemw2s.experiments.config import DifficultyConfig, build_config
+from ensemw2s.experiments.config import DifficultyConfig, build_config, merge_settings
 from ensemw2s.models.loading import require_source
 from ensemw2s.runtime.files import new_file
 from ensemw2s.runtime.parsing import parse_yaml
@@ -94,7 +94,10 @@ def write_configuration(
         # answer, and hard answers may be longer.
         max_new_tokens=min(len(asked.answer_prefix) + longest + longest // 2 + 1, 256),
     )  # fmt: skip
-    build_config(parse_yaml(text, str(path)))
+    settings = parse_yaml(text, str(path))
+    small = settings.pop("quick")
+    for written in (settings, merge_settings(settings, small)):
+        build_config(written)
     with new_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
 

@@ -160,19 +160,34 @@ class Study:
 
         Records of a cell that are gone or changed raise ValueError, which names the file and the cell.
         """
-        records = self._records()
-        kept = {(r.get("task"), r.get("seed")): r.get("key") for r in records if r["kind"] == CellRecord.kind}
-        self._check_whole(records)
+        kept = self._kept_keys()
+        self._check_whole(self._records())
         return [cell for cell in self.cells if kept.get((cell.task, cell.seed)) != cell.key]
 
-    def run(self, jobs: int = 1, minutes: float | None = None) -> None:
+    def _kept_keys(self) -> dict[tuple[Any, Any], Any]:
+        """Return the keys of the cells in the records, by task and seed."""
+        return {(r.get("task"), r.get("seed")): r.get("key") for r in self._records() if r["kind"] == CellRecord.kind}
+
+    def _require_same_settings(self) -> None:
+        kept = self._kept_keys()
+        others = [cell for cell in self.cells if kept.get((cell.task, cell.seed), cell.key) != cell.key]
+        if others:
+            raise ValueError(
+                f"{self.file} holds {len(others)} of the cells as they were measured with other settings, the first of "
+                f"them {others[0].task}, seed {others[0].seed}. Give the study of the changed settings another name "
+                "(or other records), or pass --overwrite to replace what was measured"
+            )
+
+    def run(self, jobs: int = 1, minutes: float | None = None, overwrite: bool = False) -> None:
         """Run the missing cells, `jobs` at a time, and add each to the records as soon as it is finished.
 
         With more than one job each cell has a process of its own; after `minutes` no cell is begun (None runs all).
+        With `overwrite`, what cells measured or left with other settings is replaced.
 
         A cell that fails does not keep the others from being run.
 
         Raises:
+            ValueError: the records hold cells that were measured with other settings; names one.
             CellError: cells failed; names each, and why. What they left is kept for the next call.
             InUseError: another process adds to the records, or works in a cell's folder; no further cell is begun.
             DiskFullError, MemoryError, BrokenProcessPool: likewise, since the next cell would meet the same.
@@ -186,15 +201,17 @@ class Study:
         with held_file(self.file):
             end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
             waiting = self.missing()
+            if not overwrite:
+                self._require_same_settings()
             done = len(self.cells) - len(waiting)
             self.say(f"{self.config.name}: {done} of {len(self.cells)} cells are in {self.file}")
             failed: list[str] = []
             if jobs == 1:
                 while waiting and time.monotonic() < end:
                     cell = waiting.pop(0)
-                    self._add(cell, partial(_run_cell, cell), failed)
+                    self._add(cell, partial(_run_cell, cell, overwrite), failed)
             else:
-                self._run_side_by_side(waiting, jobs, end, failed)
+                self._run_side_by_side(waiting, jobs, end, failed, overwrite)
             if waiting:
                 self.say(f"{len(waiting)} cells are left: the same command goes on with them")
             if failed:
@@ -203,7 +220,7 @@ class Study:
                     + "; ".join(failed)
                 )
 
-    def _run_side_by_side(self, waiting: list[Cell], jobs: int, end: float, failed: list[str]) -> None:
+    def _run_side_by_side(self, waiting: list[Cell], jobs: int, end: float, failed: list[str], overwrite: bool) -> None:
         """Take cells from `waiting` until `end`, `jobs` at a time; `failed` is told of those that fail."""
         context = multiprocessing.get_context("spawn")
         running: dict[Any, Cell] = {}
@@ -211,7 +228,7 @@ class Study:
             while running or (waiting and time.monotonic() < end):
                 while waiting and len(running) < jobs and time.monotonic() < end:
                     cell = waiting.pop(0)
-                    running[pool.submit(_run_cell, cell)] = cell
+                    running[pool.submit(_run_cell, cell, overwrite)] = cell
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     self._add(running.pop(future), future.result, failed)
 
@@ -353,7 +370,7 @@ def _log_of(cell: Cell) -> Path:
     return folder.with_name(f"{folder.name}.log")
 
 
-def _run_cell(cell: Cell) -> list[dict[str, Any]]:
+def _run_cell(cell: Cell, overwrite: bool) -> list[dict[str, Any]]:
     from ensemw2s.experiments.experiment import Experiment
     from ensemw2s.experiments.folder import PHASES
 
@@ -363,7 +380,7 @@ def _run_cell(cell: Cell) -> list[dict[str, Any]]:
     enter_growing(log_file)
     with log_file.open("w") as log, contextlib.redirect_stderr(log):
         try:
-            experiment = Experiment(cell.config, overwrite=True, say=lambda line: print(line, file=log))
+            experiment = Experiment(cell.config, overwrite=overwrite, say=lambda line: print(line, file=log))
             # A study has a report of its own.
             return experiment.run(tuple(phase for phase in PHASES if phase != "report"))
         except Exception:

@@ -23,6 +23,7 @@ _HUB = "nothing is uploaded during training: call push_to_hub() on the ensemble 
 _SCRIPT = "transformers' own trainer does not read it: it is for scripts"
 _EVALUATION = "an evaluation during training measures the loss alone, in the precision of training"
 _GROUP = "the processes find each other before settings are read, with the backend that fits their device"
+_COMPILED = "the loss is taken in place of the output head, and torch.compile does not follow that"
 _CHECKPOINTS = "a checkpoint always holds what training needs to go on to the same bits, written by the main process"
 # Settings of transformers that would be ignored or break a promise of ours, and why they cannot have their effect.
 REFUSED: Mapping[str, str] = {
@@ -60,6 +61,9 @@ REFUSED: Mapping[str, str] = {
     "resume_from_checkpoint": f"{_SCRIPT}; train() in the same output_dir goes on by itself",
     "save_on_each_node": _CHECKPOINTS,
     "save_only_model": _CHECKPOINTS,
+    "torch_compile": _COMPILED,
+    "torch_compile_backend": _COMPILED,
+    "torch_compile_mode": _COMPILED,
 }
 _REFUSED_OF_ACCELERATOR: Mapping[str, str] = {
     "split_batches": "a batch size is always that of one process",

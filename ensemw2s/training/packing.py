@@ -101,10 +101,10 @@ def wants_one_line(model: Any) -> bool:
 
 
 @torch.no_grad()
-def keeps_rows_apart(model: Any, forward: Callable[..., Any]) -> bool:
+def keeps_rows_apart(model: Any, forward: Callable[..., Any], *, is_mixed: bool = False) -> bool:
     """Try on a few short rows whether a model reads packed rows as it reads padded ones.
 
-    It is called by `forward`: the model itself, or the same in a wrapper for several processes.
+    It is called by `forward`: the model itself, or the same in a wrapper for several processes or for mixed precision.
     """
     device = next(model.parameters()).device
     lengths = torch.tensor(_TRIAL, device=device)[:, None]
@@ -124,6 +124,6 @@ def keeps_rows_apart(model: Any, forward: Callable[..., Any]) -> bool:
         return False
     finally:
         model.train(training)
-    dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else found.dtype
-    rounding = _ROUNDING.get(dtype, _ROUNDING_16_BIT)
+    # A wrapper gives float32 back, whatever it computed in.
+    rounding = _ROUNDING_16_BIT if is_mixed else _ROUNDING.get(found.dtype, _ROUNDING_16_BIT)
     return bool((found - expected).abs().max() <= rounding * expected.abs().max())

@@ -281,7 +281,8 @@ class AnswerTrainer(Trainer):
     def _reads_packed_rows(self, model: torch.nn.Module) -> bool:
         if self._packs is None:
             plain = self.accelerator.unwrap_model(model)
-            self._packs = keeps_rows_apart(plain, model)
+            is_mixed = self.accelerator.mixed_precision != "no"
+            self._packs = keeps_rows_apart(plain, model, is_mixed=is_mixed)
             if not self._packs:
                 warnings.warn(
                     f"{_name(plain)} is trained on padded batches, because it does not keep packed rows apart: "

@@ -475,7 +475,7 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_phase_out_of_order_says_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"student needs what data leaves in .*: run data first"):
+    with pytest.raises(FileNotFoundError, match=r"student needs what boost leaves in .*: run boost first"):
         Experiment(build_config(settings(tmp_path))).run(("student",))
 
 
@@ -544,3 +544,15 @@ def test_teachers_without_room_for_such_answers_are_warned_of(tmp_path: Path) ->
         UserWarning, match=r"labelling.max_new_tokens=2: \d+ of the 24 training answers have more tokens"
     ):
         Experiment(config).run(("data",))
+
+
+def test_a_student_that_cannot_be_taught_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = Experiment(build_config(settings(tmp_path)))
+    experiment.run(("data",))
+
+    def refused(*args: Any, **options: Any) -> None:
+        raise ValueError("none of the 24 answers is left to train on")
+
+    monkeypatch.setattr("ensemw2s.experiments.experiment.StudentTrainer", refused)
+    with pytest.raises(ValueError, match=r"^ceiling, taught by truth: none of the 24 answers is left"):
+        experiment._train_student("ceiling")

@@ -44,6 +44,8 @@ def test_what_it_writes_runs(tmp_path: Path, words: list[str], capsys: pytest.Ca
     assert (tmp_path / "run" / "mine" / "report.html").exists()
     # Two letters, the space in front of them and the end, one token each, and room for a longer answer.
     assert load_config(words[1]).labelling.max_new_tokens == 5
+    quick = load_config(words[1], quick=True)
+    assert quick.name == "mine_quick" and quick.boosting["max_steps"] == quick.student["max_steps"] == 20
 
 
 def test_one_file_is_split_by_difficulty_and_rated_where_it_says_nothing_of_it(

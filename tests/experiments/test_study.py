@@ -49,7 +49,7 @@ def fake_cells(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Let cells give a record each instead of training; returns those that were run."""
     run: list[tuple[str, int]] = []
 
-    def cell_records(cell: Any) -> list[dict[str, Any]]:
+    def cell_records(cell: Any, overwrite: bool) -> list[dict[str, Any]]:
         run.append((cell.task, cell.seed))
         arm = {"kind": "arm", "arm": "ensemble", "split": "id", "metric": "accuracy", "value": 0.5,
                "standard_error": 0.1, "n": 20}  # fmt: skip
@@ -115,11 +115,16 @@ def test_all_tasks_come_before_the_next_seed_and_finished_cells_are_not_run_agai
     assert sorted((row["task"], row["seed"]) for row in rows if row["kind"] == "arm") == sorted(run)
 
 
-def test_a_cell_of_another_configuration_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_of_other_settings_is_measured_anew_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = fake_cells(monkeypatch)
     file = write_study(tmp_path)
     Study(load_study(file), tmp_path / "kept.jsonl").run()
-    Study(load_study(file, ["boosting.num_rounds=3"]), tmp_path / "kept.jsonl").run()
+    changed = Study(load_study(file, ["boosting.num_rounds=3"]), tmp_path / "kept.jsonl")
+    before = (tmp_path / "kept.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"holds 4 of the cells as .* other settings.* seed 0\. .*--overwrite"):
+        changed.run()
+    assert (tmp_path / "kept.jsonl").read_bytes() == before and len(run) == 4
+    changed.run(overwrite=True)
     assert len(run) == 8
     rows = read_complete_lines(tmp_path / "kept.jsonl")
     assert sum(row["kind"] == "arm" for row in rows) == 4
@@ -147,7 +152,7 @@ def test_a_cell_that_fails_is_named_and_keeps_no_other_from_being_run(tmp_path: 
 
 
 def test_a_full_disk_ends_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(cell: Any) -> list[dict[str, Any]]:
+    def full(cell: Any, overwrite: bool) -> list[dict[str, Any]]:
         raise DiskFullError(cell.config.folder)
 
     monkeypatch.setattr("ensemw2s.experiments.study._run_cell", full)

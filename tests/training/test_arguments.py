@@ -143,8 +143,8 @@ def test_a_setting_that_would_do_nothing_is_refused(tmp_path: Path, settings: di
 ELSEWHERE = {
     "output_dir", "seed", "use_cpu", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
     "trackio_bucket_id", "trackio_static_space_id", "log_level", "log_level_replica", "log_on_each_node", "logging_dir",
-    "logging_steps", "logging_first_step", "debug", "tf32", "fp16", "torch_compile", "torch_compile_backend",
-    "torch_compile_mode", "use_liger_kernel", "liger_kernel_config", "use_cache", "activation_checkpointing_kwargs",
+    "logging_steps", "logging_first_step", "debug", "tf32", "fp16", "use_liger_kernel",
+    "liger_kernel_config", "use_cache", "activation_checkpointing_kwargs",
     "gradient_checkpointing_kwargs", "optim_args", "optim_target_modules", "accelerator_config", "local_rank",
     "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph",
     "dataloader_multiprocessing_context", "warmup_ratio", "logging_nan_inf_filter",

@@ -223,3 +223,15 @@ def test_packed_outputs_come_in_the_order_of_the_labels(tmp_path: Path) -> None:
             found.append(trainer.compute_loss(trainer.model.eval(), dict(batch), return_outputs=True))
     torch.testing.assert_close(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1].logits, found[1][1].logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_mixed_precision_does_not_hide_that_rows_are_kept_apart(tmp_path: Path, strategy: str) -> None:
+    examples = tokenize_questions(questions(12), tokenizer(), FORMAT)
+    args = AnswerTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, bf16=True, max_steps=2, disable_tqdm=True, learning_rate=1e-2,
+        train_sampling_strategy=strategy,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*is trained on padded batches")
+        fine_tune(llama(0), examples, args, pad_token_id=END, seed=1, description="x")
