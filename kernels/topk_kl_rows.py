@@ -22,6 +22,7 @@ from ensemw2s.kernels.rows import (
     row_offset,
     store_gradient,
 )
+from ensemw2s.ops.token_adjustments import mask_of
 
 _PER_THREAD = 8  # one 16-byte load of 16-bit logits, and no spills
 _MOST_KEPT_AT_ONCE = 1024  # more kept tokens than this are gone through in blocks
@@ -52,11 +53,13 @@ def topk_kl_rows(
     losses, gradient = new_outputs(student, with_gradient, gradient_dtype)
     if losses.numel():
         rows = as_rows(student)
-        k = token_ids.shape[-1]
-        # In order, so that the pass over the row meets each kept token once.
-        token_ids, order = token_ids.sort(dim=-1)
-        inputs = (rows, token_ids.contiguous(), log_probs.gather(-1, order).contiguous(), row_weights.contiguous())
-        shape = (k, rows.shape[2], rows.shape[1], rows.stride(0), rows.stride(1))
+        k, vocabulary = token_ids.shape[-1], rows.shape[2]
+        token_ids = token_ids.contiguous()
+        kept = token_ids.view(-1, k)
+        # A bit for each token: the pass over the row sees which are kept without a look at the list.
+        is_kept = mask_of(kept, (kept >= 0) & (kept < vocabulary), vocabulary)
+        inputs = (rows, token_ids, is_kept, log_probs.contiguous(), row_weights.contiguous())
+        shape = (k, vocabulary, rows.shape[1], rows.stride(0), rows.stride(1))
         constants = {"KEPT": min(_MOST_KEPT_AT_ONCE, triton.next_power_of_2(k)), "WITH_GRADIENT": with_gradient}
         launch(_rows_kernel, (_PER_THREAD, MOST_WARPS), *inputs, losses, gradient, *shape, **constants)
     return losses, gradient
@@ -66,6 +69,7 @@ def topk_kl_rows(
 def _rows_kernel(
     student,
     token_ids,
+    is_kept,
     log_probs,
     row_weights,
     losses,
@@ -87,14 +91,16 @@ def _rows_kernel(
     else:
         student += row_offset(row, inner, outer_stride, inner_stride)
         token_ids += row * k
+        is_kept += row * tl.cdiv(V, 32)
         log_probs += row * k
-        _row(student, token_ids, log_probs, weight, losses + row, gradient, k, V, BLOCK, KEPT, WITH_GRADIENT)
+        _row(student, token_ids, is_kept, log_probs, weight, losses + row, gradient, k, V, BLOCK, KEPT, WITH_GRADIENT)
 
 
 @triton.jit
 def _row(
     student,
     token_ids,
+    is_kept,
     log_probs,
     weight,
     loss,
@@ -106,7 +112,7 @@ def _row(
     WITH_GRADIENT: tl.constexpr,
 ):
     """Teacher mass ``p_1 .. p_k`` and the rest ``r``, student mass ``q_1 .. q_k`` and the rest ``R``."""
-    rest_top, rest_total = _log_sum_exp_of_rest(student, token_ids, k, V, BLOCK)
+    rest_top, rest_total = _log_sum_exp_of_rest(student, is_kept, V, BLOCK)
     kept_top, kept_total, mass, known = _scan_kept(student, token_ids, log_probs, k, V, KEPT)
     top = tl.maximum(rest_top, kept_top)
     rest_share = rest_total * tl.exp(rest_top - top)
@@ -130,19 +136,15 @@ def _row(
 
 
 @triton.jit
-def _log_sum_exp_of_rest(student, token_ids, k, V, BLOCK: tl.constexpr):
+def _log_sum_exp_of_rest(student, is_kept, V, BLOCK: tl.constexpr):
     """``rows.log_sum_exp`` without the kept tokens: taken off afterwards, they would cost a small rest its digits."""
     top = tl.full([BLOCK], LOWEST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    j = 0
-    token = tl.load(token_ids)
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         z = load_logits(student, columns, V)
-        while token < tl.minimum(start + BLOCK, V):
-            z = tl.where(columns == token, -float("inf"), z)
-            j += 1
-            token = tl.load(token_ids + j, mask=j < k, other=V)
+        words = tl.load(is_kept + columns // 32, mask=columns < V, other=0)
+        z = tl.where((words >> (columns % 32)) & 1 != 0, -float("inf"), z)
         top, total = add_logits(z, top, total)
     return merge_lanes(top, total)
 
@@ -208,6 +210,7 @@ AHEAD_OF_TIME = [
         {
             "student": "*bf16",
             "token_ids": "*i64",
+            "is_kept": "*i32",
             "log_probs": "*fp32",
             "row_weights": "*fp32",
             "losses": "*fp32",

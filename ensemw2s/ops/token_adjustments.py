@@ -213,10 +213,10 @@ def _listed_once(
         (bias, torch.where(seen, repetition, 1.0), torch.where(counts > 0, presence + frequency * counts, 0.0))
     )
     is_token = unique < vocabulary
-    return TokenAdjustments(unique.where(is_token, -1).to(torch.int32), values, _bits(unique, is_token, vocabulary))
+    return TokenAdjustments(unique.where(is_token, -1).to(torch.int32), values, mask_of(unique, is_token, vocabulary))
 
 
-def _bits(tokens: Tensor, is_token: Tensor, vocabulary: int) -> Tensor:
+def mask_of(tokens: Tensor, is_token: Tensor, vocabulary: int) -> Tensor:
     """A mask int32 ``[B, ceil(V / 32)]`` of tokens that are all different, so that bits add up to words."""
     words = torch.zeros((len(tokens), -(-vocabulary // _WORD)), dtype=torch.int32, device=tokens.device)
     bits = torch.where(is_token, torch.ones_like(tokens) << (tokens % _WORD), 0).to(torch.int32)
