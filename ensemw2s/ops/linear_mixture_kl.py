@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ensemw2s.ops import backend
@@ -37,8 +36,7 @@ def linear_mixture_kl(
     """``mixture_kl`` of ``hidden @ head.T`` and the experts' like products that never holds ``[tokens, V]``.
 
     Logits are made for some rows at a time, and only of rows whose weight is not 0. The host asks a GPU once which rows
-    those are; while a CUDA graph is captured it may not ask, and the logits of all rows are made. Neighbouring experts
-    that share a head are multiplied with it as one.
+    those are; while a CUDA graph is captured it may not ask, and the logits of all rows are made.
 
     Args:
         hidden: Student's ``[..., d]``, float32, bfloat16, float16 or float64.
@@ -103,18 +101,8 @@ def _checked_teachers(
 
 def _targets_of(targets: Sequence[Any], rows: Rows, temperature: float) -> tuple[list[Tensor], Tensor]:
     expert_hiddens, expert_heads, weights = targets
-    states = [hidden[rows] for hidden in expert_hiddens]
-    return [tempered(logits, temperature) for logits in _products(states, expert_heads)], weights
-
-
-def _products(states: list[Tensor], heads: list[Tensor]) -> Iterator[Tensor]:
-    """Logits of each expert; neighbours that share a head, as the adapters of one base do, are multiplied as one."""
-    start = 0
-    while start < len(heads):
-        end = next((t for t in range(start, len(heads)) if not heads[t].is_set_to(heads[start])), len(heads))
-        logits = linear(torch.cat(states[start:end]), heads[start])
-        yield from logits.reshape(end - start, len(states[start]), logits.shape[-1])
-        start = end
+    experts = zip(expert_hiddens, expert_heads, strict=True)
+    return [tempered(linear(states[rows], expert_head), temperature) for states, expert_head in experts], weights
 
 
 declare_linear(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
-from importlib import import_module
 
 import pytest
 import torch
@@ -20,8 +18,6 @@ from ensemw2s.ops import (
 )
 from tests.ops.helpers import DTYPES, needs_cpp
 
-# The package shows the op by this name.
-kl_op = import_module("ensemw2s.ops.linear_mixture_kl")
 IMPLS = ["reference", pytest.param("cpp", marks=needs_cpp)]
 ROWS, WIDTH = 7, 6
 # 3: below one vector; 65: a plain tile and one more; 257: past an AVX-512 tile, odd.
@@ -123,31 +119,6 @@ def test_reference_is_the_definition(generator, name):
         torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
         for ours, theirs in zip(gradients, expected_gradients, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-
-
-@needs_cpp
-@pytest.mark.parametrize("shared", [(0, 0, 0), (0, 0, 1), (1, 0, 0), (0, 1, 0)])
-def test_neighbours_that_share_a_head_are_multiplied_as_one(generator, monkeypatch, shared):
-    products = []
-
-    def counted(states, head):
-        products.append(len(states))
-        return states @ head.T
-
-    monkeypatch.setattr(kl_op, "linear", counted)
-    case = Case("linear_mixture_kl", generator, 65)
-    case.states = [torch.randn(ROWS, WIDTH, generator=generator) for _ in range(3)]
-    heads = [torch.randn(65, WIDTH, generator=generator) for _ in range(2)]
-    case.heads = [heads[index] for index in shared]
-    loss, gradients = case.with_gradients(case.call, case.leaves, impl="cpp")
-    expected, expected_gradients = case.with_gradients(case.define, [x.double() for x in case.leaves])
-    torch.testing.assert_close(loss, expected.float())
-    for ours, theirs in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=1e-5)
-    counting = int((case.leaves[-1] != 0).sum())
-    assert products == [counting * len(list(group)) for _, group in itertools.groupby(shared)]
-    first, *rest, weights = case.leaves
-    assert case.call(first, *rest, torch.zeros_like(weights), impl="cpp") == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
