@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ensemw2s.data.characters import character_questions
 from ensemw2s.data.known_datasets import binary_question, from_schema
-from ensemw2s.data.shapes import Prompt, as_dataset, dataset_of
+from ensemw2s.data.shapes import Prompt, as_dataset, dataset_of, with_column
 from ensemw2s.runtime.fingerprint import digest_json
 from ensemw2s.runtime.parsing import parse_json, read_text, require_file
 from ensemw2s.runtime.values import LARGEST, shown, shown_names
@@ -144,7 +144,7 @@ def _answered_by_choice(dataset: Dataset, choices: Sequence[str] | None, binary:
             raise ValueError(f"{name} has a column `choices` already: leave the option `choices` out")
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
             raise ValueError(f"choices must be a list of texts (quote yes and no in YAML), got {shown(choices)}")
-        dataset = check_questions(dataset.add_column("choices", [choices] * len(dataset)), name)
+        dataset = check_questions(with_column(dataset, "choices", [choices] * len(dataset)), name)
     if not isinstance(binary, bool | None):
         raise ValueError(f"binary must be true or false, got {shown(binary)}")
     if binary and "choices" not in dataset.column_names:
@@ -356,13 +356,13 @@ def check_questions(
                     + (_remedy_of_number(column, dataset) if isinstance(value, numbers.Number) else "")
                 )
     if "id" not in dataset.column_names:
-        dataset = dataset.add_column("id", _numbered(_content_ids(dataset)))
+        dataset = with_column(dataset, "id", _numbered(_content_ids(dataset)))
     ids = [_checked_id(value, f"{name}, row {index}") for index, value in enumerate(dataset["id"])]
     twice = [value for value, count in Counter(ids).items() if count > 1]
     if twice:
         raise ValueError(f"{name} has the id {shown(twice[0])} more than once: ids must be unique")
     if not isinstance(dataset[0]["id"], str):
-        dataset = dataset.remove_columns("id").add_column("id", ids)
+        dataset = with_column(dataset.remove_columns("id"), "id", ids)
     if "choices" in dataset.column_names:
         check_choices(dataset, name)
     return dataset

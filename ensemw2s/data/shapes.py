@@ -58,6 +58,19 @@ def as_dataset(data: Any, name: str, columns: Mapping[str, str] | None = None) -
     return _with_texts(_renamed(data.with_format(None), columns or {}, name), name)
 
 
+def with_column(dataset: Dataset, name: str, values: Any) -> Dataset:
+    """Return the dataset with one column more, without a bar for rows that were selected before."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        return dataset.add_column(name, values)
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
 def dataset_of(rows: Sequence[Mapping[str, Any]], name: str) -> Dataset:
     """Return rows as a dataset with every column that any row has, without disturbing other threads.
 
@@ -122,8 +135,8 @@ def _with_texts(dataset: Dataset, name: str) -> Dataset:
     names = dataset.column_names
     if "messages" in names and not {"prompt", "answer"} & set(names):
         turns = [_messages(row, f"{name}, row {i}: messages") for i, row in enumerate(dataset["messages"])]
-        dataset = dataset.add_column("prompt", [row[:-1] for row in turns])
-        dataset = dataset.add_column("answer", [row[-1:] for row in turns]).remove_columns("messages")
+        dataset = with_column(dataset, "prompt", [row[:-1] for row in turns])
+        dataset = with_column(dataset, "answer", [row[-1:] for row in turns]).remove_columns("messages")
     elif "completion" in names and "answer" not in names:
         dataset = dataset.rename_column("completion", "answer")
     for column, read in (("prompt", _messages), ("answer", _spoken)):
@@ -133,7 +146,7 @@ def _with_texts(dataset: Dataset, name: str) -> Dataset:
             if made != values:
                 # Without any column a dataset would have no rows.
                 given = dataset.rename_column(column, f"{column} as given")
-                dataset = given.add_column(column, made).remove_columns(f"{column} as given")
+                dataset = with_column(given, column, made).remove_columns(f"{column} as given")
     return dataset
 
 

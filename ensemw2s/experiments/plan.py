@@ -24,6 +24,7 @@ import numpy as np
 from ensemw2s.boosting.config import BoostingConfig
 from ensemw2s.data.batches import batches_by_length, by_length
 from ensemw2s.data.difficulty import assign_folds
+from ensemw2s.data.shapes import with_column
 from ensemw2s.data.tokens import tokenize_prompts, tokenize_questions
 from ensemw2s.experiments.config import ExperimentConfig, LabellingConfig
 from ensemw2s.experiments.evaluation import MEASURED_SPLITS
@@ -70,7 +71,7 @@ class _Trial(Experiment):
         # Any: which questions are easy is not known.
         ranks = np.random.default_rng(self.config.seed).permutation(len(questions)) / len(questions)
         kept = [name for name in questions.column_names if name != "difficulty"]
-        return questions.select_columns(kept).add_column("difficulty", ranks)
+        return with_column(questions.select_columns(kept), "difficulty", ranks)
 
 
 def plan_table(estimates: Sequence[PhaseEstimate]) -> Table:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ensemw2s.data.difficulty import assign_folds, random_rank
 from ensemw2s.data.questions import check_questions
+from ensemw2s.data.shapes import with_column
 from ensemw2s.data.tokens import QuestionFormat, checked_format, tokenize_questions
 from ensemw2s.inference.scoring import AnswerScores, score_examples
 from ensemw2s.models.adapters import check_peft_config
@@ -87,7 +88,7 @@ def rate_difficulty(
     difficulty = np.empty(len(questions))
     difficulty[order] = raters.rate(questions.select(order), fold[order], folds)
     had = [name for name in ("difficulty", "fold") if name in questions.column_names]
-    return questions.remove_columns(had).add_column("difficulty", difficulty).add_column("fold", fold)
+    return with_column(with_column(questions.remove_columns(had), "difficulty", difficulty), "fold", fold)
 
 
 def answer_difficulty(scores: AnswerScores) -> np.ndarray:

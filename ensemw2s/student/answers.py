@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ensemw2s.data.questions import check_questions, row_name
-from ensemw2s.data.shapes import as_dataset, dataset_of
+from ensemw2s.data.shapes import as_dataset, dataset_of, with_column
 from ensemw2s.data.tokens import QuestionFormat
 from ensemw2s.inference.label_files import TOP_COLUMNS
 from ensemw2s.runtime.values import check_number, shown
@@ -154,7 +154,7 @@ def _with_gold_finished(answers: Dataset) -> Dataset:
     if "finished" not in answers.column_names or not gold.any():
         return answers
     finished = [bool(value) or known for value, known in zip(answers["finished"], gold.tolist(), strict=True)]
-    return answers.remove_columns("finished").add_column("finished", finished)
+    return with_column(answers.remove_columns("finished"), "finished", finished)
 
 
 def usable_answers(

@@ -13,6 +13,7 @@ import numpy as np
 from transformers import GenerationConfig, PreTrainedModel
 
 from ensemw2s.data.questions import check_questions, question_key
+from ensemw2s.data.shapes import with_column
 from ensemw2s.data.tokens import (
     QuestionFormat,
     answer_lengths,
@@ -328,7 +329,7 @@ class StudentTrainer:
             # No teacher gave the end token that tokenising adds.
             ends = zip(answer_lengths(examples), answers["finished"], strict=True)
             weights = [np.append(np.ones(length - 1), float(finished)) for length, finished in ends]
-            return examples.add_column("token_weights", weights)
+            return with_column(examples, "token_weights", weights)
         return examples
 
     def train(self, save_to: str | Path | None = None, *, resume_from_checkpoint: bool | None = None) -> Any:

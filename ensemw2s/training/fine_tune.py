@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ensemw2s.data.batches import AnswerCollator
+from ensemw2s.data.shapes import with_column
 from ensemw2s.data.tokens import answer_lengths, check_examples
 from ensemw2s.models.adapters import sort_settings, without_renamed_properties
 from ensemw2s.runtime import processes
@@ -136,7 +137,7 @@ def fine_tune(
         model=model,
         args=args,
         # An example's place in the dataset, so that an error can name it.
-        train_dataset=examples.add_column("row", np.arange(len(examples))),
+        train_dataset=with_column(examples, "row", np.arange(len(examples))),
         data_collator=AnswerCollator(pad_token_id),
         callbacks=callbacks,
         **trainer_options,
@@ -277,4 +278,4 @@ def _with_token_weights(examples: Dataset, token_weights: Sequence[np.ndarray]) 
         raise ValueError(
             f"token_weights must be finite, at least 0 and not all 0; they run from {values.min()} to {values.max()}"
         )
-    return examples.add_column("token_weights", rows)
+    return with_column(examples, "token_weights", rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import datasets
 import numpy as np
 import pandas
 import pytest
@@ -12,6 +13,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 
 from ensemw2s import check_questions, to_prompt_completion
 from ensemw2s.data.questions import check_disjoint, exclude_questions, load_questions, split_questions
+from ensemw2s.data.shapes import with_column
 from ensemw2s.data.tokens import QuestionFormat, check_examples, tokenize_prompts, tokenize_questions
 from tests.tiny import FORMAT, tokenizer
 
@@ -253,3 +255,21 @@ def test_a_number_as_answer_is_refused_with_the_way_out() -> None:
         ValueError, match=r"mine, row 0: answer is 3, expected text .*: make numbers text, with str\(\)"
     ):
         check_questions([{"prompt": "1+2", "answer": 3}], "mine")
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_column_more_shows_no_bar_and_leaves_them_as_they_were(
+    capfd: pytest.CaptureFixture[str], shown: bool
+) -> None:
+    def show(bars: bool) -> None:
+        (datasets.enable_progress_bars if bars else datasets.disable_progress_bars)()
+
+    before = datasets.is_progress_bar_enabled()
+    try:
+        show(shown)
+        selected = Dataset.from_dict({"a": list(range(5000))}).select(range(0, 5000, 2))
+        assert with_column(selected, "b", list(range(2500)))["b"][:3] == [0, 1, 2]
+        assert "Flattening" not in capfd.readouterr().err
+        assert datasets.is_progress_bar_enabled() == shown
+    finally:
+        show(before)
