@@ -250,10 +250,10 @@ def row_weights(token_weights: Tensor, shape: tuple[int, ...], like: Tensor, lab
     return (weights if labels is None else weights.masked_fill(labels == MASKED_LABEL, 0.0)).contiguous()
 
 
-def number(value: Any, name: str) -> float:
+def number(value: Any, name: str, expected: str = "a number") -> float:
     """A real number as a float; infinity for an int that is too large for one."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
     try:
         return float(value)
     except OverflowError:

@@ -21,7 +21,14 @@ from ensemw2s.ops.expert_first import of_drawn_experts, refuse_beside_expert_fir
 from ensemw2s.ops.mixture_log_probs import combined, expert_log_probs
 from ensemw2s.ops.randomness import gumbel_noise
 from ensemw2s.ops.sample_settings import SampleSettings, check_top_logprobs, sample_settings
-from ensemw2s.ops.token_adjustments import TokenAdjustments, adjusted, check_adjustments, check_mask, unpack_mask
+from ensemw2s.ops.token_adjustments import (
+    TokenAdjustments,
+    adjusted,
+    check_adjustments,
+    check_listed_tokens,
+    check_mask,
+    unpack_mask,
+)
 
 # A temperature below this is 0: float32 has no room for what log-probabilities become when they are divided by it.
 COLDEST = 1e-30
@@ -159,6 +166,7 @@ def sample_rows(
     if chosen == "reference":
         check_weight_values(weights)
         settings.check_values()
+        check_listed_tokens(adjustments, first.shape[-1])
         flat = [expert.reshape(rows, expert.shape[-1]) for expert in experts]
         return reference(
             flat,

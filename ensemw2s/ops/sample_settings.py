@@ -96,7 +96,7 @@ def sample_settings(temperature: Any, top_k: Any, top_p: Any, min_p: Any, logits
 def _real(value: Any, name: str, logits: Tensor) -> float | Tensor:
     if isinstance(value, Tensor):
         return of_rows(value, name, logits)
-    found = value if type(value) is float else number(value, name)
+    found = value if type(value) is float else number(value, name, "a number, or a tensor [B] of each row's")
     if not _KINDS[name].in_range(found):
         raise ValueError(f"{name}={shown(value)} must be {_KINDS[name].expected}")
     return found

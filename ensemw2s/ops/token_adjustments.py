@@ -137,6 +137,13 @@ def check_adjustments(
     return tokens, values, _packed(listed, "adjustments.listed", rows, logits)
 
 
+def check_listed_tokens(adjustments: TokenAdjustments | None, vocabulary: int) -> None:
+    """Refuse tokens that logits ``[..., V]`` do not have; on the CPU only, as the compiled kernel does."""
+    if adjustments is not None:
+        tokens = adjustments.tokens
+        _refuse_values("the tokens of adjustments", tokens, tokens < vocabulary, f"below {vocabulary}")
+
+
 def _packed(bits: Tensor, name: str, rows: int, logits: Tensor) -> Tensor:
     vocabulary = logits.shape[-1]
     shape = (rows, -(-vocabulary // _WORD))

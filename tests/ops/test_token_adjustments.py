@@ -364,6 +364,16 @@ def test_bad_adjustments(given_, error, words):
     [
         ({"mask": torch.ones(2, 9, dtype=torch.bool)}, TypeError, r"mask must be int32.*ops.pack_mask\(allowed\)"),
         ({"mask": torch.ones(2, 2, dtype=torch.int32)}, ValueError, r"mask must have shape \(2, 1\), a bit for each"),
+        (
+            {"adjustments": token_adjustments(30, prompt=torch.tensor([[1], [20]]))},
+            ValueError,
+            "tokens of adjustments must .*below 9, got 20 in row 1",
+        ),
+        (
+            {"temperature": [0.0, 1.0]},
+            TypeError,
+            r"temperature must be a number, or a tensor \[B\] of each row's, got list",
+        ),
         ({"mask": [1]}, TypeError, "mask must be a tensor, got list"),
         ({"adjustments": torch.ones(2)}, TypeError, "must be what ops.token_adjustments returns, got Tensor"),
         (
