@@ -105,11 +105,12 @@ def split_by_difficulty(
         )
     # One cut where nothing is left between: two roundings could choose two.
     shares = {"easy": easy, "hard": easy if math.isclose(easy + hard, 1) else 1 - hard}
-    sizes = {part: _nearest_cut(levels, share) for part, share in shares.items()}
+    ordered = np.sort(levels)
+    sizes = {part: _nearest_cut(ordered, share) for part, share in shares.items()}
     for part, share in shares.items():
         wanted = _wanted(share, len(values))
         if abs(sizes[part] - wanted) > tolerance * len(values) + 0.5:
-            tied = values[levels == np.sort(levels)[int(wanted)]]
+            tied = values[levels == ordered[int(wanted)]]
             raise ValueError(
                 f"the difficulty is degenerate: {len(tied) / len(values):.0%} of {len(values)} questions have a "
                 f"difficulty of {np.median(tied):.4g} (to within {resolution:g}), and the {part} part would have to "
@@ -133,10 +134,10 @@ def _wanted(below: float, count: int) -> float:
     return min(max(below * count, 1), count - 1)
 
 
-def _nearest_cut(levels: np.ndarray, below: float) -> int:
+def _nearest_cut(ordered: np.ndarray, below: float) -> int:
     """Return how many questions are below the cut between two values that is nearest to the share `below`."""
-    places = np.flatnonzero(np.diff(np.sort(levels))) + 1
-    return int(places[np.abs(places - _wanted(below, len(levels))).argmin()])
+    places = np.flatnonzero(np.diff(ordered)) + 1
+    return int(places[np.abs(places - _wanted(below, len(ordered))).argmin()])
 
 
 def _shares_that_fit(sizes: Mapping[str, int], count: int) -> str:

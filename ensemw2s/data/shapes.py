@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ensemw2s.runtime.console import no_dataset_bars
 from ensemw2s.runtime.values import shown, shown_names
 
 # `datasets` is imported where it is used: an ensemble can decode without it.
@@ -60,15 +61,8 @@ def as_dataset(data: Any, name: str, columns: Mapping[str, str] | None = None) -
 
 def with_column(dataset: Dataset, name: str, values: Any) -> Dataset:
     """Return the dataset with one column more, without a bar for rows that were selected before."""
-    import datasets
-
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
+    with no_dataset_bars():
         return dataset.add_column(name, values)
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
 
 
 def dataset_of(rows: Sequence[Mapping[str, Any]], name: str) -> Dataset:

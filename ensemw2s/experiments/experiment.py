@@ -176,10 +176,12 @@ class Experiment:
 
     def _warn_of_long_answers(self) -> None:
         """Warn where teachers have no room for answers like those that they learn from."""
+        if "choices" in self.files.questions("train").column_names:
+            return
         train, most = self.files.examples("train", self.config.weak), self.config.labelling.max_new_tokens
         lengths = [len(ids) - start for ids, start in zip(train["input_ids"], train["prompt_length"], strict=True)]
         longer = sum(length > most for length in lengths)
-        if longer and "choices" not in self.files.questions("train").column_names:
+        if longer:
             warnings.warn(
                 f"labelling.max_new_tokens={most}: {longer} of the {len(lengths)} training answers have more tokens, "
                 f"up to {max(lengths)} with the end token, and teachers' answers of such a length would be cut off",

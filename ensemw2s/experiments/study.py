@@ -160,16 +160,13 @@ class Study:
 
         Records of a cell that are gone or changed raise ValueError, which names the file and the cell.
         """
-        kept = self._kept_keys()
-        self._check_whole(self._records())
+        records = self._records()
+        self._check_whole(records)
+        kept = _kept_keys(records)
         return [cell for cell in self.cells if kept.get((cell.task, cell.seed)) != cell.key]
 
-    def _kept_keys(self) -> dict[tuple[Any, Any], Any]:
-        """Return the keys of the cells in the records, by task and seed."""
-        return {(r.get("task"), r.get("seed")): r.get("key") for r in self._records() if r["kind"] == CellRecord.kind}
-
     def _require_same_settings(self) -> None:
-        kept = self._kept_keys()
+        kept = _kept_keys(self._records())
         others = [cell for cell in self.cells if kept.get((cell.task, cell.seed), cell.key) != cell.key]
         if others:
             raise ValueError(
@@ -318,6 +315,11 @@ def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
         if unknown:
             raise ValueError(f"{path}: comparisons name {unknown[0]:.100}, which is none of the arms {', '.join(arms)}")
     return study
+
+
+def _kept_keys(records: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, Any], Any]:
+    """Return the keys of the cells in the records, by task and seed."""
+    return {(r.get("task"), r.get("seed")): r.get("key") for r in records if r["kind"] == CellRecord.kind}
 
 
 def _seeds(path: str | os.PathLike[str], seeds: Any) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from ensemw2s import ops
 from ensemw2s.inference.reading import read_prompts, run_experts
 from ensemw2s.models.loading import CACHE, check_processing_class
 from ensemw2s.models.mixture import damaged, expert_names, refuse_damaged
-from ensemw2s.runtime.values import check_fields, shown
+from ensemw2s.runtime.values import Uses, check_fields, check_in_use, shown
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedTokenizerBase
@@ -48,6 +48,10 @@ _ONE_DOES_NOTHING = {
 }  # fmt: skip
 # With every other setting, 0 does nothing.
 _ZERO_DOES_SOMETHING = {"forced_bos_token_id", "forced_eos_token_id", "max_time"}
+_USES_OF_FILTERS: Uses = dict.fromkeys(
+    ("top_k", "top_p", "min_p"),
+    (lambda sampling: sampling.temperature > 0, "a temperature above 0 (0 takes the likeliest token)"),
+)
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,7 @@ class Sampling:
             # NumPy's, too.
             object.__setattr__(self, "seed", int(self.seed))
         check_fields(self)
-        filters = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        idle = [name for name, default in filters.items() if getattr(self, name) != default]
-        if self.temperature == 0 and idle:
-            raise ValueError(
-                f"{idle[0]}={shown(getattr(self, idle[0]))} has no effect at temperature=0, where the likeliest token "
-                f"is taken: give temperature=1.0 as well, or leave {idle[0]} out"
-            )
+        check_in_use(self, _USES_OF_FILTERS)
 
     @classmethod
     def from_processors(cls, processors: LogitsProcessorList, do_sample: bool) -> Sampling | None:

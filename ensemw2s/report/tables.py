@@ -1,7 +1,7 @@
 """Tables of runs, as rows of text: for the terminal, the report and Markdown files.
 
-Every table in `TABLES` takes a `ensemw2s.report.pool.Pool`, and by keyword what can be chosen about it; the others take
-the records of one run.
+Every table in `TABLES` takes an `ensemw2s.report.pool.Pool`, and by keyword what can be chosen about it; the others
+take the records of one run.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 
 def quiet_libraries() -> None:
@@ -25,15 +26,26 @@ def say(line: str) -> None:
     tqdm.write(line)
 
 
-@contextmanager
-def no_model_bars() -> Iterator[None]:
+def no_model_bars() -> AbstractContextManager[None]:
     """Within the block, transformers shows no bar for each model that it loads or saves; an ensemble has many."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    return _no_bars(logging)
+
+
+def no_dataset_bars() -> AbstractContextManager[None]:
+    """Within the block, datasets shows no bar for what it does with rows."""
+    import datasets
+
+    return _no_bars(datasets)
+
+
+@contextmanager
+def _no_bars(library: Any) -> Iterator[None]:
+    shown = library.is_progress_bar_enabled()
+    library.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            library.enable_progress_bar()
