@@ -112,7 +112,6 @@ def _implement_twin(name: str, function: Callable[..., Any]) -> None:
         torch.library.impl(f"ensemw2s::{_twin(name)}", key, function)
 
 
-@cache
 def _is_registered(op: str, device_type: str) -> bool:
     key = "CUDA" if device_type == "cuda" else device_type.upper()
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"ensemw2s::{op}", key)
@@ -123,15 +122,15 @@ def available_backends(device_type: str = "cpu") -> dict[str, tuple[str, ...]]:
     return {op: (*_fast_backends(op, torch.device(device_type)), "reference") for op in _DECLARED}
 
 
-def _fast_backends(op: str, device: torch.device) -> list[str]:
-    if device.type == "cuda" and _too_old(device.index):
-        return []
-    compiled = _COMPILED_BACKEND.get(device.type)
-    backends = [compiled] if compiled and _is_registered(op, device.type) else []
-    return backends + ["triton"] * _is_registered(_twin(op), device.type)
-
-
 @cache
+def _fast_backends(op: str, device: torch.device) -> tuple[str, ...]:
+    if device.type == "cuda" and _too_old(device.index):
+        return ()
+    compiled = _COMPILED_BACKEND.get(device.type)
+    backends = (compiled,) if compiled and _is_registered(op, device.type) else ()
+    return backends + ("triton",) * _is_registered(_twin(op), device.type)
+
+
 def _too_old(index: int | None) -> str | None:
     """Why no kernel of this package runs on a GPU (None is the current one), or None."""
     if not torch.cuda.is_available():

@@ -59,21 +59,28 @@ def tensor_list(tensors: Any, name: str) -> list[Any]:
     return list(tensors)
 
 
-def expert_list(logits: Tensor | Sequence[Tensor], name: str = "logits") -> list[Tensor]:
-    """T tensors ``[..., V]`` from a list of them or from one stacked ``[T, ..., V]``, alike and with last stride 1."""
+def expert_list(logits: Tensor | Sequence[Tensor], name: str = "logits", *, detached: bool = False) -> list[Tensor]:
+    """T tensors ``[..., V]`` from a list of them or from one stacked ``[T, ..., V]``, alike and with last stride 1.
+
+    With ``detached`` none of them carries a gradient.
+    """
     experts = tensor_list(logits, name)
     if not experts:
         raise ValueError(f"{name} holds no expert; at least one is needed")
     first = experts[0]
     check_tensor(first, name, 0)
     _check_vocabulary(first, name)
-    shape, device, dtype = first.shape, first.device, first.dtype
+    shape, device, dtype, strided = first.shape, first.device, first.dtype, torch.strided
     for index, expert in enumerate(experts):
         # One look at what is right: a call to the ops costs as much as it looks.
-        is_dense = isinstance(expert, Tensor) and expert.layout is torch.strided and not expert.is_nested
+        is_dense = isinstance(expert, Tensor) and expert.layout is strided and not expert.is_nested
         if not (is_dense and expert.shape == shape and expert.device == device and expert.dtype is dtype):
             _refuse_expert(expert, index, first, name)
-    return [expert if expert.stride(-1) == 1 else with_last_stride_one(expert) for expert in experts]
+        if detached and expert.requires_grad:
+            expert = experts[index] = expert.detach()
+        if expert.stride(-1) != 1:
+            experts[index] = with_last_stride_one(expert)
+    return experts
 
 
 def _refuse_expert(expert: Any, index: int, first: Tensor, name: str) -> NoReturn:

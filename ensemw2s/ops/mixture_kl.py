@@ -62,7 +62,7 @@ def mixture_kl(
         TypeError: A dtype is wrong.
     """
     student = check_logits(student_logits, "student_logits")
-    experts = [expert.detach() for expert in expert_list(expert_logits, "expert_logits")]
+    experts = expert_list(expert_logits, "expert_logits", detached=True)
     check_teachers(student, experts)
     temperature = check_temperature(temperature)
     wide = torch.promote_types(student.dtype, experts[0].dtype)

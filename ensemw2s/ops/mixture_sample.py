@@ -126,7 +126,7 @@ def mixture_sample(
             row.
         TypeError: A dtype is wrong.
     """
-    experts = [without_gradient(expert) for expert in expert_list(logits)]
+    experts = expert_list(logits, detached=True)
     first = experts[0]
     if first.dim() != 2:
         raise ValueError(f"logits must be T tensors [B, V] or one [T, B, V], got experts of shape {tuple(first.shape)}")

@@ -49,7 +49,7 @@ def mixture_scores(
         ValueError: Shapes or devices differ, or values of ``weights`` or ``labels`` are out of range.
         TypeError: A dtype is wrong.
     """
-    experts = [without_gradient(expert) for expert in expert_list(logits)]
+    experts = expert_list(logits, detached=True)
     weights = without_gradient(expert_weights(weights, len(experts), experts[0], per_row=True))
     check_integers(labels, tuple(experts[0].shape[:-1]), experts[0], "labels")
     code = combine_code(combine)

@@ -81,7 +81,7 @@ def mixture_verify(
         ValueError: As ``mixture_sample``, or shapes that do not fit each other.
         TypeError: A dtype is wrong.
     """
-    experts = [without_gradient(expert) for expert in expert_list(logits)]
+    experts = expert_list(logits, detached=True)
     first = experts[0]
     if first.dim() != 3:
         raise ValueError(

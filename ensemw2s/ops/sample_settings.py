@@ -58,7 +58,7 @@ class SampleSettings(NamedTuple):
 
     def arguments(self) -> tuple[Any, ...]:
         """As compiled ops take them: four numbers, off where there is a tensor, and four tensors or None."""
-        if not any(isinstance(value, Tensor) for value in self):
+        if not any(map(torch.is_tensor, self)):
             return (*self, None, None, None, None)
         numbers = [_KINDS[name].default if isinstance(x, Tensor) else x for name, x in self._asdict().items()]
         return (*numbers, *(x if isinstance(x, Tensor) else None for x in self))

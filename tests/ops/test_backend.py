@@ -15,9 +15,18 @@ from tests.ops.helpers import needs_cpp
 def without_library(monkeypatch):
     monkeypatch.setattr(backend, "_WHY_MISSING", "it was left out of this test")
     monkeypatch.setattr(backend, "_is_registered", lambda op, device_type: False)
+
+
+def forget_choices():
+    backend._fast_backends.cache_clear()
     backend._warn_once.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def choices_made_anew():
+    forget_choices()
     yield
-    backend._warn_once.cache_clear()
+    forget_choices()
 
 
 def test_missing_library_is_an_error_when_asked_for(without_library):
@@ -42,30 +51,19 @@ def test_without_kernels_for_the_gpu_one_warning_says_how_to_get_them(without_li
 def test_a_gpu_that_is_too_old_is_named(monkeypatch, recwarn):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    backend._too_old.cache_clear()
-    backend._warn_once.cache_clear()
-    try:
-        assert backend_for("mixture_sample", "cuda") == "reference"
-        assert available_backends("cuda")["token_scores"] == ("reference",)
-        (message,) = [str(w.message) for w in recwarn if "runs in plain torch" in str(w.message)]
-        assert message.endswith("the kernels need a GPU of compute capability 8.0, this one has 7.5")
-    finally:
-        backend._too_old.cache_clear()
-        backend._warn_once.cache_clear()
+    assert backend_for("mixture_sample", "cuda") == "reference"
+    assert available_backends("cuda")["token_scores"] == ("reference",)
+    (message,) = [str(w.message) for w in recwarn if "runs in plain torch" in str(w.message)]
+    assert message.endswith("the kernels need a GPU of compute capability 8.0, this one has 7.5")
 
 
 def test_each_gpu_is_looked_at_by_itself(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0) if index == 1 else (7, 5))
     monkeypatch.setattr(backend, "_is_registered", lambda op, device_type: True)
-    backend._too_old.cache_clear()
-    try:
-        assert backend_for("mixture_sample", "cuda:1") == "cuda"
-        with pytest.warns(RuntimeWarning, match=r"needs? a GPU of compute capability 8\.0"):
-            assert backend_for("mixture_sample", "cuda:0") == "reference"
-    finally:
-        backend._too_old.cache_clear()
-        backend._warn_once.cache_clear()
+    assert backend_for("mixture_sample", "cuda:1") == "cuda"
+    with pytest.warns(RuntimeWarning, match=r"needs? a GPU of compute capability 8\.0"):
+        assert backend_for("mixture_sample", "cuda:0") == "reference"
 
 
 class OnGpu:
@@ -83,7 +81,6 @@ def test_what_is_too_much_for_the_cuda_kernels_runs_elsewhere_with_one_warning(
     monkeypatch, recwarn, experts, vocabulary, with_triton
 ):
     monkeypatch.setattr(backend, "_is_registered", lambda op, device_type: with_triton or not op.endswith("_triton"))
-    backend._warn_once.cache_clear()
     assert backend.choose_for_mixture("mixture_sample", None, [OnGpu(2**21)] * 64) == "cuda"
     other = "triton" if with_triton else "reference"
     for _ in range(2):
@@ -92,7 +89,6 @@ def test_what_is_too_much_for_the_cuda_kernels_runs_elsewhere_with_one_warning(
     assert message == f"mixture_sample runs on {other}: the CUDA kernels take at most 64 experts and 2097152 tokens"
     # Who asks for them by name is told by them.
     assert backend.choose_for_mixture("mixture_sample", "cuda", [OnGpu(vocabulary)] * experts) == "cuda"
-    backend._warn_once.cache_clear()
 
 
 def test_environment_variable_sets_the_default(monkeypatch):
