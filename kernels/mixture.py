@@ -34,12 +34,12 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 MASKED = tl.constexpr(-100)
 
 # Arguments for whose values Triton shall not compile a kernel anew, as it does for 1 and for multiples of 16.
-SIZES = ["rows", "tiles", "inner", "capacity", "segments", "top_k", "top_count"]
+SIZES = ["rows", "tiles", "first_row", "inner", "capacity", "segments", "top_k", "top_count"]
 
 # Types by which the mixture kernels can be compiled without a GPU; whatever is not named is float32 scratch.
 _TYPES = {
     **dict.fromkeys(("inner", "rows", "vocabulary", "tiles", "capacity", "segments", "weight_step"), "i32"),
-    **dict.fromkeys(("top_k", "top_count"), "i32"),
+    **dict.fromkeys(("first_row", "top_k", "top_count"), "i32"),
     **dict.fromkeys(("temperature", "top_p", "min_p"), "fp32"),
     **dict.fromkeys(("labels", "seeds", "positions", "out_tokens", "out_top_tokens"), "*i64"),
     **dict.fromkeys(("tile_first", "counts", "ids", "token"), "*i32"),

@@ -1,11 +1,15 @@
 """Triton kernels of ``mixture_sample``: the scan, a plan for each row, a search where it says so, the draw.
 
 The plan bounds every group of tokens from its largest logits. Greedy and plain sampling then search the tiles that may
-hold the winner. With filters, the tokens that may pass them are written down in ascending order, and one program per
-row finds the filters' edges among them by bisection over the bits of the log-probabilities.
+hold the winner. With filters, the tokens that may pass them are written down in ascending order, for so many rows at a
+time as fit into `MOST_CANDIDATES`, and one program per row draws among them. With top-p it draws among all of them
+first: if the tokens likelier than the winner weigh less than p, the winner lies in the nucleus and is its winner, too.
+Otherwise, and for top-k, it finds the filter's edge, by four bits of the log-probabilities at a time.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -68,6 +72,8 @@ _PLAN_WARPS, _RACING_PLAN_WARPS, _VOTE_WARPS = 8, 16, 2
 _SELECT_WARPS = 4
 # Candidates at a time: most draws have fewer.
 CHUNK = 512
+# Room for a token and its log-probability each: 64 MiB, whatever the number of rows.
+MOST_CANDIDATES = 2**23
 NO_TOKEN = tl.constexpr(2147483647)
 LOWEST_KEY = tl.constexpr(-2147483648)
 
@@ -196,11 +202,18 @@ class _Draw:
 
     def _make_room(self) -> None:
         """For candidates: a vote's are the voted tokens, those of a tile otherwise follow those of the tile before."""
-        self.capacity = self.shape["T"] if self.is_vote else self.rows.vocabulary
+        count, vocabulary = self.rows.count, self.rows.vocabulary
+        self.capacity = self.shape["T"] if self.is_vote else vocabulary
         self.segments = 1 if self.is_vote else self.tiles
-        self.counts = self._empty(self.rows.count, self.segments, dtype=torch.int32)
-        self.ids = self._empty(self.rows.count, self.capacity, dtype=torch.int32)
-        self.log_probs = self._empty(self.rows.count, self.capacity)
+        self.rows_at_once = count if self.is_vote else min(count, max(MOST_CANDIDATES // vocabulary, 1))
+        self.counts = self._empty(self.rows_at_once, self.segments, dtype=torch.int32)
+        self.ids = self._empty(self.rows_at_once, self.capacity, dtype=torch.int32)
+        self.log_probs = self._empty(self.rows_at_once, self.capacity)
+
+    def _portions(self) -> Iterator[tuple[int, int]]:
+        """The first row and the number of rows of each portion for whose candidates there is room."""
+        for first in range(0, self.rows.count, self.rows_at_once):
+            yield first, min(self.rows_at_once, self.rows.count - first)
 
     def _plan(self) -> None:
         scratch, rows = self.scratch, self.rows
@@ -220,26 +233,27 @@ class _Draw:
             EXPERTS=triton.next_power_of_2(self.shape["T"]), **self.shape | {"num_warps": _VOTE_WARPS},
         )  # fmt: skip
 
-    def _collect(self, floor: Tensor, upper: Tensor, offer_kind: dict[str, int]) -> None:
-        """Write down the tokens that reach the floor of their row, in ascending order."""
+    def _collect(self, first_row: int, count: int, floor: Tensor, upper: Tensor, offer_kind: dict[str, int]) -> None:
+        """Write down the tokens of some rows that reach the floor of their row, in ascending order."""
         scratch, rows = self.scratch, self.rows
         for write in (False, True):
-            collect_kernel[(rows.count * self.tiles,)](
+            collect_kernel[(count * self.tiles,)](
                 *scratch.experts, *scratch.normalisers, self.offer, upper, floor, self.counts, self.ids, self.log_probs,
-                rows.count, rows.vocabulary, self.tiles, WRITE=write, **offer_kind, TILE=TILE, GROUP=GROUP,
+                first_row, rows.count, rows.vocabulary, self.tiles, WRITE=write, **offer_kind, TILE=TILE, GROUP=GROUP,
                 **self.shape,
             )  # fmt: skip
 
     def _find_likeliest(self, top_tokens: Tensor, top_log_probs: Tensor) -> None:
-        if not self.is_vote:
-            self._collect(self.top_floor, self.upper_of_all, {"OFFER": 0})
-        elif self.offer_kind["OFFER"]:
+        if self.is_vote and self.offer_kind["OFFER"]:
             self._count_votes(torch.empty_like(self.valid), {"OFFER": 0})
-        likeliest_kernel[(self.rows.count,)](
-            self.counts, self.ids, self.log_probs, self.valid, top_tokens, top_log_probs, self.top_logprobs,
-            self.capacity, self.segments, SEGMENTS=triton.next_power_of_2(self.segments), CHUNK=CHUNK,
-            num_warps=_PLAN_WARPS,
-        )  # fmt: skip
+        for first_row, count in self._portions():
+            if not self.is_vote:
+                self._collect(first_row, count, self.top_floor, self.upper_of_all, {"OFFER": 0})
+            likeliest_kernel[(count,)](
+                self.counts, self.ids, self.log_probs, self.valid, top_tokens, top_log_probs, self.top_logprobs,
+                first_row, self.capacity, self.segments, SEGMENTS=triton.next_power_of_2(self.segments), CHUNK=CHUNK,
+                num_warps=_PLAN_WARPS,
+            )  # fmt: skip
         if self.is_vote and self.offer_kind["OFFER"]:
             self._count_votes(self.valid, self.offer_kind)
 
@@ -262,16 +276,17 @@ class _Draw:
 
     def _select(self, outputs: tuple[Tensor, ...]) -> None:
         """Filters and votes: the draw among the candidates."""
-        if not self.is_vote:
-            self._collect(self.filter_floor, self.upper, self.offer_kind)
         scratch, rows = self.scratch, self.rows
-        select_kernel[(rows.count,)](
-            *scratch.experts, *scratch.normalisers, scratch.tile_max, scratch.tile_first, *self.keys, self.offer,
-            self.counts, self.ids, self.log_probs, self.valid, self.upper, *outputs, *self.settings,
-            rows.count, rows.vocabulary, self.tiles, self.capacity, self.segments,
-            **self.asked, **self.offer_kind, SEGMENTS=triton.next_power_of_2(self.segments), CHUNK=CHUNK, **self.groups,
-            **self.shape | {"num_warps": _SELECT_WARPS},
-        )  # fmt: skip
+        for first_row, count in self._portions():
+            if not self.is_vote:
+                self._collect(first_row, count, self.filter_floor, self.upper, self.offer_kind)
+            select_kernel[(count,)](
+                *scratch.experts, *scratch.normalisers, scratch.tile_max, scratch.tile_first, *self.keys, self.offer,
+                self.counts, self.ids, self.log_probs, self.valid, self.upper, *outputs, *self.settings,
+                first_row, rows.count, rows.vocabulary, self.tiles, self.capacity, self.segments,
+                **self.asked, **self.offer_kind, SEGMENTS=triton.next_power_of_2(self.segments), CHUNK=CHUNK,
+                **self.groups, **self.shape | {"num_warps": _SELECT_WARPS},
+            )  # fmt: skip
 
 
 @triton.jit
@@ -611,11 +626,13 @@ def search_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def collect_kernel(
     logits, outer, step, inner, weights, weight_step, top, log_sum, shift, offer, upper, floor, counts, ids, log_probs,
-    rows, vocabulary, tiles, WRITE: tl.constexpr, OFFER: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    first_row, rows, vocabulary, tiles,
+    WRITE: tl.constexpr, OFFER: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
     T: tl.constexpr, COMBINE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Count the candidates in one tile of one row, or write them after those before. Grid: rows * tiles."""
-    row = (tl.program_id(0) // tiles).to(tl.int64)
+    """Count the candidates in one tile of one row, or write them after those before. Grid: some rows * tiles."""
+    place = (tl.program_id(0) // tiles).to(tl.int64)
+    row = first_row + place
     tile = tl.program_id(0) % tiles
     weights += row * weight_step
     reach = tl.load(floor + row)
@@ -631,12 +648,12 @@ def collect_kernel(
         count = tl.sum(kept, axis=0)
         if WRITE:
             earlier = tl.arange(0, TILES)
-            before = tl.sum(tl.load(counts + row * tiles + earlier, mask=earlier < tile, other=0), axis=0)
-            at = row * vocabulary + before + tl.cumsum(kept, axis=0) - 1
+            before = tl.sum(tl.load(counts + place * tiles + earlier, mask=earlier < tile, other=0), axis=0)
+            at = place * vocabulary + before + tl.cumsum(kept, axis=0) - 1
             tl.store(ids + at, tokens, mask=kept > 0)
             tl.store(log_probs + at, found, mask=kept > 0)
     if not WRITE:
-        tl.store(counts + row * tiles + tile, count)
+        tl.store(counts + place * tiles + tile, count)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -680,13 +697,14 @@ def votes_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def likeliest_kernel(
-    counts, ids, log_probs, valid, out_top_tokens, out_top_log_probs, top_count, capacity, segments,
+    counts, ids, log_probs, valid, out_top_tokens, out_top_log_probs, top_count, first_row, capacity, segments,
     SEGMENTS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The likeliest of one row's candidates, the likeliest first, of equals the lowest id. Grid: rows."""
-    row = tl.program_id(0).to(tl.int64)
+    """The likeliest of one row's candidates, the likeliest first, of equals the lowest id. Grid: some rows."""
+    place = tl.program_id(0).to(tl.int64)
+    row = first_row + place
     segment = tl.arange(0, SEGMENTS)
-    count = tl.sum(tl.load(counts + row * segments + segment, mask=segment < segments, other=0), axis=0)
+    count = tl.sum(tl.load(counts + place * segments + segment, mask=segment < segments, other=0), axis=0)
     usable = tl.load(valid + row)
     last, last_token = float("inf"), -1
     for n in range(top_count):
@@ -694,8 +712,8 @@ def likeliest_kernel(
         for start in range(0, count, CHUNK):
             index = start + tl.arange(0, CHUNK)
             inside = index < count
-            some = tl.load(log_probs + row * capacity + index, mask=inside, other=-float("inf"))
-            tokens = tl.load(ids + row * capacity + index, mask=inside, other=NO_TOKEN)
+            some = tl.load(log_probs + place * capacity + index, mask=inside, other=-float("inf"))
+            tokens = tl.load(ids + place * capacity + index, mask=inside, other=NO_TOKEN)
             is_behind = (some < last) | ((some == last) & (tokens > last_token))
             chunk_best, chunk_winner = first_argmax(tl.where(is_behind, some, -float("inf")), tokens)
             winner = tl.where(chunk_best > best, chunk_winner, winner)
@@ -720,13 +738,37 @@ def weight_from(key, log_probs, count, top, temperature, WEIGHED: tl.constexpr, 
 
 
 @triton.jit
+def weight_before(token, log_prob, ids, log_probs, count, top, temperature, CHUNK: tl.constexpr):
+    """Relative mass of the candidates that come before a token: the likelier ones, and of equals the lower ids."""
+    total = 0.0
+    for start in range(0, count, CHUNK):
+        index = start + tl.arange(0, CHUNK)
+        some = tl.load(log_probs + index, mask=index < count, other=-float("inf"))
+        tokens = tl.load(ids + index, mask=index < count, other=NO_TOKEN)
+        is_before = (some > log_prob) | ((some == log_prob) & (tokens < token))
+        total += tl.sum(tl.where(is_before, tl.exp((some - top) / temperature), 0.0), axis=0)
+    return total
+
+
+@triton.jit
 def find_edge(target, least, log_probs, count, top, temperature, WEIGHED: tl.constexpr, CHUNK: tl.constexpr):
     """Largest key from which the candidates upwards, of those from ``least`` on, weigh ``target``; else the lowest."""
     edge = tl.full((), LOWEST_KEY, tl.int64)
-    for bit in range(32):
-        trial = edge + (tl.full((), 1, tl.int64) << (31 - bit))
-        weight = weight_from(tl.maximum(trial, least), log_probs, count, top, temperature, WEIGHED, CHUNK)
-        edge = tl.where(weight >= target, trial, edge)
+    digit = tl.arange(0, 16)
+    for place in range(8):
+        shift = 28 - 4 * place
+        trials = tl.maximum(edge + (digit.to(tl.int64) << shift), least).to(tl.int32)
+        weights = tl.zeros((16,), tl.float32)
+        for start in range(0, count, CHUNK):
+            index = start + tl.arange(0, CHUNK)
+            some = tl.load(log_probs + index, mask=index < count, other=-float("inf"))
+            weight = tl.exp((some - top) / temperature) if WEIGHED else tl.full((CHUNK,), 1.0, tl.float32)
+            weight = tl.where(index < count, weight, 0.0)
+            reached = key_of(some)[None, :] >= trials[:, None]
+            weights += tl.sum(tl.where(reached, weight[None, :], 0.0), axis=1)
+        # The first trial is the edge so far.
+        enough = tl.sum(((digit > 0) & (weights >= target)).to(tl.int64), axis=0)
+        edge += enough << shift
     return edge
 
 
@@ -746,8 +788,11 @@ def race_kept(
     row, least, edge, above, target, top, seeds, positions, ids, log_probs, count, temperature, log_min_p, mode,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Winner among the candidates that the filters keep: keys from ``least`` and above ``edge``; lowest ids at it."""
-    best, winner = -float("inf"), NO_TOKEN
+    """Winner among the candidates that the filters keep, and its log-probability.
+
+    They keep keys from ``least`` and above ``edge``, and the lowest ids at it.
+    """
+    best, winner, picked = -float("inf"), NO_TOKEN, -float("inf")
     ties_before = 0
     for start in range(0, count, CHUNK):
         index = start + tl.arange(0, CHUNK)
@@ -766,9 +811,11 @@ def race_kept(
             words = philox_words(tl.load(seeds + row), tl.load(positions + row), tokens)
             score = tl.where(inside & kept, (some - top) / temperature + gumbel(words), -float("inf"))
         chunk_best, chunk_winner = first_argmax(score, tokens)
+        chunk_picked = tl.max(tl.where(tokens == chunk_winner, some, -float("inf")), axis=0)
         winner = tl.where(chunk_best > best, chunk_winner, winner)
+        picked = tl.where(chunk_best > best, chunk_picked, picked)
         best = tl.maximum(best, chunk_best)
-    return winner
+    return winner, picked
 
 
 @triton.jit
@@ -846,13 +893,14 @@ def finish_kernel(
 def select_kernel(
     logits, outer, step, inner, weights, weight_step, top, log_sum, shift, tile_max, tile_first, seeds, positions,
     offer, counts, ids, log_probs, valid, upper, out_tokens, out_log_probs, out_experts, out_valid,
-    temperature, top_k, top_p, min_p, rows, vocabulary, tiles, capacity, segments,
+    temperature, top_k, top_p, min_p, first_row, rows, vocabulary, tiles, capacity, segments,
     MODE: tl.constexpr, ROWS: tl.constexpr, OFFER: tl.constexpr, SEGMENTS: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, COMBINE: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
-    """Filters and draw among one row's candidates. Grid: rows."""
-    row = tl.program_id(0).to(tl.int64)
+    """Filters and draw among one row's candidates. Grid: some rows."""
+    place = tl.program_id(0).to(tl.int64)
+    row = first_row + place
     temperature, top_k, top_p, log_min_p, own_mode, _ = row_settings(
         row, temperature, top_k, top_p, min_p, vocabulary, ROWS
     )
@@ -862,34 +910,37 @@ def select_kernel(
             return
     weights += row * weight_step
     segment = tl.arange(0, SEGMENTS)
-    count = tl.sum(tl.load(counts + row * segments + segment, mask=segment < segments, other=0), axis=0)
-    ids += row * capacity
-    log_probs += row * capacity
+    count = tl.sum(tl.load(counts + place * segments + segment, mask=segment < segments, other=0), axis=0)
+    ids += place * capacity
+    log_probs += place * capacity
     largest = largest_of(log_probs, count, CHUNK)
     least = tl.full((), LOWEST_KEY, tl.int64)
-    edge, above, target = least, 0.0, 0.0
-    if mode != GREEDY:
-        if (top_k > 0) & (top_k < count):
-            least = find_edge(top_k, least, log_probs, count, largest, temperature, False, CHUNK)
-        if top_p < 1.0:
-            total = weight_from(least, log_probs, count, largest, temperature, True, CHUNK)
-            if COMBINE != VOTE:
-                # Some tokens may be missing from the candidates, but all together weigh 1.
-                weighs_one = (mode == NUCLEUS) & (temperature == 1.0) & (OFFER == 0)
-                total = tl.where(weighs_one, tl.maximum(total, tl.exp(-largest)), total)
-            target = top_p * total
+    if (mode != GREEDY) & (top_k > 0) & (top_k < count):
+        least = find_edge(top_k, least, log_probs, count, largest, temperature, False, CHUNK)
+    winner, picked = race_kept(
+        row, least, tl.full((), LOWEST_KEY, tl.int64), 0.0, float("inf"), largest, seeds, positions, ids, log_probs,
+        count, temperature, log_min_p, mode, CHUNK,
+    )  # fmt: skip
+    if (mode != GREEDY) & (top_p < 1.0) & (winner != NO_TOKEN):
+        total = weight_from(least, log_probs, count, largest, temperature, True, CHUNK)
+        if COMBINE != VOTE:
+            # Some tokens may be missing from the candidates, but all together weigh 1.
+            weighs_one = (mode == NUCLEUS) & (temperature == 1.0) & (OFFER == 0)
+            total = tl.where(weighs_one, tl.maximum(total, tl.exp(-largest)), total)
+        target = top_p * total
+        if weight_before(winner, picked, ids, log_probs, count, largest, temperature, CHUNK) >= target:
             edge = find_edge(target, least, log_probs, count, largest, temperature, True, CHUNK)
             above = weight_from(tl.maximum(edge + 1, least), log_probs, count, largest, temperature, True, CHUNK)
-    winner = race_kept(
-        row, least, edge, above, target, largest, seeds, positions, ids, log_probs, count, temperature, log_min_p, mode,
-        CHUNK,
-    )  # fmt: skip
+            winner, picked = race_kept(
+                row, least, edge, above, target, largest, seeds, positions, ids, log_probs, count, temperature,
+                log_min_p, mode, CHUNK,
+            )  # fmt: skip
     usable = tl.load(valid + row)
     if usable & (winner == NO_TOKEN):
         if COMBINE == VOTE:
-            winner = race_kept(
-                row, least, edge, above, target, largest, seeds, positions, ids, log_probs, count, temperature,
-                log_min_p, GREEDY, CHUNK,
+            winner, picked = race_kept(
+                row, least, least, 0.0, 0.0, largest, seeds, positions, ids, log_probs, count, temperature, log_min_p,
+                GREEDY, CHUNK,
             )  # fmt: skip
         else:
             winner = likeliest_of_best_group(

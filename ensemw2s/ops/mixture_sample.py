@@ -78,7 +78,7 @@ def mixture_sample(
     sample: str = "mixture",
     impl: str | None = None,
 ) -> MixtureSample:
-    """Draw one token per row from the combined distribution of T experts, without writing anything of size V.
+    """Draw one token per row from the combined distribution of T experts, which is written down nowhere.
 
     Equivalent to, with transformers' warpers and Gumbel noise keyed by (seed of the row, position, token)::
 

@@ -14,7 +14,7 @@ import pytest
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
-OF_SHAPE = ("rows", "tiles", "inner", "capacity", "segments", "top_k", "top_count", "k")
+OF_SHAPE = ("rows", "tiles", "first_row", "inner", "capacity", "segments", "top_k", "top_count", "k")
 MODULES = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
 
 

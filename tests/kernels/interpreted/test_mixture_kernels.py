@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from scipy import stats
 
+from ensemw2s.kernels import mixture_sample as kernel
 from ensemw2s.kernels.mixture import rows_of
 from ensemw2s.kernels.mixture_sample import gumbel, philox_words, philox_words_in_a_row
 from ensemw2s.kernels.token_scores import token_scores as token_scores_kernel
@@ -213,6 +214,29 @@ def test_the_tail_counts_in_the_nucleus(temperature, combine):
     exact = mixture_sample(logits.double(), [0.5, 0.5], combine=combine, **keys, **setting).tokens
     assert set(exact.tolist()) == {4400, 7}
     assert torch.equal(tokens, exact)
+
+
+@pytest.mark.parametrize(
+    ("combine", "setting"),
+    [("prob", {"top_p": 0.9, "temperature": 1.3}), ("logprob", {"top_k": 3, "top_p": 0.8}), ("vote", {"top_k": 2})],
+)
+def test_candidates_take_bounded_memory_and_rows_come_in_portions(monkeypatch, generator, combine, setting):
+    logits, weights, keys = inputs(generator, 3, 5, 300)
+    given = {"combine": combine, "top_logprobs": 2, **keys, **setting}
+    whole = sample(logits, weights, **given)
+    made, empty = [], kernel._Draw._empty
+
+    def recorded(self, *shape, **dtype):
+        made.append(shape)
+        return empty(self, *shape, **dtype)
+
+    monkeypatch.setattr(kernel._Draw, "_empty", recorded)
+    monkeypatch.setattr(kernel, "MOST_CANDIDATES", 2 * 300 + 5)
+    in_portions = sample(logits, weights, **given)
+    for name, got, expected in zip(whole._fields, in_portions, whole, strict=True):
+        assert torch.equal(got, expected), name
+    assert (combine == "vote") == ((2, 300) not in made)
+    assert all(len(shape) < 2 or shape[0] * shape[1] <= 2 * 300 for shape in made)
 
 
 # The quick tests hold that the noise is Philox's and that draws are those of float64, hence this.
