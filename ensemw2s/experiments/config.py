@@ -17,6 +17,7 @@ from peft import LoraConfig
 
 from ensemw2s.boosting.config import BoostingConfig
 from ensemw2s.data.difficulty import check_cut
+from ensemw2s.data.levels import check_count
 from ensemw2s.data.questions import SOURCE_KINDS
 from ensemw2s.data.tokens import QuestionFormat
 from ensemw2s.models.adapters import check_peft_config
@@ -110,6 +111,34 @@ class DifficultyConfig:
 
 
 @dataclass(frozen=True)
+class LevelConfig:
+    """What the level of a question is (its length, its depth, its number of hops), by which accuracies are shown apart.
+
+    Attributes:
+        count: a regular expression; the level is the number of its matches in the prompt.
+        column: in place of `count`, the column of the questions that holds the level, whole numbers or texts.
+
+    Raises:
+        ValueError: both, neither, or a `count` that is no regular expression of at most 100 characters.
+    """
+
+    count: str | None = None
+    column: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if (self.count is None) == (self.column is None):
+            raise ValueError("data.level says by either count or column what the level of a question is: give one")
+        if self.count is not None:
+            check_count(self.count)
+
+    @property
+    def rule(self) -> str:
+        """Return what a level is, in words."""
+        return f"matches of {self.count} in the prompt" if self.column is None else f"column {self.column}"
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where easy and hard questions come from (`ensemw2s.load_questions`), how many go where, how they become tokens.
 
@@ -120,6 +149,7 @@ class DataConfig:
         hard: the source of hard questions; those that are easy ones too are left out.
         questions: in place of these two, one source, whose questions are split by `difficulty`.
         difficulty: how they are split; with `folds`, the weak model rates them first, trained as the weak baseline is.
+        level: what the level of a question is; None has no levels. It decides how results are shown and none of them.
         format: how a question becomes tokens.
 
     Raises:
@@ -131,6 +161,7 @@ class DataConfig:
     hard: dict[str, Any] | None = None
     questions: dict[str, Any] | None = None
     difficulty: DifficultyConfig = field(default_factory=DifficultyConfig)
+    level: LevelConfig | None = None
     format: QuestionFormat = field(default_factory=QuestionFormat)
 
     def __post_init__(self) -> None:
@@ -284,6 +315,9 @@ class ExperimentConfig:
         """
         plain = json.loads(json.dumps(dataclasses.asdict(self)))
         plain["data"]["format"] = self.data.format.describe()
+        if self.data.level is None:
+            # Runs from before there were levels are the same without them.
+            del plain["data"]["level"]
         training = {field.name for field in dataclasses.fields(AnswerTrainingArguments)}
         names = [field.name for field in dataclasses.fields(BoostingConfig)]
         boosting = [name for name in names if name not in training | {"overwrite"}]
@@ -298,7 +332,7 @@ class ExperimentConfig:
 
 _NESTED = {
     "weak": ModelConfig, "strong": ModelConfig, "data": DataConfig, "labelling": LabellingConfig,
-    "format": QuestionFormat, "difficulty": DifficultyConfig,
+    "format": QuestionFormat, "difficulty": DifficultyConfig, "level": LevelConfig,
 }  # fmt: skip
 
 
@@ -650,7 +684,9 @@ def _build(kind: type, settings: Any, prefix: str) -> Any:
     if missing:
         raise ValueError(f"missing key {prefix}{missing[0]} (needed: {', '.join(prefix + name for name in missing)})")
     values = {
-        key: _build(_NESTED[key], value, f"{prefix}{key}.") if key in _NESTED else value
+        key: value
+        if key not in _NESTED or (value is None and fields[key].default is None)
+        else _build(_NESTED[key], value, f"{prefix}{key}.")
         for key, value in settings.items()
     }
     with _named(prefix, kind, {}):

@@ -19,11 +19,12 @@ from transformers import set_seed
 from ensemw2s.boosting.trainer import BoostingTrainer, closing_identity, round_line
 from ensemw2s.data.answers import exact_match
 from ensemw2s.data.difficulty import split_by_difficulty
-from ensemw2s.data.questions import check_disjoint, exclude_questions, load_questions, split_questions
+from ensemw2s.data.questions import load_questions
 from ensemw2s.experiments.co_boosting import CoBoostingTrainer, StrongModel
 from ensemw2s.experiments.config import SPLITS, ExperimentConfig
 from ensemw2s.experiments.evaluation import evaluate
 from ensemw2s.experiments.folder import PHASES, RunFolder
+from ensemw2s.experiments.questions import easy_and_hard, levels_records, splits_of
 from ensemw2s.experiments.rating import rate_difficulty
 from ensemw2s.models.loading import require_source
 from ensemw2s.report.arms import TRUTH
@@ -205,12 +206,10 @@ class Experiment:
 
     def _write_questions(self, questions: Dataset | None) -> list[dict[str, Any]]:
         """Write the splits of two sources, or of the one source's `questions`."""
-        data, sizes = self.config.data, self.config.data.sizes
+        data = self.config.data
         records = []
         if questions is None:
-            assert data.easy is not None and data.hard is not None
-            easy = load_questions(data.easy)
-            hard = exclude_questions(load_questions(data.hard), [easy])
+            easy, hard = easy_and_hard(data)
         else:
             settings = dataclasses.asdict(data.difficulty)
             folds = settings.pop("folds")
@@ -223,16 +222,15 @@ class Experiment:
                 "difficulty: {easy_share:.0%} are easy, up to {easy_up_to:.4g}; {hard_share:.0%} are hard, from "
                 "{hard_from:.4g}".format(**parts.record)
             )
-        splits = dict(split_questions(easy, {name: sizes[name] for name in SPLITS[:3]}, self.config.seed))
-        splits |= split_questions(hard, {name: sizes[name] for name in SPLITS[3:]}, self.config.seed)
-        check_disjoint(splits)
+        splits = splits_of(data, easy, hard, self.config.seed)
         # What else came along is not read any more, and may be nothing that JSON can say (dates, NaN).
         columns = ("id", "prompt", "answer", "choices", *(("difficulty", "fold") if questions is not None else ()))
         for name, split in splits.items():
             kept = [column for column in columns if column in split.column_names]
             write_json_lines(self.files.data_file(name), list(split.select_columns(kept)))
         self.say("questions: " + ", ".join(f"{name} {len(splits[name])}" for name in SPLITS))
-        return records + [QuestionsRecord(split=name, n=len(splits[name])).to_json() for name in SPLITS]
+        records += [QuestionsRecord(split=name, n=len(splits[name])).to_json() for name in SPLITS]
+        return records + levels_records(data, splits)
 
     def _boost(self) -> list[dict[str, Any]]:
         records = []

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ensemw2s.experiments.config import ExperimentConfig, build_config, check_folder_name, merge_settings, read_settings
+from ensemw2s.experiments.questions import easy_and_hard, levels_records, splits_of
 from ensemw2s.runtime.accounts import enter_growing, is_ours
 from ensemw2s.runtime.claims import InUseError, Kind, claim_shared, held_file
 from ensemw2s.runtime.files import DiskFullError, read_json_lines, write_json_lines
@@ -36,6 +37,7 @@ from ensemw2s.runtime.records import (
     CostRecord,
     EnvironmentRecord,
     LabelsRecord,
+    LevelsRecord,
     MixtureRecord,
     PgrRecord,
     PhaseRecord,
@@ -49,7 +51,7 @@ from ensemw2s.runtime.values import check_number, shown, shown_names
 # own: tables of rounds are for the report of one run.
 KEPT: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys((kind.kind for kind in (
-        ArmRecord, AnswersRecord, PgrRecord, CostRecord, LabelsRecord, RelabelRecord,
+        ArmRecord, AnswersRecord, PgrRecord, CostRecord, LabelsRecord, RelabelRecord, LevelsRecord,
     )), None),
     MixtureRecord.kind: ("arm", "num_experts", "expert_weights"),
     RoundRecord.kind: (
@@ -130,8 +132,10 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Return a hash of what decides the cell's results."""
-        return digest_json(self.config.results_key(), 8)
+        """Return a hash of what decides the cell's results, as levels do not."""
+        settings = self.config.results_key()
+        settings["data"].pop("level", None)
+        return digest_json(settings, 8)
 
 
 class CellError(RuntimeError):
@@ -202,6 +206,7 @@ class Study:
                 self._require_same_settings()
             done = len(self.cells) - len(waiting)
             self.say(f"{self.config.name}: {done} of {len(self.cells)} cells are in {self.file}")
+            self._add_levels()
             failed: list[str] = []
             if jobs == 1:
                 while waiting and time.monotonic() < end:
@@ -240,7 +245,7 @@ class Study:
             failed.append(f"{cell.task}, seed {cell.seed}: {kind}{error}")
             self.say(f"{cell.task}, seed {cell.seed}, failed: {_log_of(cell)} says where")
             return
-        others = [r for r in self._records() if (r.get("task"), r.get("seed")) != (cell.task, cell.seed)]
+        others = [row for row in self._records() if not _is_of(row, cell)]
         rows = [row for row in others if row["kind"] not in (StudyRecord.kind, EnvironmentRecord.kind)]
         environment = [record for record in records if record["kind"] == EnvironmentRecord.kind]
         comparisons = [list(pair) for pair in self.config.comparisons]
@@ -248,6 +253,24 @@ class Study:
         write_json_lines(self.file, [header.to_json(), *environment, *rows, *_kept(cell, records)])
         seconds = sum(record["seconds"] for record in records if record["kind"] == PhaseRecord.kind)
         self.say(f"{cell.task}, seed {cell.seed}: {seconds:.0f} s")
+
+    def _add_levels(self) -> None:
+        """Record the levels of the questions of cells that were measured before the configuration knew levels."""
+        records = self._records()
+        kept = _kept_keys(records)
+        rules = {(row["task"], row["seed"]): row.get("rule") for row in records if row["kind"] == LevelsRecord.kind}
+        lacking = [
+            cell
+            for cell in self.cells
+            if kept.get((cell.task, cell.seed)) == cell.key
+            and cell.config.data.level is not None
+            and cell.config.data.level.rule != rules.get((cell.task, cell.seed))
+        ]
+        for cell in lacking:
+            records = _with_levels(records, cell)
+        if lacking:
+            write_json_lines(self.file, records)
+            self.say(f"the levels of the questions of {len(lacking)} cells were added")
 
     def _records(self) -> list[dict[str, Any]]:
         if not self.file.exists():
@@ -350,6 +373,37 @@ def _kept(cell: Cell, records: Sequence[Mapping[str, Any]]) -> list[dict[str, An
         kind = _ROUND_SUMMARY if record["kind"] == RoundRecord.kind else record["kind"]
         rows.append({**chosen, "kind": kind, **place})
     return [CellRecord(task=cell.task, seed=cell.seed, key=cell.key, records=digest_json(rows, 8)).to_json(), *rows]
+
+
+def _with_levels(records: Sequence[dict[str, Any]], cell: Cell) -> list[dict[str, Any]]:
+    """Return the records with the levels of a cell's questions, which are taken from their sources once more."""
+    data = cell.config.data
+    if data.questions is not None:
+        raise ValueError(
+            f"{cell.task}, seed {cell.seed}, was measured without data.level, and which of one source's questions it "
+            "asked is known to its own run alone: run it anew with --overwrite, or leave data.level out"
+        )
+    found = levels_records(data, splits_of(data, *easy_and_hard(data), cell.config.seed))
+    asked = {row["split"]: row["questions"] for row in found}
+    for row in (row for row in records if row["kind"] == AnswersRecord.kind and _is_of(row, cell)):
+        if row["questions"] != asked.get(row["split"], row["questions"]):
+            raise ValueError(
+                f"{cell.task}, seed {cell.seed}: its sources no longer give the questions that were asked, so that "
+                "their levels cannot be told: bring the sources back, or leave data.level out"
+            )
+    kept = [row for row in records if not (row["kind"] == LevelsRecord.kind and _is_of(row, cell))]
+    last = max(index for index, row in enumerate(kept) if _is_of(row, cell))
+    kept[last + 1 : last + 1] = [{**row, "task": cell.task, "seed": cell.seed} for row in found]
+    own = [row for row in kept if _is_of(row, cell)]
+    digest = digest_json([row for row in own if row["kind"] != CellRecord.kind], 8)
+    return [
+        {**row, "records": digest} if row["kind"] == CellRecord.kind and "records" in row and _is_of(row, cell) else row
+        for row in kept
+    ]
+
+
+def _is_of(row: Mapping[str, Any], cell: Cell) -> bool:
+    return (row.get("task"), row.get("seed")) == (cell.task, cell.seed)
 
 
 def _start_worker() -> None:

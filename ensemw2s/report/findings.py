@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ensemw2s.report.arms import ARM_NAMES, BASELINE, CEILING, arm_name, lower_first
-from ensemw2s.report.pool import Pair, Pool
+from ensemw2s.report.pool import Pair, Part, Pool
 from ensemw2s.report.statistics import Interval
-from ensemw2s.report.tables import comparison_name, difference_points, number
+from ensemw2s.report.tables import comparison_name, difference_points, number, why_outside
 from ensemw2s.runtime.records import TEST_SPLITS, MixtureRecord, Record, RoundRecord, of_kind
 
 QUESTIONS = {"id": "easy questions", "ood": "hard questions"}
@@ -85,6 +85,32 @@ def other_comparisons(pool: Pool) -> str:
     return (
         f"In {many} on {QUESTIONS[pool.primary_split]}, the arm named first is ahead in {_listed(ahead)}, behind in "
         f"{_listed(behind)}, and no difference was found in {undecided}."
+    )
+
+
+def levels_outside(pool: Pool) -> str:
+    """Return what share of the hard questions is of levels outside the band of `tables.levels`, and of which.
+
+    "" if all levels are within, or where it is not known.
+    """
+    known = [(task, level) for task in pool.seeds for level in pool.levels_of(task, "ood")]
+    found: dict[str, dict[str, list[str]]] = {}
+    share = 0.0
+    for task, level in known:
+        part = Part("ood", level)
+        reason = why_outside(pool, part, task)
+        if reason.startswith("no: "):
+            found.setdefault(reason.removeprefix("no: "), {}).setdefault(task, []).append(level)
+            share += pool.share(part, task)
+    if not found:
+        return ""
+    listed = [
+        f"{_and([f'{task} {_and(levels)}' for task, levels in tasks.items()])} ({reason})"
+        for reason, tasks in found.items()
+    ]
+    return (
+        f"{share / len({task for task, _ in known}):.0%} of the hard questions are of levels outside the band in which "
+        f"arms can differ: {'; '.join(listed)}. Figures over all hard questions contain these."
     )
 
 

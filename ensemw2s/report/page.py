@@ -25,6 +25,7 @@ from ensemw2s.report.findings import (
     QUESTIONS,
     boosting_weights,
     headline,
+    levels_outside,
     mixture_sentences,
     mixtures_of_runs,
     opposite_moves,
@@ -177,7 +178,7 @@ class Part:
         """Return sentences: what was found first, then what else a reader has to know."""
         said = [headline(self.pool)]
         if self.pool is not None:
-            said += [other_comparisons(self.pool), *opposite_moves(self.pool)]
+            said += [other_comparisons(self.pool), levels_outside(self.pool), *opposite_moves(self.pool)]
         # What one run's ensemble is made of is said beside its experts.
         said += [] if self.run else [mixtures_of_runs(self.records)]
         return [sentence for sentence in said if sentence]
@@ -223,6 +224,14 @@ class Part:
             ("Measured", tables.extent(self.pool)),
             ("Primary split", TEST_SPLITS[self.pool.primary_split]),
         ]
+
+    @property
+    def level_rule(self) -> str:
+        """Return what the levels of questions are; "" where there are none."""
+        rules = self.pool.level_rules if self.pool else {}
+        if len(set(rules.values())) <= 1:
+            return "".join(f"A question’s level: {rule}." for rule in set(rules.values()))
+        return "A question’s level: " + "; ".join(f"{rule} ({task})" for task, rule in rules.items()) + "."
 
     @property
     def rounds(self) -> list[tuple[str, list[RoundRecord]]]:

@@ -9,12 +9,13 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ensemw2s.data.levels import level_order
 from ensemw2s.report.arms import BASELINE, CEILING, COMPARISONS, arm_order
 from ensemw2s.report.statistics import (
     Interval,
@@ -28,6 +29,7 @@ from ensemw2s.runtime.records import (
     AnswersRecord,
     ArmRecord,
     CostRecord,
+    LevelsRecord,
     PgrRecord,
     Record,
     RunRecord,
@@ -44,6 +46,14 @@ COST_FIELDS = [f"{use}_{amount}" for use in ("train", "inference") for amount in
 Pair = tuple[str, str]
 
 
+class Part(NamedTuple):
+    """Some of a split's questions: those of one level, or of all levels that training had, or had not; None is any."""
+
+    split: str
+    level: str | None = None
+    seen: bool | None = None
+
+
 @dataclass(frozen=True)
 class Pool:
     """The measured runs of one or several tasks and seeds, grouped.
@@ -57,6 +67,9 @@ class Pool:
         answers: for (arm, split) and a task, bool `[seeds, n]`: right or wrong. An arm is in a task if all of the
             task's seeds measured it.
         questions: for (task, split), the number of different questions.
+        levels: for (task, split), the level of each question, text `[seeds, n]`, where all of the task's seeds say it.
+        trained: for a task with levels, those that each seed's experts were trained on.
+        level_rules: what levels are, in words, by task.
         students: the arms whose share of the gap the runs give.
         costs: of each of `COST_FIELDS`, for (arm, task), the mean over seeds; NaN where a seed does not know.
         exact: for (arm, split, task), the mean over seeds of the share of exact answers, where choices decide.
@@ -70,6 +83,9 @@ class Pool:
     seeds: Mapping[str, tuple[int, ...]]
     answers: Mapping[tuple[str, str], Mapping[str, NDArray[np.bool_]]]
     questions: Mapping[tuple[str, str], int]
+    levels: Mapping[tuple[str, str], NDArray[np.str_]]
+    trained: Mapping[str, Sequence[frozenset[str]]]
+    level_rules: Mapping[str, str]
     students: frozenset[str]
     costs: Mapping[str, Mapping[tuple[str, ...], float]]
     exact: Mapping[tuple[str, ...], float]
@@ -84,30 +100,58 @@ class Pool:
         """Return the tasks in which all of the arms answered the split's questions."""
         return [task for task in self.seeds if all(task in self.answers.get((arm, split), ()) for arm in arms)]
 
-    def accuracy(self, arm: str, split: str, task: str | None = None) -> Interval | None:
+    def tasks_of(self, part: str | Part) -> list[str]:
+        """Return the tasks that have questions of a part; of a whole split, all tasks."""
+        return [task for task in self.seeds if isinstance(part, str) or self.share(part, task) > 0]
+
+    def levels_of(self, task: str, split: str) -> list[str]:
+        """Return the levels of a task's questions in order; [] where they are not known."""
+        return sorted(set(self.levels.get((task, split), np.empty(0, str)).flat), key=level_order)
+
+    def share(self, part: Part, task: str) -> float:
+        """Return the share of a split's questions that are of a part, over all seeds; 0 where levels are not known."""
+        return float(self._is_in(part, task).mean()) if (task, part.split) in self.levels else 0.0
+
+    def seen_share(self, task: str, level: str) -> float:
+        """Return the share of seeds whose experts were trained on questions of a level."""
+        return float(np.mean([level in trained for trained in self.trained[task]]))
+
+    def _is_in(self, part: Part, task: str) -> NDArray[np.bool_]:
+        """Return which questions are of a part, bool `[seeds, n]`."""
+        levels = self.levels[task, part.split]
+        found = np.ones(levels.shape, dtype=bool) if part.level is None else levels == part.level
+        if part.seen is None:
+            return found
+        seen = [np.isin(row, list(trained)) for row, trained in zip(levels, self.trained[task], strict=True)]
+        return found & (np.stack(seen) == part.seen)
+
+    def accuracy(self, arm: str, part: str | Part, task: str | None = None) -> Interval | None:
         """Return an arm's share of right answers: the mean over all tasks, or that of one task.
 
+        `part` is a split, or some of its questions: then the mean is over the tasks that have any.
         None if a task did not measure the arm: a mean over other tasks could not be compared with other arms' means.
         """
-        tasks = list(self.seeds) if task is None else [task]
-        if not set(tasks) <= set(self.shared_tasks(split, arm)):
+        tasks = [found for found in self.tasks_of(part) if task in (None, found)]
+        if not tasks or not set(tasks) <= set(self.shared_tasks(_split_of(part), arm)):
             return None
-        return pooled_accuracy(self._answers(arm, split, tasks))
+        return pooled_accuracy(self._answers(arm, _split_of(part), tasks), among=self._among(part, tasks))
 
     def exact_match(self, arm: str, split: str) -> float | None:
         """Return an arm's share of exact answers, the mean over all tasks; None where a run has none."""
         return _mean(self.exact, [(arm, split, task) for task in self.seeds])
 
-    def difference(self, pair: Pair, split: str, task: str | None = None) -> Interval | None:
+    def difference(self, pair: Pair, part: str | Part, task: str | None = None) -> Interval | None:
         """Return how much larger the first arm's share of right answers is than the second's.
 
-        The mean over the tasks that measured both arms (`shared_tasks`), or that of one task; None if there is none.
+        The mean over the tasks that measured both arms (`shared_tasks`) and have questions of the part, or that of one
+        task; None if there is none.
         """
-        tasks = [shared for shared in self.shared_tasks(split, *pair) if task in (None, shared)]
+        shared = self.shared_tasks(_split_of(part), *pair)
+        tasks = [found for found in self.tasks_of(part) if found in shared and task in (None, found)]
         if not tasks:
             return None
-        first, second = (self._answers(arm, split, tasks) for arm in pair)
-        return pooled_difference(first, second)
+        first, second = (self._answers(arm, _split_of(part), tasks) for arm in pair)
+        return pooled_difference(first, second, among=self._among(part, tasks))
 
     def gap_recovered(self, arm: str, split: str) -> PerformanceGapRecovered | None:
         """Return a student's PGR over the tasks that measured it, single expert and ceiling; None without one."""
@@ -155,6 +199,13 @@ class Pool:
     def _answers(self, arm: str, split: str, tasks: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
         return {task: self.answers[arm, split][task] for task in tasks}
 
+    def _among(self, part: str | Part, tasks: Sequence[str]) -> dict[str, NDArray[np.bool_]] | None:
+        return None if isinstance(part, str) else {task: self._is_in(part, task) for task in tasks}
+
+
+def _split_of(part: str | Part) -> str:
+    return part if isinstance(part, str) else part.split
+
 
 def _mean(means: Mapping[tuple[str, ...], float], rows: Sequence[tuple[str, ...]]) -> float | None:
     """Return the mean over rows; None without rows, or where one is missing or unknown."""
@@ -187,6 +238,7 @@ def pool_runs(records: Iterable[Record]) -> Pool:
         raise ValueError(f"studies that are pooled must have one primary_split, got {listed}")
     declared = dict.fromkeys((first, second) for study in studies for first, second in study.comparisons)
     exact, sets = _frame(rows, ArmRecord), given.groupby(["task", "split"])
+    levels, trained, rules = _levels(of_kind(rows, LevelsRecord), given, seeds)
     unmeasured = sorted((task, seed) for task, seed in run_keys(rows) if seed not in seeds.get(task, ()))
     pool = Pool(
         name=", ".join(dict.fromkeys(study.name for study in studies)),
@@ -196,6 +248,9 @@ def pool_runs(records: Iterable[Record]) -> Pool:
         seeds=seeds,
         answers=answers,
         questions=(sets["questions"].nunique() * sets["n"].first()).to_dict(),
+        levels=levels,
+        trained=trained,
+        level_rules=rules,
         students=frozenset(record.arm for record in of_kind(rows, PgrRecord)) - {CEILING},
         costs=_means(_frame(rows, CostRecord), ["arm", "task"], COST_FIELDS, seeds),
         exact=_means(exact[exact["metric"] == "exact_match"], ["arm", "split", "task"], ["value"], seeds)["value"],
@@ -261,6 +316,35 @@ def _complete_answers(
         f"Left out of task {task}: {arm}, which was not measured with {_listed('seed', sorted(missing))}."
         for (task, arm), missing in sorted(lacking.items(), key=lambda item: (item[0][0], arm_order(item[0][1])))
     ]
+
+
+def _levels(
+    records: Sequence[LevelsRecord], given: pd.DataFrame, seeds: Mapping[str, Sequence[int]]
+) -> tuple[dict[tuple[str, str], NDArray[np.str_]], dict[str, list[frozenset[str]]], dict[str, str]]:
+    """Return `Pool.levels`, `Pool.trained` and `Pool.level_rules` of the tasks whose seeds all have them.
+
+    Levels of other questions than those that were answered raise ValueError.
+    """
+    found = {(record.task, record.seed, record.split): record for record in records}
+    asked = given.groupby(["task", "seed", "split"]).first()
+    for place, row in asked.iterrows():
+        record = found.get(place)
+        if record and (record.questions != row["questions"] or len(record.levels) != row["n"]):
+            task, seed, split = place
+            raise ValueError(f"task {task}, seed {seed}, split {split}: the levels are those of other questions")
+    levels, trained, rules = {}, {}, {}
+    for task, numbers in seeds.items():
+        known = {split: [found.get((task, seed, split)) for seed in numbers] for split in ("train", *TEST_SPLITS)}
+        told = [record for of_split in known.values() for record in of_split if record]
+        # Seeds by whose rules levels mean different things have none in common.
+        if len({record.rule for record in told}) != 1 or not all(known["train"]):
+            continue
+        trained[task] = [frozenset(record.levels) for record in known["train"] if record]
+        rules[task] = told[0].rule
+        for split in TEST_SPLITS:
+            if all(known[split]):
+                levels[task, split] = np.array([record.levels for record in known[split] if record])
+    return levels, trained, rules
 
 
 def _limits(given: pd.DataFrame, seeds: Mapping[str, Sequence[int]]) -> list[str]:

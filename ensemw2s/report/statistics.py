@@ -11,6 +11,9 @@ bootstrap of Owen, "The pigeonhole bootstrap", 2007). S seeds understate the spr
 `sqrt((S - 1) / S)`; where the seeds of a task answered different questions, which the two-way bootstrap takes for the
 same ones, the interval is wider than it need be. **Tasks are fixed, not resampled**: the interval is about these tasks
 and says nothing about others.
+
+A figure on some of the questions (`among`) counts these alone, in every resample as many of them as it drew. A resample
+without any of them says nothing and is left out.
 """
 
 from __future__ import annotations
@@ -98,30 +101,42 @@ def token_error(wrong: Sequence[ArrayLike]) -> Estimate:
     return Estimate(float(rate), math.sqrt(variance))
 
 
-def pooled_accuracy(correct: Mapping[str, ArrayLike], *, resamples: int = 10_000, seed: int = 0) -> Interval:
+def pooled_accuracy(
+    correct: Mapping[str, ArrayLike],
+    *,
+    among: Mapping[str, ArrayLike] | None = None,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
     """Return the mean over tasks of an arm's accuracy, with its interval.
 
     Args:
         correct: per task, 0/1 or bool, `[n]` or `[seeds, n]`; tasks may differ in seeds and n.
+        among: per task, of the same shape, 1 for the questions that count; None counts all.
         resamples: number of bootstrap samples, at least 100.
         seed: of the bootstrap; same seed, same interval.
 
     Raises:
-        ValueError: no task, values other than 0 and 1, or fewer resamples.
+        ValueError: no task, values other than 0 and 1, fewer resamples, or a task of which no question counts.
     """
-    values, means = _pooled_means({"correct": correct}, resamples, seed)
+    values, means = _pooled_means({"correct": correct}, resamples, seed, among)
     return Interval(float(values[0]), *_percentiles(means[:, 0]))
 
 
 def pooled_difference(
-    first: Mapping[str, ArrayLike], second: Mapping[str, ArrayLike], *, resamples: int = 10_000, seed: int = 0
+    first: Mapping[str, ArrayLike],
+    second: Mapping[str, ArrayLike],
+    *,
+    among: Mapping[str, ArrayLike] | None = None,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> Interval:
     """Return the mean over tasks of `accuracy(first) - accuracy(second)`, with its interval.
 
     The arguments are those of `pooled_accuracy`, for two arms on the same tasks, seeds and questions; other tasks or
     shapes raise ValueError as well.
     """
-    values, means = _pooled_means({"first": first, "second": second}, resamples, seed)
+    values, means = _pooled_means({"first": first, "second": second}, resamples, seed, among)
     return Interval(float(values[0] - values[1]), *_percentiles(means[:, 0] - means[:, 1]))
 
 
@@ -154,7 +169,10 @@ def pooled_gap_recovered(
 
 
 def _pooled_means(
-    arms: Mapping[str, Mapping[str, ArrayLike]], resamples: int, seed: int
+    arms: Mapping[str, Mapping[str, ArrayLike]],
+    resamples: int,
+    seed: int,
+    among: Mapping[str, ArrayLike] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the mean accuracies over tasks, float64 [arms], and their bootstrap, float64 [resamples, arms]."""
     first, tasks = next((name, list(by_task)) for name, by_task in arms.items())
@@ -164,13 +182,29 @@ def _pooled_means(
         if set(by_task) != set(tasks):
             raise ValueError(f"arms must have answered the same tasks, got {first} {tasks} and {name} {list(by_task)}")
     stacks = [_stack({f"{name}[{task!r}]": by_task[task] for name, by_task in arms.items()}) for task in tasks]
+    counted = [np.ones(stack.shape[1:]) if among is None else _counted(among, task, stack.shape[1:])
+               for task, stack in zip(tasks, stacks, strict=True)]  # fmt: skip
     # Each task has its own draws, so that chance does not move two tasks together.
-    means = [_bootstrap_means(outcomes, resamples, seed, index) for index, outcomes in enumerate(stacks)]
-    return np.mean([outcomes.mean(axis=(1, 2)) for outcomes in stacks], axis=0), np.mean(means, axis=0)
+    means = [_bootstrap_means(stack * counts, counts, resamples, seed, index)
+             for index, (stack, counts) in enumerate(zip(stacks, counted, strict=True))]  # fmt: skip
+    values = [(stack * counts).sum(axis=(1, 2)) / counts.sum() for stack, counts in zip(stacks, counted, strict=True)]
+    return np.mean(values, axis=0), np.mean(means, axis=0)
 
 
-def _bootstrap_means(outcomes: NDArray[np.float64], resamples: int, seed: int, task: int) -> NDArray[np.float64]:
-    """Return float64 [resamples, arms]: accuracies of `outcomes` [arms, seeds, n], questions and seeds resampled."""
+def _counted(among: Mapping[str, ArrayLike], task: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    counted = _outcomes(f"among[{task!r}]", among[task]) if task in among else np.zeros(shape)
+    if counted.shape != shape or not counted.any():
+        raise ValueError(f"among[{task!r}] must mark some of the questions, in shape {shape}")
+    return counted
+
+
+def _bootstrap_means(
+    outcomes: NDArray[np.float64], counted: NDArray[np.float64], resamples: int, seed: int, task: int
+) -> NDArray[np.float64]:
+    """Return float64 [resamples, arms]: accuracies of `outcomes` [arms, seeds, n], questions and seeds resampled.
+
+    Outcomes that are not `counted` [seeds, n] are 0; NaN in a resample without any that is.
+    """
     if resamples < 100:
         raise ValueError(f"resamples must be at least 100, got {resamples}")
     arms, seeds, n = outcomes.shape
@@ -181,7 +215,9 @@ def _bootstrap_means(outcomes: NDArray[np.float64], resamples: int, seed: int, t
         question_counts, seed_counts = draw(size, seeds, n, (seed, task, chunk))
         right = (question_counts @ outcomes.reshape(arms * seeds, n).T).reshape(size, arms, seeds)
         # Sums of whole numbers are exact, so that equal arms differ by 0 and not by a rounding that looks like a win.
-        means[start : start + size] = np.einsum("ras,rs->ra", right, seed_counts) / (n * seeds)
+        asked = np.einsum("rs,rs->r", question_counts @ counted.T, seed_counts)[:, None]
+        found = np.einsum("ras,rs->ra", right, seed_counts)
+        means[start : start + size] = np.divide(found, asked, out=np.full_like(found, np.nan), where=asked > 0)
     return means
 
 
@@ -200,7 +236,7 @@ def _counts(generator: np.random.Generator, size: int, n: int) -> NDArray[np.uin
 def _percentiles(samples: NDArray[np.float64]) -> tuple[float, float]:
     """Return the ends of the 95% interval."""
     # "nearest" takes order statistics that mirror each other, and never interpolates with an infinite one.
-    low, high = np.quantile(samples, [0.025, 0.975], method="nearest")
+    low, high = np.quantile(samples[~np.isnan(samples)], [0.025, 0.975], method="nearest")
     return float(low), float(high)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from ensemw2s.report.arms import BASELINE, arm_name, lower_first
-from ensemw2s.report.pool import Pair, Pool, pool_runs
+from ensemw2s.report.arms import BASELINE, CEILING, arm_name, lower_first
+from ensemw2s.report.pool import Pair, Part, Pool, pool_runs
 from ensemw2s.report.statistics import Interval, PerformanceGapRecovered
 from ensemw2s.runtime.records import (
     TEST_SPLITS,
@@ -37,17 +37,30 @@ COSTS = {
     "Answers, TFLOP": ("inference_flops", 1e12),
 }
 
+# Arms can differ where the single expert's share of right answers is between these, and the ceiling so far above it
+# [choice].
+LEAST_SINGLE, MOST_SINGLE, LEAST_GAP = 0.1, 0.9, 0.15
+# The hard questions whose level the experts were trained on, and the others.
+_SEEN: dict[str, str | Part] = {
+    "OOD, levels seen": Part("ood", seen=True),
+    "OOD, levels never seen": Part("ood", seen=False),
+}
+
 Rows = tuple[list[str], list[list[str]]]
 _Record = TypeVar("_Record", bound=Record)
 
 
 def accuracies(pool: Pool, *, arms: Sequence[str] | None = None) -> Rows:
-    """Return each arm's mean accuracy over tasks, with its interval, and the number of tasks that measured it."""
-    headers = ["Arm", *_by_split("{}, %"), *_by_split("Exact {}, %"), "Tasks"]
+    """Return each arm's mean accuracy over tasks, with its interval, and the number of tasks that measured it.
+
+    Where levels are known, those of the hard questions whose level was seen in training, and was not, stand beside it.
+    """
+    parts: list[str | Part] = [*TEST_SPLITS, *_SEEN.values()]
+    headers = ["Arm", *_by_split("{}, %"), *(f"{name}, %" for name in _SEEN), *_by_split("Exact {}, %"), "Tasks"]
     rows = [
         [
             arm_name(arm),
-            *(_accuracy_text(pool.accuracy(arm, split)) for split in TEST_SPLITS),
+            *(_accuracy_text(pool.accuracy(arm, part)) for part in parts),
             *(_percents(pool.exact_match(arm, split)) for split in TEST_SPLITS),
             str(len(_tasks(pool, arm))),
         ]
@@ -76,6 +89,63 @@ def differences(pool: Pool, *, arms: Sequence[str] | None = None) -> Rows:
     """Return the comparisons, or those between the given arms alone: mean differences over tasks."""
     pairs = _chosen_pairs(pool, arms)
     return _difference_rows(pool, "Comparison", [(comparison_name(pair), pair) for pair in pairs])
+
+
+def differences_by_level(pool: Pool, *, arms: Sequence[str] | None = None) -> Rows:
+    """Return the comparisons on hard questions: all, those of levels seen in training, those of levels never seen."""
+    parts: dict[str, str | Part] = {TEST_SPLITS["ood"]: "ood", **_SEEN}
+    rows = [
+        [comparison_name(pair), *(difference_text(pool.difference(pair, part)) for part in parts.values())]
+        for pair in _chosen_pairs(pool, arms)
+    ]
+    return without_empty_columns(["Comparison", *(f"{name}, points" for name in parts)], rows)
+
+
+def by_level(pool: Pool, *, arms: Sequence[str] | None = None, split: str = "ood") -> Rows:
+    """Return each arm's accuracy by the level of the questions, on hard ones or on another split."""
+    levels = [(task, level) for task in pool.seeds for level in pool.levels_of(task, check_split(split))]
+    rows = [
+        [
+            arm_name(arm),
+            *(_percents_of(pool.accuracy(arm, Part(split, level), task)) for task, level in levels),
+        ]
+        for arm in _chosen(pool, arms)
+    ]
+    several = len({task for task, _ in levels}) > 1
+    named = [f"{task}: {level}" if several else level for task, level in levels]
+    return [f"Arm, {TEST_SPLITS[split]} in %", *named], rows if levels else []
+
+
+def levels(pool: Pool, *, split: str = "ood") -> Rows:
+    """Return the levels of hard questions, or of another split: how many, whether trained on, whether in the band.
+
+    That is the band in which arms can differ: the single expert answers 10 to 90% of a level's questions, and the
+    ceiling at least 15 points more [choice].
+    """
+    rows = []
+    for task in pool.seeds:
+        for level in pool.levels_of(task, check_split(split)):
+            part = Part(split, level)
+            reached = [_percents_of(pool.accuracy(arm, part, task)) for arm in (BASELINE, CEILING)]
+            seen, reason = pool.seen_share(task, level), why_outside(pool, part, task)
+            told = {0.0: "no", 1.0: "yes"}.get(seen, f"with {seen:.0%} of the seeds")
+            rows.append([task, level, f"{pool.share(part, task):.0%}", told, *reached, reason or "yes"])
+    names = [f"{arm_name(arm)}, %" for arm in (BASELINE, CEILING)]
+    return ["Task", "Level", f"Share of {TEST_SPLITS[split]}", "Seen in training", *names, "In the band"], rows
+
+
+def why_outside(pool: Pool, part: Part, task: str) -> str:
+    """Return why a level is outside the band of `levels`, or "" for one within."""
+    single, ceiling = (pool.accuracy(arm, part, task) for arm in (BASELINE, CEILING))
+    if single is None or ceiling is None:
+        return "not known"
+    if single.value < LEAST_SINGLE:
+        return f"no: single expert below {LEAST_SINGLE:.0%}"
+    if single.value > MOST_SINGLE:
+        return f"no: single expert above {MOST_SINGLE:.0%}"
+    if ceiling.value - single.value < LEAST_GAP:
+        return f"no: ceiling less than {100 * LEAST_GAP:.0f} points above"
+    return ""
 
 
 def differences_by_task(pool: Pool, *, arms: Sequence[str] | None = None, split: str | None = None) -> Rows:
@@ -126,13 +196,26 @@ def cost_rows(pool: Pool, arms: Sequence[str] | None = None, columns: Iterable[s
 
 # By the names that a Markdown file asks for.
 TABLES: dict[str, Callable[..., Rows]] = {
-    table.__name__: table for table in (accuracies, by_task, differences, differences_by_task, ablation, pgr, cost)
-}
+    table.__name__: table
+    for table in (
+        accuracies, by_task, by_level, levels, differences, differences_by_task, differences_by_level, ablation, pgr,
+        cost,
+    )
+}  # fmt: skip
 _INTERVALS = "in brackets 95% intervals that resample seeds and questions within each task"
 # What a reader of each table has to know.
 NOTES = {
     "accuracies": f"Right answers: means over tasks, {_INTERVALS}. Empty where some task did not measure the arm.",
     "by_task": f"Right answers: means over seeds, and {_INTERVALS} where one split is shown.",
+    "by_level": "Right answers by the level of the question: means over seeds.",
+    "levels": (
+        "Right answers: means over seeds. In the band, where arms can differ: the single weak expert answers 10 to 90% "
+        "of a level’s questions, and the ceiling at least 15 points more. Not known where one of them was not measured."
+    ),
+    "differences_by_level": (
+        "Differences in the share of right answers to hard questions, in percentage points: means over the tasks that "
+        f"have such questions, {_INTERVALS}. Levels seen are those of the questions that the experts were trained on."
+    ),
     "differences": (
         f"Differences in the share of right answers, in percentage points: means over tasks, {_INTERVALS}. “Not "
         "decided” means that the interval includes 0. Intervals are not corrected for looking at several comparisons."
@@ -399,6 +482,10 @@ def difference_points(share: float) -> str:
 
 def _percents(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}"
+
+
+def _percents_of(interval: Interval | None) -> str:
+    return _percents(interval.value if interval else None)
 
 
 def _accuracy_text(interval: Interval | None) -> str:

@@ -87,6 +87,10 @@ def _is_tokens(value: Any) -> bool:
     return isinstance(value, list) and 0 < len(value) <= MOST_SAMPLE_TOKENS and all(map(_is_text, value))
 
 
+def _is_levels(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
+
+
 def _is_choices(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(choice, list) and len(choice) == 3 and _is_text(choice[0])
@@ -117,6 +121,7 @@ Choices = Annotated[list[list[Any]], Form(f"a list with {_CHOICE} in each place"
 ChoicesOfExperts = Annotated[
     list[list[list[Any]]], Form(f"for each expert a list with {_CHOICE} in each place", _is_lists_of_choices)
 ]
+Levels = Annotated[list[str], Form("a list of texts, one for each question", _is_levels)]
 Pairs = Annotated[list[list[str]], Form("a list of pairs of arms", _is_pairs)]
 Quantiles = Annotated[
     dict[str, float],
@@ -365,6 +370,16 @@ class QuestionsRecord(Record):
     kind = "questions"
     split: Text
     n: Count
+
+
+class LevelsRecord(RunRecord):
+    """The level of every question of a split, `train` or a test split, in their order; `rule` says what a level is."""
+
+    kind, figure = "levels", ("task", "seed", "split")
+    split: Text
+    levels: Levels
+    questions: Digest
+    rule: Text = ""
 
 
 class EnvironmentRecord(Record):
