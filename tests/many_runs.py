@@ -76,6 +76,23 @@ def answer_records(answers: np.ndarray, digest: str, **place: Any) -> list[dict[
     ]
 
 
+def with_levels(
+    records: Sequence[dict[str, Any]], known: Sequence[str], trained: Sequence[str], **changes: Any
+) -> list[dict[str, Any]]:
+    """Return the records with the levels of the hard questions, which are the same with every seed."""
+    digests = {
+        (record["task"], record["seed"]): record["questions"]
+        for record in records
+        if record["kind"] == "answers" and record["split"] == "ood"
+    }
+    found: list[dict[str, Any]] = []
+    for (task, seed), digest in digests.items():
+        place = {"kind": "levels", "task": task, "seed": seed, "rule": "letters"}
+        found.append({**place, "split": "train", "levels": list(trained), "questions": "0" * 16})
+        found.append({**place, "split": "ood", "levels": list(known), "questions": digest, **changes})
+    return [*records, *found]
+
+
 def cost_record(arm: str, **place: Any) -> dict[str, Any]:
     """Return what an arm cost: 1 TFLOP and 10 s with seed 0, a tenth more with each seed; ensembles thrice that."""
     size = (1 + 0.1 * place["seed"]) * (3 if "ensemble" in arm else 1)

@@ -106,7 +106,8 @@ class Pool:
 
     def levels_of(self, task: str, split: str) -> list[str]:
         """Return the levels of a task's questions in order; [] where they are not known."""
-        return sorted(set(self.levels.get((task, split), np.empty(0, str)).flat), key=level_order)
+        found = self.levels.get((task, split))
+        return [] if found is None else sorted(set(found.ravel().tolist()), key=level_order)
 
     def share(self, part: Part, task: str) -> float:
         """Return the share of a split's questions that are of a part, over all seeds; 0 where levels are not known."""

@@ -16,6 +16,7 @@ import yaml
 from ensemw2s.cli import main
 from ensemw2s.experiments import study as experiments_study
 from ensemw2s.experiments.study import CellError, Study, load_study
+from ensemw2s.report.pool import pool_runs
 from ensemw2s.runtime.files import DiskFullError, read_complete_lines
 from ensemw2s.runtime.records import StudyRecord, of_kind, read_records
 from tests.experiments.test_experiment import settings
@@ -133,6 +134,47 @@ def test_a_cell_of_other_settings_is_measured_anew_if_asked(tmp_path: Path, monk
         load_study(file, ["boosting.num_rounds=3", f"output_dir={tmp_path / 'elsewhere'}"]), tmp_path / "kept.jsonl"
     ).run()
     assert len(run) == 8
+
+
+def test_a_study_takes_on_levels_without_running_a_cell_again(finished: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load((finished.parent / "study.yaml").read_text())
+    values["tasks"] = {"letters": values["tasks"]["letters"]}
+    values["tasks"]["letters"]["data"]["level"] = {"count": r"\w(?!.* )"}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(values))
+    kept, said = tmp_path / "kept.jsonl", []
+    shutil.copy(finished, kept)
+    study = Study(load_study(tmp_path / "study.yaml", ["seeds=1"]), kept, said.append)
+    assert study.missing() == []
+    study.run()
+    assert said[1:] == ["the levels of the questions of 1 cells were added"]
+    levels = {row["split"]: set(row["levels"]) for row in read_complete_lines(kept) if row["kind"] == "levels"}
+    assert levels == {"train": {"3"}, "id": {"3"}, "ood": {"4"}}
+    assert pool_runs(read_records(kept)).levels_of("letters", "ood") == ["4"]
+    before = kept.read_bytes()
+    study.run()
+    assert kept.read_bytes() == before and study.missing() == []
+    values["tasks"]["letters"]["data"]["level"] = {"count": "a"}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(values))
+    Study(load_study(tmp_path / "study.yaml", ["seeds=1"]), kept).run()
+    rules = {row["rule"] for row in read_complete_lines(kept) if row["kind"] == "levels"}
+    assert rules == {"matches of a in the prompt"}
+
+
+def test_levels_of_questions_that_are_not_there_any_more_are_refused(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = yaml.safe_load((finished.parent / "study.yaml").read_text())
+    values["tasks"]["letters"]["data"]["level"] = {"count": "a"}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(values))
+    shutil.copy(finished, tmp_path / "kept.jsonl")
+    taken = experiments_study.easy_and_hard
+    monkeypatch.setattr(
+        experiments_study, "easy_and_hard", lambda data: [x.select(range(3, len(x))) for x in taken(data)]
+    )
+    study = Study(load_study(tmp_path / "study.yaml", ["seeds=1"]), tmp_path / "kept.jsonl")
+    with pytest.raises(ValueError, match="letters, seed 0: its sources no longer give the questions that were asked"):
+        study.run()
+    assert (tmp_path / "kept.jsonl").read_bytes() == finished.read_bytes()
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

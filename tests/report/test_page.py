@@ -28,7 +28,7 @@ from ensemw2s.runtime.records import (
     questions_digest,
     read_records,
 )
-from tests.many_runs import COMPARISONS, EASE, answer_records, pool_of, study_records
+from tests.many_runs import COMPARISONS, EASE, answer_records, pool_of, study_records, with_levels
 
 N_QUESTIONS = 100
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
@@ -383,6 +383,16 @@ def test_the_page_shows_what_arms_and_phases_cost(tmp_path):
     text = " ".join(Page(page_of([run], tmp_path)).text.split())
     assert "Arm Training, tokens Answers, s Answers, TFLOP Ensemble 16,200 12.5 7.5 Ceiling: taught by truth" in text
     assert "Phase Seconds Tokens Peak memory, GB boost 250 4,711 2.5" in text
+
+
+def test_the_page_shows_levels_where_they_are_known(tmp_path):
+    records = study_records(seeds=2, n=40)
+    for name, given in (("without", records), ("with", with_levels(records, ["4", "5"] * 20, ["4"]))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in given))
+    page = page_of([tmp_path / "with.jsonl"], tmp_path)
+    assert "Accuracy by level of the questions" in page and "A question’s level: letters." in page
+    assert "OOD, levels never seen, points" in page and "sums: 5" in page
+    assert "level" not in page_of([tmp_path / "without.jsonl"], tmp_path)
 
 
 def test_a_difference_of_nothing_has_no_sign(tmp_path):

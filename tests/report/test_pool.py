@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
+from ensemw2s.report.findings import levels_outside
 from ensemw2s.report.page import tables
+from ensemw2s.report.pool import Part
 from ensemw2s.report.statistics import pooled_accuracy, pooled_difference, pooled_gap_recovered
 from ensemw2s.runtime.records import questions_digest
-from tests.many_runs import COMPARISONS, EASE, SKILL, answer_records, outcomes, pool_of, study_records
+from tests.many_runs import COMPARISONS, EASE, SKILL, answer_records, outcomes, pool_of, study_records, with_levels
 
 TASKS = sorted(EASE)
 FEW = (
@@ -66,6 +68,93 @@ def test_differences_found_are_the_true_ones():
             truth = SKILL[first][column_] - SKILL[second][column_]
             assert found.value == pytest.approx(truth, abs=0.02)
             assert found.low - 0.01 < truth < found.high + 0.01
+
+
+# Levels
+
+
+@pytest.fixture(scope="module")
+def levelled(records):
+    return pool_of(with_levels(records, ["4", "5", "10", "5"] * 20, ["3", "4", "4"]))
+
+
+def test_figures_by_level_are_those_of_its_questions_alone(records, levelled):
+    level = np.array(["4", "5", "10", "5"] * 20)
+    assert levelled.levels_of("sums", "ood") == ["4", "5", "10"]
+    assert levelled.share(Part("ood", "5"), "sums") == 0.5
+    parts = {
+        Part("ood", "5"): level == "5",
+        Part("ood", seen=True): level == "4",
+        Part("ood", seen=False): level != "4",
+    }
+    for part, inside in parts.items():
+        for task in TASKS:
+            answers = outcomes(records, "ensemble", "ood")[task][:, inside]
+            assert levelled.accuracy("ensemble", part, task).value == pytest.approx(answers.mean())
+        first, second = (outcomes(records, arm, "ood") for arm in COMPARISONS[0])
+        moves = [first[task][:, inside].mean() - second[task][:, inside].mean() for task in TASKS]
+        assert levelled.difference(COMPARISONS[0], part).value == pytest.approx(np.mean(moves))
+    assert levelled.accuracy("ensemble", Part("ood", "6")) is None
+    assert levelled.accuracy("ensemble", Part("id", "5")) is None
+
+
+def test_tables_show_levels(levelled):
+    headers, rows = tables.levels(levelled)
+    assert [row[:4] for row in rows[:3]] == [
+        [TASKS[0], "4", "25%", "yes"], [TASKS[0], "5", "50%", "no"], [TASKS[0], "10", "25%", "no"],
+    ]  # fmt: skip
+    headers, rows = tables.by_level(levelled, arms=["ensemble"])
+    assert headers[1:4] == [f"{TASKS[0]}: {level}" for level in ("4", "5", "10")]
+    found = levelled.accuracy("ensemble", Part("ood", "5"), TASKS[0]).value
+    assert rows == [["Ensemble", *rows[0][1:]]] and rows[0][2] == f"{100 * found:.1f}"
+    assert tables.differences_by_level(levelled)[0][1:] == [
+        "OOD, points", "OOD, levels seen, points", "OOD, levels never seen, points",
+    ]  # fmt: skip
+    assert tables.accuracies(levelled)[0][1:5] == [
+        "ID, %", "OOD, %", "OOD, levels seen, %", "OOD, levels never seen, %",
+    ]  # fmt: skip
+
+
+def test_without_levels_tables_have_no_room_for_them(pool):
+    assert not tables.levels(pool)[1] and not tables.by_level(pool)[1]
+    assert "levels" not in " ".join(tables.accuracies(pool)[0])
+    assert tables.differences_by_level(pool)[0] == ["Comparison", "OOD, points"]
+
+
+def test_levels_of_some_seeds_alone_or_of_other_rules_do_not_count(records):
+    some = [
+        r for r in with_levels(records, ["4"] * 80, ["4"]) if r["kind"] != "levels" or r["seed"] or r["task"] != "sums"
+    ]
+    assert ("sums", "ood") not in pool_of(some).levels and ("sorting", "ood") in pool_of(some).levels
+    mixed = with_levels(records, ["4"] * 80, ["4"])
+    mixed[-1]["rule"] = "words"
+    assert len(pool_of(mixed).levels) == 2
+
+
+@pytest.mark.parametrize("changes", [{"questions": "1" * 16}, {"levels": ["4"] * 79}])
+def test_levels_of_other_questions_are_refused(records, changes):
+    with pytest.raises(ValueError, match=r"task .*, seed 0, split ood: the levels are those of other questions"):
+        pool_of(with_levels(records, ["4"] * 80, ["4"], **changes))
+
+
+@pytest.mark.parametrize(
+    ("single", "ceiling", "inside"),
+    [(0.0, 1.0, "no: single expert below 10%"), (1.0, 1.0, "no: single expert above 90%"), (0.5, 1.0, "yes"),
+     (0.5, 0.6, "no: ceiling less than 15 points above"), (0.1, 0.25, "yes"), (0.9, 1.0, "no: ceiling less than")],
+)  # fmt: skip
+def test_the_band_in_which_arms_can_differ(single, ceiling, inside):
+    digest = questions_digest(range(20))
+    records = []
+    for arm, share in (("single_expert", single), ("ceiling", ceiling)):
+        right = np.arange(20) < round(20 * share)
+        records += answer_records(right, digest, task="sums", seed=0, arm=arm, split="ood")
+    pool = pool_of(with_levels(records, ["4"] * 20, ["4"]))
+    assert tables.levels(pool)[1][0][-1].startswith(inside)
+    assert bool(levels_outside(pool)) == (inside != "yes")
+    if inside != "yes":
+        assert levels_outside(pool).startswith(
+            "100% of the hard questions"
+        ) and f"sums 4 ({inside[4:]}" in levels_outside(pool)
 
 
 # Figures

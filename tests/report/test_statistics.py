@@ -232,6 +232,40 @@ def test_pooled_figures_equal_a_slow_bootstrap_within_tasks():
     assert (recovered.low, recovered.high) == pytest.approx(np.quantile(ratios, [0.025, 0.975]), abs=0.015)
 
 
+def test_figures_on_some_questions_equal_a_slow_bootstrap_of_these():
+    weak, student, _ = several_tasks(30)
+    generator = np.random.default_rng(31)
+    # Other questions with every seed, in some tasks few of them.
+    among = {task: generator.random(answers.shape) < 0.4 for task, answers in weak.items()}
+    samples = []
+    for _ in range(6000):
+        moves = []
+        for task, counted in among.items():
+            seeds, n = counted.shape
+            rows, columns = generator.integers(seeds, size=seeds), generator.integers(n, size=n)
+            drawn = counted[rows][:, columns]
+            first, second = (arm[task][rows][:, columns][drawn] for arm in (student, weak))
+            moves.append(first.mean() - second.mean())
+        samples.append(np.mean(moves))
+    found = statistics.pooled_difference(student, weak, among=among, resamples=20_000)
+    assert found.value == pytest.approx(
+        np.mean([student[task][c].mean() - weak[task][c].mean() for task, c in among.items()])
+    )
+    assert (found.low, found.high) == pytest.approx(np.quantile(samples, [0.025, 0.975]), abs=0.02)
+
+
+def test_all_questions_are_the_whole():
+    weak, student, _ = several_tasks(32)
+    everything = {task: np.ones(answers.shape) for task, answers in weak.items()}
+    assert statistics.pooled_difference(student, weak, among=everything) == statistics.pooled_difference(student, weak)
+
+
+def test_resamples_without_any_of_the_questions_say_nothing():
+    answers, one = np.zeros((1, 20)), np.zeros((1, 20))
+    answers[0, 3] = one[0, 3] = 1
+    assert statistics.pooled_accuracy({"a": answers}, among={"a": one}) == (1.0, 1.0, 1.0)
+
+
 def test_seeds_are_resampled():
     # Every seed is right on all questions or on none: the spread is one between seeds alone.
     half = {"task": np.repeat([[1], [1], [0], [0]], 30, axis=1)}
@@ -334,6 +368,9 @@ def test_a_pooled_gap_that_may_be_nothing_leaves_the_ratio_undefined():
             r"same questions.*first\['a'\] \(2,\), second\['a'\] \(1,\)",
         ),
         (lambda: statistics.pooled_accuracy({"a": [0, 1]}, resamples=-1), "resamples must be at least 100, got -1"),
+        (lambda: statistics.pooled_accuracy({"a": [0, 1]}, among={"a": [0, 0]}), r"among\['a'\] must mark some"),
+        (lambda: statistics.pooled_accuracy({"a": [0, 1]}, among={"b": [1, 0]}), r"among\['a'\] must mark some"),
+        (lambda: statistics.pooled_accuracy({"a": [0, 1]}, among={"a": [1]}), r"in shape \(1, 2\)"),
     ],
 )
 def test_bad_input_is_refused_in_words(call, message):
