@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
+from numpy.typing import NDArray
 from transformers import set_seed
 
 from ensemw2s.boosting.trainer import BoostingTrainer, closing_identity, round_line
@@ -35,10 +36,12 @@ from ensemw2s.runtime.meter import Ledger, peak_memory
 from ensemw2s.runtime.records import (
     REPORT_FILE,
     RESULTS_FILE,
+    ConfidencesRecord,
     LabelsRecord,
     PhaseRecord,
     QuestionsRecord,
     RelabelRecord,
+    answers_text,
 )
 from ensemw2s.runtime.store import Store
 from ensemw2s.student.answers import check_same_tokenizer, gold_rows, with_gold
@@ -69,6 +72,23 @@ def relabel_record(
         arm=arm, generation=generation, n=len(judged), agree=sum(row["agrees"] for row in judged), kept=len(kept),
         replaced=sum(row["answer"] != row["teacher_answer"] for row in kept),
         teacher_accuracy=right(judged, "teacher_answer"), accuracy=right(kept, "answer") if kept else None,
+    ).to_json()  # fmt: skip
+
+
+def confidences_record(teacher: str, answers: Dataset, correct: NDArray[np.bool_]) -> dict[str, Any]:
+    """Return the record of what a teacher thought of its answers, to four digits.
+
+    Args:
+        teacher: its arm.
+        answers: what `TokenEnsemble.label` returns.
+        correct: [N], which of them are right.
+    """
+    # Of a choice the confidence is the log of its share of the choices, whatever its number of tokens.
+    powers = np.ones(len(answers)) if "choices" in answers.column_names else np.array(answers["num_tokens"])
+    probabilities = np.exp(np.minimum(np.array(answers["confidence"]) * powers, 0.0))
+    return ConfidencesRecord(
+        teacher=teacher, correct=answers_text(correct), probabilities=probabilities.round(4).tolist(),
+        agreements=np.array(answers["agreement"]).round(4).tolist(),
     ).to_json()  # fmt: skip
 
 
@@ -273,14 +293,15 @@ class Experiment:
             self._costs.note(file)
             spent = processes.on_main(self._costs.total, file)
             processes.on_main(settle, file)
-            right = float(exact_match(answers["answer"], truth).mean())
+            correct = exact_match(answers["answer"], truth)
+            right = float(correct.mean())
             self.say(f"{teacher} answered {len(answers)} hard questions, {right:.1%} of them right")
             confidence, agreement = (float(np.mean(answers[name])) for name in ("confidence", "agreement"))
             took = {name: spent[name] for name in ("seconds", "tokens", "flops")}
             record = LabelsRecord(
                 teacher=teacher, accuracy=right, n=len(answers), confidence=confidence, agreement=agreement, **took
             )
-            records.append(record.to_json())
+            records += [record.to_json(), confidences_record(teacher, answers, correct)]
         return records
 
     def _student(self) -> list[dict[str, Any]]:

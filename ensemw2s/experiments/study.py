@@ -34,6 +34,7 @@ from ensemw2s.runtime.records import (
     AnswersRecord,
     ArmRecord,
     CellRecord,
+    ConfidencesRecord,
     CostRecord,
     EnvironmentRecord,
     LabelsRecord,
@@ -51,7 +52,7 @@ from ensemw2s.runtime.values import check_number, shown, shown_names
 # own: tables of rounds are for the report of one run.
 KEPT: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys((kind.kind for kind in (
-        ArmRecord, AnswersRecord, PgrRecord, CostRecord, LabelsRecord, RelabelRecord, LevelsRecord,
+        ArmRecord, AnswersRecord, PgrRecord, CostRecord, LabelsRecord, RelabelRecord, LevelsRecord, ConfidencesRecord,
     )), None),
     MixtureRecord.kind: ("arm", "num_experts", "expert_weights"),
     RoundRecord.kind: (

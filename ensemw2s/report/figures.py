@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ensemw2s.report.arms import BASELINE, arm_name, measured_arms
+from ensemw2s.report.calibration import Confidences, right_of_the_surest
 from ensemw2s.report.statistics import Interval
 from ensemw2s.report.tables import difference_interval
 from ensemw2s.runtime.files import SIGNATURE, new_page
@@ -43,6 +44,8 @@ FILE_DPI = 200
 FIGURE_WIDTH = 8.4  # inches
 # A page sets panels of this width side by side, or below one another where it is narrow.
 PANEL_WIDTH = 4.2
+# Shares of the questions that are answered, on the curves of selective answering.
+_COVERAGES = tuple(tenth / 10 for tenth in range(1, 11))
 STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
     **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED),
@@ -216,6 +219,36 @@ def weights_figure(rounds: Sequence[RoundRecord]) -> list[str]:
     said = [_by_round(name, numbers, curve(level), "") for name, level in (("median", 0.5), ("largest", 1.0))]
     return [_svg(spread, "weights-left", titles[0], said),
             _svg(size, "weights-right", titles[1], [_by_round("share of N", numbers, shares)])]  # fmt: skip
+
+
+@_styled
+def selective_figure(confidences: Mapping[str, Mapping[str, Confidences]]) -> list[str]:
+    """Right answers among the surest, by probability and by the experts' agreement; a line for each teacher.
+
+    Means over tasks. A teacher whose agreement is the same everywhere has no line there.
+    """
+    panels = []
+    for score in ("probability", "agreement"):
+        figure, axes = _panel(2.9)
+        said = []
+        for index, (teacher, by_task) in enumerate(confidences.items()):
+            if any(np.ptp(getattr(found, score)) == 0 for found in by_task.values()):
+                continue
+            reached = [
+                100
+                * float(np.mean([right_of_the_surest(getattr(x, score), x.correct, share) for x in by_task.values()]))
+                for share in _COVERAGES
+            ]
+            _line(axes, [100 * share for share in _COVERAGES], reached, arm_name(teacher), index % len(SERIES))
+            values = ", ".join(f"{y:.0f}% of {x:.0%}" for x, y in zip(_COVERAGES, reached, strict=True))
+            said.append(f"{arm_name(teacher)} {values}")
+        title = f"Surest by {'probability' if score == 'probability' else 'the experts’ agreement'}"
+        axes.set(title=title, xlabel="answered, % of the questions", ylabel="right of these, %")
+        axes.set(xlim=(0, 102), ylim=(0, 102))
+        if said:
+            _legend_below(axes, handlelength=1.6)
+            panels.append(_svg(figure, f"selective-{score}", title, said))
+    return panels
 
 
 def _by_round(name: str, numbers: Sequence[int], values: Sequence[float], unit: str = "%") -> str:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ensemw2s.data.levels import level_order
 from ensemw2s.report.arms import BASELINE, CEILING, COMPARISONS, arm_order
+from ensemw2s.report.calibration import Confidences
 from ensemw2s.report.statistics import (
     Interval,
     PerformanceGapRecovered,
@@ -28,6 +29,7 @@ from ensemw2s.runtime.records import (
     TEST_SPLITS,
     AnswersRecord,
     ArmRecord,
+    ConfidencesRecord,
     CostRecord,
     LevelsRecord,
     PgrRecord,
@@ -70,6 +72,8 @@ class Pool:
         levels: for (task, split), the level of each question, text `[seeds, n]`, where all of the task's seeds say it.
         trained: for a task with levels, those that each seed's experts were trained on.
         level_rules: what levels are, in words, by task.
+        confidences: for each teacher, by task, what it thought of its answers with all of the task's seeds, one behind
+            the other.
         students: the arms whose share of the gap the runs give.
         costs: of each of `COST_FIELDS`, for (arm, task), the mean over seeds; NaN where a seed does not know.
         exact: for (arm, split, task), the mean over seeds of the share of exact answers, where choices decide.
@@ -86,6 +90,7 @@ class Pool:
     levels: Mapping[tuple[str, str], NDArray[np.str_]]
     trained: Mapping[str, Sequence[frozenset[str]]]
     level_rules: Mapping[str, str]
+    confidences: Mapping[str, Mapping[str, Confidences]]
     students: frozenset[str]
     costs: Mapping[str, Mapping[tuple[str, ...], float]]
     exact: Mapping[tuple[str, ...], float]
@@ -252,6 +257,7 @@ def pool_runs(records: Iterable[Record]) -> Pool:
         levels=levels,
         trained=trained,
         level_rules=rules,
+        confidences=_confidences(of_kind(rows, ConfidencesRecord), seeds),
         students=frozenset(record.arm for record in of_kind(rows, PgrRecord)) - {CEILING},
         costs=_means(_frame(rows, CostRecord), ["arm", "task"], COST_FIELDS, seeds),
         exact=_means(exact[exact["metric"] == "exact_match"], ["arm", "split", "task"], ["value"], seeds)["value"],
@@ -346,6 +352,21 @@ def _levels(
             if all(known[split]):
                 levels[task, split] = np.array([record.levels for record in known[split] if record])
     return levels, trained, rules
+
+
+def _confidences(
+    records: Sequence[ConfidencesRecord], seeds: Mapping[str, Sequence[int]]
+) -> dict[str, dict[str, Confidences]]:
+    found: dict[str, dict[str, Confidences]] = {}
+    for teacher, task in sorted({(record.teacher, record.task) for record in records}, key=lambda x: arm_order(x[0])):
+        own = {record.seed: record for record in records if (record.teacher, record.task) == (teacher, task)}
+        if set(seeds.get(task, ())) == set(own):
+            found.setdefault(teacher, {})[task] = Confidences(
+                np.concatenate([answers_array(record.correct) for record in own.values()]),
+                np.concatenate([record.probabilities for record in own.values()]),
+                np.concatenate([record.agreements for record in own.values()]),
+            )
+    return found
 
 
 def _limits(given: pd.DataFrame, seeds: Mapping[str, Sequence[int]]) -> list[str]:

@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+
 from ensemw2s.report.arms import BASELINE, CEILING, arm_name, lower_first
+from ensemw2s.report.calibration import (
+    Confidences,
+    brier_score,
+    expected_calibration_error,
+    mean_over_tasks,
+    ranking_quality,
+    right_of_the_surest,
+)
 from ensemw2s.report.pool import Pair, Part, Pool, pool_runs
 from ensemw2s.report.statistics import Interval, PerformanceGapRecovered
 from ensemw2s.runtime.records import (
@@ -134,6 +144,27 @@ def levels(pool: Pool, *, split: str = "ood") -> Rows:
     return ["Task", "Level", f"Share of {TEST_SPLITS[split]}", "Seen in training", *names, "In the band"], rows
 
 
+def calibration(pool: Pool) -> Rows:
+    """Return how well teachers know which of their answers to the unlabelled hard questions are right."""
+    figures: dict[str, Callable[[Confidences], float | None]] = {
+        "Answered right, %": lambda x: 100 * float(x.correct.mean()),
+        "Mean probability, %": lambda x: 100 * float(x.probability.mean()),
+        "Calibration error, points": lambda x: 100 * expected_calibration_error(x.probability, x.correct),
+        "Brier score": lambda x: brier_score(x.probability, x.correct),
+        "Ranking by probability": lambda x: ranking_quality(x.probability, x.correct),
+        "Ranking by agreement": lambda x: ranking_quality(x.agreement, x.correct) if np.ptp(x.agreement) else None,
+        "Right of the surer half, %": lambda x: 100 * right_of_the_surest(x.probability, x.correct, 0.5),
+    }
+    rows = [
+        [arm_name(teacher), *(
+            number(mean_over_tasks(figure, by_task), ".1f" if name.endswith(("%", "points")) else ".3f")
+            for name, figure in figures.items()
+        ), str(sum(len(found.correct) for found in by_task.values()))]
+        for teacher, by_task in pool.confidences.items()
+    ]  # fmt: skip
+    return without_empty_columns(["Teacher", *figures, "Answers"], rows)
+
+
 def why_outside(pool: Pool, part: Part, task: str) -> str:
     """Return why a level is outside the band of `levels`, or "" for one within."""
     single, ceiling = (pool.accuracy(arm, part, task) for arm in (BASELINE, CEILING))
@@ -199,7 +230,7 @@ TABLES: dict[str, Callable[..., Rows]] = {
     table.__name__: table
     for table in (
         accuracies, by_task, by_level, levels, differences, differences_by_task, differences_by_level, ablation, pgr,
-        cost,
+        cost, calibration,
     )
 }  # fmt: skip
 _INTERVALS = "in brackets 95% intervals that resample seeds and questions within each task"
@@ -207,6 +238,13 @@ _INTERVALS = "in brackets 95% intervals that resample seeds and questions within
 NOTES = {
     "accuracies": f"Right answers: means over tasks, {_INTERVALS}. Empty where some task did not measure the arm.",
     "by_task": f"Right answers: means over seeds, and {_INTERVALS} where one split is shown.",
+    "calibration": (
+        "Of the answers to the unlabelled hard questions: means over tasks. The probability is that of the whole "
+        "answer under the teacher, the agreement the share of its tokens to which experts give more than half. "
+        "Calibration error (ECE): the mean distance of right answers from probability over ten bins of equal width; "
+        "Brier score: the mean of (probability − right)². Ranking: how often a right answer stands above a wrong one; "
+        "0.5 says nothing."
+    ),
     "by_level": "Right answers by the level of the question: means over seeds.",
     "levels": (
         "Right answers: means over seeds. In the band, where arms can differ: the single weak expert answers 10 to 90% "

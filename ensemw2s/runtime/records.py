@@ -87,6 +87,10 @@ def _is_tokens(value: Any) -> bool:
     return isinstance(value, list) and 0 < len(value) <= MOST_SAMPLE_TOKENS and all(map(_is_text, value))
 
 
+def _is_shares(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_number(share, 0, 1) for share in value)
+
+
 def _is_levels(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_is_text, value))
 
@@ -121,6 +125,7 @@ Choices = Annotated[list[list[Any]], Form(f"a list with {_CHOICE} in each place"
 ChoicesOfExperts = Annotated[
     list[list[list[Any]]], Form(f"for each expert a list with {_CHOICE} in each place", _is_lists_of_choices)
 ]
+Shares = Annotated[list[float], Form("a list of numbers from 0 to 1", _is_shares)]
 Levels = Annotated[list[str], Form("a list of texts, one for each question", _is_levels)]
 Pairs = Annotated[list[list[str]], Form("a list of pairs of arms", _is_pairs)]
 Quantiles = Annotated[
@@ -240,6 +245,23 @@ class LabelsRecord(RunRecord):
     seconds: Number | None = None
     tokens: Number | None = None
     flops: Number | None = None
+
+
+class ConfidencesRecord(RunRecord):
+    """What a teacher thought of each of its answers to the unlabelled questions, and which of them are right.
+
+    `probabilities` are those of whole answers, `agreements` the experts' (see `TokenEnsemble.label`).
+    """
+
+    kind, figure = "confidences", ("task", "seed", "teacher")
+    teacher: Text
+    correct: Outcomes
+    probabilities: Shares
+    agreements: Shares
+
+    def __post_init__(self) -> None:
+        if not len(self.correct) == len(self.probabilities) == len(self.agreements):
+            raise ValueError("a record of kind 'confidences' needs a probability and an agreement for each answer")
 
 
 class RelabelRecord(RunRecord):

@@ -25,7 +25,7 @@ from ensemw2s.experiments.folder import PHASES
 from ensemw2s.inference.label_files import read_labels
 from ensemw2s.inference.scoring import score_examples
 from ensemw2s.report.tables import results_table
-from ensemw2s.runtime.files import read_json, settle
+from ensemw2s.runtime.files import read_json, read_json_lines, settle
 from ensemw2s.runtime.records import POOLED_KINDS, answers_array, questions_digest, read_records
 from tests.tiny import END, FORMAT, VOCAB, questions, saved_model, tokenizer
 
@@ -52,6 +52,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
             "easy": {"file": str(folder / "easy.jsonl")},
             "hard": {"file": str(folder / "hard.jsonl")},
             "sizes": {"train": 24, "validation": 12, "test_id": 20, "unlabelled": 24, "test_ood": 20},
+            "level": {"count": "3"},
         },
         "boosting": {"num_rounds": 2, **training},
         "student": training,
@@ -99,6 +100,29 @@ def test_records_that_are_pooled_say_their_task_and_seed(finished: Path, tmp_pat
     named = Experiment(build_config(settings(tmp_path, task="copying", seed=3)))
     assert named.files.of_this_run({"kind": "cost"}) == {"kind": "cost", "task": "copying", "seed": 3}
     assert named.files.of_this_run({"kind": "phase"}) == {"kind": "phase"}
+
+
+def test_the_level_of_every_question_is_recorded(finished: Path) -> None:
+    for record in records_of(finished, "levels"):
+        name = {"train": "train", "id": "test_id", "ood": "test_ood"}[record["split"]]
+        rows = read_json_lines(finished / "data" / f"{name}.jsonl")
+        assert record["levels"] == [str(row["prompt"].count("3")) for row in rows]
+        assert record["questions"] == questions_digest(row["id"] for row in rows)
+    assert len(records_of(finished, "levels")) == 3
+
+
+def test_what_teachers_thought_of_each_answer_is_recorded(finished: Path) -> None:
+    truth = {row["id"]: row["answer"] for row in read_json_lines(finished / "data" / "unlabelled.jsonl")}
+    found = records_of(finished, "confidences")
+    assert {record["teacher"] for record in found} == {"single_expert", "ensemble"}
+    for record in found:
+        by_id = {row["id"]: row for row in read_json_lines(finished / "labels" / f"{record['teacher']}.jsonl")}
+        rows = [by_id[question] for question in truth]
+        likely = [math.exp(row["confidence"] * row["num_tokens"]) for row in rows]
+        assert record["probabilities"] == pytest.approx(likely, abs=1e-4)
+        assert record["agreements"] == pytest.approx([row["agreement"] for row in rows], abs=1e-4)
+        right = [row["answer"].split() == truth[row["id"]].split() for row in rows]
+        assert answers_array(record["correct"]).tolist() == right
 
 
 @pytest.fixture(scope="module")

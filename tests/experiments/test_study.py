@@ -29,6 +29,7 @@ def write_study(folder: Path, **changes: Any) -> Path:
     """Two tasks and two seeds on tiny models, without students."""
     base = settings(folder)
     data = base.pop("data")
+    del data["level"]
     values = base | {
         "name": "tiny", "seeds": 2, "students": {}, "comparisons": [["ensemble", "deep_ensemble"]],
         "ensembles": {"deep_ensemble": {"recipe": "deep_ensemble"}}, "primary_split": "id",
