@@ -80,6 +80,9 @@ class BoostingConfig(AnswerTrainingArguments):
             measures the expert on what it was trained on (the paper).
         boosted_tokens: "all" answer tokens carry a weight (the paper), or the "informative" ones: end tokens and white
             space keep the weight 1 in every loss and have no part in errors.
+        loss_tail: a in [0, 1]; experts are trained on the loss `((1/p)^a - 1) / a` of every token, p being the gold
+            token's probability, which is cross entropy at 0, the default; see
+            `ensemw2s.boosting.tail.polynomial_tail_loss`.
         warm_start: an expert starts from the one before instead of from the pre-trained model.
         vary_seed: every round has a seed of its own for adapters, order and dropout; with False, all rounds have the
             seed of the first.
@@ -119,6 +122,7 @@ class BoostingConfig(AnswerTrainingArguments):
     prior_weights: Literal["initial", "current"] = "initial"
     error_folds: int | None = None
     boosted_tokens: Literal["all", "informative"] = "all"
+    loss_tail: float = 0.0
     warm_start: bool = False
     vary_seed: bool = True
     lora_ranks: list[int] | None = None
@@ -176,6 +180,11 @@ class BoostingConfig(AnswerTrainingArguments):
             )
         if self.choose_num_experts and self.combine == "vote":
             raise ValueError('choose_num_experts compares likelihoods, which combine="vote" does not give')
+        if self.loss_tail and self.label_smoothing_factor:
+            raise ValueError(
+                f"loss_tail={self.loss_tail:g} and label_smoothing_factor={self.label_smoothing_factor:g} ask for two "
+                "losses in place of cross entropy: leave one out"
+            )
         ranks = self.lora_ranks
         if ranks is not None and (len(ranks) != self.num_rounds or min(ranks) < 1):
             raise ValueError(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from ensemw2s.boosting.tail import PolynomialTailTrainer
 from ensemw2s.ensemble.model import TokenEnsemble
 from ensemw2s.inference.decoding import require_tokenizer
 from ensemw2s.inference.scoring import AnswerScores, score_mixtures
@@ -28,7 +29,7 @@ from ensemw2s.runtime.fingerprint import digest_examples
 from ensemw2s.runtime.store import Store
 from ensemw2s.training.checkpoints import discard_checkpoints
 from ensemw2s.training.fine_tune import TrainingCost, fine_tune, optimizer_described, training_settings
-from ensemw2s.training.trainer import on_device
+from ensemw2s.training.trainer import AnswerTrainer, on_device
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -124,6 +125,7 @@ class ExpertFactory:
                 description=description,
                 token_weights=token_weights,
                 peft_config=new_adapter,
+                trainer_class=PolynomialTailTrainer if self.args.loss_tail else AnswerTrainer,
                 **self.trainer_options,
             )
             if peft_config is not None and not self.makes_adapters:
@@ -131,7 +133,10 @@ class ExpertFactory:
             processes.on_main(self._keep, folder, trained, cost)
 
         def key() -> dict[str, Any]:
+            # Experts from before there was such a loss are those without it.
+            loss = {"loss_tail": self.args.loss_tail} if self.args.loss_tail else {}
             return {
+                **loss,
                 # A batch is as many rows as the processes have together.
                 "training": training_settings(self.args) | {"seed": seed, "num_processes": processes.count()},
                 "model": computes(model),

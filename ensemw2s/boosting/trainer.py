@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
 # An expert no better than the prior is trained once more with a fresh seed before boosting stops (invariant 4).
 ATTEMPTS = 2
+# Where an expert's soft error is smaller than this, boosting was nowhere seen to be more than a deep ensemble [choice].
+LEAST_SIGNAL = 0.02
 # More rounds go on from the ones there are.
 _PRESENTATION = PRESENTATION | {"num_rounds"}
 BOOSTING = Kind("boosting", "a boosting run", ("rounds", "pretrained_scores", "units.npy", "mixture-of-*.json"))
@@ -615,7 +617,7 @@ class BoostingTrainer:
     def _tell_round(self, record: Mapping[str, Any]) -> None:
         if not self.args.disable_tqdm:
             say(round_line(record, self.args))
-        elif not record["accepted"] or _nothing_is_right(record):
+        elif not record["accepted"] or _nothing_is_right(record) or _has_no_signal(record, self.args):
             # Who wants no lines still wants to know what went wrong.
             warnings.warn(round_line(record, self.args), stacklevel=2)
 
@@ -639,9 +641,20 @@ def round_line(record: Mapping[str, Any], args: BoostingConfig) -> str:
                 f"later round changes that, train longer than {args.duration}, or with a higher learning rate than "
                 f"{args.learning_rate:g})"
             )
+    if _has_no_signal(record, args):
+        line += (
+            f"; hardly an error to boost on (below {LEAST_SIGNAL:.0%}): token weights will not move, and the ensemble "
+            "is in effect a deep ensemble. Give more or harder questions, or train for less, if it is to be more"
+        )
     if not record["accepted"]:
         line += f"; not added (attempt {record['attempt']}): no better than before training"
     return line
+
+
+def _has_no_signal(record: Mapping[str, Any], args: BoostingConfig) -> bool:
+    """Say whether the first expert gets nearly everything right that later ones should be weighted by."""
+    is_followed = record["round"] == 1 and record["accepted"] and args.num_rounds > 1 and not args.is_baseline
+    return bool(is_followed and args.errors == "soft" and record["error"] < LEAST_SIGNAL)
 
 
 def _nothing_is_right(record: Mapping[str, Any]) -> bool:

@@ -325,7 +325,9 @@ class ExperimentConfig:
         for arm in ("ensemble", *self.ensembles):
             args = self.ensemble_config(arm, "")
             # What a recipe has no use for decides nothing: figures from before there was such a setting hold.
-            used = [name for name in boosting if args.recipe == "co_boosted" or not name.startswith("generation")]
+            idle = {"generations", "generation_weights"} if args.recipe != "co_boosted" else set()
+            idle |= set() if args.loss_tail else {"loss_tail"}
+            used = [name for name in boosting if name not in idle]
             plain["resolved"][arm] = {name: getattr(args, name) for name in used}
         return {key: value for key, value in plain.items() if key not in ("name", "output_dir", "store")}
 

@@ -50,7 +50,7 @@ _SETTINGS = {
         "adam_beta1", "adam_beta2", "uniform_mix", "effective_sample_size_floor", "min_effective_sample_size",
         "lora_dropout",
     ),
-    "[0, 1]": ("confidence_alpha", "confidence_warmup", "tolerance", "min_p"),
+    "[0, 1]": ("confidence_alpha", "confidence_warmup", "tolerance", "min_p", "loss_tail"),
     "[1, 1024]": ("threads", "jobs"),
     "[1, 10000]": ("num_rounds",),
     SEEDS: ("seed", "data_seed"),

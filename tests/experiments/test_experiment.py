@@ -522,6 +522,17 @@ def test_the_line_of_a_round_says_all_that_matters() -> None:
     nothing = round_line({**record, "validation": {"expert": 0.0, "ensemble": 0.0, "token_error": 0.7}}, args)
     assert "no question is answered right; 70% of the answers' tokens are wrong" in nothing
     assert "longer than 3 epochs, or with a higher learning rate than 0.0002" in nothing
+    soft = BoostingConfig(num_rounds=3, learning_rate=2e-4)
+    small = {**record, "round": 1, "error": 0.0199}
+    assert "hardly an error to boost on (below 2%)" in round_line(small, soft)
+    for told in (
+        round_line({**small, "error": 0.02}, soft),
+        round_line({**small, "round": 2}, soft),
+        round_line(small, args),
+        round_line(small, BoostingConfig(num_rounds=1, learning_rate=2e-4)),
+        round_line(small, BoostingConfig(num_rounds=3, learning_rate=2e-4, recipe="deep_ensemble")),
+    ):
+        assert "to boost on" not in told
     for words in (
         "round 2/3",
         "hard ε 0.250",
