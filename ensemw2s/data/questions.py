@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ensemw2s.data.bigbench import bigbench_questions
 from ensemw2s.data.characters import character_questions
 from ensemw2s.data.known_datasets import binary_question, from_schema
 from ensemw2s.data.shapes import Prompt, as_dataset, dataset_of, with_column
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-SOURCE_KINDS = ("file", "hub", "reasoning_gym", "characters")
+SOURCE_KINDS = ("file", "hub", "bigbench", "reasoning_gym", "characters")
 _UNANSWERED = (
     ". Answers are needed to learn from questions and to measure with them; a TokenEnsemble answers questions without "
     "any by its method label"
 )
-_OPTIONS = ("columns", "schema", "context", "choices", "binary", "prompt_regex")
+_OPTIONS = ("columns", "schema", "context", "choices", "binary", "prompt_regex", "prompt_filter")
 # A generator is asked for this many batches of questions before its distinct prompts count as exhausted.
 _MAX_TRIES = 8
 # What `_content_ids` makes; nobody knows a row by it.
@@ -59,6 +60,8 @@ def load_questions(
 
             - `file`: a local `.jsonl`, `.json`, `.csv` or `.parquet` file;
             - `hub`: a dataset's id on the hub, with `name` and `split` where needed;
+            - `bigbench`: a task of that package, which holds real questions (see
+              `ensemw2s.data.bigbench.bigbench_questions`);
             - `reasoning_gym`: a task of that package, with `size`, `seed` and the task's own settings;
             - `characters`: a task of `ensemw2s.models.characters`, with `size`, `seed`, `min_length`, `max_length`;
 
@@ -71,6 +74,8 @@ def load_questions(
             - `choices`: one list of answers for all questions;
             - `binary`: True makes each question with choices a yes/no question (see
               `ensemw2s.data.known_datasets.binary_question`);
+            - `prompt_filter`: a regular expression; questions of a file, the hub or BIG-bench in whose prompts it finds
+              nothing are left out;
             - `prompt_regex`: its first group, found in each prompt, replaces the prompt.
         columns: the same as `columns` in the mapping, for a path.
 
@@ -84,7 +89,7 @@ def load_questions(
             says, a missing column, choices that are none (`check_questions`), an empty result, fewer distinct
             questions than `size`, or a regex that does not match.
         FileNotFoundError: the file does not exist.
-        ImportError: reasoning_gym is not installed.
+        ImportError: reasoning_gym or bigbench is not installed.
     """
     from datasets import Dataset
 
@@ -106,14 +111,16 @@ def load_questions(
     kind = kinds[0]
     if not isinstance(source[kind], str | os.PathLike) or not os.fspath(source[kind]):
         raise ValueError(f"{kind} of a source of questions must be text, got {shown(source[kind])}")
-    columns, schema, context, choices, binary, regex = (source.pop(name, None) for name in _OPTIONS)
+    columns, schema, context, choices, binary, regex, wanted = (source.pop(name, None) for name in _OPTIONS)
     if kind in ("reasoning_gym", "characters"):
         name = f"{kind} {source[kind]}"
         for option, value in (("columns", columns), ("schema", schema), ("context", context)):
             if value is not None:
                 raise ValueError(f"{name}: its questions have our columns already, leave `{option}` out")
+        if wanted is not None:
+            raise ValueError(f"{name}: its own settings say which questions it makes, leave `prompt_filter` out")
         return _answered_by_choice(check_questions(_generated(kind, source, regex), name), choices, binary, name)
-    loaded = _from_file(source) if kind == "file" else _from_hub(source)
+    loaded = {"file": _from_file, "hub": _from_hub, "bigbench": _from_bigbench}[kind](source)
     name = str(source[kind])
     if schema is None and context is not None:
         raise ValueError(f"{name}: `context` belongs to a `schema`; give both or neither")
@@ -122,9 +129,11 @@ def load_questions(
             raise ValueError(f"{name}: the schema {shown(schema)} names all columns, leave `columns` out")
         loaded = from_schema(loaded, schema, context, name)
     checked = check_questions(loaded, name, columns=columns)
-    if (regex is not None or binary) and not isinstance(checked[0]["prompt"], str):
-        raise ValueError(f"{name}: prompt_regex and binary are for texts, not for conversations: leave them out")
-    rows = [_cut_prompt(row, regex) for row in checked]
+    if (regex is not None or wanted is not None or binary) and not isinstance(checked[0]["prompt"], str):
+        raise ValueError(
+            f"{name}: prompt_filter, prompt_regex and binary are for texts, not for conversations: leave them out"
+        )
+    rows = [_cut_prompt(row, regex) for row in _wanted(checked, wanted, name)]
     distinct = _distinct(rows)
     if repeated := len(rows) - len(distinct):
         answers = len({(question_key(row["prompt"]), str(row.get("answer"))) for row in rows}) - len(distinct)
@@ -243,6 +252,11 @@ def _from_hub(source: Mapping[str, Any]) -> Dataset:
         ) from error
 
 
+def _from_bigbench(source: Mapping[str, Any]) -> Dataset:
+    _no_more_settings(source, ("bigbench",))
+    return dataset_of(bigbench_questions(source["bigbench"]), f"bigbench {source['bigbench']}")
+
+
 def _generated(kind: str, source: Mapping[str, Any], regex: str | None) -> Dataset:
     from datasets import Dataset
 
@@ -294,6 +308,19 @@ def _no_more_settings(source: Mapping[str, Any], known: Sequence[str]) -> None:
         raise ValueError(
             f"unknown setting {unknown[0]!s:.100} of a {known[0]} source: it takes {', '.join((*known, *_OPTIONS))}"
         )
+
+
+def _wanted(rows: Iterable[dict[str, Any]], pattern: str | None, name: str) -> list[dict[str, Any]]:
+    """Return the rows in whose prompts a regular expression finds something; all without one."""
+    if pattern is None:
+        return list(rows)
+    try:
+        found = [row for row in rows if re.search(pattern, row["prompt"])]
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"prompt_filter {shown(pattern)} is no regular expression: {error}") from error
+    if not found:
+        raise ValueError(f"{name}: prompt_filter {shown(pattern)} finds nothing in any prompt, so no question is left")
+    return found
 
 
 def _cut_prompt(row: dict[str, Any], regex: str | None) -> dict[str, Any]:

@@ -30,11 +30,16 @@ ARM_NAMES = {
     "co_boosted": "Co-boosting",
     "ensemble": "Ensemble",
     "student_single": "Student of single expert",
+    "student_single_longer": "Student of single expert, as many steps as with easy answers",
     "student_bagging": "Student of bagging",
     "student_ensemble": "Student of ensemble",
     "student_confidence": "Student with confidence loss",
     "cross_fitted_single": "Cross-fitted student of single expert",
     "cross_fitted_ensemble": "Cross-fitted student of ensemble",
+    "single_with_easy": "Student of single expert, with easy answers",
+    "ensemble_with_easy": "Student of ensemble, with easy answers",
+    "cross_fitted_single_with_easy": "Cross-fitted student of single expert, with easy answers",
+    "cross_fitted_with_easy": "Cross-fitted student of ensemble, with easy answers",
     CEILING: "Ceiling: taught by truth",
 }
 # Those of runs that belong to no study.

@@ -132,7 +132,7 @@ def test_neighbouring_seeds_and_easy_and_hard_share_no_stream() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"size": 3}, "exactly one of file, hub, reasoning_gym, characters"),
+        ({"size": 3}, "exactly one of file, hub, bigbench, reasoning_gym, characters"),
         ({"file": "a.txt"}, r"a\.txt: expected a file that ends in \.jsonl"),
         ({"hub": "a", "splt": "x"}, "unknown setting splt of a hub source"),
         ({"reasoning_gym": "word_sequence_reversl", "size": 3}, "no task .*nearest are word_sequence_reversal"),
