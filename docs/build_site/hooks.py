@@ -23,7 +23,7 @@ from transformers import TrainingArguments
 
 from ensemw2s import BoostingConfig, QuestionFormat, StudentConfig
 from ensemw2s.cli import _parser
-from ensemw2s.experiments.config import ExperimentConfig, settable
+from ensemw2s.experiments.config import ExperimentConfig, LevelConfig, settable
 from ensemw2s.experiments.study import StudyConfig
 from ensemw2s.training.arguments import REFUSED, AnswerTrainingArguments
 
@@ -155,6 +155,7 @@ GENERATED: dict[str, Callable[[], Iterator[str]]] = {
     "data": lambda: keys_of(_nested("data"), "data."),
     "data format": lambda: keys_of(QuestionFormat, "data.format."),
     "data difficulty": lambda: keys_of(_nested("data difficulty"), "data.difficulty."),
+    "data level": lambda: keys_of(LevelConfig, "data.level."),
     "boosting": lambda: keys_of(BoostingConfig, "boosting.", _own(BoostingConfig)),
     "student": lambda: keys_of(StudentConfig, "student.", _own(StudentConfig)),
     "labelling": lambda: keys_of(_nested("labelling"), "labelling."),
