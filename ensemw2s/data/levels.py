@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _LONGEST_LEVEL = 40
-_LONGEST_COUNT = 100
+# A record of a run holds it in words.
+LONGEST_RULE = 100
 
 
 def check_count(count: str) -> re.Pattern[str]:
     """Return the pattern whose matches are counted; one that is too long or no regular expression raises ValueError."""
-    if len(count) > _LONGEST_COUNT:
-        raise ValueError(f"count must have at most {_LONGEST_COUNT} characters, got {len(count)}")
+    if len(count) > LONGEST_RULE:
+        raise ValueError(f"count must have at most {LONGEST_RULE} characters, got {len(count)}")
     try:
         return re.compile(count)
     except (re.error, OverflowError, RecursionError) as error:

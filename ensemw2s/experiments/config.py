@@ -17,7 +17,7 @@ from peft import LoraConfig
 
 from ensemw2s.boosting.config import BoostingConfig
 from ensemw2s.data.difficulty import check_cut
-from ensemw2s.data.levels import check_count
+from ensemw2s.data.levels import LONGEST_RULE, check_count
 from ensemw2s.data.questions import SOURCE_KINDS
 from ensemw2s.data.tokens import QuestionFormat
 from ensemw2s.models.adapters import check_peft_config
@@ -119,7 +119,7 @@ class LevelConfig:
         column: in place of `count`, the column of the questions that holds the level, whole numbers or texts.
 
     Raises:
-        ValueError: both, neither, or a `count` that is no regular expression of at most 100 characters.
+        ValueError: both, neither, a `count` that is no regular expression, or either of more than 100 characters.
     """
 
     count: str | None = None
@@ -131,6 +131,8 @@ class LevelConfig:
             raise ValueError("data.level says by either count or column what the level of a question is: give one")
         if self.count is not None:
             check_count(self.count)
+        elif not self.column or len(self.column) > LONGEST_RULE:
+            raise ValueError(f"column must be a name of 1 to {LONGEST_RULE} characters, got {shown(self.column)}")
 
     @property
     def rule(self) -> str:

@@ -236,7 +236,10 @@ TABLES: dict[str, Callable[..., Rows]] = {
 _INTERVALS = "in brackets 95% intervals that resample seeds and questions within each task"
 # What a reader of each table has to know.
 NOTES = {
-    "accuracies": f"Right answers: means over tasks, {_INTERVALS}. Empty where some task did not measure the arm.",
+    "accuracies": (
+        f"Right answers: means over tasks, {_INTERVALS}. Empty where some task did not measure the arm. Levels seen "
+        "are those that the experts were trained on; of these and of the others, means over the tasks that have any."
+    ),
     "by_task": f"Right answers: means over seeds, and {_INTERVALS} where one split is shown.",
     "calibration": (
         "Of the answers to the unlabelled hard questions: means over tasks. The probability is that of the whole "

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from ensemw2s.experiments.config import STUDENTS, build_config, load_config
+from ensemw2s.experiments.study import load_study
 from ensemw2s.models.loading import load_model
 from tests.experiments.test_experiment import settings
 
@@ -215,6 +216,36 @@ def test_one_source_may_take_the_place_of_two(tmp_path: Path) -> None:
 def test_questions_come_from_one_source_or_from_two(tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(write(tmp_path, settings(tmp_path)), overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.level={}"], "data.level says by either count or column what the level of a question is: give one"),
+        (["data.level={count: a, column: b}"], "give one"),
+        (["data.level={count: '('}"], r"data\.level\.count must be a regular expression, got '\('"),
+        ([f"data.level.count={'a' * 101}"], r"data\.level\.count must have at most 100 characters, got 101"),
+        ([f"data.level.column={'a' * 101}"], r"data\.level\.column must be a name of 1 to 100 characters"),
+        (["data.level.column=''"], r"data\.level\.column must be a name"),
+        (["data.level.count=3"], r"data\.level\.count must be str \| None, got 3"),
+        (["data.level.words=3"], r"unknown key data\.level\.words"),
+        (["data.level=words"], r"data\.level must be a mapping"),
+    ],
+)
+def test_a_level_is_told_in_one_way(tmp_path: Path, overrides: list[str], message: str) -> None:
+    plain = settings(tmp_path)
+    del plain["data"]["level"]
+    with pytest.raises(ValueError, match=message):
+        load_config(write(tmp_path, plain), overrides)
+
+
+def test_a_level_can_be_left_out_of_what_a_base_says_and_decides_no_result(tmp_path: Path) -> None:
+    path = write(tmp_path, settings(tmp_path))
+    without = load_config(path, ["data.level=null"])
+    assert without.data.level is None and "level" not in without.results_key()["data"]
+    file = write(tmp_path, settings(tmp_path) | {"tasks": {"one": {}}, "seeds": 1}, "study.yaml")
+    keys = [next(iter(load_study(file, given).cells())).key for given in ([], ["data.level=null"])]
+    assert keys[0] == keys[1]
 
 
 def test_where_results_are_kept_does_not_decide_them(tmp_path: Path) -> None:
