@@ -20,6 +20,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     # The same in a chain, for experts that are cut short and would still gain by longer training: its rounds are one
     # long training, and later experts, which are then the better ones, may weigh more.
     "chained": {"warm_start": True, "mixture_weights": "validation"},
+    # The same in several chains: each goes on while it gains, and then the next one begins.
+    "branched": {"warm_start": True, "chain_gain": 0.01, "mixture_weights": "uniform"},
     # The same in generations, whose later ones also learn the hard questions that a stronger model answers alike; see
     # `experiments.co_boosting`.
     "co_boosted": {"mixture_weights": "uniform"},
@@ -39,6 +41,7 @@ _USES_OF_SETTINGS: Uses = {
     **dict.fromkeys(
         ("generations", "generation_weights"), (lambda args: args.recipe == "co_boosted", 'recipe="co_boosted"')
     ),
+    "chain_gain": (lambda args: args.warm_start, "warm_start=True"),
     "draw_fraction": (lambda args: args.sampling == "without_replacement", 'sampling="without_replacement"'),
 }
 
@@ -51,10 +54,11 @@ class BoostingConfig(AnswerTrainingArguments):
 
     Attributes:
         num_rounds: T, the number of experts wanted; at least 1. With "co_boosted", of each generation.
-        recipe: a named set of choices: "tempered" (ours, the default), "chained" (ours in a chain; it needs validation
-            questions), "co_boosted" (ours with unlabelled hard questions, for `CoBoostingTrainer`), "paper", or the
-            baselines "bagging" and "deep_ensemble". It decides `sampling`, `errors`, `effective_sample_size_floor`,
-            `warm_start` and `mixture_weights` where they are not given. Their defaults below are those of "tempered".
+        recipe: a named set of choices: "tempered" (ours, the default), "chained" (ours in a chain) and "branched" (ours
+            in several chains), which need validation questions, "co_boosted" (ours with unlabelled hard questions, for
+            `CoBoostingTrainer`), "paper", or the baselines "bagging" and "deep_ensemble". It decides `sampling`,
+            `errors`, `effective_sample_size_floor`, `warm_start`, `chain_gain` and `mixture_weights` where they are not
+            given. Their defaults below are those of "tempered".
         sampling: "draw" (the paper), "without_replacement", "reweight", "bagging" or "all"; see
             `ensemw2s.boosting.algorithm.loss_weights`.
         shrinkage: s in (0, 1]; the update uses s * a_t, the mixture a_t.
@@ -84,6 +88,10 @@ class BoostingConfig(AnswerTrainingArguments):
             token's probability, which is cross entropy at 0, the default; see
             `ensemw2s.boosting.tail.polynomial_tail_loss`.
         warm_start: an expert starts from the one before instead of from the pre-trained model.
+        chain_gain: with warm_start, a chain goes on only while its last expert's mean negative log-likelihood of the
+            validation answers is lower than that of the one before by more than this share, in (0, 1). Otherwise the
+            next expert begins a new chain, from the pre-trained model, and the ensemble has the last expert of each
+            chain. None is one chain, all of whose experts are in the ensemble.
         vary_seed: every round has a seed of its own for adapters, order and dropout; with False, all rounds have the
             seed of the first.
         lora_ranks: the rank of each round's adapter, in order, at the ratio of alpha to rank that `peft_config` has;
@@ -104,7 +112,7 @@ class BoostingConfig(AnswerTrainingArguments):
     """
 
     num_rounds: int = 5
-    recipe: Literal["paper", "tempered", "chained", "co_boosted", "bagging", "deep_ensemble"] = "tempered"
+    recipe: Literal["paper", "tempered", "chained", "branched", "co_boosted", "bagging", "deep_ensemble"] = "tempered"
     sampling: algorithm.Sampling = "reweight"
     shrinkage: float = 1.0
     uniform_mix: float = 0.0
@@ -124,6 +132,7 @@ class BoostingConfig(AnswerTrainingArguments):
     boosted_tokens: Literal["all", "informative"] = "all"
     loss_tail: float = 0.0
     warm_start: bool = False
+    chain_gain: float | None = None
     vary_seed: bool = True
     lora_ranks: list[int] | None = None
     mixture_weights: Literal["alpha", "uniform", "validation"] = "alpha"
@@ -159,7 +168,7 @@ class BoostingConfig(AnswerTrainingArguments):
     @property
     def needs_validation(self) -> bool:
         """Whether the ensemble cannot be made without validation questions."""
-        return self.choose_num_experts or self.mixture_weights == "validation"
+        return self.choose_num_experts or self.mixture_weights == "validation" or self.chain_gain is not None
 
     @property
     def loss_settings(self) -> dict[str, Any]:

@@ -231,7 +231,7 @@ class BoostingTrainer:
                     f"rate (now {self.args.duration} at {self.args.learning_rate:g})"
                 )
             if self.stop_reason and self.on_round == self._tell_round:
-                warnings.warn(f"{self.stop_reason}. The ensemble has {len(self._accepted())} experts", stacklevel=2)
+                warnings.warn(f"{self.stop_reason}. The ensemble has {len(self._members())} experts", stacklevel=2)
             ensemble = self._ensemble()
             if shrinks := processes.on_main(self._shrinks, Path(place), ensemble.num_experts):
                 warnings.warn(shrinks, stacklevel=2)
@@ -306,7 +306,7 @@ class BoostingTrainer:
 
     def expert_folders(self) -> list[Path]:
         """Return where the experts of the ensemble are saved, in their order."""
-        return [folder for folder, _ in self._accepted()][: self.mixture()["num_experts"]]
+        return [folder for folder, _ in self._members()][: self.mixture()["num_experts"]]
 
     def mixture(self) -> dict[str, Any]:
         """Return how many of the accepted experts the ensemble has, and their weights.
@@ -315,10 +315,10 @@ class BoostingTrainer:
             `num_experts`, `expert_weights` (as many), and `log_likelihoods`: where validation questions decided, the
             mean log-probability (nats) of a validation token under the mixture of the first 1, 2, ... experts.
         """
-        expert_weights = self._mixing([weight for _, weight in self._accepted()])
+        expert_weights = self._mixing([weight for _, weight in self._members()])
         count = len(expert_weights)
         record = {"kind": "mixture", "num_experts": count, "expert_weights": expert_weights, "log_likelihoods": None}
-        if not self.args.needs_validation:
+        if self.args.mixture_weights != "validation" and not self.args.choose_num_experts:
             return record
         file = self.folder / f"mixture-of-{count}.json"
         if not processes.on_main(file.exists):
@@ -395,11 +395,13 @@ class BoostingTrainer:
         blamed = losses if update is None else self._blamed(number, folder, losses)
         spread = processes.on_main(self._next_weights, number, blamed, update, accepted)
         validate = accepted and self.args.validate_rounds and self._eval is not None
+        chains = self.args.chain_gain is not None
         return {
             "round": number, "attempt": attempt, "error": error, "prior_error": prior_error,
             "expert_weight": expert_weight, "clamped": clamped, "accepted": accepted,
             "num_units": self.num_units, **spread, "num_processes": processes.count(),
             "validation": self._validate(number, folder, expert_weight) if validate else None,
+            "chain": sum(self._begins_chain(earlier) for earlier in range(1, number + 1)) if chains else 0,
             **{f"train_{name}": value for name, value in _spent(folder).items()},
         }  # fmt: skip
 
@@ -447,10 +449,31 @@ class BoostingTrainer:
 
     def _warm_start(self, number: int, name: str) -> Path | None:
         """Return the model called `name` of the round before, if this round's goes on from it."""
-        if number == 1 or not self.args.warm_start:
+        if not self.args.warm_start or self._begins_chain(number):
             return None
-        before = next(r for r in reversed(self.records) if r["accepted"] and r["round"] == number - 1)
-        return self._attempt_folder(number - 1, before["attempt"]) / name
+        return self._expert_folder(number - 1).with_name(name)
+
+    def _begins_chain(self, number: int) -> bool:
+        """Say whether the expert of a round starts from the pre-trained model where experts are trained in chains."""
+        if number == 1:
+            return True
+        if self.args.chain_gain is None or self._begins_chain(number - 1):
+            # One expert alone has not yet shown what its chain gains.
+            return False
+        before, last = (self._validation_loss(earlier) for earlier in (number - 2, number - 1))
+        return last > (1 - self.args.chain_gain) * before
+
+    def _validation_loss(self, number: int) -> float:
+        """Return the mean negative log-likelihood of a validation token under the expert of a round (nats)."""
+        expert = self._expert_folder(number)
+        scores = expert.with_name("validation_scores")
+        self._factory.score_alone(scores, expert, self._eval)
+        return -float(read_array(scores / "token_log_probs.npy").mean())
+
+    def _expert_folder(self, number: int) -> Path:
+        """Return the folder of the accepted expert of a round that is done."""
+        record = next(r for r in reversed(self.records) if r["accepted"] and r["round"] == number)
+        return self._attempt_folder(number, record["attempt"]) / "expert"
 
     def _seeds(self, number: int, attempt: int) -> tuple[int, int]:
         """Return the seeds of the round's draws and of its training."""
@@ -522,7 +545,7 @@ class BoostingTrainer:
         return algorithm.prior_error(self.args.prior, pretrained, classes, self.args.unit)
 
     def _validate(self, number: int, folder: Path, expert_weight: float) -> dict[str, float]:
-        earlier = self._accepted(before=number)
+        earlier = self._members(before=number)
         expert_weights = self._mixing([weight for _, weight in earlier] + [expert_weight])
         mixtures = {"expert": [0.0] * len(earlier) + [1.0], "ensemble": expert_weights}
         folders = [path for path, _ in earlier] + [folder / "expert"]
@@ -538,7 +561,7 @@ class BoostingTrainer:
 
     def _score_validation(self, mixtures: Mapping[str, Sequence[float]]) -> dict[str, AnswerScores]:
         """Score mixtures of all accepted experts on the answers to the validation questions."""
-        folders = [folder for folder, _ in self._accepted()]
+        folders = [folder for folder, _ in self._members()]
         ensemble = self._factory.ensemble(folders, [1.0] * len(folders))
         return self._factory.score(ensemble, self._eval, mixtures, "validation")
 
@@ -558,6 +581,21 @@ class BoostingTrainer:
             (self._attempt_folder(record["round"], record["attempt"]) / "expert", record["expert_weight"])
             for record in self.records
             if record["accepted"] and (before is None or record["round"] < before)
+        ]
+
+    def _members(self, before: int | None = None) -> list[tuple[Path, float]]:
+        """Return folder and weight of the accepted experts that the ensemble has, as `_accepted`; of chains the ends.
+
+        With `before`, those beside which the expert of that round would stand.
+        """
+        accepted = self._accepted(before)
+        if self.args.chain_gain is None:
+            return accepted
+        end = len(accepted) + 1
+        return [
+            expert
+            for number, expert in enumerate(accepted, start=1)
+            if (number + 1 == end and before is None) or self._begins_chain(number + 1)
         ]
 
     def _begin(self) -> None:
@@ -707,15 +745,16 @@ def _check_settings(args: BoostingConfig, num_models: int, peft_config: Any, eva
     if peft_config is not None:
         check_peft_config(peft_config, "peft_config", merged=num_models > 1)
     if args.needs_validation and eval_dataset is None:
-        name = "choose_num_experts" if args.choose_num_experts else 'mixture_weights="validation"'
+        name = 'mixture_weights="validation"' if args.mixture_weights == "validation" else "choose_num_experts"
+        name = name if args.chain_gain is None else f"chain_gain={args.chain_gain:g}"
         raise ValueError(
             f"{name} needs validation questions: pass eval_dataset, or choose settings that need none, such as "
             'recipe="tempered"'
         )
     if args.warm_start and num_models > 1:
         raise ValueError(
-            'warm_start (which recipe="chained" sets) goes on from the expert before, so it needs one model for all '
-            "rounds, not a list: pass one, or set warm_start to false"
+            "warm_start (which the recipes chained and branched set) goes on from the expert before, so it needs one "
+            "model for all rounds, not a list: pass one, or set warm_start to false"
         )
     if args.lora_ranks is not None and not hasattr(peft_config, "lora_alpha"):
         raise ValueError("lora_ranks needs a LoRA configuration: pass peft_config=LoraConfig(...)")

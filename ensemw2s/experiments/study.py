@@ -57,7 +57,7 @@ KEPT: dict[str, tuple[str, ...] | None] = {
     MixtureRecord.kind: ("arm", "num_experts", "expert_weights"),
     RoundRecord.kind: (
         "arm", "round", "attempt", "error", "prior_error", "expert_weight", "accepted", "effective_sample_size",
-        "num_units", "shrinkage", "train_tokens", "generation",
+        "num_units", "shrinkage", "train_tokens", "generation", "chain",
     ),
 }  # fmt: skip
 _KIND = Kind("study", "a study", files=("*.log",), setting="name or output_dir")

@@ -190,8 +190,10 @@ def _rounds_of(mixture: MixtureRecord, rounds: Iterable[RoundRecord]) -> list[Ro
     # Those of earlier generations have served.
     latest = max((record.generation for record in own), default=0)
     own = [record for record in own if record.generation == latest]
+    # Of a chain the last.
+    ends = list({record.chain or -record.round: record for record in own}.values())
     count = len(mixture.expert_weights)
-    return own[:count] if len(own) >= count else []
+    return ends[:count] if len(ends) >= count else []
 
 
 def _useless(idle: Sequence[int], shares: Sequence[float]) -> str:

@@ -191,6 +191,7 @@ class RoundRecord(RunRecord):
     """One attempt at a boosting round. Errors are shares of weight; the spread is that of the updated weights.
 
     Where there are several generations of experts, rounds are numbered through all of them, from `generation` 0 on.
+    `chain` is the number of the chain of which only the last expert is in the ensemble; 0 where there are no such.
     """
 
     kind = "round"
@@ -213,6 +214,7 @@ class RoundRecord(RunRecord):
     seconds: Number
     arm: Text = ""
     generation: Index = 0
+    chain: Index = 0
 
 
 class IdentityRecord(Record):

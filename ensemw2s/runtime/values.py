@@ -46,6 +46,7 @@ _SETTINGS = {
     "-1 or [1, inf)": ("max_steps",),
     "(-inf, 0]": ("min_confidence",),
     "(0, 1]": ("shrinkage", "draw_fraction", "soft_weight", "keep_fraction", "share", "top_p"),
+    "(0, 1)": ("chain_gain",),
     "[0, 1)": (
         "adam_beta1", "adam_beta2", "uniform_mix", "effective_sample_size_floor", "min_effective_sample_size",
         "lora_dropout",

@@ -93,6 +93,7 @@ def weights_of(folder: Path, number: int) -> np.ndarray:
         ("paper", ("draw", "hard", 0.0, False, "alpha")),
         ("tempered", ("reweight", "soft", 0.7, False, "alpha")),
         ("chained", ("reweight", "soft", 0.7, True, "validation")),
+        ("branched", ("reweight", "soft", 0.7, True, "uniform")),
         ("bagging", ("bagging", "hard", 0.0, False, "alpha")),
         ("deep_ensemble", ("all", "hard", 0.0, False, "alpha")),
     ],
@@ -380,6 +381,78 @@ def test_a_warm_started_run_resumes_to_the_same_bits(tmp_path: Path, trainings: 
     assert kept(tmp_path / "killed") == kept(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("gain", [0.001, 0.2, 0.9])
+def test_a_chain_goes_on_while_it_gains_and_the_ensemble_has_the_ends(
+    tmp_path: Path, trainings: Trainings, gain: float
+) -> None:
+    given = {"eval_dataset": VALIDATION, "peft_config": None}
+    settings: dict[str, Any] = {"recipe": "branched", "chain_gain": gain, "num_rounds": 5, "learning_rate": 4e-3}
+    runner = boost(tmp_path, given=given, **settings, prior=0.9999, validate_rounds=True)
+    ensemble = runner.train()
+    rows = rows_of(VALIDATION)
+    losses = [-float(gold(saved(expert(tmp_path, number)), rows).mean()) for number in range(1, 6)]
+    # By hand: of which chain each expert is, and which of them are ends.
+    chains = [1]
+    for number in range(1, 5):
+        alone = number == 1 or chains[number - 1] != chains[number - 2]
+        goes_on = alone or losses[number - 1] < (1 - gain) * losses[number - 2]
+        chains.append(chains[-1] + (not goes_on))
+    assert [record["chain"] for record in runner.records] == chains
+    ends = [number for number in range(1, 6) if number == 5 or chains[number] != chains[number - 1]]
+    assert runner.expert_folders() == [expert(tmp_path, number) for number in ends]
+    assert ensemble.config.expert_weights == [1.0] * len(ends)
+    own = base().state_dict()
+    for number, training in enumerate(trainings, start=1):
+        begins = number == 1 or chains[number - 1] != chains[number - 2]
+        before = own if begins else load_file(expert(tmp_path, number - 1) / "model.safetensors")
+        assert all(
+            torch.equal(training["start"][key], value) for key, value in before.items() if key in training["start"]
+        )
+    # What is validated after a round is the ensemble that it would leave.
+    last = runner.records[-1]["validation"]["token_error"]
+    likely = np.mean(
+        [np.concatenate([np.exp(x) for x in answer_log_probs(saved(expert(tmp_path, n)), rows)]) for n in ends], 0
+    )
+    truth = np.concatenate([np.array(ids[start:]) for ids, start in rows])
+    assert last == pytest.approx((likely.argmax(-1) != truth).mean())
+    if gain == 0.9:
+        assert chains == [1, 1, 2, 2, 3]
+
+
+def test_a_branched_run_resumes_to_the_same_bits(tmp_path: Path, trainings: Trainings) -> None:
+    settings: dict[str, Any] = {
+        "given": {"eval_dataset": VALIDATION},
+        "recipe": "branched", "chain_gain": 0.9, "num_rounds": 4, "prior": 0.9999,
+    }  # fmt: skip
+    whole = boost(tmp_path / "whole", **settings)
+    weights = whole.train().config.expert_weights
+    trainings.die_at = len(trainings) + 3
+    with pytest.raises(KeyboardInterrupt):
+        boost(tmp_path / "killed", **settings).train()
+    trainings.die_at = 0
+    assert boost(tmp_path / "killed", **settings).train().config.expert_weights == weights == [1.0, 1.0]
+    assert kept(tmp_path / "killed") == kept(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "message"),
+    [
+        ({"recipe": "branched"}, {}, "chain_gain=0.01 needs validation questions"),
+        ({"chain_gain": 0.1}, {"eval_dataset": VALIDATION}, "chain_gain=0.1 does nothing without warm_start=True"),
+        (
+            {"recipe": "branched", "chain_gain": 1.0},
+            {"eval_dataset": VALIDATION},
+            r"chain_gain must be in \(0, 1\), got 1",
+        ),
+    ],
+)
+def test_chains_need_what_they_are_judged_by(
+    tmp_path: Path, settings: dict[str, Any], given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        boost(tmp_path, given=given, **settings)
+
+
 def test_without_a_warm_start_every_expert_starts_from_the_pretrained_model(
     tmp_path: Path, trainings: Trainings
 ) -> None:
@@ -525,8 +598,8 @@ def test_validation_questions_that_decide_belong_to_the_run(tmp_path: Path) -> N
     ("settings", "message"),
     [
         (
-            {"recipe": "stabilised"},
-            "recipe must be one of paper, tempered, chained, co_boosted, bagging, deep_ensemble, got 'stabilised'",
+            {"recipe": "stable"},
+            "recipe must be one of paper, tempered, chained, branched, co_boosted, .*deep_ensemble, got 'stable'",
         ),
         ({"errors": "harsh"}, "errors must be one of hard, soft, got 'harsh'"),
         ({"prior_weights": "last"}, "prior_weights must be one of initial, current, got 'last'"),

@@ -420,7 +420,7 @@ def test_boosting_that_stops_early_keeps_the_experts_before(model: Path, tmp_pat
         ({"prior": "uniform", "unit": "sequence"}, 'prior="uniform" needs unit="token"'),
         (
             {"recipe": "papr"},
-            "recipe must be one of paper, tempered, chained, co_boosted, bagging, deep_ensemble, got 'papr'",
+            "recipe must be one of paper, tempered, chained, branched, co_boosted, bagging, deep_ensemble, got 'papr'",
         ),
         ({"shrinkage": 0.0}, r"shrinkage must be in \(0, 1\]"),
         ({"uniform_mix": 1.0}, r"uniform_mix must be in \[0, 1\)"),

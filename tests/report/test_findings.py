@@ -103,6 +103,13 @@ def test_an_expert_without_weight_is_said_to_cost_compute_for_nothing() -> None:
     assert "α are not used in the mixture" in unused
 
 
+def test_of_chains_the_weights_of_the_ends_count() -> None:
+    rounds = accepted(4.0, 3.0, 2.0, 1.0)
+    chained = [dataclasses.replace(record, chain=chain) for record, chain in zip(rounds, (1, 1, 2, 3), strict=True)]
+    assert boosting_weights(mixture(1.0, 1.0, 1.0), chained) == [3.0, 2.0, 1.0]
+    assert boosting_weights(mixture(1.0, 1.0, 1.0), rounds) == [4.0, 3.0, 2.0]
+
+
 def test_an_ensemble_by_its_boosting_weights_needs_no_remark() -> None:
     assert mixture_sentences(mixture(2.0, 1.0), accepted(2.0, 1.0)) == [
         "The ensemble mixes 2 experts, with 67% and 33% of the weight."
