@@ -10,7 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ensemw2s.report.findings import headline, mixture_sentences, opposite_moves, share_text, shares_of
+from ensemw2s.report.findings import (
+    boosting_weights,
+    headline,
+    mixture_sentences,
+    opposite_moves,
+    share_text,
+    shares_of,
+)
 from ensemw2s.report.pool import Pool, pool_runs
 from ensemw2s.runtime.records import MixtureRecord, RoundRecord, parse_records, questions_digest
 from tests.many_runs import answer_records
