@@ -302,8 +302,8 @@ def check_split(split: str) -> str:
 
 
 def without_empty_columns(headers: list[str], rows: list[list[str]]) -> Rows:
-    """Return the table without the columns in which no row has text."""
-    shown = [i for i in range(len(headers)) if any(row[i] for row in rows)]
+    """Return the table without the columns in which no row has text; one without rows as it is."""
+    shown = [i for i in range(len(headers)) if not rows or any(row[i] for row in rows)]
     return [headers[i] for i in shown], [[row[i] for i in shown] for row in rows]
 
 
