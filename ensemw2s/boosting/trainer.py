@@ -395,13 +395,12 @@ class BoostingTrainer:
         blamed = losses if update is None else self._blamed(number, folder, losses)
         spread = processes.on_main(self._next_weights, number, blamed, update, accepted)
         validate = accepted and self.args.validate_rounds and self._eval is not None
-        chains = self.args.chain_gain is not None
         return {
             "round": number, "attempt": attempt, "error": error, "prior_error": prior_error,
             "expert_weight": expert_weight, "clamped": clamped, "accepted": accepted,
             "num_units": self.num_units, **spread, "num_processes": processes.count(),
             "validation": self._validate(number, folder, expert_weight) if validate else None,
-            "chain": sum(self._begins_chain(earlier) for earlier in range(1, number + 1)) if chains else 0,
+            "chain": self._chain(number),
             **{f"train_{name}": value for name, value in _spent(folder).items()},
         }  # fmt: skip
 
@@ -449,31 +448,34 @@ class BoostingTrainer:
 
     def _warm_start(self, number: int, name: str) -> Path | None:
         """Return the model called `name` of the round before, if this round's goes on from it."""
-        if not self.args.warm_start or self._begins_chain(number):
+        earlier = self._accepted_records(before=number)
+        if not earlier or not self.args.warm_start or self._chain(number) != earlier[-1].get("chain", 0):
             return None
-        return self._expert_folder(number - 1).with_name(name)
+        return self._expert_folder(earlier[-1]).with_name(name)
 
-    def _begins_chain(self, number: int) -> bool:
-        """Say whether the expert of a round starts from the pre-trained model where experts are trained in chains."""
-        if number == 1:
-            return True
-        if self.args.chain_gain is None or self._begins_chain(number - 1):
+    def _chain(self, number: int) -> int:
+        """Return of which chain the expert of a round is; 0 where there is one chain, or none."""
+        if self.args.chain_gain is None:
+            return 0
+        earlier = self._accepted_records(before=number)
+        if not earlier:
+            return 1
+        chain = int(earlier[-1]["chain"])
+        if len(earlier) == 1 or earlier[-2]["chain"] != chain:
             # One expert alone has not yet shown what its chain gains.
-            return False
-        before, last = (self._validation_loss(earlier) for earlier in (number - 2, number - 1))
-        return last > (1 - self.args.chain_gain) * before
+            return chain
+        before, last = map(self._validation_loss, earlier[-2:])
+        return chain + (last > (1 - self.args.chain_gain) * before)
 
-    def _validation_loss(self, number: int) -> float:
-        """Return the mean negative log-likelihood of a validation token under the expert of a round (nats)."""
-        expert = self._expert_folder(number)
+    def _validation_loss(self, record: Mapping[str, Any]) -> float:
+        """Return the mean negative log-likelihood of a validation token under an accepted expert (nats)."""
+        expert = self._expert_folder(record)
         scores = expert.with_name("validation_scores")
         self._factory.score_alone(scores, expert, self._eval)
         return -float(read_array(scores / "token_log_probs.npy").mean())
 
-    def _expert_folder(self, number: int) -> Path:
-        """Return the folder of the accepted expert of a round that is done."""
-        record = next(r for r in reversed(self.records) if r["accepted"] and r["round"] == number)
-        return self._attempt_folder(number, record["attempt"]) / "expert"
+    def _expert_folder(self, record: Mapping[str, Any]) -> Path:
+        return self._attempt_folder(record["round"], record["attempt"]) / "expert"
 
     def _seeds(self, number: int, attempt: int) -> tuple[int, int]:
         """Return the seeds of the round's draws and of its training."""
@@ -575,28 +577,23 @@ class BoostingTrainer:
         """Return float64 [N], mapped from the file that the round before wrote."""
         return map_array(self._round_folder(number) / "weights.npy")
 
+    def _accepted_records(self, before: int | None = None) -> list[dict[str, Any]]:
+        return [r for r in self.records if r["accepted"] and (before is None or r["round"] < before)]
+
     def _accepted(self, before: int | None = None) -> list[tuple[Path, float]]:
         """Return folder and weight of each accepted expert (of the rounds before `before`)."""
-        return [
-            (self._attempt_folder(record["round"], record["attempt"]) / "expert", record["expert_weight"])
-            for record in self.records
-            if record["accepted"] and (before is None or record["round"] < before)
-        ]
+        return [(self._expert_folder(r), r["expert_weight"]) for r in self._accepted_records(before)]
 
     def _members(self, before: int | None = None) -> list[tuple[Path, float]]:
         """Return folder and weight of the accepted experts that the ensemble has, as `_accepted`; of chains the ends.
 
         With `before`, those beside which the expert of that round would stand.
         """
-        accepted = self._accepted(before)
-        if self.args.chain_gain is None:
-            return accepted
-        end = len(accepted) + 1
-        return [
-            expert
-            for number, expert in enumerate(accepted, start=1)
-            if (number + 1 == end and before is None) or self._begins_chain(number + 1)
-        ]
+        records = self._accepted_records(before)
+        if before is not None and (chain := self._chain(before)):
+            records = [r for r in records if r["chain"] != chain]
+        ends = {r.get("chain") or -r["round"]: r for r in records}.values()
+        return [(self._expert_folder(r), r["expert_weight"]) for r in ends]
 
     def _begin(self) -> None:
         """Leave the units and the weights of the first round."""

@@ -314,10 +314,7 @@ def _wanted(rows: Iterable[dict[str, Any]], pattern: str | None, name: str) -> l
     """Return the rows in whose prompts a regular expression finds something; all without one."""
     if pattern is None:
         return list(rows)
-    try:
-        found = [row for row in rows if re.search(pattern, row["prompt"])]
-    except (re.error, TypeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"prompt_filter {shown(pattern)} is no regular expression: {error}") from error
+    found = [row for row in rows if _search("prompt_filter", pattern, row["prompt"])]
     if not found:
         raise ValueError(f"{name}: prompt_filter {shown(pattern)} finds nothing in any prompt, so no question is left")
     return found
@@ -326,13 +323,17 @@ def _wanted(rows: Iterable[dict[str, Any]], pattern: str | None, name: str) -> l
 def _cut_prompt(row: dict[str, Any], regex: str | None) -> dict[str, Any]:
     if regex is None:
         return row
-    try:
-        found = re.search(regex, row["prompt"].strip())
-    except (re.error, TypeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"prompt_regex {shown(regex)} is no regular expression: {error}") from error
+    found = _search("prompt_regex", regex, row["prompt"].strip())
     if found is None or not any(found.groups()[:1]):
         raise ValueError(f"prompt_regex {shown(regex)} finds no group in the prompt {shown(row['prompt'])}")
     return row | {"prompt": found.group(1)}
+
+
+def _search(option: str, pattern: str, text: str) -> re.Match[str] | None:
+    try:
+        return re.search(pattern, text)
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{option} {shown(pattern)} is no regular expression: {error}") from error
 
 
 def _distinct(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -328,7 +328,7 @@ class ExperimentConfig:
             args = self.ensemble_config(arm, "")
             # What a recipe has no use for decides nothing: figures from before there was such a setting hold.
             idle = {"generations", "generation_weights"} if args.recipe != "co_boosted" else set()
-            idle |= {name for name, off in (("loss_tail", 0.0), ("chain_gain", None)) if getattr(args, name) == off}
+            idle |= {name for name in ("loss_tail", "chain_gain") if not getattr(args, name)}
             used = [name for name in boosting if name not in idle]
             plain["resolved"][arm] = {name: getattr(args, name) for name in used}
         return {key: value for key, value in plain.items() if key not in ("name", "output_dir", "store")}

@@ -16,6 +16,7 @@ import torch
 from ensemw2s import ops
 from ensemw2s.experiments.config import ModelConfig
 from ensemw2s.experiments.folder import RunFolder
+from ensemw2s.experiments.questions import MEASURED_SPLITS
 from ensemw2s.experiments.samples import question_samples, sample_record
 from ensemw2s.inference.choices import ChoiceScores, ChoiceSettings, score_choice_mixtures, score_choices
 from ensemw2s.inference.scoring import AnswerScores, score_examples, score_mixtures
@@ -37,8 +38,6 @@ from ensemw2s.runtime.records import (
     questions_digest,
 )
 
-# The names of splits in records, and those of their files.
-MEASURED_SPLITS = {"validation": "validation", "id": "test_id", "ood": "test_ood"}
 # Per split what `_outcome` returns.
 _Outcomes = Mapping[str, Mapping[str, Any]]
 

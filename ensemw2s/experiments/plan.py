@@ -27,9 +27,9 @@ from ensemw2s.data.difficulty import assign_folds
 from ensemw2s.data.shapes import with_column
 from ensemw2s.data.tokens import tokenize_prompts, tokenize_questions
 from ensemw2s.experiments.config import ExperimentConfig, LabellingConfig
-from ensemw2s.experiments.evaluation import MEASURED_SPLITS
 from ensemw2s.experiments.experiment import Experiment
 from ensemw2s.experiments.machine import SCORING_BATCH, Machine, Pace, PhaseEstimate, Side, lengths_of, size_of, waiting
+from ensemw2s.experiments.questions import MEASURED_SPLITS
 from ensemw2s.inference.choices import batches_of_choices, choosing_work, tokenize_choices
 from ensemw2s.inference.labelling import decoding_work
 from ensemw2s.inference.scoring import scoring_work

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 from ensemw2s.data.levels import with_levels
 from ensemw2s.data.questions import check_disjoint, exclude_questions, load_questions, split_questions
 from ensemw2s.experiments.config import SPLITS, DataConfig
-from ensemw2s.runtime.records import LevelsRecord, questions_digest
+from ensemw2s.runtime.records import TEST_SPLITS, LevelsRecord, questions_digest
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# The splits whose levels are recorded, by their names in records: what was trained on, and what is asked.
-_LEVELLED = {"train": "train", "id": "test_id", "ood": "test_ood"}
+# The names of splits in records, and those of their files.
+MEASURED_SPLITS = {"validation": "validation", "id": "test_id", "ood": "test_ood"}
+# Those whose levels are recorded: what was trained on, and what is asked.
+_LEVELLED = {"train": "train"} | {split: MEASURED_SPLITS[split] for split in TEST_SPLITS}
 
 
 def easy_and_hard(data: DataConfig) -> tuple[Dataset, Dataset]:

@@ -72,10 +72,10 @@ def selective_accuracy(score: ArrayLike, correct: ArrayLike) -> NDArray[np.float
     return np.cumsum(means[ordered]) / np.arange(1, len(given) + 1)
 
 
-def right_of_the_surest(score: ArrayLike, correct: ArrayLike, share: float) -> float:
-    """Return the share of right answers among the given share of them that has the highest score, at least one."""
+def right_of_the_surest(score: ArrayLike, correct: ArrayLike, shares: ArrayLike) -> NDArray[np.float64]:
+    """Return, for each of the shares, that of right answers among so many of the highest score, at least one."""
     curve = selective_accuracy(score, correct)
-    return float(curve[max(round(share * len(curve)), 1) - 1])
+    return curve[np.maximum(np.round(np.asarray(shares) * len(curve)).astype(int), 1) - 1]
 
 
 def mean_over_tasks(figure: Callable[[Confidences], float | None], by_task: Mapping[str, Confidences]) -> float | None:

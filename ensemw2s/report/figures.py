@@ -234,11 +234,8 @@ def selective_figure(confidences: Mapping[str, Mapping[str, Confidences]]) -> li
         for index, (teacher, by_task) in enumerate(confidences.items()):
             if any(np.ptp(getattr(found, score)) == 0 for found in by_task.values()):
                 continue
-            reached = [
-                100
-                * float(np.mean([right_of_the_surest(getattr(x, score), x.correct, share) for x in by_task.values()]))
-                for share in _COVERAGES
-            ]
+            curves = [right_of_the_surest(getattr(x, score), x.correct, _COVERAGES) for x in by_task.values()]
+            reached = (100 * np.mean(curves, axis=0)).tolist()
             _line(axes, [100 * share for share in _COVERAGES], reached, arm_name(teacher), index % len(SERIES))
             values = ", ".join(f"{y:.0f}% of {x:.0%}" for x, y in zip(_COVERAGES, reached, strict=True))
             said.append(f"{arm_name(teacher)} {values}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ensemw2s.report.arms import ARM_NAMES, BASELINE, CEILING, arm_name, lower_first
-from ensemw2s.report.pool import Pair, Part, Pool
+from ensemw2s.report.pool import Pair, Pool, Subset
 from ensemw2s.report.statistics import Interval
 from ensemw2s.report.tables import comparison_name, difference_points, number, why_outside
 from ensemw2s.runtime.records import TEST_SPLITS, MixtureRecord, Record, RoundRecord, of_kind
@@ -97,11 +97,11 @@ def levels_outside(pool: Pool) -> str:
     found: dict[str, dict[str, list[str]]] = {}
     share = 0.0
     for task, level in known:
-        part = Part("ood", level)
-        reason = why_outside(pool, part, task)
+        subset = Subset("ood", level)
+        reason = why_outside(pool, subset, task)
         if reason.startswith("no: "):
             found.setdefault(reason.removeprefix("no: "), {}).setdefault(task, []).append(level)
-            share += pool.share(part, task)
+            share += pool.share(subset, task)
     if not found:
         return ""
     listed = [

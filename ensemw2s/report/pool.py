@@ -48,7 +48,7 @@ COST_FIELDS = [f"{use}_{amount}" for use in ("train", "inference") for amount in
 Pair = tuple[str, str]
 
 
-class Part(NamedTuple):
+class Subset(NamedTuple):
     """Some of a split's questions: those of one level, or of all levels that training had, or had not; None is any."""
 
     split: str
@@ -105,59 +105,59 @@ class Pool:
         """Return the tasks in which all of the arms answered the split's questions."""
         return [task for task in self.seeds if all(task in self.answers.get((arm, split), ()) for arm in arms)]
 
-    def tasks_of(self, part: str | Part) -> list[str]:
-        """Return the tasks that have questions of a part; of a whole split, all tasks."""
-        return [task for task in self.seeds if isinstance(part, str) or self.share(part, task) > 0]
+    def tasks_of(self, subset: str | Subset) -> list[str]:
+        """Return the tasks that have questions of a subset; of a whole split, all tasks."""
+        return [task for task in self.seeds if isinstance(subset, str) or self.share(subset, task) > 0]
 
     def levels_of(self, task: str, split: str) -> list[str]:
         """Return the levels of a task's questions in order; [] where they are not known."""
         found = self.levels.get((task, split))
         return [] if found is None else sorted(set(found.ravel().tolist()), key=level_order)
 
-    def share(self, part: Part, task: str) -> float:
-        """Return the share of a split's questions that are of a part, over all seeds; 0 where levels are not known."""
-        return float(self._is_in(part, task).mean()) if (task, part.split) in self.levels else 0.0
+    def share(self, subset: Subset, task: str) -> float:
+        """Return the share of a split's questions that a subset has, over all seeds; 0 where levels are not known."""
+        return float(self._is_in(subset, task).mean()) if (task, subset.split) in self.levels else 0.0
 
     def seen_share(self, task: str, level: str) -> float:
         """Return the share of seeds whose experts were trained on questions of a level."""
         return float(np.mean([level in trained for trained in self.trained[task]]))
 
-    def _is_in(self, part: Part, task: str) -> NDArray[np.bool_]:
-        """Return which questions are of a part, bool `[seeds, n]`."""
-        levels = self.levels[task, part.split]
-        found = np.ones(levels.shape, dtype=bool) if part.level is None else levels == part.level
-        if part.seen is None:
+    def _is_in(self, subset: Subset, task: str) -> NDArray[np.bool_]:
+        """Return which questions are of a subset, bool `[seeds, n]`."""
+        levels = self.levels[task, subset.split]
+        found = np.ones(levels.shape, dtype=bool) if subset.level is None else levels == subset.level
+        if subset.seen is None:
             return found
         seen = [np.isin(row, list(trained)) for row, trained in zip(levels, self.trained[task], strict=True)]
-        return found & (np.stack(seen) == part.seen)
+        return found & (np.stack(seen) == subset.seen)
 
-    def accuracy(self, arm: str, part: str | Part, task: str | None = None) -> Interval | None:
+    def accuracy(self, arm: str, subset: str | Subset, task: str | None = None) -> Interval | None:
         """Return an arm's share of right answers: the mean over all tasks, or that of one task.
 
-        `part` is a split, or some of its questions: then the mean is over the tasks that have any.
+        `subset` is a split, or some of its questions: then the mean is over the tasks that have any.
         None if a task did not measure the arm: a mean over other tasks could not be compared with other arms' means.
         """
-        tasks = [found for found in self.tasks_of(part) if task in (None, found)]
-        if not tasks or not set(tasks) <= set(self.shared_tasks(_split_of(part), arm)):
+        tasks = [found for found in self.tasks_of(subset) if task in (None, found)]
+        if not tasks or not set(tasks) <= set(self.shared_tasks(_split_of(subset), arm)):
             return None
-        return pooled_accuracy(self._answers(arm, _split_of(part), tasks), among=self._among(part, tasks))
+        return pooled_accuracy(self._answers(arm, _split_of(subset), tasks), among=self._among(subset, tasks))
 
     def exact_match(self, arm: str, split: str) -> float | None:
         """Return an arm's share of exact answers, the mean over all tasks; None where a run has none."""
         return _mean(self.exact, [(arm, split, task) for task in self.seeds])
 
-    def difference(self, pair: Pair, part: str | Part, task: str | None = None) -> Interval | None:
+    def difference(self, pair: Pair, subset: str | Subset, task: str | None = None) -> Interval | None:
         """Return how much larger the first arm's share of right answers is than the second's.
 
-        The mean over the tasks that measured both arms (`shared_tasks`) and have questions of the part, or that of one
-        task; None if there is none.
+        The mean over the tasks that measured both arms (`shared_tasks`) and have questions of the subset, or that of
+        one task; None if there is none.
         """
-        shared = self.shared_tasks(_split_of(part), *pair)
-        tasks = [found for found in self.tasks_of(part) if found in shared and task in (None, found)]
+        shared = self.shared_tasks(_split_of(subset), *pair)
+        tasks = [found for found in self.tasks_of(subset) if found in shared and task in (None, found)]
         if not tasks:
             return None
-        first, second = (self._answers(arm, _split_of(part), tasks) for arm in pair)
-        return pooled_difference(first, second, among=self._among(part, tasks))
+        first, second = (self._answers(arm, _split_of(subset), tasks) for arm in pair)
+        return pooled_difference(first, second, among=self._among(subset, tasks))
 
     def gap_recovered(self, arm: str, split: str) -> PerformanceGapRecovered | None:
         """Return a student's PGR over the tasks that measured it, single expert and ceiling; None without one."""
@@ -205,12 +205,12 @@ class Pool:
     def _answers(self, arm: str, split: str, tasks: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
         return {task: self.answers[arm, split][task] for task in tasks}
 
-    def _among(self, part: str | Part, tasks: Sequence[str]) -> dict[str, NDArray[np.bool_]] | None:
-        return None if isinstance(part, str) else {task: self._is_in(part, task) for task in tasks}
+    def _among(self, subset: str | Subset, tasks: Sequence[str]) -> dict[str, NDArray[np.bool_]] | None:
+        return None if isinstance(subset, str) else {task: self._is_in(subset, task) for task in tasks}
 
 
-def _split_of(part: str | Part) -> str:
-    return part if isinstance(part, str) else part.split
+def _split_of(subset: str | Subset) -> str:
+    return subset if isinstance(subset, str) else subset.split
 
 
 def _mean(means: Mapping[tuple[str, ...], float], rows: Sequence[tuple[str, ...]]) -> float | None:

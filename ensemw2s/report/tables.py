@@ -20,7 +20,7 @@ from ensemw2s.report.calibration import (
     ranking_quality,
     right_of_the_surest,
 )
-from ensemw2s.report.pool import Pair, Part, Pool, pool_runs
+from ensemw2s.report.pool import Pair, Pool, Subset, pool_runs
 from ensemw2s.report.statistics import Interval, PerformanceGapRecovered
 from ensemw2s.runtime.records import (
     TEST_SPLITS,
@@ -51,9 +51,9 @@ COSTS = {
 # [choice].
 LEAST_SINGLE, MOST_SINGLE, LEAST_GAP = 0.1, 0.9, 0.15
 # The hard questions whose level the experts were trained on, and the others.
-_SEEN: dict[str, str | Part] = {
-    "OOD, levels seen": Part("ood", seen=True),
-    "OOD, levels never seen": Part("ood", seen=False),
+_SEEN: dict[str, str | Subset] = {
+    "OOD, levels seen": Subset("ood", seen=True),
+    "OOD, levels never seen": Subset("ood", seen=False),
 }
 
 Rows = tuple[list[str], list[list[str]]]
@@ -65,12 +65,12 @@ def accuracies(pool: Pool, *, arms: Sequence[str] | None = None) -> Rows:
 
     Where levels are known, those of the hard questions whose level was seen in training, and was not, stand beside it.
     """
-    parts: list[str | Part] = [*TEST_SPLITS, *_SEEN.values()]
+    subsets: list[str | Subset] = [*TEST_SPLITS, *_SEEN.values()]
     headers = ["Arm", *_by_split("{}, %"), *(f"{name}, %" for name in _SEEN), *_by_split("Exact {}, %"), "Tasks"]
     rows = [
         [
             arm_name(arm),
-            *(_accuracy_text(pool.accuracy(arm, part)) for part in parts),
+            *(_accuracy_text(pool.accuracy(arm, subset)) for subset in subsets),
             *(_percents(pool.exact_match(arm, split)) for split in TEST_SPLITS),
             str(len(_tasks(pool, arm))),
         ]
@@ -103,12 +103,12 @@ def differences(pool: Pool, *, arms: Sequence[str] | None = None) -> Rows:
 
 def differences_by_level(pool: Pool, *, arms: Sequence[str] | None = None) -> Rows:
     """Return the comparisons on hard questions: all, those of levels seen in training, those of levels never seen."""
-    parts: dict[str, str | Part] = {TEST_SPLITS["ood"]: "ood", **_SEEN}
+    subsets: dict[str, str | Subset] = {TEST_SPLITS["ood"]: "ood", **_SEEN}
     rows = [
-        [comparison_name(pair), *(difference_text(pool.difference(pair, part)) for part in parts.values())]
+        [comparison_name(pair), *(difference_text(pool.difference(pair, subset)) for subset in subsets.values())]
         for pair in _chosen_pairs(pool, arms)
     ]
-    return without_empty_columns(["Comparison", *(f"{name}, points" for name in parts)], rows)
+    return without_empty_columns(["Comparison", *(f"{name}, points" for name in subsets)], rows)
 
 
 def by_level(pool: Pool, *, arms: Sequence[str] | None = None, split: str = "ood") -> Rows:
@@ -117,7 +117,7 @@ def by_level(pool: Pool, *, arms: Sequence[str] | None = None, split: str = "ood
     rows = [
         [
             arm_name(arm),
-            *(_percents_of(pool.accuracy(arm, Part(split, level), task)) for task, level in levels),
+            *(_percents_of(pool.accuracy(arm, Subset(split, level), task)) for task, level in levels),
         ]
         for arm in _chosen(pool, arms)
     ]
@@ -135,11 +135,11 @@ def levels(pool: Pool, *, split: str = "ood") -> Rows:
     rows = []
     for task in pool.seeds:
         for level in pool.levels_of(task, check_split(split)):
-            part = Part(split, level)
-            reached = [_percents_of(pool.accuracy(arm, part, task)) for arm in (BASELINE, CEILING)]
-            seen, reason = pool.seen_share(task, level), why_outside(pool, part, task)
+            subset = Subset(split, level)
+            reached = [_percents_of(pool.accuracy(arm, subset, task)) for arm in (BASELINE, CEILING)]
+            seen, reason = pool.seen_share(task, level), why_outside(pool, subset, task)
             told = {0.0: "no", 1.0: "yes"}.get(seen, f"with {seen:.0%} of the seeds")
-            rows.append([task, level, f"{pool.share(part, task):.0%}", told, *reached, reason or "yes"])
+            rows.append([task, level, f"{pool.share(subset, task):.0%}", told, *reached, reason or "yes"])
     names = [f"{arm_name(arm)}, %" for arm in (BASELINE, CEILING)]
     return ["Task", "Level", f"Share of {TEST_SPLITS[split]}", "Seen in training", *names, "In the band"], rows
 
@@ -153,7 +153,7 @@ def calibration(pool: Pool) -> Rows:
         "Brier score": lambda x: brier_score(x.probability, x.correct),
         "Ranking by probability": lambda x: ranking_quality(x.probability, x.correct),
         "Ranking by agreement": lambda x: ranking_quality(x.agreement, x.correct) if np.ptp(x.agreement) else None,
-        "Right of the surer half, %": lambda x: 100 * right_of_the_surest(x.probability, x.correct, 0.5),
+        "Right of the surer half, %": lambda x: 100 * float(right_of_the_surest(x.probability, x.correct, 0.5)),
     }
     rows = [
         [arm_name(teacher), *(
@@ -165,9 +165,9 @@ def calibration(pool: Pool) -> Rows:
     return without_empty_columns(["Teacher", *figures, "Answers"], rows)
 
 
-def why_outside(pool: Pool, part: Part, task: str) -> str:
+def why_outside(pool: Pool, subset: Subset, task: str) -> str:
     """Return why a level is outside the band of `levels`, or "" for one within."""
-    single, ceiling = (pool.accuracy(arm, part, task) for arm in (BASELINE, CEILING))
+    single, ceiling = (pool.accuracy(arm, subset, task) for arm in (BASELINE, CEILING))
     if single is None or ceiling is None:
         return "not known"
     if single.value < LEAST_SINGLE:

@@ -434,25 +434,6 @@ def test_a_branched_run_resumes_to_the_same_bits(tmp_path: Path, trainings: Trai
     assert kept(tmp_path / "killed") == kept(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    ("settings", "given", "message"),
-    [
-        ({"recipe": "branched"}, {}, "chain_gain=0.01 needs validation questions"),
-        ({"chain_gain": 0.1}, {"eval_dataset": VALIDATION}, "chain_gain=0.1 does nothing without warm_start=True"),
-        (
-            {"recipe": "branched", "chain_gain": 1.0},
-            {"eval_dataset": VALIDATION},
-            r"chain_gain must be in \(0, 1\), got 1",
-        ),
-    ],
-)
-def test_chains_need_what_they_are_judged_by(
-    tmp_path: Path, settings: dict[str, Any], given: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        boost(tmp_path, given=given, **settings)
-
-
 def test_without_a_warm_start_every_expert_starts_from_the_pretrained_model(
     tmp_path: Path, trainings: Trainings
 ) -> None:
@@ -659,6 +640,13 @@ def test_a_bad_setting_is_refused_before_anything_is_trained(
     [
         ({"mixture_weights": "validation"}, {}, 'mixture_weights="validation" needs validation questions: pass eval_d'),
         ({"choose_num_experts": True}, {}, "choose_num_experts needs validation questions: pass eval_dataset"),
+        ({"recipe": "branched"}, {}, "chain_gain=0.01 needs validation questions"),
+        ({"chain_gain": 0.1}, {"eval_dataset": VALIDATION}, "chain_gain=0.1 does nothing without warm_start=True"),
+        (
+            {"recipe": "branched", "chain_gain": 1.0},
+            {"eval_dataset": VALIDATION},
+            r"chain_gain must be in \(0, 1\), got 1",
+        ),
         (
             {"warm_start": True},
             {"model": [llama(0), llama(1)]},

@@ -5,7 +5,7 @@ import pytest
 
 from ensemw2s.report.findings import levels_outside
 from ensemw2s.report.page import tables
-from ensemw2s.report.pool import Part
+from ensemw2s.report.pool import Subset
 from ensemw2s.report.statistics import pooled_accuracy, pooled_difference, pooled_gap_recovered
 from ensemw2s.runtime.records import questions_digest
 from tests.many_runs import COMPARISONS, EASE, SKILL, answer_records, outcomes, pool_of, study_records, with_levels
@@ -81,11 +81,11 @@ def levelled(records):
 def test_figures_by_level_are_those_of_its_questions_alone(records, levelled):
     level = np.array(["4", "5", "10", "5"] * 20)
     assert levelled.levels_of("sums", "ood") == ["4", "5", "10"]
-    assert levelled.share(Part("ood", "5"), "sums") == 0.5
+    assert levelled.share(Subset("ood", "5"), "sums") == 0.5
     parts = {
-        Part("ood", "5"): level == "5",
-        Part("ood", seen=True): level == "4",
-        Part("ood", seen=False): level != "4",
+        Subset("ood", "5"): level == "5",
+        Subset("ood", seen=True): level == "4",
+        Subset("ood", seen=False): level != "4",
     }
     for part, inside in parts.items():
         for task in TASKS:
@@ -94,8 +94,8 @@ def test_figures_by_level_are_those_of_its_questions_alone(records, levelled):
         first, second = (outcomes(records, arm, "ood") for arm in COMPARISONS[0])
         moves = [first[task][:, inside].mean() - second[task][:, inside].mean() for task in TASKS]
         assert levelled.difference(COMPARISONS[0], part).value == pytest.approx(np.mean(moves))
-    assert levelled.accuracy("ensemble", Part("ood", "6")) is None
-    assert levelled.accuracy("ensemble", Part("id", "5")) is None
+    assert levelled.accuracy("ensemble", Subset("ood", "6")) is None
+    assert levelled.accuracy("ensemble", Subset("id", "5")) is None
 
 
 def test_tables_show_levels(levelled):
@@ -105,7 +105,7 @@ def test_tables_show_levels(levelled):
     ]  # fmt: skip
     headers, rows = tables.by_level(levelled, arms=["ensemble"])
     assert headers[1:4] == [f"{TASKS[0]}: {level}" for level in ("4", "5", "10")]
-    found = levelled.accuracy("ensemble", Part("ood", "5"), TASKS[0]).value
+    found = levelled.accuracy("ensemble", Subset("ood", "5"), TASKS[0]).value
     assert rows == [["Ensemble", *rows[0][1:]]] and rows[0][2] == f"{100 * found:.1f}"
     assert tables.differences_by_level(levelled)[0][1:] == [
         "OOD, points", "OOD, levels seen, points", "OOD, levels never seen, points",
