@@ -3,7 +3,7 @@ PYTHON ?= python3
 # A CPU build where the package index offers one; elsewhere PyPI's default, which is a CUDA build of gigabytes.
 TORCH  ?= torch==2.13.0
 EXTRAS ?= demo,test,dev,docs,triton,eval
-CONFIG ?= examples/reverse_words.yaml
+CONFIG ?= examples/insert_letters.yaml
 
 BIN     := .venv/bin
 READY   := .venv/.ready

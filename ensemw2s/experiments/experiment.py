@@ -393,7 +393,7 @@ class Experiment:
         questions = self.files.questions("unlabelled")
         live = teacher != TRUTH and args.variant == "soft" and args.top_logprobs is None
         answers = questions if teacher == TRUTH else self.files.labels(teacher, questions)
-        easy = self.config.students[arm].get("easy_answers", False)
+        easy = self.config.learns_easy_answers(arm)
         try:
             trainer = StudentTrainer(
                 model.source,

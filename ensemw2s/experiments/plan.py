@@ -233,7 +233,7 @@ class _Planner:
         strong, args = self.strong, self.config.student_arm_config(arm, self.trial.folder)
         lengths, answers = self._lengths("unlabelled", strong)
         plain = len(lengths)
-        if self.config.students[arm].get("easy_answers"):
+        if self.config.learns_easy_answers(arm):
             easy = self._lengths("train", strong)
             lengths, answers = lengths + easy[0], answers + easy[1]
         args.num_train_epochs = args.num_train_epochs * plain / len(lengths)

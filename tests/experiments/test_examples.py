@@ -55,7 +55,7 @@ def test_every_script_runs(path: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_quick_demo_runs_from_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = str(EXAMPLES / "reverse_words.yaml")
+    config = str(EXAMPLES / "insert_letters.yaml")
     assert main(["run", config, "--quick", f"output_dir={tmp_path}"]) == 0
     shown = capsys.readouterr().out
     assert "round 3/3" in shown

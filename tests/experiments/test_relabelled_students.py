@@ -31,7 +31,7 @@ PHASES = ("data", "boost", "label", "student")
 
 def few(folder: Path, **changes: Any) -> dict[str, Any]:
     values = settings(folder, students=STUDENTS, **changes)
-    values["student"] = values["student"] | {"num_train_epochs": 2}
+    values["student"] = values["student"] | {"num_train_epochs": 2, "easy_answers": False}
     return values
 
 
@@ -120,10 +120,30 @@ def test_a_plan_foresees_the_students_of_folds(tmp_path: Path) -> None:
     assert estimate.flops == pytest.approx(taken["flops"], rel=0.1)
 
 
+def test_students_learn_easy_answers_unless_told_otherwise(tmp_path: Path) -> None:
+    students = {"plain": {"teacher": "ensemble"}, "soft": {"teacher": "ensemble", "variant": "soft"},
+                "hard": {"teacher": "ensemble", "easy_answers": False}, "ceiling": {"teacher": "truth"}}  # fmt: skip
+
+    def learning(**student: Any) -> list[str]:
+        values = settings(tmp_path, students=students)
+        config = build_config(values | {"student": values["student"] | student})
+        assert config.results_key()["student"] == values["student"]
+        said = [arm for arm, own in config.results_key()["students"].items() if own.get("easy_answers")]
+        assert said == [arm for arm in students if config.learns_easy_answers(arm)]
+        return said
+
+    assert learning() == ["plain", "ceiling"] == learning(easy_answers=True)
+    assert learning(easy_answers=False) == []
+    idle = {"students": {"soft": students["soft"]}, "student": {"easy_answers": True}}
+    with pytest.raises(ValueError, match=r"student\.easy_answers=true does nothing, .* each student learns.*: soft"):
+        build_config(settings(tmp_path) | idle)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["students.with_easy.easy_answers=1"], r"students\.with_easy\.easy_answers must be true or false, got 1"),
+        (["student.easy_answers=no way"], r"student\.easy_answers must be true or false, got 'no way'"),
         (
             ["student.variant=soft"],
             r"students\.with_easy\.easy_answers: variant=soft learns distributions, which true answers do not have",

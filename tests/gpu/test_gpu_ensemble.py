@@ -38,6 +38,6 @@ def test_the_quick_pipeline(tmp_path, monkeypatch):
     from ensemw2s.cli import main
 
     monkeypatch.setenv("ENSEMW2S_CACHE", str(tmp_path / "cache"))
-    config = Path(__file__).parents[2] / "examples" / "reverse_words.yaml"
+    config = Path(__file__).parents[2] / "examples" / "insert_letters.yaml"
     assert main(["run", str(config), "--quick", f"output_dir={tmp_path / 'run'}"]) == 0
     assert list(tmp_path.glob("run/*/report.html"))
