@@ -34,6 +34,7 @@ _HOME = {
     "load_tokenizer": "models.loading",
     "Sampling": "inference.decoding",
     "score_answers": "inference.measuring",
+    "OnlineWeights": "online.weights",
 }
 
 __all__ = ["__version__", *_HOME]
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from ensemw2s.inference.measuring import score_answers as score_answers
     from ensemw2s.models.loading import load_model as load_model
     from ensemw2s.models.loading import load_tokenizer as load_tokenizer
+    from ensemw2s.online.weights import OnlineWeights as OnlineWeights
     from ensemw2s.student.answers import with_gold as with_gold
     from ensemw2s.student.trainer import StudentConfig as StudentConfig
     from ensemw2s.student.trainer import StudentTrainer as StudentTrainer
