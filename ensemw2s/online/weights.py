@@ -341,9 +341,11 @@ def regret_bound(
 
 
 def _check_rates(learning_rate: float | None, share: float) -> None:
-    require_numbers(share=share, **({} if learning_rate is None else {"learning_rate": learning_rate}))
-    if learning_rate is not None and not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate must be above 0 and finite, got {shown(learning_rate)}")
+    require_numbers(share=share)
+    if learning_rate is not None:
+        require_numbers(learning_rate=learning_rate)
+        if not 0 < learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be above 0 and finite, got {shown(learning_rate)}")
     if not 0 <= share < 1:
         raise ValueError(f"share must be at least 0 and below 1, got {shown(share)}")
 
