@@ -120,7 +120,7 @@ def load_parts(
             config.base = found(config.base, folder)
         else:
             config.base = settled(check_base({**(config.base or {}), "source": source}, "from_pretrained"))
-        experts = AdapterExperts(_load_base(config.base, folder, model_init_kwargs), folders)
+        experts = AdapterExperts(load_base(config.base, folder, model_init_kwargs), folders)
     check_described(config, experts, files)
     file = files / "generation_config.json"
     if not file.exists():
@@ -136,7 +136,7 @@ def _load_models(folders: Sequence[Path], model_init_kwargs: Mapping[str, Any]) 
     return ModelExperts(models)
 
 
-def _load_base(base: Mapping[str, Any] | None, folder: Path, model_init_kwargs: Mapping[str, Any]) -> PreTrainedModel:
+def load_base(base: Mapping[str, Any] | None, folder: Path, model_init_kwargs: Mapping[str, Any]) -> PreTrainedModel:
     """Load the base model of the ensemble in `folder`: the one that it refers to, or its own."""
     if base is None:
         return load_saved_model(whole(folder) / "base", "the experts' base model", **model_init_kwargs)

@@ -71,7 +71,7 @@ def load_model(
         ValueError: layers that the model does not have, a dtype that torch does not have, weights that are damaged,
             not all there, NaN or infinite, or settings that are the caller's to make.
     """
-    model, _ = _load(_resolve(source), model_init_kwargs, f"the model {source}")
+    model, _ = _load(resolve(source), model_init_kwargs, f"the model {source}")
     return model if keep_layers is None else thin_layers(model, keep_layers)
 
 
@@ -182,7 +182,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         limit of their own, and `ensemw2s.tokenize_questions` refuses what is longer.
     """
     folder = Path(source).expanduser()
-    place = str(folder) if folder.is_dir() else _resolve(source)
+    place = str(folder) if folder.is_dir() else resolve(source)
     local = Path(place).is_dir()
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=local)
@@ -256,12 +256,19 @@ def thin_layers(model: PreTrainedModel, keep_layers: str) -> PreTrainedModel:
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index
-    # What is said layer by layer (`layer_types`, ...) is thinned as well, or the saved model reloads as another.
-    for key, value in vars(model.config).items():
-        if "layer" in key and isinstance(value, list) and len(value) == count:
-            setattr(model.config, key, [value[index] for index in kept])
-    model.config.num_hidden_layers = len(kept)
+    thin_config(model.config, keep_layers)
     return model
+
+
+def thin_config(config: Any, keep_layers: str) -> None:
+    """Make the configuration of a model that of the model after `thin_layers`, in place."""
+    count = config.num_hidden_layers
+    kept = parse_layers(keep_layers, count)
+    # What is said layer by layer (`layer_types`, ...) is thinned as well, or the saved model reloads as another.
+    for key, value in vars(config).items():
+        if "layer" in key and isinstance(value, list) and len(value) == count:
+            setattr(config, key, [value[index] for index in kept])
+    config.num_hidden_layers = len(kept)
 
 
 def parse_layers(keep_layers: str, count: int) -> list[int]:
@@ -281,7 +288,7 @@ def parse_layers(keep_layers: str, count: int) -> list[int]:
     return layers
 
 
-def _resolve(source: str | os.PathLike[str]) -> str:
+def resolve(source: str | os.PathLike[str]) -> str:
     """Return a folder or hub id that transformers can load from."""
     kind, separator, name = str(source).partition(":")
     if separator and kind == "package":
@@ -316,7 +323,7 @@ def require_source(source: str, keep_layers: str | None = None) -> None:
         _gguf_file(_imported_as(name))
         return
     else:
-        place = _resolve(source)
+        place = resolve(source)
         try:
             settings = _settings_of(place, source)
         except OSError as error:
@@ -332,7 +339,7 @@ def require_source(source: str, keep_layers: str | None = None) -> None:
 def _settings_of(place: str, source: str | os.PathLike[str]) -> dict[str, Any]:
     """Return a model's configuration as plain data: building it could ask to run code that comes with the model.
 
-    `place` is what `_resolve` made of `source`. Beside an adapter there is none.
+    `place` is what `resolve` made of `source`. Beside an adapter there is none.
     """
     if Path(place).is_dir():
         settings = Path(place) / "config.json"
