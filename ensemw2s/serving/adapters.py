@@ -1,4 +1,4 @@
-"""The adapters of a saved ensemble, read for vLLM: stacked, layer by layer, or added to the base's weights."""
+"""The adapters of a saved ensemble and their base, layer by layer, for an engine with layers of its own."""
 
 from __future__ import annotations
 
@@ -62,17 +62,19 @@ class SavedAdapters:
                 )
 
     def base_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the base's weights, without any adapter."""
-        return self._weights(None)
-
-    def merged_weights(self) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
-        """Yield the weights of each expert as a whole model."""
-        for name in self._experts.names:
-            yield self._weights(name)
+        """Yield the base's weights by its own names for them, without any adapter."""
+        model, layers = plain_model(self._experts.base), self._layers()
+        tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+        for path, weight in model.state_dict().items():
+            place, _, kind = path.rpartition(".base_layer.")
+            if place in layers:
+                yield f"{place}.{kind}", weight
+            elif not any(path.startswith(f"{layer}.") for layer in layers) and path not in tied:
+                yield path, weight
 
     def products(self) -> dict[str, Mapping[int, Product]]:
         """Return what is added to each linear layer of the base, by the number of the expert (from 0) that does so."""
-        found_products = {}
+        found_products: dict[str, Mapping[int, Product]] = {}
         for path, layer in self._layers().items():
             experts = {t: name for t, name in enumerate(self._experts.names) if name in layer.lora_A}
             found_products[path] = {
@@ -85,15 +87,3 @@ class SavedAdapters:
     def _layers(self) -> dict[str, Any]:
         modules = plain_model(self._experts.base).named_modules()
         return {path: module for path, module in modules if isinstance(module, BaseTunerLayer)}
-
-    def _weights(self, name: str | None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the base's weights by its own names for them, those of adapter `name` added."""
-        model, layers = plain_model(self._experts.base), self._layers()
-        tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-        for path, weight in model.state_dict().items():
-            place, _, kind = path.rpartition(".base_layer.")
-            if place in layers:
-                adapted = kind == "weight" and name in layers[place].lora_A
-                yield f"{place}.{kind}", weight + layers[place].get_delta_weight(name) if adapted else weight
-            elif not any(path.startswith(f"{layer}.") for layer in layers) and path not in tied:
-                yield path, weight

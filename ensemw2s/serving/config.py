@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -13,6 +14,8 @@ from ensemw2s.models.base_reference import arguments, found
 from ensemw2s.models.loading import resolve, thin_config
 from ensemw2s.models.own_files import whole
 from ensemw2s.models.saved import check_links, check_model_folder, expert_folders
+
+_SECOND_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
 class ServedEnsembleConfig(EnsembleConfig):
@@ -23,7 +26,11 @@ class ServedEnsembleConfig(EnsembleConfig):
     Attributes:
         folder: where the ensemble was read from; None in a configuration that was not.
         expert_configs: T configurations, of one base model T times where the experts are adapters.
+        experts_served: T of the ensemble that this process serves, None before there is one. A server's front asks for
+            it when requests come in.
     """
+
+    experts_served: ClassVar[int | None] = None
 
     def __init__(self, **kwargs: Any) -> None:
         # First: transformers asks for the text configuration while it makes one.
@@ -45,7 +52,13 @@ class ServedEnsembleConfig(EnsembleConfig):
         if place and Path(place).is_dir():
             config.folder = str(Path(place).resolve())
             config.expert_configs = _expert_configs(config, Path(config.folder))
+            _choose_model_runner()
+            ServedEnsembleConfig.experts_served = len(config.expert_configs)
         return read
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        ServedEnsembleConfig.experts_served = len(self.expert_configs) or None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a saved ensemble holds, without what was found beside it."""
@@ -60,6 +73,19 @@ class ServedEnsembleConfig(EnsembleConfig):
         return min(texts, key=lambda text: getattr(text, "max_position_embeddings", None) or float("inf"))
 
 
+def _choose_model_runner() -> None:
+    """Have vLLM run ensembles by the model runner that says which request is in which row before it is computed.
+
+    Raises:
+        ValueError: the environment asks for the other one.
+    """
+    if os.environ.setdefault(_SECOND_RUNNER, "0") not in ("0", "false", "False"):
+        raise ValueError(
+            f"{_SECOND_RUNNER}={os.environ[_SECOND_RUNNER]}: ensembles are run by vLLM's first model runner, since the "
+            "second one cannot give a request its own expert weights; unset it, or set it to 0"
+        )
+
+
 def _expert_configs(config: EnsembleConfig, folder: Path) -> list[PreTrainedConfig]:
     if config.combine == "vote":
         raise ValueError(
@@ -70,9 +96,7 @@ def _expert_configs(config: EnsembleConfig, folder: Path) -> list[PreTrainedConf
     check_links(files)
     folders = expert_folders(files, len(config.expert_weights))
     if config.kind == "models":
-        return [
-            _config_in(path, f"expert {number} of {len(folders)}") for number, path in enumerate(folders, start=1)
-        ]
+        return [_config_in(path, f"expert {number} of {len(folders)}") for number, path in enumerate(folders, start=1)]
     base = found(config.base, folder)
     if base is None:
         shared = _config_in(files / "base", "the experts' base model")

@@ -19,6 +19,7 @@ from ensemw2s.models.saved import MODEL_WEIGHTS, expert_folders, listed_parts
 from ensemw2s.serving.adapters import SavedAdapters
 from ensemw2s.serving.config import ServedEnsembleConfig
 from ensemw2s.serving.stacked import ExpertAttention, attach
+from ensemw2s.serving.weights import check_expert_weights, row_weights
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -105,6 +106,7 @@ class ServedEnsemble(nn.Module):
         kind = SideBySide if config.kind == "models" else Stacked
         self.experts = kind(vllm_config, config, prefix)
         self.expert_weights: torch.Tensor
+        self._is_first = False
         self.register_buffer("expert_weights", torch.tensor(config.expert_weights, dtype=torch.float32), False)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -118,15 +120,20 @@ class ServedEnsemble(nn.Module):
         """Return the experts' final states of each token, [tokens, sum of their widths]."""
         if input_ids is None or inputs_embeds is not None:
             self.embed_input_ids(positions)
+        self._is_first = True
         states: torch.Tensor = self.experts(input_ids, positions)
         return states
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Return the mixture's log-probabilities, float32 [rows, V]; None on all tensor-parallel ranks but the first."""
+        """Return the mixture's log-probabilities, float32 [rows, V]; None on ranks that have no logits."""
         logits = self.experts.expert_logits(hidden_states)
+        # Of the calls after one forward pass, the first is for the rows that are sampled from, one for each request;
+        # others are for prompts.
+        weights = row_weights(self.expert_weights, len(hidden_states)) if self._is_first else self.expert_weights
+        self._is_first = False
         if logits is None:
             return None
-        return ops.mixture_log_probs(logits, self.expert_weights, combine=self.config.combine)
+        return ops.mixture_log_probs(logits, weights, combine=self.config.combine)
 
     def set_expert_weights(self, expert_weights: Sequence[float]) -> None:
         """Mix with other weights from the next token on. No cache depends on them.
@@ -134,14 +141,8 @@ class ServedEnsemble(nn.Module):
         Raises:
             ValueError: not T numbers that are finite and at least 0, or all of them 0.
         """
-        weights = torch.tensor(expert_weights, dtype=torch.float32)
-        if weights.shape != self.expert_weights.shape or not (weights >= 0).all() or not weights.isfinite().all():
-            raise ValueError(
-                f"expert_weights must be {len(self.expert_weights)} finite numbers of at least 0, got {expert_weights}"
-            )
-        if not weights.any():
-            raise ValueError("expert_weights must not all be 0")
-        self.expert_weights.copy_(weights)
+        check_expert_weights(expert_weights, len(self.expert_weights))
+        self.expert_weights.copy_(torch.tensor(expert_weights, dtype=torch.float32))
 
     def load_weights(self, weights: Weights) -> set[str]:
         """Load every expert from its own folder.

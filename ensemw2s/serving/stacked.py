@@ -24,10 +24,6 @@ from ensemw2s.serving.adapters import Product, SavedAdapters
 _QKV = ("q", "k", "v")
 
 
-class NotStackableError(ValueError):
-    """A base model in which the layers that adapters change cannot be found."""
-
-
 class ExpertAttention(nn.Module):
     """One attention layer of T experts, each with a cache of its own.
 
@@ -90,7 +86,7 @@ def attach(model: nn.Module, adapters: SavedAdapters, count: int) -> None:
     """Make the linear layers of an engine's model add the products of `count` adapters.
 
     Raises:
-        NotStackableError: an adapter changes a layer that this model does not have by a name known here.
+        ValueError: an adapter changes a layer that this model does not have under the name it has in transformers.
     """
     modules = dict(model.named_modules())
     packed: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
@@ -100,10 +96,13 @@ def attach(model: nn.Module, adapters: SavedAdapters, count: int) -> None:
             continue
         parent, _, name = path.rpartition(".")
         fused, place = next(((own, names.index(name)) for own, names in packed.items() if name in names), (name, 0))
-        layer = f"{parent}.{fused}"
-        if not isinstance(modules.get(layer), LinearBase):
-            raise NotStackableError(path)
-        by_layer.setdefault(layer, {})[place] = products
+        place_of_layer = f"{parent}.{fused}"
+        if not isinstance(modules.get(place_of_layer), LinearBase):
+            raise ValueError(
+                f"{path} has an adapter, and {type(model).__name__}, as vLLM has it, no linear layer of that name: "
+                "merge each adapter into a model of its own, and build the ensemble by TokenEnsemble.from_models"
+            )
+        by_layer.setdefault(place_of_layer, {})[place] = products
     for path, of_parts in by_layer.items():
         layer: Any = modules[path]
         layer.quant_method = AdaptedLinear(layer.quant_method, *_stacked(layer, of_parts, count))
@@ -138,10 +137,8 @@ def _own_part(layer: Any, side: str, factor: torch.Tensor, part: int) -> torch.T
         return factor.to(layer.weight)
     shape = (len(factor), layer.weight.shape[1]) if side == "in" else (layer.weight.shape[0], factor.shape[1])
     loader = layer.weight.weight_loader
-    held = ModelWeightParameter(
-        data=layer.weight.new_zeros(shape), input_dim=1, output_dim=0, weight_loader=loader
-    )
-    own = ()
+    held = ModelWeightParameter(data=layer.weight.new_zeros(shape), input_dim=1, output_dim=0, weight_loader=loader)
+    own: tuple[str | int, ...] = ()
     if isinstance(layer, QKVParallelLinear):
         own = (_QKV[part],)
     elif isinstance(layer, MergedColumnParallelLinear):
