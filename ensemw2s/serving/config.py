@@ -39,6 +39,12 @@ class ServedEnsembleConfig(EnsembleConfig):
         super().__init__(**kwargs)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Read a saved ensemble's configuration, as `from_dict` does."""
+        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> ServedEnsembleConfig:
         """Read the experts' configurations beside the ensemble's own.
 
@@ -89,8 +95,8 @@ def _choose_model_runner() -> None:
 def _expert_configs(config: EnsembleConfig, folder: Path) -> list[PreTrainedConfig]:
     if config.combine == "vote":
         raise ValueError(
-            f'{folder}/config.json: combine="vote" cannot be served, since a vote is no distribution to draw from: save '
-            'the ensemble with combine="prob" or "logprob"'
+            f'{folder}/config.json: combine="vote" cannot be served, since a vote is no distribution to draw from: '
+            'save the ensemble with combine="prob" or "logprob"'
         )
     files = whole(folder)
     check_links(files)

@@ -18,7 +18,7 @@ NAME = "expert_weights"
 _latest: Any = None
 
 
-class RequestWeights(LogitsProcessor, SecondRunnersProcessor):  # type: ignore[misc]
+class RequestWeights(LogitsProcessor, SecondRunnersProcessor):
     """Reads `expert_weights` of requests (`vllm_xargs`, or `SamplingParams.extra_args`) for the model to mix with.
 
     It changes no logits: vLLM tells logits processors alone which request is in which row. It is loaded for every model
