@@ -35,6 +35,7 @@ _HOME = {
     "Sampling": "inference.decoding",
     "score_answers": "inference.measuring",
     "OnlineWeights": "online.weights",
+    "answer_log_probs": "online.feedback",
 }
 
 __all__ = ["__version__", *_HOME]
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from ensemw2s.inference.measuring import score_answers as score_answers
     from ensemw2s.models.loading import load_model as load_model
     from ensemw2s.models.loading import load_tokenizer as load_tokenizer
+    from ensemw2s.online.feedback import answer_log_probs as answer_log_probs
     from ensemw2s.online.weights import OnlineWeights as OnlineWeights
     from ensemw2s.student.answers import with_gold as with_gold
     from ensemw2s.student.trainer import StudentConfig as StudentConfig

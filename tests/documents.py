@@ -222,12 +222,30 @@ def _pip(arguments: list[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for package in wanted:
         name, _, extras = package.rstrip("]").partition("[")
-        assert name in (".", project["name"]), f"{name} is not this package"
+        assert name in (".", project["name"], "vllm"), f"{name} is not this package"
         unknown = set(filter(None, extras.split(","))) - set(project["optional-dependencies"])
         assert not unknown, f"no extra {unknown}"
 
 
+def _vllm(arguments: list[str]) -> None:
+    """Read what vLLM would be told of the model; its own options are its own."""
+    command, folder, *_ = arguments
+    assert command == "serve", f"vllm {command} is not what a page should ask for"
+    from ensemw2s.serving.config import ServedEnsembleConfig
+
+    assert ServedEnsembleConfig.from_pretrained(folder).expert_configs
+
+
+def _curl(arguments: list[str]) -> None:
+    """Read what would be sent, and to which route."""
+    address = next(word for word in arguments if word.startswith("localhost:8000/"))
+    assert address.partition("/")[2] in ("v1/completions", "v1/ensemble/expert_weights"), address
+    if "-d" in arguments:
+        sent = json.loads(arguments[arguments.index("-d") + 1])
+        assert sent.get("model", "run/ensemble") == "run/ensemble"
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "ensemw2s": _ensemw2s, "accelerate": _accelerate, "torchrun": _torchrun, "python": _python_program, "make": _make,
-    "pip": _pip,
+    "pip": _pip, "vllm": _vllm, "curl": _curl,
 }  # fmt: skip
