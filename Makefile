@@ -47,7 +47,7 @@ quick: $(READY)
 	$(BIN)/ensemw2s run $(CONFIG) --quick
 
 # Hours for all of it; it stops after MINUTES and goes on with the next call. One thread for each cell.
-STUDY ?= small_pair small_pair_chained small_pair_ablation small_pair_co_boosted small_pair_weak_rounds small_pair_easy_answers real real_long real_confirm real_out_of_fold real_ablation
+STUDY ?= small_pair small_pair_chained small_pair_ablation small_pair_co_boosted small_pair_weak_rounds small_pair_easy_answers small_pair_branched real real_long real_confirm real_out_of_fold real_ablation real_co_boosted real_questions
 JOBS  ?= 2
 study: $(READY)
 	for study in $(STUDY); do \
