@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from fastapi import APIRouter, Body, HTTPException, Request
+
 from ensemw2s.serving.config import ServedEnsembleConfig
 from ensemw2s.serving.weights import NAME, check_expert_weights
 
@@ -23,8 +25,6 @@ class EnsembleRoutes:
 
     def attach_router(self, app: Any) -> None:
         """Add the routes. What lies beneath `/v1`, vLLM answers with status 401 to those who do not know its key."""
-        from fastapi import APIRouter, Body, HTTPException, Request
-
         router = APIRouter()
 
         async def weights_of(request: Request) -> list[float]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ensemw2s.online import OnlineWeights, regret_bound
 
-STREAMS = settings(max_examples=200, deadline=None)
+STREAMS = settings(max_examples=60, deadline=None)
 
 
 def adversarial(weights: OnlineWeights, generator: np.random.Generator) -> np.ndarray:

@@ -19,10 +19,11 @@ SETTINGS = {
 
 def answered(llm: Any, prompt: list[int], settings: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     try:
         (output,) = llm.generate([{"prompt_token_ids": prompt}], SamplingParams(**settings), use_tqdm=False)
-    except ValueError as error:
+    except VLLMValidationError as error:
         return {"error": str(error)}
     return told(output)
 
