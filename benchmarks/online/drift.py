@@ -1,11 +1,11 @@
 """Expert weights that learn, where an expert is damaged in mid-stream and a better one joins later.
 
-    python -m benchmarks.online.drift [--output docs/results/drift.svg] [--questions 450] [--seed 0]
+    python -m benchmarks.online.drift [--output drift.svg] [--questions 450] [--seed 0]
 
-Three experts of the pair of character-level models answer a stream of questions. After a third of it, the leading one's
-weights get noise; after two thirds, an expert joins that was trained for three times as long. Each question's right answer
-becomes known after it was answered. Compared are `OnlineWeights` with and without a share, the weights that the stream
-began with, equal ones, and the best single expert of each third, which is known in hindsight alone.
+Three experts of the pair of character-level models answer a stream of questions. After a third of it, the leading
+one's weights get noise; after two thirds, an expert joins that was trained for three times as long. Each question's
+right answer becomes known after it was answered. Compared are `OnlineWeights` with and without a share, the weights
+that the stream began with, equal ones, and the best single expert of each third, which is known in hindsight alone.
 """
 
 from __future__ import annotations
