@@ -23,8 +23,8 @@ def qwen(seed: int) -> Qwen2ForCausalLM:
     """Another architecture, size and number of layers over the same vocabulary, and a shorter context."""
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=tiny.VOCAB, hidden_size=96, intermediate_size=80, num_hidden_layers=3, num_attention_heads=3,
-        num_key_value_heads=3, max_position_embeddings=96, initializer_range=0.3, bos_token_id=None,
+        vocab_size=tiny.VOCAB, hidden_size=128, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=96, initializer_range=0.15, bos_token_id=None,
         eos_token_id=tiny.END, pad_token_id=tiny.PAD,
     )  # fmt: skip
     return Qwen2ForCausalLM(config).eval()
