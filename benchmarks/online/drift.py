@@ -42,7 +42,7 @@ def main() -> None:
         print(f"{name}: expert {best + 1} is best; within 0.05 of all the weight after "
               f"{near[0] if len(near) else 'more than ' + str(len(third))} answers")  # fmt: skip
     if options.output:
-        draw(weights, losses, right, options.output)
+        draw(weights, right, options.output)
 
 
 def stream(count: int, seed: int) -> tuple[list[Any], Any, Any, Any]:
@@ -71,7 +71,7 @@ def stream(count: int, seed: int) -> tuple[list[Any], Any, Any, Any]:
     torch.manual_seed(seed)
     with torch.no_grad():
         for weight in damaged.parameters():
-            weight += 1.0 * weight.std() * torch.randn_like(weight)
+            weight += weight.std() * torch.randn_like(weight)
     later = [damaged, *models[1:]]
     members = (models, later, [*later, better])
     return [TokenEnsemble.from_models(each, [1.0] * len(each)) for each in members], split["asked"], tokenizer, form
@@ -109,7 +109,7 @@ def follow(ensembles: list[Any], questions: Any, tokenizer: Any, form: Any) -> t
     return weights, losses, right, alone
 
 
-def draw(weights: np.ndarray, losses: np.ndarray, right: np.ndarray, path: str) -> None:
+def draw(weights: np.ndarray, right: np.ndarray, path: str) -> None:
     import matplotlib
 
     matplotlib.use("svg")

@@ -160,10 +160,12 @@ class AdapterExperts(Experts):
             return
         plain: Any = self.base.get_base_model()
         with turn_of(plain):
-            weights = {
-                _unwrapped(name): value for name, value in plain.state_dict().items() if not self._is_adapters(name)
-            }
-            plain.save_pretrained(folder, state_dict=weights, **options)
+            plain.save_pretrained(folder, state_dict=self.base_weights(), **options)
+
+    def base_weights(self) -> dict[str, torch.Tensor]:
+        """Return the weights of a base that carries adapters, without these and by the base's own names."""
+        weights: dict[str, torch.Tensor] = self.base.get_base_model().state_dict()
+        return {_unwrapped(name): value for name, value in weights.items() if not self._is_adapters(name)}
 
     def _is_adapters(self, name: str) -> bool:
         """Return whether a tensor of the wrapped base belongs to an adapter."""

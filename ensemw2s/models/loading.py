@@ -256,14 +256,13 @@ def thin_layers(model: PreTrainedModel, keep_layers: str) -> PreTrainedModel:
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index
-    thin_config(model.config, keep_layers)
+    thin_config(model.config, kept)
     return model
 
 
-def thin_config(config: Any, keep_layers: str) -> None:
-    """Make the configuration of a model that of the model after `thin_layers`, in place."""
+def thin_config(config: Any, kept: Sequence[int]) -> None:
+    """Make a model's configuration, in place, that of the model with the layers `kept` alone (see `thin_layers`)."""
     count = config.num_hidden_layers
-    kept = parse_layers(keep_layers, count)
     # What is said layer by layer (`layer_types`, ...) is thinned as well, or the saved model reloads as another.
     for key, value in vars(config).items():
         if "layer" in key and isinstance(value, list) and len(value) == count:

@@ -64,7 +64,9 @@ class OnlineWeights:
         share: float = 0.0,
         log_file: str | os.PathLike[str] | None = None,
     ) -> None:
-        start = _finite("expert_weights", expert_weights, None)
+        start = _numbers("expert_weights", expert_weights)
+        if not np.isfinite(start).all():
+            raise ValueError(f"expert_weights must be finite numbers, got {shown(start.tolist())}")
         if (start < 0).any() or not start.any():
             raise ValueError(f"expert_weights must be at least 0 and not all 0, got {shown(list(expert_weights))}")
         _check_rates(learning_rate, share)
@@ -350,7 +352,7 @@ def _check_rates(learning_rate: float | None, share: float) -> None:
         raise ValueError(f"share must be at least 0 and below 1, got {shown(share)}")
 
 
-def _numbers(name: str, values: ArrayLike, count: int | None) -> NDArray[np.float64]:
+def _numbers(name: str, values: ArrayLike, count: int | None = None) -> NDArray[np.float64]:
     try:
         numbers = np.array(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -358,13 +360,6 @@ def _numbers(name: str, values: ArrayLike, count: int | None) -> NDArray[np.floa
     if numbers.ndim != 1 or not len(numbers) or (count is not None and len(numbers) != count):
         wanted = "one number for each expert" if count is None else f"{count} numbers, one for each expert"
         raise ValueError(f"{name} must be {wanted}: got {shown(numbers.tolist())}")
-    return numbers
-
-
-def _finite(name: str, values: ArrayLike, count: int | None) -> NDArray[np.float64]:
-    numbers = _numbers(name, values, count)
-    if not np.isfinite(numbers).all():
-        raise ValueError(f"{name} must be finite numbers, got {shown(numbers.tolist())}")
     return numbers
 
 

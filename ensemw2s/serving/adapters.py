@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ensemw2s.ensemble.attached import plain_model
 from ensemw2s.ensemble.experts import AdapterExperts
@@ -62,19 +61,15 @@ class SavedAdapters:
                 )
 
     def base_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the base's weights by its own names for them, without any adapter."""
-        model, layers = plain_model(self._experts.base), self._layers()
+        """Yield the base's weights by its own names for them, tied ones once, without any adapter."""
+        model = plain_model(self._experts.base)
         tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-        for path, weight in model.state_dict().items():
-            place, _, kind = path.rpartition(".base_layer.")
-            if place in layers:
-                yield f"{place}.{kind}", weight
-            elif not any(path.startswith(f"{layer}.") for layer in layers) and path not in tied:
-                yield path, weight
+        return ((name, weight) for name, weight in self._experts.base_weights().items() if name not in tied)
 
     def products(self) -> dict[str, Mapping[int, Product]]:
         """Return what is added to each linear layer of the base, by the number of the expert (from 0) that does so."""
-        layers: dict[str, Any] = {path: own for path, own in self._layers().items() if isinstance(own, LoraLinear)}
+        modules = plain_model(self._experts.base).named_modules()
+        layers: dict[str, Any] = {path: module for path, module in modules if isinstance(module, LoraLinear)}
         return {
             path: {
                 t: Product(layer.lora_A[name].weight.data, layer.lora_B[name].weight.data * layer.scaling[name])
@@ -83,7 +78,3 @@ class SavedAdapters:
             }
             for path, layer in layers.items()
         }
-
-    def _layers(self) -> dict[str, Any]:
-        modules = plain_model(self._experts.base).named_modules()
-        return {path: module for path, module in modules if isinstance(module, BaseTunerLayer)}

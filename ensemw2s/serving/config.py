@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ensemw2s.ensemble.config import EnsembleConfig
 from ensemw2s.models.base_reference import arguments, found
-from ensemw2s.models.loading import resolve, thin_config
+from ensemw2s.models.loading import parse_layers, resolve, thin_config
 from ensemw2s.models.own_files import whole
 from ensemw2s.models.saved import check_links, check_model_folder, expert_folders
 
@@ -110,7 +110,7 @@ def _expert_configs(config: EnsembleConfig, folder: Path) -> list[PreTrainedConf
         named = arguments(base, {})
         shared = _config_in(Path(resolve(named["source"])), "the experts' base model")
         if named.get("keep_layers") is not None:
-            thin_config(shared, named["keep_layers"])
+            thin_config(shared, parse_layers(named["keep_layers"], shared.num_hidden_layers))
     return [copy.deepcopy(shared) for _ in folders]
 
 

@@ -27,30 +27,33 @@ class EnsembleRoutes:
         """Add the routes. What lies beneath `/v1`, vLLM answers with status 401 to those who do not know its key."""
         router = APIRouter()
 
-        async def weights_of(request: Request) -> list[float]:
+        def engine_for(request: Request) -> Any:
             state = request.app.state
             if not state.ensemw2s_has_key:
                 raise HTTPException(403, "the server was started without --api-key, so that nobody may use this route")
             if ServedEnsembleConfig.experts_served is None:
                 raise HTTPException(404, "the model that is served here is no ensemble")
-            weights: list[list[float]] = await state.ensemw2s_engine.collective_rpc("get_expert_weights")
-            return weights[0]
+            return state.ensemw2s_engine
+
+        async def told(engine: Any) -> dict[str, list[float]]:
+            weights: list[list[float]] = await engine.collective_rpc("get_expert_weights")
+            return {NAME: weights[0]}
 
         @router.get(ROUTE)
         async def get_weights(request: Request) -> dict[str, list[float]]:
-            return {NAME: await weights_of(request)}
+            return await told(engine_for(request))
 
         @router.put(ROUTE)
         async def set_weights(request: Request, wanted: Any = Body()) -> dict[str, list[float]]:  # noqa: B008
-            count = len(await weights_of(request))
+            engine = engine_for(request)
             try:
                 if not isinstance(wanted, dict) or set(wanted) != {NAME}:
                     raise ValueError(f'expected {{"{NAME}": [...]}} and nothing else')
-                check_expert_weights(wanted[NAME], count)
+                check_expert_weights(wanted[NAME], ServedEnsembleConfig.experts_served)
             except ValueError as error:
                 raise HTTPException(400, str(error)) from error
-            await request.app.state.ensemw2s_engine.collective_rpc("set_expert_weights", args=(wanted[NAME],))
-            return {NAME: await weights_of(request)}
+            await engine.collective_rpc("set_expert_weights", args=(wanted[NAME],))
+            return await told(engine)
 
         app.include_router(router)
 

@@ -143,7 +143,6 @@ def test_weights_that_cannot_be_are_refused_and_the_engine_lives_on(folder: Path
     sampling = [{**GREEDY, "extra_args": {"expert_weights": weights}} for weights in bad] + [GREEDY]
     told = run(folder, questions(len(sampling), seed=7), sampling, tmp_path, one_by_one=True)
     *refused, last = told["outputs"]
-    assert [output.get("error", "")[:30] for output in refused] == [f"expert_weights must be {count} finit"[:30]] * len(
-        bad
-    )
+    for output in refused:
+        assert output["error"].startswith(f"expert_weights must be {count} finite numbers")
     assert len(last["tokens"]) == GREEDY["max_tokens"]
